@@ -1,0 +1,594 @@
+"""The run directory: immutable objects named by their SHA-256, refs, answers, live directories; not what they mean.
+
+- `format`: the format's number; also the lock that writers share and gc holds alone
+- `objects/ab/cdef...`: files and manifests alike, mode 0444
+- `refs/<kind>/<name>`: the oid of an artifact; '/' in a name is written %2F, so that no name stands in another's way
+- `asked/<key>`: the oid of the answer
+- `live/<key>/`: the only mutable place, one process at a time
+- `tmp/`: every write starts here, is flushed, then moved into its place
+- `log.jsonl`: time, host, versions: what must never enter a hash
+"""
+
+import difflib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from graphlib import TopologicalSorter
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeAlias, TypeVar
+
+from sidactl.errors import EXIT_FAILED, SidaError
+
+SCHEMA_VERSION = 1
+KINDS = ("teacher", "generator", "dataset", "detector", "samples", "features", "stats", "score", "run")
+
+Json: TypeAlias = bool | int | float | str | list[Any] | dict[str, Any] | None
+Data: TypeAlias = bytes | memoryview
+T = TypeVar("T")
+
+_EMPTY: Mapping[str, Any] = MappingProxyType({})
+_CHUNK_BYTES = 1 << 20
+# Sorted keys put this first in a manifest: ten bytes tell it from nearly any other object, whatever its size.
+_MANIFEST_HEAD = b'{"files":{'
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_HEX = re.compile(r"[0-9a-fA-F]+")
+_PART = r"[A-Za-z0-9_+][A-Za-z0-9._+-]*"
+_NAME = re.compile(rf"(?!.*\.\.){_PART}(/{_PART})*")
+_LIVE_NAME = re.compile(rf"(?!lock$){_PART}")
+_SEE_LS = "See what there is with: sidactl ls"
+_ASK_AGAIN = "Run sidactl verify, then ask again with --force."
+_DAMAGED = "damaged: its content no longer matches its name"
+
+
+class _BrokenError(SidaError):
+    def __init__(self, sha256: str, oid: str, name: str, problem: str) -> None:
+        super().__init__(f"object {sha256[:12]} of artifact {oid[:12]} ({name}) is {problem}", _ASK_AGAIN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """The object that holds a file of an artifact."""
+
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """What came out of a command: files by name, oids of inputs by role, small JSON values. `oid` hashes all of it."""
+
+    oid: str
+    kind: str
+    files: Mapping[str, FileEntry]
+    inputs: Mapping[str, str]
+    params: Mapping[str, Json]
+    results: Mapping[str, Json]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GcReport:
+    """What gc removed, or would: objects, bytes with those of tmp/, and names: SHA-256s, "asked/...", "tmp/..."."""
+
+    num_objects: int
+    num_bytes: int
+    removed: tuple[str, ...]
+
+
+def canonical_json(value: object) -> bytes:
+    """The one UTF-8 JSON text of `value`: keys sorted, no spaces, floats by repr, tuples as lists.
+
+    ValueError: NaN, infinity, lone surrogates. TypeError: keys that are not str, types that JSON does not have.
+    """
+    text = json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode()
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"keys of canonical JSON must be str, got {key!r}")
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def digest(value: object) -> str:
+    """SHA-256 of `canonical_json(value)`, 64 hex digits."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def _manifest_bytes(draft: Artifact) -> bytes:
+    files = {name: {"sha256": entry.sha256, "size_bytes": entry.size_bytes} for name, entry in draft.files.items()}
+    fields = {"schema": SCHEMA_VERSION, "kind": draft.kind, "files": files, "inputs": draft.inputs}
+    return canonical_json(fields | {"params": draft.params, "results": draft.results})
+
+
+def _parse_manifest(oid: str, manifest: bytes) -> Artifact | None:
+    """The artifact whose manifest these bytes are; None for any others."""
+    try:
+        fields = json.loads(manifest)
+        files = {name: FileEntry(**entry) for name, entry in fields["files"].items()}
+        parts = {part: fields[part] for part in ("kind", "inputs", "params", "results")}
+        artifact = Artifact(oid=oid, files=files, **parts)
+        oids = [*artifact.inputs.values(), *(entry.sha256 for entry in files.values())]
+        sound = artifact.kind in KINDS and all(map(_NAME.fullmatch, files)) and all(map(_SHA256.fullmatch, oids))
+        return artifact if sound and _manifest_bytes(artifact) == manifest else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+@contextmanager
+def _disk(root: Path, verb: str) -> Iterator[None]:
+    """Tells any OSError of the run directory in one line; `verb` is "read" or "written"."""
+    try:
+        yield
+    except OSError as error:
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "Free some space" if is_full else "Check what it is and its permissions,"
+        message = f"the run directory {root} cannot be {verb}: {error.strerror}"
+        raise SidaError(message, f"{remedy} or choose another with --run DIR.") from error
+
+
+def _chunks(source: Path | Data) -> Iterator[Data]:
+    if not isinstance(source, Path):
+        yield memoryview(source).cast("B")
+        return
+    try:
+        with source.open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                yield chunk
+    except OSError as error:
+        message = f"{source} cannot be read: {error.strerror}"
+        raise SidaError(message, "Check the path, and that you may read it.") from error
+
+
+def _write_flushed(path: Path, source: Path | Data, mode: int) -> FileEntry:
+    sha256, size_bytes = hashlib.sha256(), 0
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
+        for chunk in _chunks(source):
+            sha256.update(chunk)
+            size_bytes += file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileEntry(sha256=sha256.hexdigest(), size_bytes=size_bytes)
+
+
+def _place(tmp: Path, target: Path) -> None:
+    """Moves a flushed file to its place in one step, for good: the folder, and the folder's own entry, are flushed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(tmp, target)
+    for folder in (target.parent, target.parent.parent):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Adds one line in a single write; takes back a line that fits only in part."""
+    data = line.rstrip(b"\n") + b"\n"
+    with path.open("ab", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        size_bytes = os.fstat(file.fileno()).st_size
+        if file.write(data) != len(data):
+            file.truncate(size_bytes)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_manifest(path: Path) -> bytes | None:
+    with path.open("rb") as file:
+        head = file.read(len(_MANIFEST_HEAD))
+        return head + file.read() if head == _MANIFEST_HEAD else None
+
+
+def _lock_live(path: Path) -> int:
+    """A file descriptor that holds the lock of the live directory `path`, which is created."""
+    while True:
+        path.mkdir(parents=True, exist_ok=True)
+        # The holder before us may be removing the directory: then no lock is there to open, or ours has lost its name.
+        with suppress(FileNotFoundError), ExitStack() as stack:
+            fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+            stack.callback(os.close, fd)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                message = f"run {path.name[:12]} is already being worked on by process {os.pread(fd, 32, 0).decode()}"
+                raise SidaError(message.strip(), "Wait for it, or stop it first.", exit_code=EXIT_FAILED) from None
+            if os.fstat(fd).st_nlink:
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+                stack.pop_all()
+                return fd
+
+
+@dataclass(frozen=True)
+class LiveDir:
+    """A mutable directory that one process holds; files have plain names. What cannot be written is a SidaError."""
+
+    path: Path
+
+    def _file(self, name: str) -> Path:
+        assert _LIVE_NAME.fullmatch(name), f"a plain file name is needed, got {name!r}"
+        return self.path / name
+
+    def write(self, name: str, data: Data) -> None:
+        """Puts `data` under `name` in one step: a reader, or a kill, meets the old content or the new."""
+        target, tmp = self._file(name), self.path / f".{name}.tmp"
+        with _disk(self.path.parents[1], "written"):
+            try:
+                _write_flushed(tmp, data, 0o666)
+                _place(tmp, target)
+            finally:
+                tmp.unlink(missing_ok=True)
+
+    def append(self, name: str, line: bytes) -> None:
+        """Adds one line (its newline may be left out)."""
+        with _disk(self.path.parents[1], "written"):
+            _append(self._file(name), line)
+
+    def remove(self, name: str) -> None:
+        """Removes a file; no error where there is none."""
+        with _disk(self.path.parents[1], "written"):
+            self._file(name).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Removes everything in it; the lock stays held."""
+        with _disk(self.path.parents[1], "written"):
+            for folder, folders, names in os.walk(self.path, topdown=False):
+                for path in {Path(folder, name) for name in names} - {self.path / "lock"}:
+                    path.unlink()
+                for name in folders:
+                    Path(folder, name).rmdir()
+
+
+class Store:
+    """The content-addressed run directory at `root`. Reading never creates it; the first write does.
+
+    Several processes may read and write it at once. A process killed at any moment leaves it valid, at worst with
+    garbage. What cannot be read, written or found is a SidaError.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._verified: set[tuple[str, int, int]] = set()
+
+    @classmethod
+    def open(cls, root: Path | str | None = None) -> "Store":
+        """The store at `root`, or $SIDACTL_RUN, or ./sida-run; SidaError where its format is not ours."""
+        store = cls(Path(root or os.environ.get("SIDACTL_RUN") or "sida-run"))
+        store._has_format()
+        return store
+
+    @staticmethod
+    def key(command: str, params: Mapping[str, Json], inputs: Mapping[str, str]) -> str:
+        """The name of a question: SHA-256 of the command, its resolved parameters, its input oids and the schema."""
+        return digest({"command": command, "inputs": inputs, "params": params, "schema": SCHEMA_VERSION})
+
+    def put(
+        self,
+        kind: str,
+        files: Mapping[str, Path | Data],
+        *,
+        inputs: Mapping[str, str] = _EMPTY,
+        params: Mapping[str, Json] = _EMPTY,
+        results: Mapping[str, Json] = _EMPTY,
+    ) -> Artifact:
+        """Stores an artifact, the manifest last, and returns it. Files given as paths are copied and left alone.
+
+        Putting the same again gives the same oid, and mends objects that were damaged meanwhile.
+        """
+        with self._writing() as stack:
+            staged = {name: self._stage(stack, source) for name, source in files.items()}
+            entries = {name: entry for name, (_, entry) in staged.items()}
+            draft = Artifact(oid="", kind=kind, files=entries, inputs=inputs, params=params, results=results)
+            manifest = _manifest_bytes(draft)
+            artifact = _parse_manifest(hashlib.sha256(manifest).hexdigest(), manifest)
+            assert artifact, f"a manifest needs a known kind, plain file names and full oids, got {manifest.decode()}"
+            # Objects that exist are replaced too: that mends damage, and being young again keeps gc away.
+            for tmp, entry in (*staged.values(), self._stage(stack, manifest)):
+                _place(tmp, self._object(entry.sha256))
+        return artifact
+
+    def get(self, oid: str) -> Artifact:
+        """The artifact of that full oid; its manifest is verified."""
+        artifact = self._manifest(oid)
+        if artifact is None:
+            if self._sha256(oid) not in (None, oid):
+                raise _BrokenError(oid, oid, "manifest", _DAMAGED)
+            raise SidaError(f"no artifact starts with '{oid}'", _SEE_LS)
+        return artifact
+
+    def path(self, artifact: Artifact, name: str) -> Path:
+        """Where a file's object lies (read-only); verified, once per Store for as long as it does not change."""
+        if name not in artifact.files:
+            hint = f"It has: {', '.join(sorted(artifact.files)) or 'no files'}."
+            raise SidaError(f"artifact {artifact.oid[:12]} ({artifact.kind}) has no file '{name}'", hint)
+        entry = artifact.files[name]
+        stat = self._read(os.stat, self._object(entry.sha256))
+        if stat is None:
+            raise _BrokenError(entry.sha256, artifact.oid, name, f"missing from {self.root}")
+        version = (entry.sha256, stat.st_mtime_ns, stat.st_size)
+        if version not in self._verified:
+            if stat.st_size != entry.size_bytes or self._sha256(entry.sha256) != entry.sha256:
+                raise _BrokenError(entry.sha256, artifact.oid, name, _DAMAGED)
+            self._verified.add(version)
+        return self._object(entry.sha256)
+
+    def read(self, artifact: Artifact, name: str) -> bytes:
+        """A file's content, verified as by `path`."""
+        with _disk(self.root, "read"):
+            return self.path(artifact, name).read_bytes()
+
+    def resolve(self, text: str, kinds: Collection[str] | None = None) -> Artifact:
+        """The one artifact, of one of `kinds`, that `text` means: an oid or its prefix (>= 4 hex digits), or a ref.
+
+        A ref is "kind/name", or "name" alone where that is unique within `kinds`.
+        """
+        refs = self.refs()
+        names = [text] if text in refs else [name for name in refs if name.partition("/")[2] == text]
+        if names:
+            name = _only(text, [(name, name.partition("/")[0], name) for name in names], kinds, "Write the kind too.")
+            artifact = self._manifest(refs[name])
+            if artifact is None:
+                raise SidaError(f"ref '{name}' names artifact {refs[name][:12]}, which is gone", _ASK_AGAIN)
+            return artifact
+        if not _HEX.fullmatch(text):
+            raise self._no_ref(text, refs)
+        if len(text) < 4:
+            raise SidaError(f"a prefix must have 4 or more hex digits, got '{text}'", _SEE_LS)
+        prefix = text.lower()
+        oids = [self.get(prefix).oid] if len(prefix) == 64 else self._objects(prefix)
+        found = {oid: artifact for oid in oids if (artifact := self._manifest(oid))}
+        if not found:
+            raise SidaError(f"no artifact starts with '{text}'", _SEE_LS)
+        options = [(f"{oid[:12]} ({artifact.kind})", artifact.kind, oid) for oid, artifact in found.items()]
+        return found[_only(text, options, kinds, "Give more digits.")]
+
+    def artifacts(self) -> Iterator[Artifact]:
+        """All artifacts, by oid. Damaged manifests are left to `verify`."""
+        yield from filter(None, map(self._sound, self._objects()))
+
+    def set_ref(self, kind: str, name: str, oid: str) -> None:
+        """Lets the ref "kind/name" name that artifact, which must be of that kind."""
+        path = self._ref_path(kind, name)
+        with self._writing() as stack:
+            artifact = self.get(oid)
+            if artifact.kind != kind:
+                message = f"ref '{kind}/{name}' must name an artifact of kind {kind}, got {artifact.kind}"
+                raise SidaError(message, f"Call it {artifact.kind}/{name}.")
+            _place(self._stage(stack, f"{oid}\n".encode(), 0o666)[0], path)
+
+    def delete_ref(self, kind: str, name: str) -> None:
+        """Removes a ref; the artifact stays until gc."""
+        path, refs = self._ref_path(kind, name), self.refs()
+        if f"{kind}/{name}" not in refs:
+            raise self._no_ref(f"{kind}/{name}", refs)
+        with _disk(self.root, "written"):
+            path.unlink(missing_ok=True)
+
+    def refs(self) -> dict[str, str]:
+        """All refs: "kind/name" -> oid."""
+        files = [f"{kind}/{name}" for kind in KINDS for name in self._listdir(f"refs/{kind}")]
+        oids = {name.replace("%2F", "/"): self._text(f"refs/{name}") for name in files}
+        return {name: oid for name, oid in oids.items() if oid is not None}
+
+    def names_of(self, oid: str) -> list[str]:
+        """The refs, as "kind/name", that name this artifact."""
+        return [name for name, ref_oid in self.refs().items() if ref_oid == oid]
+
+    def asked(self, key: str) -> Artifact | None:
+        """The answer to a question asked before; None where there is none, or not all of it is there any more."""
+        artifact = self._sound(self._text(f"asked/{key}") or "")
+        if artifact and any(self._size_bytes(e.sha256) != e.size_bytes for e in artifact.files.values()):
+            return None
+        return artifact
+
+    def answer(self, key: str, oid: str) -> None:
+        """Remembers that this artifact answers this question."""
+        with self._writing() as stack:
+            text = f"{self.get(oid).oid}\n"
+            _place(self._stage(stack, text.encode(), 0o666)[0], self.root / "asked" / key)
+
+    @contextmanager
+    def live(self, key: str) -> Iterator[LiveDir]:
+        """Holds live/<key>/; SidaError (exit code 1) where another process does. An empty one is removed at the end."""
+        path = self.root / "live" / key
+        with self._writing():
+            fd = _lock_live(path)
+        try:
+            yield LiveDir(path)
+        finally:
+            with suppress(OSError):
+                if os.listdir(path) == ["lock"]:
+                    (path / "lock").unlink()
+                    path.rmdir()
+            fcntl.flock(fd, fcntl.LOCK_UN)  # closing alone would leave the lock with a forked child
+            os.close(fd)
+
+    def log(self, line: Mapping[str, Json]) -> None:
+        """Adds one JSON line to log.jsonl, exactly what is given."""
+        with self._writing():
+            _append(self.root / "log.jsonl", canonical_json(line))
+
+    def verify(self) -> Iterator[tuple[str, str]]:
+        """Rehashes everything; yields (SHA-256 of an object, "kind/name" or "asked/key", what is wrong with it)."""
+        for sha256 in self._objects():
+            if self._sha256(sha256) not in (None, sha256):
+                yield sha256, _DAMAGED
+            elif artifact := self._sound(sha256):
+                for name, entry in artifact.files.items():
+                    size_bytes = self._size_bytes(entry.sha256)
+                    if size_bytes is None:
+                        yield artifact.oid, f"its file {name} ({entry.sha256[:12]}) is missing"
+                    elif size_bytes != entry.size_bytes:
+                        yield artifact.oid, f"its file {name} must have {entry.size_bytes} bytes, got {size_bytes}"
+                for role, oid in artifact.inputs.items():
+                    if self._size_bytes(oid) is None:
+                        yield artifact.oid, f"its input {role} ({oid[:12]}) is missing"
+        asked = {f"asked/{key}": self._text(f"asked/{key}") for key in self._listdir("asked")}
+        for name, named in (*self.refs().items(), *asked.items()):
+            if named is not None and self._sound(named) is None:
+                yield name, f"it names artifact {named[:12]}, which is missing or damaged"
+
+    def gc(self, dry_run: bool = False, *, grace_sec: float = 3600.0) -> GcReport:
+        """Removes what no ref reaches, and reports it; with `dry_run`, reports only. Waits for writers.
+
+        Kept: what refs reach through files and inputs; scores whose every input is kept; objects younger than
+        `grace_sec`, which a process may be about to name; what any of these needs; live/, which is work in progress.
+        Answers keep nothing: they go with their artifact. SidaError where the manifest of a kept artifact is damaged.
+        """
+        if not self._has_format():
+            return GcReport(num_objects=0, num_bytes=0, removed=())
+        with self._writing(fcntl.LOCK_EX):
+            cutoff = time.time() - grace_sec
+            stats = {sha256: self._object(sha256).stat() for sha256 in self._objects()}
+            manifests = {artifact.oid: artifact for artifact in self.artifacts()}
+            young = {sha256 for sha256, stat in stats.items() if stat.st_mtime > cutoff}
+            kept = young | self._reachable([*self.refs().values(), *(young & manifests.keys())], manifests)
+            dead = stats.keys() - kept
+            # Answers go first, then manifests, an artifact before its inputs, then files: a kill leaves no loose end.
+            graph = TopologicalSorter({oid: manifests[oid].inputs.values() for oid in sorted(dead & manifests.keys())})
+            order = dict.fromkeys([*reversed([*graph.static_order()]), *sorted(dead)])
+            num_bytes = {sha256: stats[sha256].st_size for sha256 in order if sha256 in dead}
+            asked = [f"asked/{key}" for key in self._listdir("asked")]
+            asked = [name for name in asked if self._text(name) not in kept & manifests.keys()]
+            # While we hold the lock nobody writes, so nothing that has a name of ours in tmp/ has an owner.
+            tmp = [f"tmp/{name}" for name in self._listdir("tmp") if len(name) == 64 and _HEX.fullmatch(name)]
+            num_tmp_bytes = sum((self.root / name).stat().st_size for name in tmp)
+            if not dry_run:
+                for path in (*(self.root / name for name in (*asked, *tmp)), *map(self._object, num_bytes)):
+                    path.unlink(missing_ok=True)
+        total = sum(num_bytes.values()) + num_tmp_bytes
+        return GcReport(num_objects=len(num_bytes), num_bytes=total, removed=(*num_bytes, *asked, *tmp))
+
+    def _reachable(self, roots: Sequence[str], manifests: Mapping[str, Artifact]) -> set[str]:
+        """The objects that `roots` need, and those that the scores need whose every input is among them."""
+        reached: set[str] = set()
+        files: set[str] = set()
+        scores = [artifact for artifact in manifests.values() if artifact.kind == "score"]
+        queue = list(roots)
+        while queue:
+            oid = queue.pop()
+            if oid not in reached and self._size_bytes(oid) is not None:
+                artifact = manifests.get(oid) or self.get(oid)  # `get` tells what is wrong with a manifest left out
+                reached.add(oid)
+                files.update(entry.sha256 for entry in artifact.files.values())
+                queue.extend(artifact.inputs.values())
+            if not queue:
+                queue = [s.oid for s in scores if s.oid not in reached and reached.issuperset(s.inputs.values())]
+        return reached | files
+
+    def _has_format(self) -> bool:
+        text = self._text("format")
+        if text not in (None, str(SCHEMA_VERSION)):
+            message = f"the run directory {self.root} has format {text}, this sidactl reads format {SCHEMA_VERSION}"
+            raise SidaError(message, "Upgrade sidactl, or choose another directory with --run DIR.")
+        return text is not None
+
+    @contextmanager
+    def _writing(self, lock: int = fcntl.LOCK_SH) -> Iterator[ExitStack]:
+        """Creates what is not there yet, and keeps writers and gc apart. What is left in tmp/ goes with the stack."""
+        has_format = self._has_format()
+        with _disk(self.root, "written"), ExitStack() as stack:
+            for folder in ("objects", "refs", "asked", "live", "tmp"):
+                (self.root / folder).mkdir(parents=True, exist_ok=True)
+            if not has_format:
+                _place(self._stage(stack, f"{SCHEMA_VERSION}\n".encode(), 0o666)[0], self.root / "format")
+            file = stack.enter_context((self.root / "format").open("r+b"))
+            fcntl.flock(file, lock)
+            yield stack
+
+    def _stage(self, stack: ExitStack, source: Path | Data, mode: int = 0o444) -> tuple[Path, FileEntry]:
+        tmp = self.root / "tmp" / os.urandom(32).hex()
+        stack.callback(tmp.unlink, missing_ok=True)
+        return tmp, _write_flushed(tmp, source, mode)
+
+    def _object(self, sha256: str) -> Path:
+        # What a damaged ref or answer holds may be any text; "none" is never there.
+        is_name = _SHA256.fullmatch(sha256)
+        return self.root / "objects" / (f"{sha256[:2]}/{sha256[2:]}" if is_name else "none")
+
+    def _objects(self, prefix: str = "") -> Iterator[str]:
+        for shard in [prefix[:2]] if prefix else [name for name in self._listdir("objects") if len(name) == 2]:
+            names = (shard + rest for rest in self._listdir(f"objects/{shard}"))
+            yield from (name for name in names if _SHA256.fullmatch(name) and name.startswith(prefix))
+
+    def _read(self, look: Callable[[Path], T], path: Path) -> T | None:
+        """`look(path)`; None where there is nothing of that name."""
+        with _disk(self.root, "read"):
+            try:
+                return look(path)
+            except FileNotFoundError:
+                return None
+
+    def _listdir(self, folder: str) -> list[str]:
+        return sorted(self._read(os.listdir, self.root / folder) or [])
+
+    def _text(self, name: str) -> str | None:
+        data = self._read(Path.read_bytes, self.root / name)
+        return None if data is None else data.decode(errors="replace").strip()
+
+    def _size_bytes(self, sha256: str) -> int | None:
+        stat = self._read(os.stat, self._object(sha256))
+        return stat.st_size if stat else None
+
+    def _sha256(self, sha256: str) -> str | None:
+        """What an object's content hashes to now; None where there is no such object."""
+        return self._read(_hash_file, self._object(sha256))
+
+    def _manifest(self, oid: str) -> Artifact | None:
+        """The artifact; None where there is no such object, or it is no manifest."""
+        manifest = self._read(_read_manifest, self._object(oid))
+        if manifest is not None and hashlib.sha256(manifest).hexdigest() != oid:
+            raise _BrokenError(oid, oid, "manifest", _DAMAGED)
+        return _parse_manifest(oid, manifest) if manifest else None
+
+    def _sound(self, oid: str) -> Artifact | None:
+        with suppress(_BrokenError):
+            return self._manifest(oid)
+        return None
+
+    def _ref_path(self, kind: str, name: str) -> Path:
+        if kind not in KINDS:
+            raise SidaError(f"the kind of a ref must be one of {', '.join(KINDS)}, got '{kind}'", _SEE_LS)
+        if not _NAME.fullmatch(name):
+            rule = "letters, digits and . _ + - /, each part beginning with one of the first two or _ +, without .."
+            raise SidaError(f"a ref name must be made of {rule}, got '{name}'", "Choose a plainer name.")
+        if len(name) >= 4 and _HEX.fullmatch(name):
+            rule = "a ref name must not be 4 or more hex digits, which would read as an oid"
+            raise SidaError(f"{rule}, got '{name}'", "Add another letter.")
+        return self.root / "refs" / kind / name.replace("/", "%2F")
+
+    def _no_ref(self, text: str, refs: Collection[str]) -> SidaError:
+        bare = {name.partition("/")[2]: name for name in refs}
+        near = [bare[match] for match in difflib.get_close_matches(text, bare)]
+        near += difflib.get_close_matches(text, set(refs) - set(near), cutoff=0.85)
+        hint = f"Did you mean {' or '.join(repr(name) for name in near)}?" if near else _SEE_LS
+        return SidaError(f"no ref '{text}' in {self.root}", hint)
+
+
+def _only(text: str, options: Sequence[tuple[str, str, str]], kinds: Collection[str] | None, hint: str) -> str:
+    """The third part of the only one of `options` (label, kind, what) whose kind is in `kinds`."""
+    fitting = [option for option in options if kinds is None or option[1] in kinds]
+    if not fitting:
+        wanted = " or ".join(kind for kind in KINDS if kinds and kind in kinds)
+        raise SidaError(f"'{text}' must be of kind {wanted}, got {options[0][1]}", _SEE_LS)
+    if len(fitting) > 1:
+        labels = ", ".join(label for label, _, _ in fitting[:5])
+        more = f" and {len(fitting) - 5} more" if len(fitting) > 5 else ""
+        raise SidaError(f"'{text}' fits {len(fitting)} artifacts: {labels}{more}", hint)
+    return fitting[0][2]
