@@ -1,0 +1,288 @@
+"""Frozen descriptions of networks and of training runs, every number with its unit; no torch here, and no I/O."""
+
+import dataclasses
+import math
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from sidactl.errors import SidaError
+
+Mode = Literal["sid", "sida", "sid2a"]
+MODES: tuple[Mode, ...] = ("sid", "sida", "sid2a")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plain:
+    """Conversion of a frozen dataclass to plain JSON values and back, strictly."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values; nested dataclasses as objects, tuples as lists."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """The dataclass written by `to_json`. Raises SidaError for a name that is not a field."""
+        types = typing.get_type_hints(cls)
+        unknown = sorted(set(value) - set(types))
+        if unknown:
+            raise SidaError(f"unknown {cls.__name__} field {unknown[0]!r}", f"It has {', '.join(sorted(types))}.")
+        return cls(**{name: _typed(types[name], item) for name, item in value.items()})
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Plain):
+        return value.to_json()
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _typed(declared: Any, value: Any) -> Any:
+    for option in typing.get_args(declared) or (declared,):
+        if isinstance(option, type) and issubclass(option, Plain) and isinstance(value, Mapping):
+            return option.from_json(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetSpec(Plain):
+    """The shape of a denoiser: all that is needed to build it, without its weights.
+
+    `architecture` is the U-Net; options that it does not have are ignored by it and stay at their default.
+    """
+
+    architecture: Literal["SongUNet", "DhariwalUNet", "EDM2"]
+    img_resolution: int
+    img_channels: int
+    model_channels: int
+    channel_mult: tuple[int, ...]
+    num_blocks: int
+    attn_resolutions: tuple[int, ...]
+    label_dim: int = 0
+    """number of classes; 0 = unconditional"""
+    channel_mult_emb: int | None = 4
+    """EDM2: None = the largest of channel_mult"""
+    channel_mult_noise: int | None = 1
+    """EDM2: None = the smallest of channel_mult"""
+    dropout: float = 0.0
+    resample_filter: tuple[int, ...] = (1, 1)
+    sigma_data: float = 0.5
+    augment_dim: int = 0
+    """SongUNet and DhariwalUNet: number of augmentation labels"""
+    embedding_type: Literal["positional", "fourier"] = "positional"
+    """SongUNet only, as are the next two"""
+    encoder_type: Literal["standard", "skip", "residual"] = "standard"
+    decoder_type: Literal["standard", "skip"] = "standard"
+    channels_per_head: int = 64
+    """DhariwalUNet and EDM2"""
+    logvar_channels: int = 0
+    """EDM2 only: width of the uncertainty head u(sigma); 0 = the net has none"""
+    label_balance: float = 0.5
+    concat_balance: float = 0.5
+
+    def __post_init__(self) -> None:
+        depth = len(self.channel_mult) - 1
+        if self.img_resolution % (1 << depth):
+            raise SidaError(
+                f"img_resolution must be divisible by {1 << depth}, got {self.img_resolution}",
+                "Use fewer entries in channel_mult.",
+            )
+        if self.architecture != "EDM2":
+            for channels in {self.model_channels * mult for mult in self.channel_mult}:
+                groups = min(32, channels // 4)
+                if groups == 0 or channels % groups:
+                    raise SidaError(
+                        f"channel counts must be divisible by their GroupNorm groups, got {channels} channels",
+                        "Choose model_channels such as 16, 32, 64 or 128.",
+                    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneStepSpec(Plain):
+    """Settings of sampling from a distilled generator. Source: SiDA (2410.14919), eq. 1, with a_t = 1."""
+
+    num_steps: int = 1
+    sigma_init: float = 2.5
+    """noise level of the input, and the sigma argument; step k of N uses sigma_init (N - k) / N"""
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations per image."""
+        return self.num_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeunSpec(Plain):
+    """Settings of a teacher's multi-step sampler. Source: EDM (2206.00364), Algorithm 2."""
+
+    num_steps: int = 18
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    S_churn: float = 0.0
+    S_min: float = 0.0
+    S_max: float = math.inf
+    S_noise: float = 1.0
+    convention: Literal["edm", "edm2"] = "edm"
+    """edm: float64, and with churn noise is drawn in every step; edm2: float32, drawn where it is used"""
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations per image: two per step, one in the last."""
+        return 2 * self.num_steps - 1
+
+    def to_json(self) -> dict[str, Any]:
+        """As `Plain.to_json`; an infinite S_max is written as null, which JSON can hold."""
+        return super().to_json() | {"S_max": None if math.isinf(self.S_max) else self.S_max}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """As `Plain.from_json`; reads a null S_max as infinite."""
+        return super().from_json({k: math.inf if k == "S_max" and v is None else v for k, v in value.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adversarial(Plain):
+    """The adversarial part of SiDA. Source: SiDA (2410.14919), eqs. 7-10, and the published run scripts."""
+
+    lambda_adv: float = 0.01
+    """scale of the generator's adversarial term"""
+    discriminator_scale: float = 1.0
+    """scale of the discriminator loss; 100 in the EDM2 runs"""
+    adversarial_from_nimg: int = 200_000
+    """the adversarial term counts once more than this many images were seen (strictly)"""
+    joint_weight: float = 0.5
+    """weight of both generator terms from then on (eq. 8)"""
+    clip_gradient_value: float | None = 1.0
+    """each element of the fake score's gradient is clipped to +- this; EDM runs only, not in the paper"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Plain):
+    """Everything that shapes a distillation run. The published value is the default where there is one.
+
+    Counts of images end in `_nimg`. Modes are values: `sid` has no adversarial part, `sida` has one, `sid2a` has
+    one and starts the generator from a generator.
+    """
+
+    teacher: str
+    mode: Mode
+    dataset: str
+    """name or oid of the dataset: real images (sida, sid2a) and labels"""
+    alpha: float
+    batch_size: int
+    duration_nimg: int
+    fake_score_lr: float
+    generator_lr: float
+    ema_halflife_nimg: int
+    adversarial: Adversarial | None
+    generator_from_nimg: int | None = 100_000
+    """the generator is stepped once more than this many images were seen (strictly); None = from the start"""
+    num_accumulation_rounds: int = 1
+    """micro-batches that a batch is split into; part of the method, since the adversarial losses average over one"""
+    sigma_init: float = 2.5
+    """noise level of the generator's input, and its sigma argument"""
+    tmax: int = 800
+    """largest time, in thousandths of the noise schedule, at which the generator's output is diffused"""
+    lambda_sid: float = 100.0
+    """scale of the SiD term"""
+    P_mean: float = -1.2
+    """mean of ln sigma in the fake-score loss"""
+    P_std: float = 1.2
+    """standard deviation of ln sigma in the fake-score loss"""
+    fake_score_beta1: float = 0.0
+    generator_beta1: float = 0.0
+    beta2: float = 0.999
+    adam_eps: float = 1e-8
+    ema_rampup_ratio: float | None = 0.05
+    """the EMA half-life is at most this share of the images seen; None = no ramp-up"""
+    augment_p: float = 0.0
+    """probability of EDM's augmentation of the fake score's inputs"""
+    dropout: float = 0.0
+    seed: int = 0
+    precision: Literal["fp32"] = "fp32"
+    evaluate_every_nimg: int = 500_000
+    evaluate_num: int = 50_000
+    """generated images per evaluation in the loop"""
+    checkpoint_every_nimg: int = 2_000_000
+    max_skipped_steps: int = 20
+    """so many updates in a row with a non-finite gradient stop the run"""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "duration_nimg", "num_accumulation_rounds", "evaluate_every_nimg", "evaluate_num"):
+            _must_be(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
+        for name in ("fake_score_lr", "generator_lr", "lambda_sid", "sigma_init", "P_std"):
+            _must_be(name, 0 < getattr(self, name) < math.inf, "positive and finite", getattr(self, name))
+        for name in ("fake_score_beta1", "generator_beta1", "beta2", "dropout"):
+            _must_be(name, 0 <= getattr(self, name) < 1, "in [0, 1)", getattr(self, name))
+        _must_be("augment_p", 0 <= self.augment_p <= 1, "in [0, 1]", self.augment_p)
+        _must_be("tmax", 0 < self.tmax <= 1000, "in (0, 1000]", self.tmax)
+        _must_be("mode", self.mode in MODES, f"one of {', '.join(MODES)}", self.mode)
+        _must_be("alpha", math.isfinite(self.alpha), "finite", self.alpha)
+        _must_be("seed", self.seed >= 0, "at least 0", self.seed)
+        if self.batch_size % self.num_accumulation_rounds:
+            raise SidaError(
+                f"batch_size must be divisible by num_accumulation_rounds, got {self.batch_size} and "
+                f"{self.num_accumulation_rounds}",
+                "Change one of the two.",
+            )
+        assert (self.adversarial is None) == (self.mode == "sid"), "sid has no adversarial part, the others do"
+
+
+def _must_be(name: str, holds: bool, what: str, got: object) -> None:
+    if not holds:
+        flag = "--" + name.removesuffix("_nimg").replace("_", "-").lower()
+        raise SidaError(f"{name} must be {what}, got {got}", f"Pass another {flag}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherRecipe(Plain):
+    """How a teacher is trained from scratch with the EDM loss. Source: EDM (2206.00364), eq. 2 and table 1."""
+
+    dataset: str
+    net: NetSpec
+    batch_size: int = 128
+    duration_nimg: int = 50_000
+    lr: float = 1e-3
+    lr_rampup_nimg: int = 10_000
+    ema_halflife_nimg: int = 20_000
+    ema_rampup_ratio: float | None = 0.05
+    P_mean: float = -1.2
+    P_std: float = 1.2
+    beta1: float = 0.9
+    beta2: float = 0.999
+    adam_eps: float = 1e-8
+    augment_p: float = 0.0
+    seed: int = 0
+    max_skipped_steps: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "duration_nimg"):
+            _must_be(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
+        _must_be("lr", 0 < self.lr < math.inf, "positive and finite", self.lr)
+        _must_be("seed", self.seed >= 0, "at least 0", self.seed)
+
+
+def override(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
+    """The recipe with some fields replaced; names of Adversarial fields reach into its adversarial part.
+
+    Raises SidaError for a name that is no field, or that belongs to the adversarial part of a recipe without one.
+    """
+    own = {f.name for f in dataclasses.fields(Recipe)}
+    adversarial = {f.name for f in dataclasses.fields(Adversarial)}
+    for name in overrides:
+        if name not in own | adversarial:
+            raise SidaError(
+                f"unknown recipe field {name!r}",
+                f"Fields are {', '.join(sorted((own | adversarial) - {'adversarial'}))}.",
+            )
+        if name in adversarial and recipe.adversarial is None:
+            raise SidaError(
+                f"{name} belongs to the adversarial loss, which mode {recipe.mode} does not have",
+                "Use --mode sida, or leave it out.",
+            )
+    part = recipe.adversarial
+    if part is not None:
+        part = dataclasses.replace(part, **{k: v for k, v in overrides.items() if k in adversarial})
+    changed = {k: v for k, v in overrides.items() if k in own}
+    return dataclasses.replace(recipe, **({"adversarial": part} | changed))

@@ -1,0 +1,97 @@
+"""What a foreign file holds, as a NetSpec and weights under the published names, loaded strictly."""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sidactl import nets, pickles
+from sidactl.diffusion import Preconditioned
+from sidactl.errors import SidaError
+from sidactl.recipe import NetSpec
+
+# Options that a checkpoint leaves out have these values. Source: EDM (2206.00364), table 7; EDM2 (2312.02696), table 6.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "SongUNet": {
+        "model_channels": 128,
+        "channel_mult": (1, 2, 2, 2),
+        "channel_mult_emb": 4,
+        "num_blocks": 4,
+        "attn_resolutions": (16,),
+        "dropout": 0.10,
+    },
+    "DhariwalUNet": {
+        "model_channels": 192,
+        "channel_mult": (1, 2, 3, 4),
+        "channel_mult_emb": 4,
+        "num_blocks": 3,
+        "attn_resolutions": (32, 16, 8),
+        "dropout": 0.10,
+    },
+}
+# Options of the published classes that say how a net runs, not what it is.
+_IGNORED = {"use_fp16", "model_type", "sigma_min", "sigma_max", "force_normalization", "use_gan", "label_dropout"}
+
+
+def spec_of(record: pickles.Record) -> NetSpec:
+    """The NetSpec of a network record read from a published pickle.
+
+    Raises SidaError for a class that is not one of the published ones, and for an option that we do not know.
+    """
+    options = dict(record.init_kwargs)
+    if record.class_name in ("EDMPrecond", "EDMPrecond_EncoderDecoder"):
+        architecture = str(options.get("model_type", "DhariwalUNet")).removesuffix("_EncoderDecoder")
+    else:
+        raise SidaError(
+            f"networks of class {record.class_name} are not supported",
+            "EDM, SiD and SiDA networks of the EDM family are.",
+        )
+    if architecture not in _DEFAULTS:
+        raise SidaError(f"networks of type {architecture} are not supported", "SongUNet and DhariwalUNet are.")
+    fields = _DEFAULTS[architecture] | {k: v for k, v in options.items() if k not in _IGNORED}
+    return NetSpec.from_json({"architecture": architecture} | {k: _jsonable(v) for k, v in fields.items()})
+
+
+def load_record(record: pickles.Record) -> Preconditioned:
+    """The denoiser that a record describes, with its weights, in eval mode and float32."""
+    net = nets.build(spec_of(record))
+    load_weights(net, pickles.state_dict(record))
+    return net.eval().requires_grad_(False)
+
+
+def load_weights(net: Preconditioned, state: Mapping[str, Tensor]) -> None:
+    """Copies a state dict into a net, as float32. Raises SidaError listing what is missing, unexpected or misshapen."""
+    own = net.state_dict()
+    wrong = [name for name in own if name in state and own[name].shape != state[name].shape]
+    problems = [
+        _listed("missing", [name for name in own if name not in state]),
+        _listed("unexpected", [name for name in state if name not in own]),
+        _listed("of another shape", wrong),
+    ]
+    if any(problems):
+        raise SidaError(
+            f"the weights do not fit the network: {'; '.join(p for p in problems if p)}",
+            "Check that the file holds the network that its settings describe.",
+        )
+    net.load_state_dict({name: tensor.to(torch.float32) for name, tensor in state.items()})
+
+
+def read_network(path: Path) -> Preconditioned:
+    """The network in a published pickle (its "ema" entry). Executes nothing; raises SidaError if there is none."""
+    record = pickles.read(path).get("ema")
+    if not isinstance(record, pickles.Record):
+        raise SidaError(f"{path} holds no network named 'ema'", "Give a snapshot that EDM, SiD or SiDA published.")
+    return load_record(record)
+
+
+def _listed(what: str, names: Collection[str]) -> str:
+    if not names:
+        return ""
+    shown = ", ".join(list(names)[:5])
+    return f"{len(names)} {what} ({shown}{', ...' if len(names) > 5 else ''})"
+
+
+def _jsonable(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else value
