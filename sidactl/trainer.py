@@ -1,0 +1,371 @@
+"""Training steps: the alternating updates of distillation, the EDM update for teachers, and the EMA.
+
+Every draw is a function of the seed and a position. The loop around the steps, with its checkpoints, is in loop.py.
+"""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from sidactl import losses
+from sidactl.augment import AugmentPipe
+from sidactl.diffusion import Draws, Preconditioned, sigma_of_time
+from sidactl.recipe import Recipe, TeacherRecipe
+
+STREAMS = {"latent": 0, "diffusion": 1, "augment": 2, "dropout": 3}
+
+
+class SeededDraws:
+    """Draws from one torch generator on the training device. Implements `Draws`."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._generator = torch.Generator(device).manual_seed(seed)
+        self._device = device
+
+    def normal(self, shape: Iterable[int]) -> Tensor:
+        return torch.randn(*shape, generator=self._generator, device=self._device)
+
+    def uniform(self, shape: Iterable[int]) -> Tensor:
+        return torch.rand(*shape, generator=self._generator, device=self._device)
+
+    def integers(self, high: int, shape: Iterable[int]) -> Tensor:
+        return torch.randint(high, tuple(shape), generator=self._generator, device=self._device)
+
+
+def stream_seed(seed: int, stream: str, index: int) -> int:
+    """The 64-bit seed of one micro-batch in one stream of randomness."""
+    return int(np.random.SeedSequence((seed, STREAMS[stream], index)).generate_state(1, np.uint64)[0])
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Real images [b, C, H, W] in [-1, 1], labels one-hot [b, K], and where their random numbers come from."""
+
+    images: Tensor
+    labels: Tensor
+    latent: Draws
+    diffusion: Draws
+    augment: Draws
+    dropout_seed: int
+
+
+class MicroBatches(Protocol):
+    """Training batches by position: batch number `batch` in all, micro-batch `round` of it."""
+
+    def get(self, batch: int, round: int) -> MicroBatch: ...
+
+
+class ImageSource(Protocol):
+    """What training needs of a dataset; `data.Dataset` is one."""
+
+    num_images: int
+
+    def images(self, indices: Any) -> Tensor: ...
+
+    def one_hot(self, indices: Any) -> Tensor: ...
+
+
+class IndexOrder(Protocol):
+    """The order in which a dataset is read; `data.DataOrder` is one."""
+
+    def indices(self, start: int, count: int) -> Any: ...
+
+
+class DatasetBatches:
+    """Micro-batches of a dataset in a position-addressed order. Implements `MicroBatches`."""
+
+    def __init__(
+        self,
+        dataset: ImageSource,
+        order: IndexOrder,
+        *,
+        batch_size: int,
+        num_rounds: int,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self._dataset, self._order, self._seed, self._device = dataset, order, seed, device
+        self._num_rounds, self._size = num_rounds, batch_size // num_rounds
+
+    def get(self, batch: int, round: int) -> MicroBatch:
+        index = batch * self._num_rounds + round
+        chosen = self._order.indices(index * self._size, self._size)
+        images = self._dataset.images(chosen).to(self._device, non_blocking=True).to(torch.float32) / 127.5 - 1
+
+        def draws(stream: str) -> Draws:
+            return SeededDraws(stream_seed(self._seed, stream, index), self._device)
+
+        return MicroBatch(
+            images,
+            self._dataset.one_hot(chosen).to(self._device, non_blocking=True),
+            draws("latent"),
+            draws("diffusion"),
+            draws("augment"),
+            stream_seed(self._seed, "dropout", index),
+        )
+
+
+def update_ema(
+    ema: nn.Module, net: nn.Module, *, halflife_nimg: int, rampup_ratio: float | None, nimg: int, batch_size: int
+) -> None:
+    """Moves `ema` towards `net`: parameters only, buffers are never touched.
+
+    The half-life is at most rampup_ratio times the images seen before this step, so at 0 images ema becomes net.
+    Source: EDM (2206.00364), appendix F.2.
+    """
+    halflife = float(halflife_nimg)
+    if rampup_ratio is not None:
+        halflife = min(halflife, nimg * rampup_ratio)
+    average = get_ema_multi_avg_fn(0.5 ** (batch_size / max(halflife, 1e-8)))
+    with torch.no_grad():
+        average([p.detach() for p in ema.parameters()], [p.detach() for p in net.parameters()], torch.tensor(0))
+
+
+def apply_gradients(optimizer: torch.optim.Optimizer, clip_value: float | None) -> bool:
+    """Steps the optimiser and clears its gradients; False, and no step, if a gradient is not finite."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    gradients = [p.grad for p in parameters]
+    finite = bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
+    if finite:
+        if clip_value is not None:
+            torch.nn.utils.clip_grad_value_(parameters, clip_value)
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return finite
+
+
+def adam(net: nn.Module, *, lr: float, beta1: float, beta2: float, eps: float) -> torch.optim.Adam:
+    """Adam over all parameters; the fused kernel is the same arithmetic in one pass."""
+    return torch.optim.Adam(net.parameters(), lr=lr, betas=(beta1, beta2), eps=eps, fused=True)
+
+
+class SkippedSteps:
+    """Updates that were skipped for a gradient that was not finite: in all, and in a row, by net."""
+
+    def __init__(self) -> None:
+        self.total: dict[str, int] = {}
+        self.in_a_row: dict[str, int] = {}
+
+    def count(self, name: str, stepped: bool) -> None:
+        self.total[name] = self.total.get(name, 0) + (not stepped)
+        self.in_a_row[name] = 0 if stepped else self.in_a_row.get(name, 0) + 1
+
+
+class DropoutSeed:
+    """Within the block, dropout masks are those of `seed`; the surrounding random state is put back."""
+
+    def __init__(self, seed: int, net: Preconditioned) -> None:
+        self._seed, self._active = seed, net.spec.dropout > 0
+        devices = {p.device for p in net.parameters() if p.device.type == "cuda"}
+        self._fork = torch.random.fork_rng(devices=list(devices), enabled=self._active)
+
+    def __enter__(self) -> None:
+        self._fork.__enter__()
+        if self._active:
+            torch.manual_seed(self._seed)
+
+    def __exit__(self, *exception: Any) -> None:
+        self._fork.__exit__(*exception)
+
+
+class Distillation:
+    """SiD, SiDA and SiD2A: fake score and generator trained in turn. Source: SiDA (2410.14919), Algorithms 1 and 2.
+
+    The fake score starts from the teacher; generator and EMA start from `generator`, or from the teacher. Follows the
+    published code where it departs from the algorithm as printed: fresh noise for either update, strict gates.
+    """
+
+    def __init__(
+        self, recipe: Recipe, teacher: Preconditioned, generator: Preconditioned | None, batches: MicroBatches
+    ) -> None:
+        self.recipe = recipe
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.fake_score = _trainable_copy(teacher, recipe.dropout)
+        self.generator = _trainable_copy(generator or teacher, recipe.dropout)
+        self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
+        self._batches = batches
+        self._augment = AugmentPipe(p=recipe.augment_p) if recipe.augment_p and teacher.spec.augment_dim else None
+        self._fake_score_optimizer = adam(
+            self.fake_score,
+            lr=recipe.fake_score_lr,
+            beta1=recipe.fake_score_beta1,
+            beta2=recipe.beta2,
+            eps=recipe.adam_eps,
+        )
+        self._generator_optimizer = adam(
+            self.generator,
+            lr=recipe.generator_lr,
+            beta1=recipe.generator_beta1,
+            beta2=recipe.beta2,
+            eps=recipe.adam_eps,
+        )
+        self.nimg = self.step_index = 0
+        self.skipped = SkippedSteps()
+
+    @property
+    def trains_generator(self) -> bool:
+        """Whether this step updates the generator; before that the fake score trains alone."""
+        start = self.recipe.generator_from_nimg
+        return start is None or self.nimg > start
+
+    @property
+    def is_adversarial(self) -> bool:
+        """Whether this step's generator loss has its adversarial term."""
+        part = self.recipe.adversarial
+        return part is not None and self.nimg > part.adversarial_from_nimg
+
+    def stage(self) -> str:
+        """For people: what this step trains."""
+        return "fake score" if not self.trains_generator else "SiDA" if self.is_adversarial else "SiD"
+
+    def modules(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
+        return {
+            "fake_score": self.fake_score,
+            "generator": self.generator,
+            "ema": self.ema,
+            "fake_score_optimizer": self._fake_score_optimizer,
+            "generator_optimizer": self._generator_optimizer,
+        }
+
+    def step(self) -> dict[str, Tensor]:
+        """One iteration: the fake score, the generator (once its turn has come), the EMA.
+
+        Returns the scaled losses as printed by the published code, one value per accumulation round, [rounds].
+        """
+        part = self.recipe.adversarial
+        stats = self._fake_score_gradients()
+        clip_value = None if part is None else part.clip_gradient_value
+        self.skipped.count("fake_score", apply_gradients(self._fake_score_optimizer, clip_value))
+        if self.trains_generator:
+            stats |= self._generator_gradients()
+            self.skipped.count("generator", apply_gradients(self._generator_optimizer, None))
+        update_ema(
+            self.ema,
+            self.generator,
+            halflife_nimg=self.recipe.ema_halflife_nimg,
+            rampup_ratio=self.recipe.ema_rampup_ratio,
+            nimg=self.nimg,
+            batch_size=self.recipe.batch_size,
+        )
+        self.nimg += self.recipe.batch_size
+        self.step_index += 1
+        return stats
+
+    def _fake_score_gradients(self) -> dict[str, Tensor]:
+        recipe, part, psi = self.recipe, self.recipe.adversarial, self.fake_score
+        psi.train()
+        self.generator.eval()
+        rounds: list[dict[str, Tensor]] = []
+        for index in range(recipe.num_accumulation_rounds):
+            batch = self._batches.get(2 * self.step_index, index)
+            with torch.no_grad():
+                fakes = self._generate(batch)
+            sigma = (recipe.P_std * batch.diffusion.normal((len(fakes), 1, 1, 1)) + recipe.P_mean).exp()
+            fakes, fake_augment = self._augmented(fakes, batch)
+            noise = batch.diffusion.normal(fakes.shape)
+            with DropoutSeed(batch.dropout_seed, psi):
+                score = losses.fake_score_loss(psi, fakes, noise, sigma, batch.labels, fake_augment)
+                stats = {"fake_score_loss": score.per_pixel.sum() / recipe.batch_size}
+                if part is not None:
+                    reals, real_augment = self._augmented(batch.images, batch)
+                    per_image = losses.discriminator_loss(psi, reals, score, noise, sigma, batch.labels, real_augment)
+                    stats["discriminator_loss"] = per_image.sum() * (part.discriminator_scale / recipe.batch_size)
+                torch.stack(list(stats.values())).sum().backward()
+            rounds.append(stats)
+        return _stack(rounds)
+
+    def _generator_gradients(self) -> dict[str, Tensor]:
+        recipe, part = self.recipe, self.recipe.adversarial
+        self.generator.train()
+        self.fake_score.eval().requires_grad_(False)
+        rounds: list[dict[str, Tensor]] = []
+        for index in range(recipe.num_accumulation_rounds):
+            batch = self._batches.get(2 * self.step_index + 1, index)
+            with DropoutSeed(batch.dropout_seed, self.generator):
+                fakes = self._generate(batch)
+            sigma = sigma_of_time(batch.diffusion.uniform((len(fakes), 1, 1, 1)) * (recipe.tmax / 1000))
+            noise = batch.diffusion.normal(fakes.shape)
+            sid = losses.sid_generator_loss(
+                self.teacher, self.fake_score, fakes, noise, sigma, batch.labels, alpha=recipe.alpha
+            )
+            stats = {"generator_sid_loss": sid.per_pixel.sum() * (recipe.lambda_sid / recipe.batch_size)}
+            weight = 1.0
+            if part is not None and self.is_adversarial:
+                weight, scale = part.joint_weight, part.lambda_adv / recipe.batch_size * fakes[0].numel()
+                stats["generator_adversarial_loss"] = losses.adversarial_generator_loss(sid).sum() * scale
+            (weight * torch.stack(list(stats.values())).sum()).backward()
+            rounds.append(stats)
+        self.fake_score.requires_grad_(True)
+        return _stack(rounds)
+
+    def _generate(self, batch: MicroBatch) -> Tensor:
+        z = batch.latent.normal(batch.images.shape)
+        images: Tensor = self.generator(self.recipe.sigma_init * z, self.recipe.sigma_init, batch.labels)
+        return images
+
+    def _augmented(self, images: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
+        return (images, None) if self._augment is None else self._augment(images, batch.augment)
+
+
+class Pretraining:
+    """A teacher trained from scratch with the EDM loss. Source: EDM (2206.00364), section 5."""
+
+    def __init__(self, recipe: TeacherRecipe, net: Preconditioned, batches: MicroBatches) -> None:
+        self.recipe, self.net = recipe, net
+        self.ema = copy.deepcopy(net).eval().requires_grad_(False)
+        self._batches = batches
+        self._augment = AugmentPipe(p=recipe.augment_p) if recipe.augment_p and net.spec.augment_dim else None
+        self._optimizer = adam(net, lr=recipe.lr, beta1=recipe.beta1, beta2=recipe.beta2, eps=recipe.adam_eps)
+        self.nimg = self.step_index = 0
+        self.skipped = SkippedSteps()
+
+    def stage(self) -> str:
+        """For people: what this step trains."""
+        return "teacher"
+
+    def modules(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
+        return {"net": self.net, "ema": self.ema, "optimizer": self._optimizer}
+
+    def step(self) -> dict[str, Tensor]:
+        """One update; returns the mean loss per pixel, [1]."""
+        recipe = self.recipe
+        self.net.train()
+        batch = self._batches.get(self.step_index, 0)
+        images, augment_labels = batch.images, None
+        if self._augment is not None:
+            images, augment_labels = self._augment(images, batch.augment)
+        sigma = (recipe.P_std * batch.diffusion.normal((len(images), 1, 1, 1)) + recipe.P_mean).exp()
+        noise = batch.diffusion.normal(images.shape)
+        with DropoutSeed(batch.dropout_seed, self.net):
+            loss = losses.fake_score_loss(self.net, images, noise, sigma, batch.labels, augment_labels).per_pixel
+            (loss.sum() / recipe.batch_size).backward()
+        for group in self._optimizer.param_groups:
+            group["lr"] = recipe.lr * min(self.nimg / max(recipe.lr_rampup_nimg, 1e-8), 1.0)
+        self.skipped.count("teacher", apply_gradients(self._optimizer, None))
+        update_ema(
+            self.ema,
+            self.net,
+            halflife_nimg=recipe.ema_halflife_nimg,
+            rampup_ratio=recipe.ema_rampup_ratio,
+            nimg=self.nimg,
+            batch_size=recipe.batch_size,
+        )
+        self.nimg += recipe.batch_size
+        self.step_index += 1
+        return {"denoising_loss": loss.detach().mean()[None]}
+
+
+def _trainable_copy(net: Preconditioned, dropout: float) -> Preconditioned:
+    copied = copy.deepcopy(net).requires_grad_(True)
+    copied.set_dropout(dropout)
+    return copied
+
+
+def _stack(rounds: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([r[name].detach() for r in rounds]) for name in rounds[0]}
