@@ -1,0 +1,412 @@
+"""Making dataset zips in the EDM layout: presets, transforms, and the writing; data.py reads them back."""
+
+import itertools
+import json
+import os
+import struct
+import warnings
+import zipfile
+import zlib
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal, NamedTuple, Self
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from sidactl import pictures
+from sidactl.data import LABEL_FILE, Dataset, decode_latents, decode_pixels, first_line
+from sidactl.errors import EXIT_FAILED, SidaError
+from sidactl.sources import Convention, Item, Pixels, open_source
+
+Transform = Callable[[Image.Image, int, int], Image.Image | None]
+
+MAX_WORKERS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """How a published dataset was made: resolution (width, height), transform, and whether classes are kept."""
+
+    resolution: tuple[int, int]
+    transform: str | None = None
+    use_labels: bool = True
+
+
+# The folders of FFHQ (by thousands) and AFHQ-v2 (train, test) are no classes: their teachers are unconditional.
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {
+        "cifar10": Preset(resolution=(32, 32)),
+        "imagenet64": Preset(resolution=(64, 64), transform="center-crop"),
+        "ffhq64": Preset(resolution=(64, 64), use_labels=False),
+        "afhqv2-64": Preset(resolution=(64, 64), use_labels=False),
+        "imagenet512": Preset(resolution=(512, 512), transform="center-crop-dhariwal"),
+        "fashion32": Preset(resolution=(32, 32), transform="pad"),
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedDataset:
+    """What `prepare` wrote. `skipped`: name and reason of each image left out, in the order of the source."""
+
+    num_images: int
+    resolution: int
+    num_channels: int
+    label_dim: int
+    class_counts: list[int]
+    skipped: list[tuple[str, str]]
+    kind: Literal["pixels", "latents"]
+
+
+class _Member(NamedTuple):
+    """An encoded image: bytes for the zip and what they hold, `shape` = (channels, height, width)."""
+
+    data: bytes
+    shape: tuple[int, int, int]
+
+
+def prepare(
+    source: str | Path,
+    destination: Path,
+    *,
+    preset: str | None = None,
+    transform: str | None = None,
+    resolution: tuple[int, int] | None = None,
+    max_images: int | None = None,
+    convention: Convention = "edm2",
+    workers: int | None = None,
+    skip_bad: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> PreparedDataset:
+    """Writes `source` to the zip `destination`, whole or not at all; the bytes depend on the source and options alone.
+
+    source: "tiny-digits"; a folder of images (classes from its dataset.json, else from its top-level folders; an
+        ILSVRC root is followed to its training images); a zip of images (classes from its dataset.json; one in the EDM
+        or EDM2 layout is verified and taken as it is, latents too, unless a resolution is given);
+        cifar-10-python.tar.gz (training part); MNIST's IDX images, raw or gzipped, with the labels beside them, or
+        their folder; a guided-diffusion .npz (arr_0 uint8 [N, H, W, 3], arr_1 classes).
+    preset: a name in PRESETS, instead of transform and resolution. resolution: (width, height).
+    transform: a name in TRANSFORMS; None scales to `resolution` without keeping the aspect ratio.
+    max_images: only the first so many of the source.
+    convention: of files, "edm2" makes every image RGB (palettes resolved, alpha dropped, CMYK converted); "edm" keeps
+        grey images grey, takes palette images for grey indices and refuses other modes; they also sort folders
+        differently ('a-b' before or after 'a/'). Both take the first frame of an animation, ignore orientation tags,
+        cut 16-bit RGB to 8 bits and refuse 16-bit grey. Arrays keep their channels.
+    workers: threads that decode (Pillow works outside the interpreter lock); default: one per core.
+    skip_bad: leave out images that cannot be read and list them, instead of stopping at the first.
+    progress: called with (images done, images in all).
+
+    Raises SidaError, naming the file, for anything that cannot be used. Results must be square with a side that is
+    a power of two, all of one shape. Member names count skipped images too, as the published tools do.
+    Source: the dataset tools of EDM (2206.00364) and EDM2 (2312.02696), pixel for pixel.
+    """
+    for option, value in (("max-images", max_images), ("workers", workers)):
+        if value is not None and value < 1:
+            raise SidaError(f"--{option} must be >= 1, got {value}", f"Pass --{option} 1 or more, or leave it out.")
+    resolution, transform, use_labels = _options(preset, transform, resolution)
+    encode = partial(_encode, transform=transform, resolution=resolution, convention=convention)
+    labels: list[tuple[str, int]] = []
+    skipped: list[tuple[str, str]] = []
+    first: tuple[str, _Member] | None = None
+    num_images = 0
+    temporary = destination.with_name(f"{destination.name}.tmp")
+    try:
+        opened = open_source(source, convention, keep_layout=resolution is None)
+        total = min(opened.total, max_images or opened.total)
+        num_threads = min(workers or os.cpu_count() or 1, MAX_WORKERS) if opened.from_files else 1
+        with ExitStack() as stack:
+            stack.enter_context(_quiet_pillow())
+            archive = stack.enter_context(zipfile.ZipFile(temporary, "w"))
+            results = stack.enter_context(
+                closing(_in_order(encode, itertools.islice(opened.items, total), num_threads))
+            )
+            for index, (item, member) in enumerate(results):
+                if progress is not None:
+                    progress(index + 1, total)
+                if isinstance(member, str):
+                    skipped.append((item.name, member))
+                    continue
+                if isinstance(member, SidaError):
+                    if not skip_bad:
+                        raise member
+                    skipped.append((item.name, member.message.removeprefix(f"{item.name} ")))
+                    continue
+                first = first or (item.name, member)
+                _check_shape(item.name, member.shape, first[0], first[1].shape)
+                name = item.keep_as or _member_name(index)
+                _write(archive, name, member.data)
+                num_images += 1
+                if item.label is not None and use_labels:
+                    labels.append((name, item.label))
+            if first is None:
+                raise SidaError(
+                    f"{source} must hold an image that can be used, got none",
+                    "Mend the images or choose another transform.",
+                )
+            _write(archive, LABEL_FILE, json.dumps({"labels": labels or None}).encode())
+        temporary.replace(destination)
+    except OSError as error:
+        message = f"cannot prepare {destination} ({error.strerror or error}: {error.filename or destination})"
+        raise SidaError(message, "Mend that, then repeat.", exit_code=EXIT_FAILED) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    channels, size, _ = first[1].shape
+    counts = [int(count) for count in np.bincount([label for _, label in labels])] if labels else []
+    return PreparedDataset(
+        num_images=num_images,
+        resolution=size,
+        num_channels=channels,
+        label_dim=len(counts),
+        class_counts=counts,
+        skipped=skipped,
+        kind="latents" if channels == 8 else "pixels",
+    )
+
+
+class ZipWriter:
+    """Writes images one by one as a zip in the EDM layout; a context manager that adds dataset.json at its end."""
+
+    def __init__(self, path: Path) -> None:
+        self._archive = zipfile.ZipFile(path, "w")
+        self._labels: list[tuple[str, int]] = []
+        self.num_images = 0
+
+    def add(self, pixels: Pixels, label: int | None = None) -> None:
+        """One image, uint8 [H, W, C] with 1 or 3 channels, and its class; either all images have one or none."""
+        name = _member_name(self.num_images)
+        _write(self._archive, name, encode_png(pixels[..., 0] if pixels.shape[2] == 1 else pixels))
+        if label is not None:
+            self._labels.append((name, label))
+        self.num_images += 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        assert len(self._labels) in (0, self.num_images)
+        _write(self._archive, LABEL_FILE, json.dumps({"labels": self._labels or None}).encode())
+        self._archive.close()
+
+
+def contact_sheet(dataset: Dataset, *, columns: int = 8, rows: int = 8) -> bytes:
+    """PNG of at most columns x rows images, evenly spread over the dataset. Raises SidaError for latents."""
+    if dataset.is_latents:
+        raise SidaError(
+            f"a contact sheet must be of pixels, got latents in {dataset.path}", "Prepare pixels to see them."
+        )
+    num_shown = min(columns * rows, dataset.num_images)
+    images = dataset.images(np.arange(num_shown) * dataset.num_images // num_shown)
+    return pictures.grid(images.permute(0, 2, 3, 1).numpy(), columns=columns)
+
+
+def _options(
+    preset: str | None, transform: str | None, resolution: tuple[int, int] | None
+) -> tuple[tuple[int, int] | None, str | None, bool]:
+    if preset is not None:
+        if preset not in PRESETS:
+            raise SidaError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}", "Choose one of these.")
+        if transform is not None or resolution is not None:
+            raise SidaError(
+                f"preset {preset} fixes transform and resolution, got one of them too", "Leave out one or the other."
+            )
+        chosen = PRESETS[preset]
+        return chosen.resolution, chosen.transform, chosen.use_labels
+    if transform is not None and transform not in TRANSFORMS:
+        raise SidaError(f"transform must be one of {', '.join(TRANSFORMS)}, got {transform!r}", "Choose one of these.")
+    if transform is not None and resolution is None:
+        raise SidaError(f"transform {transform} must have a resolution, got none", "Pass --resolution, e.g. 64x64.")
+    if resolution is not None and min(resolution) < 1:
+        raise SidaError(f"resolution must be >= 1x1, got {resolution[0]}x{resolution[1]}", "Pass e.g. 64x64.")
+    return resolution, transform, True
+
+
+def _center_crop(image: Image.Image, width: int, height: int) -> Image.Image:
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side)).convert("RGB")
+    return square.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _center_crop_wide(image: Image.Image, width: int, height: int) -> Image.Image | None:
+    crop_height = round(width * image.height / image.width)
+    if image.width < width or crop_height < height:
+        return None
+    top, bottom = (image.height - crop_height) // 2, (image.height + crop_height) // 2
+    strip = image.crop((0, top, image.width, bottom)).convert("RGB")
+    canvas = Image.new("RGB", (width, width))
+    canvas.paste(strip.resize((width, height), Image.Resampling.LANCZOS), (0, (width - height) // 2))
+    return canvas
+
+
+def _center_crop_dhariwal(image: Image.Image, width: int, height: int) -> Image.Image:
+    while min(image.size) >= 2 * width:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = width / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def _pad(image: Image.Image, width: int, height: int) -> Image.Image:
+    if image.width > width or image.height > height:
+        raise ValueError(f"must be at most {width}x{height} to be padded, got {image.width}x{image.height}")
+    canvas = Image.new(image.mode, (width, height))
+    canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
+    return canvas
+
+
+TRANSFORMS: Mapping[str, Transform] = MappingProxyType(
+    {
+        "center-crop": _center_crop,
+        "center-crop-wide": _center_crop_wide,
+        "center-crop-dhariwal": _center_crop_dhariwal,
+        "pad": _pad,
+    }
+)
+
+
+def _encode(
+    item: Item, *, transform: str | None, resolution: tuple[int, int] | None, convention: Convention
+) -> _Member | SidaError | str:
+    """One image for the zip; the error for one that cannot be used; a reason for one that its transform leaves out."""
+    try:
+        loaded = item.load()
+        if item.keep_as is not None:
+            assert isinstance(loaded, bytes)
+            decode = decode_latents if item.keep_as.endswith(".npy") else decode_pixels
+            return _Member(loaded, decode(loaded, item.name).shape)
+        if isinstance(loaded, np.ndarray):
+            image = Image.fromarray(loaded)
+        else:
+            image = _read_image(loaded, item.name, convention)
+        if resolution is not None and transform is not None:
+            result = TRANSFORMS[transform](image, *resolution)
+            if result is None:
+                return f"is too small for {transform} to {resolution[0]}x{resolution[1]}"
+            image = result
+        elif resolution is not None and image.size != resolution:
+            image = image.resize(resolution, Image.Resampling.LANCZOS)
+    except SidaError as error:
+        return error
+    except ValueError as error:
+        return SidaError(f"{item.name} {error}", "Choose another transform or resolution.")
+    return _Member(encode_png(np.asarray(image)), (len(image.getbands()), image.height, image.width))
+
+
+def _read_image(file: Path | bytes, name: str, convention: Convention) -> Image.Image:
+    """The first frame as mode L or RGB."""
+    hint = "Mend or remove it, or pass --skip-bad to go on without."
+    try:
+        with Image.open(BytesIO(file) if isinstance(file, bytes) else file) as image:
+            mode = image.mode
+            if convention == "edm":
+                # Palette indices become grey levels, as in the published tool; 8 bits in any case.
+                readable = mode in ("L", "RGB", "P")
+                pixels = Image.fromarray(np.asarray(image)) if readable else image
+            else:
+                readable = mode not in ("I", "F") and not mode.startswith("I;")
+                pixels = image.convert("RGB") if readable else image
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise SidaError(f"{name} must have at most {Image.MAX_IMAGE_PIXELS} pixels, got more", hint) from error
+    except UnidentifiedImageError as error:
+        raise SidaError(f"{name} must be an image, got bytes that Pillow does not know", hint) from error
+    except Exception as error:  # Pillow's readers raise whatever their parser trips over.
+        raise SidaError(f"{name} cannot be read as an image ({first_line(error)})", hint) from error
+    if not readable:
+        allowed = "8-bit grey or RGB" if convention == "edm" else "8 bits per channel"
+        raise SidaError(
+            f"{name} must have {allowed}, got Pillow's mode {mode}", "Convert it, or pass --skip-bad to go on without."
+        )
+    return pixels
+
+
+def encode_png(pixels: Pixels) -> bytes:
+    """An uncompressed PNG of uint8 [H, W] (grey) or [H, W, 3] (RGB).
+
+    Written here because a library's compressor, even at level 0, may change its bytes from version to version.
+    Source: PNG specification (W3C), RFC 1950 and 1951.
+    """
+    height, width = pixels.shape[:2]
+    rows = np.zeros((height, 1 + pixels[0].size), dtype=np.uint8)  # each row begins with its filter, 0 for none
+    rows[:, 1:] = pixels.reshape(height, -1)
+    raw = rows.tobytes()
+    starts = range(0, len(raw), 0xFFFF)
+    blocks = []
+    for start in starts:
+        block = raw[start : start + 0xFFFF]
+        blocks.append(struct.pack("<BHH", start == starts[-1], len(block), len(block) ^ 0xFFFF) + block)
+    packed = b"\x78\x01" + b"".join(blocks) + struct.pack(">I", zlib.adler32(raw))
+    header = struct.pack(">IIBBBBB", width, height, 8, 0 if pixels.ndim == 2 else 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", packed), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+
+
+def _check_shape(name: str, shape: tuple[int, int, int], first_name: str, first_shape: tuple[int, int, int]) -> None:
+    hint = "Pass --resolution, e.g. 32x32, and a --transform if the aspect ratio shall be kept."
+    channels, height, width = shape
+    if height != width or width & (width - 1):
+        raise SidaError(
+            f"images must be square with a side that is a power of two, got {width}x{height} for {name}", hint
+        )
+    if shape[1:] != first_shape[1:]:
+        first_size = f"{first_shape[2]}x{first_shape[1]}"
+        raise SidaError(
+            f"images must all have one size, got {first_size} for {first_name} and {width}x{height} for {name}", hint
+        )
+    if channels != first_shape[0]:
+        got = f"{first_shape[0]} channels for {first_name} and {channels} for {name}"
+        raise SidaError(f"images must all be grey or all RGB, got {got}", "Use the convention edm2: all become RGB.")
+
+
+def _member_name(index: int) -> str:
+    number = f"{index:08d}"
+    return f"{number[:5]}/img{number}.png"
+
+
+def _write(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
+    member = zipfile.ZipInfo(name)  # dated 1980-01-01 unless told otherwise
+    member.create_system = 3
+    member.external_attr = 0o644 << 16
+    archive.writestr(member, data)
+
+
+def _in_order(
+    encode: Callable[[Item], _Member | SidaError | str], items: Iterable[Item], num_threads: int
+) -> Generator[tuple[Item, _Member | SidaError | str]]:
+    """Each item with its encoding, in the order of `items`, a few of them ahead in other threads."""
+    if num_threads == 1:
+        for item in items:
+            yield item, encode(item)
+        return
+    with ThreadPoolExecutor(num_threads) as pool:
+        pending: deque[tuple[Item, Future[_Member | SidaError | str]]] = deque()
+        try:
+            for item in items:
+                pending.append((item, pool.submit(encode, item)))
+                if len(pending) > 4 * num_threads:
+                    oldest, future = pending.popleft()
+                    yield oldest, future.result()
+            for oldest, future in pending:
+                yield oldest, future.result()
+        finally:
+            for _, future in pending:
+                future.cancel()
+
+
+@contextmanager
+def _quiet_pillow() -> Iterator[None]:
+    """Pillow's remarks on odd files are dropped, but images of absurd size become errors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield

@@ -1,0 +1,820 @@
+"""Datasets: reading, the data order, and every source, transform and refusal of prepare-data."""
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import pickle
+import random
+import struct
+import subprocess
+import sys
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sidactl.data import DataOrder, Dataset, ZipArchive, tiny_digits_arrays
+from sidactl.errors import SidaError
+from sidactl.prepare import PRESETS, contact_sheet, encode_png, prepare
+from tests.golden import golden_metrics
+
+EXPECTED = "datasets/expected.json"
+DECODED = "datasets/decoded.npz"
+INPUTS = "datasets/inputs.zip"
+CIFAR = "datasets/cifar-10-python.tar.gz"
+
+WRITTEN = [
+    *(f"{tool}_{case}" for tool in ("edm", "edm2") for case in
+      ("plain_dirs", "flat", "with_json", "json_null", "max_images3", "scale16", "scale_up32", "crop16", "crop32_up",
+       "wide32x18", "wide_gap", "gray", "gray_scale8", "gray_crop16", "palette", "zip_nolabels", "zip_labels")),
+    "edm2_dhariwal16", "edm2_dhariwal32", "edm2_rgba", "edm2_mixed_gray_rgb", "edm_cifar", "edm_cifar_max7",
+]  # fmt: skip
+
+
+def refusal(*arguments: Any, **options: Any) -> str:
+    with pytest.raises(SidaError) as caught:
+        prepare(*arguments, **options)
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    with zipfile.ZipFile(golden_metrics(INPUTS)) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def golden_case(name: str, inputs: Path) -> tuple[dict[str, Any], Path, dict[str, Any]]:
+    """What the published tool did: its record, the source, and the same options for `prepare`."""
+    case = json.loads(golden_metrics(EXPECTED).read_text())["cases"][name]
+    source = golden_metrics(CIFAR) if case["source"].endswith(".tar.gz") else inputs / case["source"]
+    options: dict[str, Any] = {"convention": name.partition("_")[0]}
+    for option in case["options"]:
+        key, _, value = option.removeprefix("--").partition("=")
+        parsed = {"resolution": lambda v: tuple(map(int, v.split("x"))), "max-images": int, "transform": str}[key](
+            value
+        )
+        options[key.replace("-", "_")] = parsed
+    return case, source, options
+
+
+def decoded_pixels(name: str) -> np.ndarray:
+    stored = np.load(golden_metrics(DECODED))
+    key = name if name in stored else name.replace("edm2_", "edm_")
+    return stored[key]
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_prepare_equals_published_tool(name: str, inputs: Path, tmp_path: Path) -> None:
+    case, source, options = golden_case(name, inputs)
+    prepare(source, tmp_path / "out.zip", **options)
+    with zipfile.ZipFile(tmp_path / "out.zip") as archive:
+        assert archive.namelist() == [*case["names"], "dataset.json"]
+        assert archive.read("dataset.json").decode() == case["dataset_json_text"]
+        assert archive.testzip() is None
+        pixels = np.stack([np.array(Image.open(archive.open(member))) for member in case["names"]])
+    assert list(pixels.shape) == case["shape"]
+    np.testing.assert_array_equal(pixels, decoded_pixels(name))
+
+
+def test_prepare_refusals_where_published_tool_fails(inputs: Path, tmp_path: Path) -> None:
+    pow2 = "images must be square with a side that is a power of two, got {0} for {1}. "
+    scale = "Pass --resolution, e.g. 32x32, and a --transform if the aspect ratio shall be kept."
+    rgba = "must have 8-bit grey or RGB, got Pillow's mode RGBA. Convert it, or pass --skip-bad to go on without."
+    refusals = {
+        "edm_rgba": f"{inputs}/rgba/0.png {rgba}",
+        "edm_mixed_gray_rgb": "images must all be grey or all RGB, got 3 channels for {0}/0.png and 1 for {0}/1.png. "
+        "Use the convention edm2: all become RGB.".format(inputs / "mixed_gray_rgb"),
+        "edm_different_sizes": f"images must all have one size, got 16x16 for {inputs}/different_sizes/0.png "
+        f"and 32x32 for {inputs}/different_sizes/1.png. {scale}",
+        "edm_not_pow2": pow2.format("24x24", inputs / "not_pow2/0.png") + scale,
+        "edm_not_square": pow2.format("32x16", inputs / "not_square/0.png") + scale,
+    }
+    for name in ("edm2_different_sizes", "edm2_not_pow2", "edm2_not_square"):
+        refusals[name] = refusals[name.replace("edm2", "edm")]
+    for name, text in refusals.items():
+        case, source, options = golden_case(name, inputs)
+        assert case["exit_code"] == 1
+        assert refusal(source, tmp_path / "out.zip", **options) == text
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["edm_json_incomplete", "edm2_json_incomplete"])
+def test_prepare_refuses_missing_label_where_published_tool_drops_all(name: str, inputs: Path, tmp_path: Path) -> None:
+    case, source, options = golden_case(name, inputs)
+    assert case["dataset_json"] == {"labels": None}
+    where = source / "dataset.json"
+    labelled = {entry[0] for entry in json.loads(where.read_text())["labels"]}
+    missing = next(n for n in ("c0/0.png", "c0/2.png", "c1/1.png", "c1/3.png") if n not in labelled)
+    assert refusal(source, tmp_path / "out.zip", **options) == (
+        f"{where} must label every image, got none for {missing}. "
+        'Add its label, or set "labels" to null in dataset.json to go without.'
+    )
+
+
+@pytest.mark.parametrize("name", ["edm_max_images0", "edm2_max_images0"])
+def test_prepare_refuses_no_images_where_published_tool_writes_one(name: str, inputs: Path, tmp_path: Path) -> None:
+    case, source, options = golden_case(name, inputs)
+    assert len(case["names"]) == 1
+    assert refusal(source, tmp_path / "out.zip", **options) == (
+        "--max-images must be >= 1, got 0. Pass --max-images 1 or more, or leave it out."
+    )
+
+
+def test_every_golden_case_is_tested() -> None:
+    cases = set(json.loads(golden_metrics(EXPECTED).read_text())["cases"])
+    refused = {f"edm_{name}" for name in ("rgba", "mixed_gray_rgb")} | {
+        f"{tool}_{name}"
+        for tool in ("edm", "edm2")
+        for name in ("different_sizes", "not_pow2", "not_square", "json_incomplete", "max_images0")
+    }
+    assert cases == set(WRITTEN) | refused
+
+
+# A source of each kind, small enough to reason about.
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def save(path: Path, pixels: np.ndarray | Image.Image, **options: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(path, **options)
+    return path
+
+
+def make_zip(path: Path, members: list[tuple[str, bytes]], method: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, data in members:
+            archive.writestr(name, data)
+    return path
+
+
+def layout(count: int, size: int = 4) -> list[tuple[str, bytes]]:
+    return [(f"00000/img{i:08d}.png", encode_png(noise(size, size, 3, seed=i))) for i in range(count)]
+
+
+def labelled(members: list[tuple[str, bytes]], *classes: object) -> list[tuple[str, bytes]]:
+    labels = [[name, c] for (name, _), c in zip(members, classes, strict=True)]
+    return [*members, ("dataset.json", json.dumps({"labels": labels}).encode())]
+
+
+def idx_file(path: Path, array: np.ndarray) -> Path:
+    data = bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def cifar_archive(path: Path, batch: bytes) -> Path:
+    with tarfile.open(path, "w:gz") as archive:
+        for number in range(5, 0, -1):
+            member = tarfile.TarInfo(f"cifar-10-batches-py/data_batch_{number}")
+            member.size = len(batch)
+            archive.addfile(member, io.BytesIO(batch))
+    return path
+
+
+def cifar_batch(labels: list[int], planes: bytes) -> bytes:
+    """The opcodes of a Python-2 batch that matter: labels, then data."""
+    numbers = b"".join(b"K" + bytes([label]) for label in labels)
+    data = b"T" + struct.pack("<I", len(planes)) + planes
+    return b"\x80\x02}(U\x06labels](" + numbers + b"eU\x04data" + data + b"u."
+
+
+def test_prepare_same_bytes_for_any_number_of_workers_and_dates(tmp_path: Path) -> None:
+    for number in random.Random(0).sample(range(40), 40):
+        save(tmp_path / f"in/{number % 3}/{number}.png", noise(9, 11, 3, seed=number))
+    os.utime(tmp_path / "in/0/0.png", (0, 0))
+    options: dict[str, Any] = {"resolution": (8, 8), "transform": "center-crop"}
+    for workers in (1, 2, 5):
+        prepare(tmp_path / "in", tmp_path / f"{workers}.zip", workers=workers, **options)
+    first = (tmp_path / "1.zip").read_bytes()
+    assert first == (tmp_path / "2.zip").read_bytes() == (tmp_path / "5.zip").read_bytes()
+
+
+def test_prepare_tiny_digits_is_the_same_everywhere(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    done = prepare("tiny-digits", tmp_path / "d.zip", progress=lambda *counts: seen.append(counts))
+    assert (done.num_images, done.resolution, done.num_channels, done.label_dim) == (1797, 8, 1, 10)
+    assert done.class_counts == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert (done.kind, done.skipped) == ("pixels", [])
+    assert seen[0] == (1, 1797)
+    assert seen[-1] == (1797, 1797)
+    digest = hashlib.sha256((tmp_path / "d.zip").read_bytes()).hexdigest()
+    assert digest == "5667279d4a7c72efcdd2ab58c0e7b0482be2592032f0332c89e9c659e7703235"
+    images, labels = tiny_digits_arrays()
+    dataset = Dataset(tmp_path / "d.zip")
+    np.testing.assert_array_equal(dataset.images(range(1797)).numpy(), images)
+    np.testing.assert_array_equal(dataset.labels, labels)
+
+
+def test_tiny_digits_are_ink_counts_over_eight_minus_one() -> None:
+    sklearn_datasets = pytest.importorskip("sklearn.datasets")
+    digits = sklearn_datasets.load_digits()
+    images, labels = tiny_digits_arrays()
+    assert np.abs(images[:, 0] / 127.5 - 1 - (digits.images / 8 - 1)).max() <= 1 / 255
+    np.testing.assert_array_equal(labels, digits.target)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (8, 8), (8, 8, 3), (256, 256), (512, 256, 3)])
+def test_encode_png_is_read_back_by_pillow(shape: tuple[int, ...]) -> None:
+    np.testing.assert_array_equal(np.array(Image.open(io.BytesIO(encode_png(noise(*shape))))), noise(*shape))
+
+
+def test_preset_fashion32_pads_idx_images_with_zeros(tmp_path: Path) -> None:
+    images, labels = noise(5, 28, 28), np.array([9, 0, 3, 3, 1], dtype=np.uint8)
+    for suffix in ("", ".gz"):
+        folder = tmp_path / f"raw{suffix}"
+        folder.mkdir()
+        file = idx_file(folder / f"train-images-idx3-ubyte{suffix}", images)
+        idx_file(folder / f"train-labels-idx1-ubyte{suffix}", labels)
+        for source in (file, folder):
+            done = prepare(source, tmp_path / "out.zip", preset="fashion32")
+            assert (done.num_channels, done.resolution, done.class_counts[9]) == (1, 32, 1)
+            dataset = Dataset(tmp_path / "out.zip")
+            padded = np.pad(images, ((0, 0), (2, 2), (2, 2)))
+            np.testing.assert_array_equal(dataset.images(range(5)).numpy()[:, 0], padded)
+            np.testing.assert_array_equal(dataset.labels, labels)
+
+
+def test_preset_imagenet64_follows_ilsvrc_root_to_its_training_folders(tmp_path: Path) -> None:
+    train = tmp_path / "in/ILSVRC/Data/CLS-LOC/train"
+    save(train / "n02/a.JPEG", noise(70, 90, 3), format="JPEG")
+    save(train / "n01/b.JPEG", noise(90, 70, 3, seed=1).copy(), format="JPEG")
+    save(tmp_path / "in/ILSVRC/Data/CLS-LOC/val/c.JPEG", noise(70, 70, 3), format="JPEG")
+    prepare(tmp_path / "in", tmp_path / "preset.zip", preset="imagenet64")
+    prepare(train, tmp_path / "options.zip", resolution=(64, 64), transform="center-crop")
+    assert (tmp_path / "preset.zip").read_bytes() == (tmp_path / "options.zip").read_bytes()
+    assert Dataset(tmp_path / "preset.zip").class_counts() == [1, 1]
+
+
+@pytest.mark.parametrize("preset", ["ffhq64", "afhqv2-64"])
+def test_presets_of_unconditional_teachers_drop_folder_labels(preset: str, tmp_path: Path) -> None:
+    save(tmp_path / "in/00000/a.png", noise(64, 64, 3))
+    save(tmp_path / "in/01000/b.png", noise(64, 64, 3))
+    assert prepare(tmp_path / "in", tmp_path / "with.zip").label_dim == 2
+    done = prepare(tmp_path / "in", tmp_path / "out.zip", preset=preset)
+    assert (done.label_dim, done.class_counts) == (0, [])
+    assert Dataset(tmp_path / "out.zip").labels is None
+
+
+def test_presets_are_the_published_preparations() -> None:
+    assert {name: (p.resolution[0], p.transform) for name, p in PRESETS.items()} == {
+        "cifar10": (32, None),
+        "imagenet64": (64, "center-crop"),
+        "ffhq64": (64, None),
+        "afhqv2-64": (64, None),
+        "imagenet512": (512, "center-crop-dhariwal"),
+        "fashion32": (32, "pad"),
+    }
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_npz_batch_keeps_pixels_and_labels(channels: int, tmp_path: Path) -> None:
+    images, labels = noise(6, 8, 8, channels), np.array([4, 0, 2, 2, 1, 4])
+    np.savez(tmp_path / "samples.npz", images, labels)
+    done = prepare(tmp_path / "samples.npz", tmp_path / "out.zip", max_images=5)
+    assert (done.num_images, done.num_channels, done.class_counts) == (5, channels, [1, 1, 2, 0, 1])
+    read = Dataset(tmp_path / "out.zip").images(range(5))
+    np.testing.assert_array_equal(read.permute(0, 2, 3, 1).numpy(), images[:5])
+
+
+def test_npz_without_classes_is_unlabelled(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "samples.npz", noise(2, 4, 4, 3))
+    assert prepare(tmp_path / "samples.npz", tmp_path / "out.zip").label_dim == 0
+
+
+def test_zip_in_layout_is_taken_as_it_is(tmp_path: Path) -> None:
+    grey = io.BytesIO()
+    Image.fromarray(noise(4, 4)).save(grey, "PNG")
+    members = [("00000/img00000000.png", grey.getvalue()), ("00000/img00000007.png", encode_png(noise(4, 4, seed=1)))]
+    make_zip(tmp_path / "in.zip", labelled(members, 1, 0), zipfile.ZIP_DEFLATED)
+    done = prepare(tmp_path / "in.zip", tmp_path / "out.zip")
+    assert (done.num_channels, done.class_counts) == (1, [1, 1])
+    with zipfile.ZipFile(tmp_path / "out.zip") as archive:
+        assert [(name, archive.read(name)) for name in archive.namelist()] == labelled(members, 1, 0)
+        assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_STORED}
+    prepare(tmp_path / "out.zip", tmp_path / "again.zip")
+    assert (tmp_path / "again.zip").read_bytes() == (tmp_path / "out.zip").read_bytes()
+
+
+def test_latents_are_read_and_taken_as_they_are(tmp_path: Path) -> None:
+    source = golden_metrics("latents/img-latents-standin.zip")
+    expected = json.loads(golden_metrics("latents/img-latents-standin_expected.json").read_text())
+    done = prepare(source, tmp_path / "out.zip")
+    assert (done.kind, done.num_channels, done.resolution, done.class_counts) == ("latents", 8, 4, [2, 2])
+    for path in (source, tmp_path / "out.zip"):
+        dataset = Dataset(path)
+        assert dataset.is_latents
+        assert dataset.names == expected["members"][:-1]
+        latents = np.load(golden_metrics("latents/img-latents-standin_expected.npz"))["latents"]
+        assert dataset.images([0]).dtype == torch.float32
+        np.testing.assert_array_equal(dataset.images(range(4)).numpy(), latents)
+        assert dataset.one_hot([1]).tolist() == [expected["loader"]["item1_label"]]
+    with pytest.raises(SidaError) as caught:
+        contact_sheet(dataset)
+    assert str(caught.value) == (
+        f"a contact sheet must be of pixels, got latents in {tmp_path}/out.zip. Prepare pixels to see them."
+    )
+    assert refusal(source, tmp_path / "no.zip", resolution=(4, 4)) == (
+        f"latents in {source} can only be taken as they are, got a resolution or names of another layout. "
+        "Leave out --resolution, or prepare the pixels."
+    )
+
+
+def test_files_of_every_mode_become_rgb(tmp_path: Path) -> None:
+    rgb = Image.fromarray(noise(4, 4, 3))
+    alpha = rgb.copy()
+    alpha.putalpha(7)
+    frames = [Image.new("P", (4, 4), color) for color in (3, 200)]
+    save(tmp_path / "in/a.png", rgb)
+    save(tmp_path / "in/b.PNG", alpha)
+    save(tmp_path / "in/c.JPEG", rgb.convert("CMYK"), format="JPEG", quality=100)
+    save(tmp_path / "in/d.gif", frames[0], save_all=True, append_images=frames[1:])
+    save(tmp_path / "in/e.png", rgb.convert("1"))
+    save(tmp_path / "in/f.webp", rgb, lossless=True)
+    (tmp_path / "in/notes.txt").write_text("not an image")
+    assert prepare(tmp_path / "in", tmp_path / "out.zip").num_channels == 3
+    images = Dataset(tmp_path / "out.zip").images(range(6)).permute(0, 2, 3, 1).numpy()
+    for index, name in [(0, "a.png"), (2, "c.JPEG"), (3, "d.gif"), (4, "e.png")]:
+        with Image.open(tmp_path / "in" / name) as image:
+            np.testing.assert_array_equal(images[index], np.array(image.convert("RGB")))
+    np.testing.assert_array_equal(images[1], images[0])
+    np.testing.assert_array_equal(images[5], images[0])
+
+
+def test_folder_with_a_link_to_itself_is_walked_once(tmp_path: Path) -> None:
+    save(tmp_path / "in/a/x.png", noise(4, 4, 3))
+    save(tmp_path / "elsewhere/y.png", noise(4, 4, 3))
+    (tmp_path / "in/a/loop").symlink_to(tmp_path / "in", target_is_directory=True)
+    (tmp_path / "in/b").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    assert prepare(tmp_path / "in", tmp_path / "out.zip").class_counts == [1, 1]
+
+
+# Bad input: one line that names the file, and nothing left behind.
+
+SKIP = "Mend or remove it, or pass --skip-bad to go on without."
+AGAIN = "Download it again."
+
+
+def truncated(path: Path) -> Path:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    return path
+
+
+def bomb_png() -> bytes:
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    png = encode_png(noise(1, 1, 3))
+    return png[:16] + header + struct.pack(">I", zlib.crc32(b"IHDR" + header)) + png[33:]
+
+
+def bad_image(kind: str, folder: Path) -> tuple[Path, str]:
+    """A folder entry that cannot be used, and why."""
+    path = folder / f"b-{kind}.{'jpg' if kind == 'truncated-jpeg' else 'png'}"
+    if kind == "truncated-png":
+        return truncated(save(path, noise(16, 16, 3))), "cannot be read as an image ({cause})"
+    if kind == "truncated-jpeg":
+        return truncated(save(path, noise(64, 64, 3))), "cannot be read as an image ({cause})"
+    if kind == "not-an-image":
+        path.write_bytes(b"hello")
+        return path, "must be an image, got bytes that Pillow does not know"
+    if kind == "empty-file":
+        path.write_bytes(b"")
+        return path, "must be an image, got bytes that Pillow does not know"
+    if kind == "bomb":
+        path.write_bytes(bomb_png())
+        return path, "must have at most 89478485 pixels, got more"
+    assert kind == "16-bit"
+    save(path, noise(16, 16).astype(np.uint16) * 257)
+    return path, "must have 8 bits per channel, got Pillow's mode I;16"
+
+
+KINDS = ["truncated-png", "truncated-jpeg", "not-an-image", "empty-file", "bomb", "16-bit"]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_image_stops_with_one_line_and_leaves_nothing(kind: str, workers: int, tmp_path: Path) -> None:
+    save(tmp_path / "in/a.png", noise(16, 16, 3))
+    path, reason = bad_image(kind, tmp_path / "in")
+    (tmp_path / "out.zip").write_bytes(b"kept")
+    with pytest.raises(SidaError) as caught:
+        prepare(tmp_path / "in", tmp_path / "out.zip", workers=workers)
+    convert = "Convert it, or pass --skip-bad to go on without."
+    assert str(caught.value) == (
+        f"{path} {reason.format(cause=caught.value.__cause__)}. {convert if kind == '16-bit' else SKIP}"
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out.zip"]
+    assert (tmp_path / "out.zip").read_bytes() == b"kept"
+
+
+def test_skip_bad_goes_on_and_lists_each(tmp_path: Path) -> None:
+    for name in ("a", "c"):
+        save(tmp_path / f"in/{name}.png", noise(16, 16, 3))
+    bad = dict(sorted(bad_image(kind, tmp_path / "in") for kind in KINDS if not kind.startswith("truncated")))
+    done = prepare(tmp_path / "in", tmp_path / "out.zip", skip_bad=True)
+    assert done.num_images == 2
+    assert done.skipped == [(str(path), reason) for path, reason in bad.items()]
+    with zipfile.ZipFile(tmp_path / "out.zip") as archive:
+        assert archive.namelist() == ["00000/img00000000.png", "00000/img00000005.png", "dataset.json"]
+
+
+def test_wide_crop_lists_images_that_it_leaves_out(inputs: Path, tmp_path: Path) -> None:
+    _, source, options = golden_case("edm_wide_gap", inputs)
+    done = prepare(source, tmp_path / "out.zip", **options)
+    assert done.skipped == [(f"{source}/{i}.png", "is too small for center-crop-wide to 32x18") for i in (1, 3)]
+
+
+def test_nothing_readable_is_refused_even_with_skip_bad(tmp_path: Path) -> None:
+    bad_image("not-an-image", save(tmp_path / "in/x.png", noise(1, 1)).parent)
+    (tmp_path / "in/x.png").unlink()
+    assert refusal(tmp_path / "in", tmp_path / "out.zip", skip_bad=True) == (
+        f"{tmp_path}/in must hold an image that can be used, got none. Mend the images or choose another transform."
+    )
+
+
+def write_labels(folder: Path, document: object) -> Path:
+    save(folder / "x.png", noise(4, 4, 3))
+    (folder / "dataset.json").write_text(document if isinstance(document, str) else json.dumps(document))
+    return folder
+
+
+LABEL_HINT = 'Write {"labels": [["name.png", 0], ...]} with integer classes from 0.'
+BAD_SOURCES: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "missing": (lambda p: p / "no", "source {} does not exist. Check the path, or pass tiny-digits."),
+    "empty folder": (lambda p: p, "{} must hold images, got none. Check the path."),
+    "unknown kind": (
+        lambda p: save(p / "a.png", noise(4, 4, 3)),
+        "source must be a folder, .zip, .npz, CIFAR-10 .tar.gz or IDX images, got {}. Convert it to one of these.",
+    ),
+    "absolute name": (
+        lambda p: make_zip(p / "s.zip", [("/etc/x.png", b"")]),
+        "names in {} must be relative and without '..', got '/etc/x.png'. Make the zip again.",
+    ),
+    "climbing name": (
+        lambda p: make_zip(p / "s.zip", [("a/../../x.png", b"")]),
+        "names in {} must be relative and without '..', got 'a/../../x.png'. Make the zip again.",
+    ),
+    "backslash name": (
+        lambda p: make_zip(p / "s.zip", [("..\\x.png", b"")]),
+        "names in {} must be relative and without '..', got '..\\\\x.png'. Make the zip again.",
+    ),
+    "no zip": (
+        lambda p: idx_file(p / "s.zip", noise(3)),
+        "{} is not a readable zip (File is not a zip file). Copy or download it again.",
+    ),
+    "zip without images": (
+        lambda p: make_zip(p / "s.zip", [("a.txt", b"")]),
+        "{} must hold images, got none. Check the path.",
+    ),
+    "zip lacks label": (
+        lambda p: make_zip(p / "s.zip", [*labelled(layout(2)[:1], 0), layout(2)[1]]),
+        "dataset.json in {} must label every image, got none for 00000/img00000001.png. "
+        'Add its label, or set "labels" to null in dataset.json to go without.',
+    ),
+    "negative label": (
+        lambda p: make_zip(p / "s.zip", labelled(layout(1), -1)),
+        "label of 00000/img00000000.png in dataset.json in {} must be an integer from 0 to 999999, got -1. Correct it.",
+    ),
+    "huge label": (
+        lambda p: make_zip(p / "s.zip", labelled(layout(1), 10**6)),
+        "label of 00000/img00000000.png in dataset.json in {} must be an integer from 0 to 999999, got 1000000. "
+        "Correct it.",
+    ),
+    "vector label": (
+        lambda p: make_zip(p / "s.zip", labelled(layout(1), [0.5, 0.5])),
+        "label of 00000/img00000000.png in dataset.json in {} must be an integer from 0 to 999999, got [0.5, 0.5]. "
+        "Correct it.",
+    ),
+    "labels no list": (
+        lambda p: write_labels(p / "d", {"labels": "x"}),
+        '{}/dataset.json must hold pairs of name and class, got "x". ' + LABEL_HINT,
+    ),
+    "labels no JSON": (
+        lambda p: write_labels(p / "d", "labels"),
+        "{}/dataset.json must be JSON, got Expecting value: line 1 column 1 (char 0). " + LABEL_HINT,
+    ),
+    "cifar no tar": (
+        lambda p: idx_file(p / "c.tar.gz", noise(3)),
+        "{} is not a readable tar archive (file could not be opened successfully). "
+        "Download cifar-10-python.tar.gz again.",
+    ),
+    "cifar truncated": (
+        lambda p: truncated(cifar_archive(p / "c.tar.gz", cifar_batch([0, 1], noise(6144).tobytes()))),
+        "{} is not a readable tar archive (<cause>). Download cifar-10-python.tar.gz again.",
+    ),
+    "cifar label": (
+        lambda p: cifar_archive(p / "c.tar.gz", cifar_batch([3, 10], noise(6144).tobytes())),
+        "data_batch_1 in {} must hold 3072 bytes per label and labels 0 to 9, got 6144 bytes, 2 labels, highest 10. "
+        "Download cifar-10-python.tar.gz again.",
+    ),
+    "cifar pickle": (
+        lambda p: cifar_archive(p / "c.tar.gz", cifar_batch([3], noise(3072).tobytes())[:-1]),
+        "data_batch_1 in {} is not a batch of CIFAR-10 (pickle exhausted before seeing STOP). "
+        "Download cifar-10-python.tar.gz again.",
+    ),
+    "npz without arr_0": (
+        lambda p: np.savez(p / "s.npz", mu=noise(3)) or p / "s.npz",
+        "{} must hold images in arr_0, got none. "
+        "Make it with arr_0 (images, uint8 NHWC) and, where there are classes, arr_1 (integers).",
+    ),
+    "npz of floats": (
+        lambda p: np.savez(p / "s.npz", np.zeros((2, 4, 4, 3))) or p / "s.npz",
+        "{} cannot be read (arr_0 must be uint8 in C order, got float64). "
+        "Make it with arr_0 (images, uint8 NHWC) and, where there are classes, arr_1 (integers).",
+    ),
+    "npz shape": (
+        lambda p: np.savez(p / "s.npz", noise(2, 3, 4, 4)) or p / "s.npz",
+        "arr_0 in {} must be [N, H, W, 1 or 3], got [2, 3, 4, 4]. "
+        "Make it with arr_0 (images, uint8 NHWC) and, where there are classes, arr_1 (integers).",
+    ),
+    "npz classes": (
+        lambda p: np.savez(p / "s.npz", noise(2, 4, 4, 3), np.zeros(3, dtype=np.int64)) or p / "s.npz",
+        "arr_1 in {} must be 2 integers, got int64 [3]. "
+        "Make it with arr_0 (images, uint8 NHWC) and, where there are classes, arr_1 (integers).",
+    ),
+    "npz label": (
+        lambda p: np.savez(p / "s.npz", noise(1, 4, 4, 3), np.array([-2])) or p / "s.npz",
+        "label of image 0 of {} must be an integer from 0 to 999999, got -2. Correct it.",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_SOURCES)
+def test_bad_source_is_refused_in_one_line(kind: str, tmp_path: Path) -> None:
+    make, text = BAD_SOURCES[kind]
+    (tmp_path / "in").mkdir()
+    source = make(tmp_path / "in")
+    with pytest.raises(SidaError) as caught:
+        prepare(source, tmp_path / "out.zip")
+    expected = text.replace("{}", str(source)).replace("<cause>", str(caught.value.__cause__))
+    assert str(caught.value) == expected
+    assert "\n" not in expected
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_zip_with_a_name_twice_is_refused(tmp_path: Path) -> None:
+    make_zip(tmp_path / "s.zip", [*layout(1), *layout(1)])
+    assert refusal(tmp_path / "s.zip", tmp_path / "out.zip") == (
+        f"names in {tmp_path}/s.zip must be unique, got '00000/img00000000.png' twice. Make the zip again."
+    )
+
+
+def test_idx_refusals(tmp_path: Path) -> None:
+    images = idx_file(tmp_path / "train-images-idx3-ubyte", noise(3, 32, 32))
+    labels = tmp_path / "train-labels-idx1-ubyte"
+    out = tmp_path / "out.zip"
+    assert refusal(images, out) == f"labels of {images} must lie beside it, got no {labels.name}. Put them there."
+    idx_file(labels, noise(2))
+    assert refusal(images, out) == f"{labels} must hold 3 labels, got 2. Download both again."
+    idx_file(labels, noise(3, 1))
+    assert refusal(images, out) == f"{labels} must be an IDX file of bytes in 1 dimensions, got another. {AGAIN}"
+    idx_file(labels, noise(3))
+    images.write_bytes(images.read_bytes()[:-1])
+    assert refusal(images, out) == f"{images} is damaged (it ends too early). {AGAIN}"
+    assert not out.exists()
+
+
+def test_cifar_pickle_is_never_executed(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "executed",)
+
+    cifar_archive(tmp_path / "c.tar.gz", pickle.dumps(Evil(), protocol=2))
+    assert refusal(tmp_path / "c.tar.gz", tmp_path / "out.zip") == (
+        f"data_batch_1 in {tmp_path}/c.tar.gz must hold 3072 bytes per label and labels 0 to 9, "
+        "got 0 bytes, 0 labels, highest None. Download cifar-10-python.tar.gz again."
+    )
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (
+            {"preset": "imagenet"},
+            "preset must be one of cifar10, imagenet64, ffhq64, afhqv2-64, imagenet512, fashion32, got 'imagenet'. "
+            "Choose one of these.",
+        ),
+        (
+            {"preset": "ffhq64", "resolution": (32, 32)},
+            "preset ffhq64 fixes transform and resolution, got one of them too. Leave out one or the other.",
+        ),
+        (
+            {"transform": "crop", "resolution": (8, 8)},
+            "transform must be one of center-crop, center-crop-wide, center-crop-dhariwal, pad, got 'crop'. "
+            "Choose one of these.",
+        ),
+        (
+            {"transform": "center-crop"},
+            "transform center-crop must have a resolution, got none. Pass --resolution, e.g. 64x64.",
+        ),
+        ({"resolution": (0, 8)}, "resolution must be >= 1x1, got 0x8. Pass e.g. 64x64."),
+        ({"workers": 0}, "--workers must be >= 1, got 0. Pass --workers 1 or more, or leave it out."),
+        (
+            {"transform": "pad", "resolution": (4, 4)},
+            "image 0 of tiny-digits must be at most 4x4 to be padded, got 8x8. Choose another transform or resolution.",
+        ),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], text: str, tmp_path: Path) -> None:
+    assert refusal("tiny-digits", tmp_path / "out.zip", **options) == text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unwritable_destination_is_told_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(SidaError) as caught:
+        prepare("tiny-digits", tmp_path / "no/out.zip")
+    out = tmp_path / "no/out.zip"
+    assert str(caught.value) == (
+        f"cannot prepare {out} (No such file or directory: {out}.tmp). Mend that, then repeat."
+    )
+    assert caught.value.exit_code == 1
+
+
+# Reading.
+
+
+def test_dataset_reads_published_zip() -> None:
+    stored = np.load(golden_metrics("datasets/cifar_expected.npz"))
+    loader = json.loads(golden_metrics(EXPECTED).read_text())["loader"]["edm2_default"]
+    dataset = Dataset(golden_metrics("datasets/edm_cifar.zip"))
+    assert [dataset.num_channels, dataset.resolution, dataset.resolution] == loader["image_shape"]
+    assert (dataset.num_images, [dataset.label_dim]) == (loader["len"], loader["label_shape"])
+    order = DataOrder(60, seed=1).indices(17, 100)
+    np.testing.assert_array_equal(dataset.images(order).permute(0, 2, 3, 1).numpy(), stored["images_nhwc"][order])
+    one_hot = dataset.one_hot(torch.from_numpy(order))
+    assert one_hot.dtype == torch.float32
+    np.testing.assert_array_equal(one_hot.numpy(), np.eye(10)[stored["labels"][order]])
+    assert dataset.class_counts() == np.bincount(stored["labels"]).tolist()
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 30])
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_dataset_is_the_same_with_and_without_memory(cache_bytes: int, method: int, tmp_path: Path) -> None:
+    make_zip(tmp_path / "d.zip", layout(5), method)
+    dataset = Dataset(tmp_path / "d.zip", cache_bytes=cache_bytes)
+    for indices in ([4, 0, 4], torch.tensor([1, 1]), np.array([], dtype=np.int64)):
+        images = dataset.images(indices)
+        assert images.dtype == torch.uint8
+        assert images.shape == (len(indices), 3, 4, 4)
+        for image, index in zip(images, indices, strict=True):
+            np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), noise(4, 4, 3, seed=int(index)))
+    images[:] = 0
+    dataset.images([1])[:] = 0
+    assert dataset.images([1]).any(), "a caller that writes to its batch must not reach the dataset's memory"
+    with pytest.raises(IndexError, match=r"dataset positions must be in 0\.\.4"):
+        dataset.images([5])
+    with pytest.raises(IndexError):
+        dataset.images([-1])
+
+
+def test_dataset_without_labels_has_empty_vectors(tmp_path: Path) -> None:
+    dataset = Dataset(make_zip(tmp_path / "d.zip", layout(2)))
+    assert (dataset.labels, dataset.label_dim, dataset.class_counts()) == (None, 0, [])
+    assert dataset.one_hot([0, 1, 1]).shape == (3, 0)
+
+
+def test_dataset_works_in_other_processes(tmp_path: Path) -> None:
+    dataset = Dataset(make_zip(tmp_path / "d.zip", labelled(layout(6), 0, 1, 2, 0, 1, 2)))
+    expected = dataset.images(range(6))
+    assert len(pickle.dumps(dataset)) < 5000, "what is in memory must not travel"
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        read = pool.submit(read_bytes, dataset, [5, 0]).result()
+    assert read == expected[[5, 0]].numpy().tobytes() + dataset.one_hot([5, 0]).numpy().tobytes()
+
+
+def read_bytes(dataset: Dataset, indices: list[int]) -> bytes:
+    return dataset.images(indices).numpy().tobytes() + dataset.one_hot(indices).numpy().tobytes()
+
+
+def test_forked_processes_read_through_one_map(tmp_path: Path) -> None:
+    make_zip(tmp_path / "d.zip", layout(64))
+    script = (
+        "import os, sys, pathlib; from sidactl.data import Dataset\n"
+        "d = Dataset(pathlib.Path(sys.argv[1]), cache_bytes=0); alone = d.images(range(64))\n"
+        "children = [os.fork() for _ in range(1)]\n"
+        "good = all(bool((d.images(range(64)) == alone).all()) for _ in range(20))\n"
+        "if children[0] == 0: os._exit(0 if good else 1)\n"
+        "sys.exit(not good or os.waitpid(children[0], 0)[1])"
+    )
+    assert subprocess.run([sys.executable, "-c", script, tmp_path / "d.zip"], check=False).returncode == 0
+
+
+def load(path: Path) -> str:
+    with pytest.raises(SidaError) as caught:
+        Dataset(path).images([0, 1])
+    return str(caught.value)
+
+
+def test_dataset_names_what_is_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "d.zip"
+    assert load(path) == f"dataset {path} does not exist. Check the path."
+    make_zip(path, layout(2))
+    data = bytearray(path.read_bytes())
+    data[data.index(encode_png(noise(4, 4, 3, seed=1))) + 60] ^= 1
+    path.write_bytes(data)
+    assert load(path) == f"00000/img00000001.png in {path} is damaged. Copy or download the zip again."
+    path.write_bytes(data[:100])
+    assert load(path) == f"{path} is not a readable zip (File is not a zip file). Copy or download it again."
+    make_zip(path, [*layout(1), ("00000/img00000001.png", encode_png(noise(8, 8, 3)))])
+    assert load(path) == (
+        f"images in {path} must all be [3, 4, 4], got [3, 8, 8] for 00000/img00000001.png. "
+        "Convert it with prepare-data."
+    )
+    make_zip(path, [("00000/img00000000.png", encode_png(noise(4, 8, 3)))])
+    assert load(path) == f"images in {path} must be square, got 8x4. Convert it with prepare-data."
+    make_zip(path, [("readme.txt", b"")])
+    assert load(path) == f"{path} must hold images, got none. Make a dataset with prepare-data."
+    rgba = io.BytesIO()
+    Image.fromarray(noise(4, 4, 4)).save(rgba, "PNG")
+    make_zip(path, [("a.png", rgba.getvalue())])
+    assert load(path) == f"a.png in {path} must be 8-bit grey or RGB, got mode RGBA. Convert it with prepare-data."
+    make_zip(path, labelled(layout(2), 0, True))
+    assert load(path) == (
+        f"label of 00000/img00000001.png in dataset.json in {path} must be an integer from 0 to 999999, got True. "
+        "Correct it."
+    )
+    latent = io.BytesIO()
+    np.save(latent, np.full((8, 4, 4), np.nan, dtype=np.float32))
+    make_zip(path, [("00000/img-mean-std-00000000.npy", latent.getvalue())])
+    assert load(path) == (
+        f"00000/img-mean-std-00000000.npy in {path} must hold finite float32 latents [8, h, w], got float32 [8, 4, 4]. "
+        "Encode the dataset again."
+    )
+
+
+def test_latents_with_pickled_objects_are_refused_unopened(tmp_path: Path) -> None:
+    array = io.BytesIO()
+    np.save(array, np.array([{}], dtype=object))
+    make_zip(tmp_path / "d.zip", [("00000/img-mean-std-00000000.npy", array.getvalue())])
+    assert load(tmp_path / "d.zip").startswith(
+        f"00000/img-mean-std-00000000.npy in {tmp_path}/d.zip must be an .npy array, got Object arrays cannot be loaded"
+    )
+
+
+def test_archive_refuses_a_member_larger_than_it_says(tmp_path: Path) -> None:
+    path = make_zip(tmp_path / "d.zip", [("a", b"x" * 1000)], zipfile.ZIP_DEFLATED)
+    data = path.read_bytes()
+    path.write_bytes(data.replace(struct.pack("<I", 1000), struct.pack("<I", 10)))
+    with pytest.raises(SidaError, match=r"^a in .* is damaged"):
+        ZipArchive(path).read("a")
+
+
+def test_contact_sheet_shows_images_spread_over_the_dataset(tmp_path: Path) -> None:
+    members = [(f"00000/img{i:08d}.png", encode_png(np.full((32, 32), 10 * i, np.uint8))) for i in range(8)]
+    dataset = Dataset(make_zip(tmp_path / "d.zip", members))
+    sheet = np.array(Image.open(io.BytesIO(contact_sheet(dataset, columns=2, rows=2))))
+    assert set(np.unique(sheet)) == {0, 20, 40, 60, 255}
+
+
+# The order of training.
+
+
+@pytest.mark.parametrize("num_items", [1, 7, 64])
+def test_order_visits_every_item_once_per_epoch(num_items: int) -> None:
+    order = DataOrder(num_items, seed=3)
+    for epoch in range(3):
+        assert sorted(order.indices(epoch * num_items, num_items)) == list(range(num_items))
+
+
+def test_order_depends_on_position_alone() -> None:
+    whole = DataOrder(50, seed=9).indices(0, 400)
+    for batch in (1, 7, 50, 130):
+        order = DataOrder(50, seed=9)
+        parts = [order.indices(start, min(batch, 400 - start)) for start in range(0, 400, batch)]
+        np.testing.assert_array_equal(np.concatenate(parts), whole)
+    order = DataOrder(50, seed=9)
+    for start in (390, 3, 250, 0, 390):
+        np.testing.assert_array_equal(order.indices(start, 10), whole[start : start + 10])
+    assert order.indices(5, 0).shape == (0,)
+
+
+def test_order_is_fixed_for_ever_and_differs_by_seed_and_epoch() -> None:
+    order = DataOrder(10, seed=5)
+    assert order.indices(0, 10).tolist() == [3, 2, 4, 9, 6, 7, 0, 8, 5, 1]
+    assert order.indices(10, 10).tolist() == [1, 9, 0, 6, 8, 7, 4, 3, 2, 5]
+    assert DataOrder(10, seed=6).indices(0, 10).tolist() != [3, 2, 4, 9, 6, 7, 0, 8, 5, 1]
+
+
+def test_order_is_uniform() -> None:
+    order = DataOrder(4, seed=0)
+    counts = np.zeros((4, 4))
+    for epoch in range(2000):
+        counts[np.arange(4), order.indices(4 * epoch, 4)] += 1
+    assert np.abs(counts / 2000 - 0.25).max() < 0.04  # four standard deviations
