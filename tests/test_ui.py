@@ -1,0 +1,351 @@
+"""Data alone on stdout, messages on stderr; a display on terminals, plain lines elsewhere; counts and seeds exact."""
+
+import io
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+
+import pytest
+
+from sidactl import ui
+from sidactl.errors import SidaError
+
+
+class Clock:
+    """A clock that stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now_sec = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_sec
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+    def screen(self) -> str:
+        """What was written, without escape sequences."""
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.getvalue())
+
+
+def terminal_as_stderr(monkeypatch: pytest.MonkeyPatch, columns: int = 100) -> Terminal:
+    """No fixture: pytest puts its own stderr back between a fixture and its test."""
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    return terminal
+
+
+def run_python(code: str, stderr: int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100"}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment, timeout=60)
+
+
+def test_import_loads_nothing_heavy() -> None:
+    heavy = ("rich", "torch", "numpy", "scipy", "PIL", "typer", "click")
+    done = run_python(f"import sys, sidactl.ui; print([m for m in {heavy} if m in sys.modules])")
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_print_data_is_one_line_on_stdout_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    ui.print_data("1.9234")
+    assert capsys.readouterr() == ("1.9234\n", "")
+    with pytest.raises(AssertionError):
+        ui.print_data("two\nlines")
+
+
+def test_print_json_is_one_document_in_the_order_given(capsys: pytest.CaptureFixture[str]) -> None:
+    ui.print_json({"score": 1.5, "inputs": ["b", "a"]})
+    out, err = capsys.readouterr()
+    assert out == '{\n  "score": 1.5,\n  "inputs": [\n    "b",\n    "a"\n  ]\n}\n'
+    assert json.loads(out) == {"score": 1.5, "inputs": ["b", "a"]}
+    assert err == ""
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_print_json_refuses_what_json_cannot_say(number: float, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SidaError) as caught:
+        ui.print_json({"score": number})
+    assert str(caught.value) == "JSON output must hold finite numbers, got NaN or infinity. Run without --json."
+    assert caught.value.exit_code == 1
+    assert capsys.readouterr().out == ""
+
+
+def test_messages_are_one_line_each_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    ui.note("loads edm2-s\r\n  (280M parameters)")
+    ui.warn("odd\x1b[31m file")
+    code = ui.fail(SidaError("a teacher must have a sigma_data,\ngot none", "Pass another file.", exit_code=1))
+    assert code == 1
+    assert ui.fail(SidaError("no such run")) == 2
+    assert capsys.readouterr() == (
+        "",
+        "loads edm2-s (280M parameters)\n"
+        "warning: odd [31m file\n"
+        "error: a teacher must have a sigma_data, got none. Pass another file.\n"
+        "error: no such run\n",
+    )
+
+
+def test_a_reader_that_has_gone_away_is_no_error() -> None:
+    code = """
+        import os, subprocess, sys
+        from sidactl import ui
+        reading, writing = os.pipe()
+        os.dup2(writing, 1)
+        os.close(reading)
+        ui.print_data("0123")
+        ui.print_json({"a": 1})
+        ui.table(["name"], [["x"]])
+    """
+    done = run_python(code)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_table_off_a_terminal_aligns_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
+    ui.table(["name", "images", "FID"], [["a\nb", 5, 1.97123], ["longer", 50000, None]], title="Scores")
+    assert capsys.readouterr() == (
+        "Scores\nname    images     FID\na b          5  1.9712\nlonger   50000       -\n",
+        "",
+    )
+
+
+def test_table_on_a_terminal_is_drawn_and_takes_cells_literally(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = terminal_as_stderr(monkeypatch)
+    ui.table(["name", "FID"], [["[red]x[/red]", 1.5], [None, 10]], file=terminal)
+    lines = [line.rstrip() for line in terminal.screen().splitlines()]
+    assert "  [red]x[/red]   1.5" in lines
+    assert "                  10" in lines
+    assert any("─" in line for line in lines)
+
+
+def test_progress_off_a_terminal_tells_first_last_and_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    with ui.progress("distill", 200_000, every_sec=10, clock=clock) as p:
+        for step in range(26):
+            p.update(50_000 + 1000 * step, {"stage": "sida"} if step == 0 else {"FID": 3.21})
+            clock.now_sec += 1
+    assert capsys.readouterr() == (
+        "",
+        "distill: 50k / 200k images (25%), 0.0s so far, stage sida\n"
+        "distill: 60k / 200k images (30%), 1,000 images/s, 2m 20s left, 10s so far, stage sida, FID 3.21\n"
+        "distill: 70k / 200k images (35%), 1,000 images/s, 2m 10s left, 20s so far, stage sida, FID 3.21\n"
+        "distill: 75k / 200k images (37%), 1,000 images/s, 2m 05s left, 26s so far, stage sida, FID 3.21\n",
+    )
+
+
+def test_progress_tells_a_state_once_and_none_if_there_was_none(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    with ui.progress("fid", None, "features", clock=clock) as p:
+        p.update(1797)
+        p.note("one more\nthing")
+    with ui.progress("empty", 10, clock=clock):
+        pass
+    assert capsys.readouterr().err == "fid: 1,797 features, 0.0s so far\none more thing\n"
+
+
+def test_progress_tells_the_last_state_of_work_that_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+
+    def fails() -> None:
+        with ui.progress("sample", 4, clock=clock) as p:
+            p.update(1)
+            clock.now_sec += 2
+            p.update(2)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fails()
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "sample: 2 / 4 images (50%), 0.5 images/s, 4.0s left, 2.0s so far"
+    )
+
+
+def test_progress_speed_follows_a_change_within_its_window(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    done = 0
+    with ui.progress("x", None, every_sec=1e9, clock=clock) as p:
+        p.update(done)
+        for images_per_sec, num_sec in ((1000, 100), (200, 30)):
+            for _ in range(num_sec):
+                clock.now_sec += 1
+                done += images_per_sec
+                p.update(done)
+    # After one time constant, 1/e of the difference is left: 200 + 800 / e = 494.3.
+    assert "106k images, 494 images/s, 2m 10s so far" in capsys.readouterr().err
+
+
+def test_progress_counts_updates_within_one_tick_of_the_clock(capsys: pytest.CaptureFixture[str]) -> None:
+    with ui.progress("x", 8, clock=Clock()) as p:
+        p.update(4)
+        p.update(8)
+    assert capsys.readouterr().err.splitlines()[-1] == "x: 8 / 8 images (100%), 0.0s so far"
+
+
+def test_progress_on_a_terminal_shows_stage_images_speed_losses_score_and_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal = terminal_as_stderr(monkeypatch)
+    clock = Clock()
+    with ui.progress("distill tiny-digits", 200_000, clock=clock) as p:
+        p.update(50_000, {"stage": "sida", "fake score": 0.1234, "generator": 0.5, "FID": 3.21})
+        clock.now_sec += 10
+        p.update(60_240, {"generator": 0.25})
+        ui.warn("a [b]non-finite[/b] gradient was skipped")
+        p.note("checkpoint kept")
+    assert sys.stderr is terminal
+    lines = [line.rstrip() for line in terminal.screen().splitlines()]
+    assert lines.index("warning: a [b]non-finite[/b] gradient was skipped") < lines.index("checkpoint kept")
+    title, bar, pace, facts = lines[-4:]
+    assert title == "distill tiny-digits  60,240 / 200k images (30%)"
+    assert set(bar) <= set("━╸╺")
+    assert pace == "1,024 images/s   2m 16s left   10s so far"
+    assert facts == "stage sida   fake score 0.1234   generator 0.25   FID 3.21"
+    assert capsys.readouterr().out == ""
+
+
+def test_progress_honours_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = terminal_as_stderr(monkeypatch)
+
+    def colours() -> list[str]:
+        with ui.progress("x", 10, clock=Clock()) as p:
+            p.update(5)
+        return re.findall(r"\x1b\[(?:[34]\d|9\d|[34]8;[\d;]+)m", terminal.getvalue())
+
+    assert colours()
+    terminal.seek(0)
+    terminal.truncate()
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert colours() == []
+
+
+def test_progress_on_a_dumb_terminal_tells_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = terminal_as_stderr(monkeypatch)
+    monkeypatch.setenv("TERM", "dumb")
+    with ui.progress("x", 10, clock=Clock()) as p:
+        p.update(5)
+    assert terminal.getvalue() == "x: 5 / 10 images (50%), 0.0s so far\n"
+
+
+def test_progress_fits_narrow_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = terminal_as_stderr(monkeypatch, columns=24)
+    with ui.progress("distill edm2-s", 200_000_000, clock=Clock()) as p:
+        p.update(123_456_789, {"stage": "sida", "fake score": 0.1234})
+    lines = terminal.screen().splitlines()
+    assert max(map(len, lines)) <= 24
+    assert "123,456,789 / 200M images (61%)" in " ".join(line.strip() for line in lines)
+
+
+def test_progress_on_a_real_terminal_leaves_stdout_to_the_data() -> None:
+    code = """
+        from sidactl import ui
+        with ui.progress("sample", 64) as p:
+            p.update(64, {"stage": "heun"})
+            ui.print_data("3fa2b1")
+    """
+    reading, writing = pty.openpty()
+    done = run_python(code, stderr=writing)
+    os.close(writing)
+    seen = os.read(reading, 65536).decode()
+    os.close(reading)
+    assert (done.returncode, done.stdout) == (0, "3fa2b1\n")
+    assert "64 / 64 images (100%)" in seen
+    assert "stage heun" in seen
+    assert "3fa2b1" not in seen
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        *[(0, "0"), (999, "999"), (1000, "1k"), (1500, "1.5k"), (1797, "1,797"), (50_000, "50k"), (51_200, "51.2k")],
+        *[(200_000_000, "200M"), (217_920_000, "217.92M"), (1_050_000, "1.05M"), (1_234_567, "1,234,567")],
+        *[(1_234_500, "1,234.5k"), (10**9, "1,000M")],
+    ],
+)
+def test_format_count_is_exact_and_read_back(count: int, text: str) -> None:
+    assert ui.format_count(count) == text
+    assert ui.parse_count(text.replace(",", "_"), "--num") == count
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        *[("500", 500), ("10_000", 10_000), ("50k", 50_000), ("50K", 50_000), ("1.5M", 1_500_000), ("1G", 10**9)],
+        *[("0.5k", 500), ("1.000", 1), ("1.0010k", 1001), (" 64 ", 64), ("0", 0)],
+    ],
+)
+def test_parse_count_reads_suffixes_exactly(text: str, count: int) -> None:
+    assert ui.parse_count(text, "--num") == count
+
+
+@pytest.mark.parametrize(
+    "text", ["abc", "", "k", "-5", "+5", "1.5", "1.0005k", "1,797", "1e6", "nan", "5 k", "5T", "٣", "9" * 5000]
+)
+def test_parse_count_refuses_anything_else_in_one_line(text: str) -> None:
+    with pytest.raises(SidaError) as caught:
+        ui.parse_count(text, "--duration")
+    assert str(caught.value) == f"--duration must be a whole number of images such as 500, 50k or 1.5M, got {text!r}"
+
+
+def test_parse_seeds_keeps_the_order_and_both_ends() -> None:
+    assert ui.parse_seeds("0-3,100,7-8") == [0, 1, 2, 3, 100, 7, 8]
+    assert ui.parse_seeds("5, 3") == [5, 3]
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"),
+    [("0-49999", range(50_000)), ("7", range(7, 8)), ("0-1,2,3-5", range(6)), ("0-99999999999", range(10**11))],
+)
+def test_parse_seeds_that_are_consecutive_are_a_range(text: str, seeds: range) -> None:
+    assert ui.parse_seeds(text) == seeds
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x", "--seeds must be seeds and ranges of seeds such as 0-63,100, got 'x'"),
+        ("", "--seeds must be seeds and ranges of seeds such as 0-63,100, got ''"),
+        ("1,", "--seeds must be seeds and ranges of seeds such as 0-63,100, got '1,'"),
+        ("-1", "--seeds must be seeds and ranges of seeds such as 0-63,100, got '-1'"),
+        ("1-2-3", "--seeds must be seeds and ranges of seeds such as 0-63,100, got '1-2-3'"),
+        ("0, 9-5", "--seeds must have ranges that run upwards, got '9-5'. Write 5-9."),
+        ("8,0-9", "--seeds must name each seed once, got 8 twice in '8,0-9'"),
+        ("3,3", "--seeds must name each seed once, got 3 twice in '3,3'"),
+    ],
+)
+def test_parse_seeds_tells_what_is_wrong_in_one_line(text: str, message: str) -> None:
+    with pytest.raises(SidaError) as caught:
+        ui.parse_seeds(text)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("format_value", "value", "text"),
+    [
+        (ui.format_duration, 0.0, "0.0s"),
+        (ui.format_duration, 9.99, "9.9s"),
+        (ui.format_duration, 42, "42s"),
+        (ui.format_duration, 185, "3m 05s"),
+        (ui.format_duration, 3599.9, "59m 59s"),
+        (ui.format_duration, 8040, "2h 14m"),
+        (ui.format_duration, 273_600, "3d 04h"),
+        (ui.format_bytes, 512, "512 B"),
+        (ui.format_bytes, 999_499, "999 kB"),
+        (ui.format_bytes, 999_500, "1 MB"),
+        (ui.format_bytes, 95_600_000, "95.6 MB"),
+        (ui.format_bytes, 1_120_000_000, "1.12 GB"),
+        (ui.format_bytes, 10**16, "10,000 TB"),
+    ],
+)
+def test_durations_and_sizes_read_well(format_value: Callable[[float], str], value: float, text: str) -> None:
+    assert format_value(value) == text
