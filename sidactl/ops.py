@@ -1,0 +1,536 @@
+"""One function per command, of the same name: refs in, an Artifact or a score out. The only glue, and the Python API.
+
+torch and all that needs it are imported where they are used, so that a question asked before is answered at once.
+"""
+
+import dataclasses
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Literal
+
+from sidactl import catalog
+from sidactl.artifacts import NETS, Tick, answered, load_dataset, load_net, mapping, named, resolve
+from sidactl.artifacts import fetch_teacher as fetch_teacher
+from sidactl.artifacts import prepare_data as prepare_data
+from sidactl.errors import EXIT_INTERRUPTED, SidaError
+from sidactl.recipe import MODES, HeunSpec, Mode, NetSpec, OneStepSpec, Recipe, TeacherRecipe, override
+from sidactl.scores import (
+    SCORE_NAMES,
+    detector_name,
+    fid,
+    frechet,
+    generated_images,
+    reference_stats,
+    sampler_of,
+)
+from sidactl.store import Artifact, LiveDir, Store
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+    from sidactl.diffusion import Preconditioned
+    from sidactl.loop import Evaluation, Event, History, Schedule, Training
+    from sidactl.trainer import MicroBatches
+
+Watch = Callable[["Event"], None]
+
+PREVIEW_SEEDS = range(64)
+# Far from the seeds that anybody scores with, so that the best checkpoint is not chosen by the images it is judged on.
+SELECTION_SEED = 1 << 31
+
+
+def train_teacher(
+    dataset: str,
+    *,
+    name: str,
+    recipe: TeacherRecipe | None = None,
+    evaluate_every_nimg: int = 0,
+    run: Path | str | None = None,
+    device: str | None = None,
+    force: bool = False,
+    watch: Watch | None = None,
+    **recipe_overrides: Any,
+) -> Artifact:
+    """A teacher trained from scratch on a dataset with the EDM loss; the EMA net at the end of training.
+
+    Without a recipe: the net of tiny-digits, shaped to the dataset. Overrides name fields of TeacherRecipe or NetSpec.
+    """
+    store = Store.open(run)
+    data = resolve(store, dataset, ["dataset"])
+    recipe = _teacher_recipe(recipe, data, recipe_overrides)
+    key = store.key("train-teacher", {"recipe": recipe.to_json()}, {"dataset": data.oid})
+    if not force and (known := store.asked(key)):
+        return named(store, known, [name])
+
+    import torch
+
+    from sidactl import loop, nets, trainer
+    from sidactl.engine import pick_device
+
+    chosen_device = pick_device(device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        net = nets.build(recipe.net).to(chosen_device)
+    batches = _batches(store, data, recipe.batch_size, 1, recipe.seed, chosen_device)
+    training = trainer.Pretraining(recipe, net, batches)
+    schedule = loop.Schedule(
+        duration_nimg=recipe.duration_nimg,
+        evaluate_every_nimg=evaluate_every_nimg or recipe.duration_nimg,
+        checkpoint_every_nimg=max(recipe.duration_nimg // 10, recipe.batch_size),
+        max_skipped_steps=recipe.max_skipped_steps,
+    )
+    with store.live(key) as live:
+        _train(training, schedule, live, None, force, watch, {"title": f"train-teacher {name}"})
+        params = {
+            "name": name,
+            "net": recipe.net.to_json(),
+            "sampler": HeunSpec().to_json(),
+            "dataset": data.params["name"],
+            "recipe": recipe.to_json(),
+            "licence": None,
+        }
+        artifact = store.put(
+            "teacher", {"model.safetensors": loop.weights(training.ema)}, inputs={"dataset": data.oid}, params=params
+        )
+        answered(store, key, artifact, "train-teacher", refs=[name])
+        live.clear()
+    return artifact
+
+
+def _teacher_recipe(recipe: TeacherRecipe | None, data: Artifact, overrides: Mapping[str, Any]) -> TeacherRecipe:
+    results: Mapping[str, Any] = data.results
+    net = dataclasses.replace(
+        recipe.net if recipe else catalog.TEACHERS["tiny-digits"].net,
+        img_resolution=results["resolution"],
+        img_channels=results["num_channels"],
+        label_dim=results["label_dim"],
+        **{k: v for k, v in overrides.items() if k in {f.name for f in dataclasses.fields(NetSpec)}},
+    )
+    rest = {k: v for k, v in overrides.items() if k not in {f.name for f in dataclasses.fields(NetSpec)}}
+    known = {f.name for f in dataclasses.fields(TeacherRecipe)}
+    if unknown := sorted(set(rest) - known):
+        raise SidaError(f"unknown recipe field {unknown[0]!r}", f"Fields are {', '.join(sorted(known))}.")
+    base = recipe or TeacherRecipe(dataset=str(data.params["name"]), net=net)
+    return dataclasses.replace(base, dataset=str(data.params["name"]), net=net, **rest)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `distill` would do: the complete recipe, and the inputs by role (a catalog name where nothing is stored)."""
+
+    recipe: Recipe
+    inputs: Mapping[str, str]
+
+
+def plan(
+    *, teacher: str, mode: str, generator: str | None, dataset: str | None, store: Store, overrides: Mapping[str, Any]
+) -> Plan:
+    """The resolved recipe and input names of a distillation; writes nothing and needs no torch."""
+    if mode not in MODES:
+        raise SidaError(f"mode must be one of {', '.join(MODES)}, got {mode!r}", "Pass --mode sida.")
+    if mode == "sid2a" and generator is None:
+        raise SidaError(
+            "mode sid2a starts from a generator, got none", "Pass --generator REF: distill one with --mode sid first."
+        )
+    if mode != "sid2a" and generator is not None:
+        raise SidaError(f"mode {mode} starts from the teacher, got generator {generator!r}", "Use --mode sid2a for it.")
+    chosen: Mode = next(m for m in MODES if m == mode)
+    name = teacher if teacher in catalog.TEACHERS else str(_stored_teacher(store, teacher).params["name"])
+    recipe = override(catalog.recipe_for(name, chosen), overrides)
+    if dataset is None and not recipe.dataset:
+        recipe = dataclasses.replace(recipe, dataset=str(_stored_teacher(store, teacher).params["dataset"]))
+    inputs = {"teacher": teacher, "dataset": dataset or recipe.dataset} | (
+        {"generator": generator} if generator else {}
+    )
+    return Plan(dataclasses.replace(recipe, dataset=dataset or recipe.dataset), inputs)
+
+
+def _stored_teacher(store: Store, text: str) -> Artifact:
+    """A stored teacher; for a word that is neither stored nor in the catalog the error has the nearest name."""
+    try:
+        return store.resolve(text, ["teacher"])
+    except SidaError:
+        if all(c in "0123456789abcdef" for c in text) or "/" in text:
+            raise
+        catalog.teacher(text)
+        raise
+
+
+def distill(
+    *,
+    teacher: str,
+    mode: str,
+    generator: str | None = None,
+    dataset: str | None = None,
+    name: str | None = None,
+    run: Path | str | None = None,
+    device: str | None = None,
+    force: bool = False,
+    watch: Watch | None = None,
+    **recipe_overrides: Any,
+) -> Artifact:
+    """The best one-step generator of a distillation run, by its score against the dataset; `last` is kept too.
+
+    A run that was interrupted is continued; one that finished before is answered from the run directory. Overrides
+    name fields of Recipe or Adversarial. Source: SiDA (2410.14919), Algorithms 1 and 2.
+    """
+    store = Store.open(run)
+    planned = plan(
+        teacher=teacher, mode=mode, generator=generator, dataset=dataset, store=store, overrides=recipe_overrides
+    )
+    teacher_artifact = resolve(store, teacher, ["teacher"])
+    inputs = {"teacher": teacher_artifact}
+    data = inputs["dataset"] = resolve(store, planned.inputs["dataset"], ["dataset"])
+    recipe = dataclasses.replace(planned.recipe, dataset=str(data.params["name"]))
+    if generator is not None:
+        inputs["generator"] = resolve(store, generator, ["generator"])
+        _check_generator(inputs["generator"], teacher_artifact)
+    _check_dataset(data, teacher_artifact)
+    oids = {role: artifact.oid for role, artifact in inputs.items()}
+    key = store.key("distill", {"recipe": recipe.to_json()}, oids)
+    if not force and (known := store.asked(key)):
+        return _name_generators(store, known, recipe, name)
+
+    from sidactl import detectors, loop, trainer
+    from sidactl.engine import pick_device
+
+    chosen_device = pick_device(device)
+    detector = detectors.load(detector_name(data), device=chosen_device)
+    reference = reference_stats(store, data, detector)
+    teacher_net = load_net(store, teacher_artifact, chosen_device)
+    start = load_net(store, inputs["generator"], chosen_device) if generator is not None else None
+    batches = _batches(store, data, recipe.batch_size, recipe.num_accumulation_rounds, recipe.seed, chosen_device)
+    training = trainer.Distillation(recipe, teacher_net, start, batches)
+    schedule = loop.Schedule(
+        duration_nimg=recipe.duration_nimg,
+        evaluate_every_nimg=recipe.evaluate_every_nimg,
+        checkpoint_every_nimg=recipe.checkpoint_every_nimg,
+        max_skipped_steps=recipe.max_skipped_steps,
+    )
+    sampler = OneStepSpec(sigma_init=recipe.sigma_init)
+
+    def evaluate(net: "Preconditioned") -> loop.Evaluation:
+        seeds = range(SELECTION_SEED, SELECTION_SEED + recipe.evaluate_num)
+        generated = detectors.stats_of(detector, generated_images(net, sampler, seeds, chosen_device))
+        return loop.Evaluation(frechet(generated, reference), _preview(net, sampler))
+
+    with store.live(key) as live:
+        title = f"distill {recipe.teacher} {recipe.mode}"
+        facts = {"title": title, "teacher": recipe.teacher, "events": str(live.path / "events.jsonl")}
+        history = _train(training, schedule, live, evaluate, force, watch, facts)
+        teacher_score = fid(
+            teacher_artifact.oid, reference=data.oid, num=recipe.evaluate_num, run=store.root, device=device
+        ).value
+        best = _finish(store, live, training, history, recipe, oids, data, teacher_score, detector.name)
+        answered(store, key, best, "distill")
+        live.clear()
+    return _name_generators(store, best, recipe, name)
+
+
+def finetune_sid2a(
+    *,
+    teacher: str,
+    generator: str,
+    dataset: str | None = None,
+    name: str | None = None,
+    run: Path | str | None = None,
+    device: str | None = None,
+    force: bool = False,
+    watch: Watch | None = None,
+    **recipe_overrides: Any,
+) -> Artifact:
+    """`distill` in mode sid2a: SiDA started from a generator. Source: SiDA (2410.14919), section 4.3."""
+    return distill(
+        teacher=teacher,
+        mode="sid2a",
+        generator=generator,
+        dataset=dataset,
+        name=name,
+        run=run,
+        device=device,
+        force=force,
+        watch=watch,
+        **recipe_overrides,
+    )
+
+
+def _check_generator(generator: Artifact, teacher: Artifact) -> None:
+    if generator.params["dataset"] != teacher.params["dataset"]:
+        raise SidaError(
+            f"the generator must be of the teacher's dataset {teacher.params['dataset']!r}, "
+            f"got one of {generator.params['dataset']!r}",
+            "Give a generator that was distilled from this teacher.",
+        )
+    theirs, ours = (dict(mapping(a.params["net"])) | {"dropout": 0} for a in (generator, teacher))
+    if theirs != ours:
+        wrong = next(k for k in ours if theirs.get(k) != ours[k])
+        raise SidaError(
+            f"the generator must have the teacher's network, got {wrong} {theirs.get(wrong)} for {ours[wrong]}",
+            "Give a generator that was distilled from this teacher.",
+        )
+
+
+def _check_dataset(data: Artifact, teacher: Artifact) -> None:
+    net = NetSpec.from_json(mapping(teacher.params["net"]))
+    wanted = (net.img_resolution, net.img_channels, net.label_dim)
+    got = (data.results["resolution"], data.results["num_channels"], data.results["label_dim"])
+    if wanted[:2] != got[:2] or (net.label_dim and wanted[2] != got[2]):
+        raise SidaError(
+            "the dataset must fit the teacher (resolution, channels, classes = "
+            f"{wanted[0]}, {wanted[1]}, {wanted[2]}), got {got[0]}, {got[1]}, {got[2]}",
+            "Pass another --dataset, or prepare this one to fit.",
+        )
+
+
+def _batches(
+    store: Store, data: Artifact, batch_size: int, num_rounds: int, seed: int, device: "torch.device"
+) -> "MicroBatches":
+    from sidactl import trainer
+    from sidactl.data import DataOrder
+
+    dataset = load_dataset(store, data)
+    order = DataOrder(dataset.num_images, seed)
+    return trainer.DatasetBatches(
+        dataset, order, batch_size=batch_size, num_rounds=num_rounds, seed=seed, device=device
+    )
+
+
+def _train(
+    training: "Training",
+    schedule: "Schedule",
+    live: LiveDir,
+    evaluate: "Callable[[Preconditioned], Evaluation] | None",
+    force: bool,
+    watch: Watch | None,
+    facts: Mapping[str, Any],
+) -> "History":
+    """Runs the loop to its end, passing events on; an interruption leaves a checkpoint and raises, exit code 130."""
+    from sidactl import loop
+
+    if force:
+        live.clear()
+    history = loop.History()
+    tell = watch or (lambda event: None)
+    tell(loop.Event("started", 0, {**facts, "duration_nimg": schedule.duration_nimg}))
+    with _stop_on_signals() as should_stop:
+        events = loop.run(training, schedule, live, evaluate=evaluate, should_stop=should_stop, history=history)
+        for event in events:
+            tell(event)
+            if event.kind == "interrupted":
+                raise SidaError(
+                    f"interrupted at {event.nimg:,} of {schedule.duration_nimg:,} images; the checkpoint is kept",
+                    "Repeat the same command to go on.",
+                    exit_code=EXIT_INTERRUPTED,
+                )
+    return history
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[Callable[[], bool]]:
+    """Within the block the first SIGINT or SIGTERM makes the yielded function true; the next one acts as usual."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop.is_set
+        return
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        for each, handler in usual.items():
+            signal.signal(each, handler)
+
+    for number in usual:
+        signal.signal(number, ask)
+    try:
+        yield stop.is_set
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+
+def _finish(
+    store: Store,
+    live: LiveDir,
+    training: "Training",
+    history: "History",
+    recipe: Recipe,
+    inputs: Mapping[str, str],
+    data: Artifact,
+    teacher_score: float,
+    detector: str,
+) -> Artifact:
+    """Stores the last and the best generator with their pictures, and a run that binds them; returns the best."""
+    import safetensors.torch
+
+    from sidactl import loop, pictures, teachers
+
+    sampler = OneStepSpec(sigma_init=recipe.sigma_init)
+    curve = pictures.curve(
+        history.scores,
+        teacher_score=teacher_score,
+        title=f"{recipe.mode} of {recipe.teacher}, one step",
+        ylabel=SCORE_NAMES[detector],
+    )
+    assert history.best is not None, "the loop evaluates at its end"
+    artifacts: dict[str, Artifact] = {}
+    for which, (nimg, score) in (("last", history.scores[-1]), ("best", history.best)):
+        net = training.ema
+        if which == "best":
+            teachers.load_weights(net, safetensors.torch.load((live.path / "best.safetensors").read_bytes()))
+        artifacts[which] = store.put(
+            "generator",
+            {"model.safetensors": loop.weights(net), "grid.png": _preview(net, sampler), "curve.png": curve},
+            inputs=inputs,
+            params={
+                "name": f"{recipe.teacher}-{recipe.mode}",
+                "net": training.ema.spec.to_json(),
+                "sampler": sampler.to_json(),
+                "dataset": data.params["name"],
+                "recipe": recipe.to_json(),
+            },
+            results={
+                "images_seen": nimg,
+                "selection_score": score,
+                "teacher_score": teacher_score,
+                "detector": detector,
+                "scores": [[n, s] for n, s in history.scores],
+                "skipped_updates": sum(training.skipped.total.values()),
+            },
+        )
+    record = store.put(
+        "run", {}, inputs={"best": artifacts["best"].oid, "last": artifacts["last"].oid}, params=recipe.to_json()
+    )
+    # A run keeps its generators reachable when a later run takes over the names best and last.
+    store.set_ref("run", f"{recipe.teacher}-{recipe.mode}-{record.oid[:8]}".replace("/", "-"), record.oid)
+    store.set_ref("generator", "last", artifacts["last"].oid)
+    return artifacts["best"]
+
+
+def _name_generators(store: Store, best: Artifact, recipe: Recipe, name: str | None) -> Artifact:
+    mode_name = f"{recipe.teacher}-{recipe.mode}".replace("/", "-")
+    return named(store, best, ["best", mode_name, *([name] if name else [])])
+
+
+def _preview(net: "Preconditioned", sampler: OneStepSpec | HeunSpec) -> bytes:
+    from sidactl import pictures, sampling
+
+    device = next(net.parameters()).device
+    batches = sampling.generate(net, PREVIEW_SEEDS, sampler, device=device)
+    return pictures.grid(next(iter(batches)).images.permute(0, 2, 3, 1).numpy())
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A samples artifact with its content: images uint8 [N, H, W, C], labels int64 [N] or None, seeds."""
+
+    artifact: Artifact
+    store: Store
+
+    @cached_property
+    def images(self) -> "NDArray[np.uint8]":
+        dataset = load_dataset(self.store, self.artifact)
+        return dataset.images(range(dataset.num_images)).permute(0, 2, 3, 1).numpy()
+
+    @cached_property
+    def labels(self) -> "NDArray[np.int64] | None":
+        return load_dataset(self.store, self.artifact).labels
+
+    @property
+    def seeds(self) -> Sequence[int]:
+        return _seeds_from_json(self.artifact.params["seeds"])
+
+
+def sample(
+    ref: str,
+    *,
+    seeds: Sequence[int],
+    class_index: int | None = None,
+    steps: int | None = None,
+    sampler: Literal["one-step", "heun"] | None = None,
+    name: str | None = None,
+    run: Path | str | None = None,
+    device: str | None = None,
+    force: bool = False,
+    tick: Tick | None = None,
+) -> Sampled:
+    """Images of a teacher or generator, one per seed, as a samples artifact (a zip in the EDM layout, and a grid).
+
+    The sampler defaults to the net's own: one step for a generator, Heun for a teacher. Noise and class of an image
+    depend on its seed alone.
+    """
+    if not seeds:
+        raise SidaError("sample count must be >= 1, got 0", "Pass --num 1 or more.")
+    store = Store.open(run)
+    subject = resolve(store, ref, NETS)
+    chosen = _sampler(subject, sampler, steps)
+    params = {
+        "seeds": _seeds_to_json(seeds),
+        "class_index": class_index,
+        "sampler": chosen.to_json(),
+    }
+    key = store.key("sample", params, {"net": subject.oid})
+    refs = [name] if name else []
+    if not force and (known := store.asked(key)):
+        return Sampled(named(store, known, refs), store)
+
+    from sidactl import pictures, prepare, sampling
+    from sidactl.engine import pick_device
+
+    chosen_device = pick_device(device)
+    net = load_net(store, subject, chosen_device)
+    batches = sampling.generate(net, seeds, chosen, device=chosen_device, class_index=class_index, batch_size=500)
+    with tempfile.TemporaryDirectory(prefix="sidactl-") as folder:
+        path = Path(folder) / "images.zip"
+        first: NDArray[np.uint8] | None = None
+        with prepare.ZipWriter(path) as writer:
+            for batch in batches:
+                images = batch.images.permute(0, 2, 3, 1).numpy()
+                first = images[: len(PREVIEW_SEEDS)] if first is None else first
+                for index, image in enumerate(images):
+                    writer.add(image, None if batch.labels is None else int(batch.labels[index]))
+                if tick:
+                    tick(writer.num_images, len(seeds))
+        assert first is not None
+        artifact = store.put(
+            "samples",
+            {"images.zip": path, "grid.png": pictures.grid(first)},
+            inputs={"net": subject.oid},
+            params=params | {"name": subject.params["name"], "dataset": subject.params["dataset"]},
+            results={"num_images": len(seeds), "nfe": chosen.nfe},
+        )
+    return Sampled(answered(store, key, artifact, "sample", refs=refs), store)
+
+
+def _seeds_to_json(seeds: Sequence[int]) -> dict[str, int] | list[int]:
+    if isinstance(seeds, range) and seeds.step == 1:
+        return {"first": seeds.start, "count": len(seeds)}
+    return [int(seed) for seed in seeds]
+
+
+def _seeds_from_json(value: Any) -> Sequence[int]:
+    return range(value["first"], value["first"] + value["count"]) if isinstance(value, Mapping) else value
+
+
+def _sampler(subject: Artifact, kind: str | None, steps: int | None) -> OneStepSpec | HeunSpec:
+    own = sampler_of(subject)
+    if kind not in (None, "one-step", "heun"):
+        raise SidaError(f"the sampler must be one-step or heun, got {kind!r}", "Pass --sampler heun for a teacher.")
+    chosen: OneStepSpec | HeunSpec = own
+    if kind == "heun" and isinstance(own, OneStepSpec):
+        raise SidaError(
+            "the heun sampler needs a teacher, got a one-step generator", "Leave out --sampler, or pass --steps."
+        )
+    if kind == "one-step" and isinstance(own, HeunSpec):
+        chosen = OneStepSpec()
+    if steps is not None and steps < 1:
+        raise SidaError(f"the number of steps must be >= 1, got {steps}", "Pass --steps 1 or more.")
+    return chosen if steps is None else dataclasses.replace(chosen, num_steps=steps)

@@ -1,0 +1,161 @@
+"""Images from networks: one-step and few-step generators, and the teachers' Heun sampler.
+
+Noise and label of an image depend on its seed alone, drawn in the order of the published scripts: first the latent,
+then (on a conditional net) the class, then the noise of later steps. So any batch size gives the same images.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sidactl.diffusion import Denoiser, as_one_hot, karras_sigmas
+from sidactl.errors import SidaError
+from sidactl.recipe import HeunSpec, OneStepSpec
+
+
+class SeededNoise:
+    """One random generator per image, each seeded with the image's seed modulo 2^32."""
+
+    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+        self._device = device
+        self._generators = [torch.Generator(device).manual_seed(int(seed) % (1 << 32)) for seed in seeds]
+
+    def normal(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Unit normal [B, *shape]."""
+        draws = [torch.randn(*shape, generator=g, device=self._device, dtype=dtype) for g in self._generators]
+        return torch.stack(draws)
+
+    def integers(self, high: int) -> Tensor:
+        """Uniform in 0 .. high - 1, [B] int64."""
+        return torch.stack([torch.randint(high, (), generator=g, device=self._device) for g in self._generators])
+
+
+@dataclass(frozen=True)
+class SampleBatch:
+    """images uint8 [B, C, H, W]; labels int64 [B], or None from an unconditional net; the images' seeds."""
+
+    images: Tensor
+    labels: Tensor | None
+    seeds: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A sized iterable of SampleBatch on the CPU, computed as it is read."""
+
+    net: Denoiser
+    sampler: OneStepSpec | HeunSpec
+    seeds: Sequence[int]
+    device: torch.device
+    class_index: int | None = None
+    batch_size: int = 256
+
+    def __len__(self) -> int:
+        return -(-len(self.seeds) // self.batch_size)
+
+    def __iter__(self) -> Iterator[SampleBatch]:
+        for start in range(0, len(self.seeds), self.batch_size):
+            seeds = self.seeds[start : start + self.batch_size]
+            images, labels = sample_batch(self.net, self.sampler, seeds, self.device, self.class_index)
+            yield SampleBatch(to_uint8(images).cpu(), None if labels is None else labels.cpu(), seeds)
+
+
+def generate(
+    net: Denoiser,
+    seeds: Sequence[int],
+    sampler: OneStepSpec | HeunSpec,
+    *,
+    device: torch.device,
+    class_index: int | None = None,
+    batch_size: int = 256,
+) -> Samples:
+    """Images for these seeds. Raises SidaError for a class that the net does not have, and for no step at all."""
+    if class_index is not None and not 0 <= class_index < net.spec.label_dim:
+        what = f"between 0 and {net.spec.label_dim - 1}" if net.spec.label_dim else "left out: the net has no classes"
+        raise SidaError(f"the class must be {what}, got {class_index}", "Pass another --class, or none.")
+    if sampler.num_steps < 1:
+        raise SidaError(f"the number of steps must be >= 1, got {sampler.num_steps}", "Pass --steps 1 or more.")
+    return Samples(net, sampler, seeds, device, class_index, batch_size)
+
+
+@torch.inference_mode()
+def sample_batch(
+    net: Denoiser,
+    sampler: OneStepSpec | HeunSpec,
+    seeds: Sequence[int],
+    device: torch.device,
+    class_index: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Images in [-1, 1] ([B, C, H, W]; float64 from an EDM-style Heun sampler) and class indices for these seeds."""
+    spec = net.spec
+    noise = SeededNoise(seeds, device)
+    latents = noise.normal((spec.img_channels, spec.img_resolution, spec.img_resolution))
+    labels = noise.integers(spec.label_dim) if spec.label_dim else None
+    if labels is not None and class_index is not None:
+        labels = torch.full_like(labels, class_index)
+    one_hot = as_one_hot(labels, spec.label_dim, device)
+    if isinstance(sampler, OneStepSpec):
+        return few_steps(net, latents, one_hot, sampler, noise), labels
+    return heun(net, latents, one_hot, sampler, noise), labels
+
+
+def few_steps(
+    net: Denoiser, latents: Tensor, labels: Tensor | None, sampler: OneStepSpec, noise: SeededNoise
+) -> Tensor:
+    """Images of a distilled generator; after the first step its output is diffused again, to ever lower levels."""
+    x = torch.zeros_like(latents)
+    for step in range(sampler.num_steps):
+        sigma = sampler.sigma_init * (sampler.num_steps - step) / sampler.num_steps
+        x = net(x + sigma * (latents if step == 0 else noise.normal(x.shape[1:])), sigma, labels)
+    return x
+
+
+def heun(
+    net: Denoiser,
+    latents: Tensor,
+    labels: Tensor | None,
+    sampler: HeunSpec,
+    noise: SeededNoise,
+    *,
+    guide: Denoiser | None = None,
+    guidance: float = 1.0,
+) -> Tensor:
+    """Images of a diffusion model by Heun's method with optional churn; the last step is Euler's.
+
+    With a guide net, D = D_guide + guidance (D_net - D_guide). Source: EDM (2206.00364), Algorithm 2; autoguidance
+    (2406.02507), eq. 4.
+    """
+    dtype = torch.float64 if sampler.convention == "edm" else torch.float32
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        denoised = net(x, sigma, labels).to(dtype)
+        if guide is None or guidance == 1:
+            return denoised
+        return guide(x, sigma, labels).to(dtype).lerp(denoised, guidance)
+
+    sigmas = karras_sigmas(sampler.num_steps, sampler.sigma_min, sampler.sigma_max, sampler.rho, dtype=dtype)
+    sigmas = sigmas.to(latents.device)
+    x = latents.to(dtype) * sigmas[0]
+    for step in range(sampler.num_steps):
+        sigma, sigma_next = sigmas[step], sigmas[step + 1]
+        churns = sampler.S_churn > 0 and sampler.S_min <= float(sigma) <= sampler.S_max
+        if sampler.S_churn > 0 and (churns or sampler.convention == "edm"):
+            drawn = noise.normal(x.shape[1:], dtype)
+        if churns:
+            raised = sigma * (1 + min(sampler.S_churn / sampler.num_steps, 2**0.5 - 1))
+            x = x + (raised**2 - sigma**2).sqrt() * sampler.S_noise * drawn
+            sigma = raised
+        slope = (x - denoise(x, sigma)) / sigma
+        ahead = x + (sigma_next - sigma) * slope
+        if step < sampler.num_steps - 1:
+            slope_ahead = (ahead - denoise(ahead, sigma_next)) / sigma_next
+            ahead = x + (sigma_next - sigma) * (slope + slope_ahead) / 2
+        x = ahead
+    return x
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Pixels of images in [-1, 1]: x * 127.5 + 128, clipped to 0..255, truncated, as EDM writes them."""
+    return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
