@@ -1,38 +1,124 @@
-"""What has a name: teachers, datasets and detectors, with their sources, licences, networks, recipes. Data only."""
+"""What has a name: teachers, generators, datasets, detectors and statistics, with sources, recipes, scores. Data only."""
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 from sidactl.errors import SidaError
-from sidactl.recipe import Adversarial, HeunSpec, Mode, NetSpec, Recipe
+from sidactl.recipe import Adversarial, HeunSpec, Mode, NetSpec, OneStepSpec, Recipe
+
+CC_BY_NC_SA = "CC BY-NC-SA 4.0"
+SEE_PUBLISHER = "see the publisher's page"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dataset:
-    """A dataset that prepare-data knows by name, and the detector that scores against it."""
+class Download:
+    """Where a file is published; a digest or size that is not known beforehand is None."""
+
+    url: str
+    sha256: str | None = None
+    size_bytes: int | None = None
+    is_certain: bool = True
+    """False: the digest comes from one third party, so that a file with another one is not refused"""
+
+
+class Published(NamedTuple):
+    """A number from a paper: its mean, and its standard deviation where it is given."""
+
+    value: float
+    std: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What all entries have. `source`: None for what ships with the package or what everybody must get themselves."""
 
     name: str
     about: str
     licence: str
+    source: Download | None = None
+    scores: Mapping[str, Published] = dataclasses.field(default_factory=dict)
+    """published ones of 50,000 images, by the name of the number: FID, IS, FD-DINOv2, precision, recall"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset(Entry):
+    """A dataset that prepare-data knows by name, or has a preset for, and the detector that scores against it."""
+
     detector: str
     builtin: bool = False
+    where: str | None = None
+    """the page to get it from"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Teacher:
+class Teacher(Entry):
     """A pretrained diffusion model: where it comes from, what it is, how it is sampled and distilled."""
 
-    name: str
-    about: str
-    licence: str
     dataset: str
     net: NetSpec
     sampler: HeunSpec
     recipes: Mapping[Mode, Recipe]
+    """none for a net that only guides the sampling of another"""
     asset: str | None = None
     """file of the package that holds its weights, for a built-in one"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generator(Entry):
+    """A published one-step generator: the teacher it was distilled from, by which mode, and its network."""
+
+    teacher: str
+    dataset: str
+    mode: Mode
+    alpha: float
+    net: NetSpec
+    sampler: OneStepSpec = OneStepSpec()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detector(Entry):
+    """The weights of a feature detector."""
+
+    asset: str | None = None
+    """file of the package, for a built-in one"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference(Entry):
+    """Published statistics, or images, of a dataset, and the detectors that it has features of."""
+
+    dataset: str
+    detectors: Sequence[str]
+    holds: Literal["statistics", "images"] = "statistics"
+
+
+def _published(numbers: Mapping[str, float | tuple[float, float | None]]) -> Mapping[str, Published]:
+    return {k: Published(*v) if isinstance(v, tuple) else Published(v) for k, v in numbers.items()}
+
+
+# Recipes. Source: the published run scripts; where the paper differs, they made the published generators.
+# Runs that were published in float16 had Adam's eps at 1e-6; ours are float32 and keep the 1e-8 of the others.
+
+
+def _modes(sid: Recipe, nimg: Sequence[int], adversarial: Adversarial) -> dict[Mode, Recipe]:
+    """The three recipes of a teacher, from that of SiD and the durations of all."""
+    sida = replace(
+        sid,
+        mode="sida",
+        alpha=1.0,
+        duration_nimg=nimg[1],
+        generator_beta1=0.0,
+        generator_from_nimg=100_000,
+        adversarial=adversarial,
+    )
+    return {
+        "sid": replace(sid, duration_nimg=nimg[0]),
+        "sida": sida,
+        "sid2a": replace(sida, mode="sid2a", duration_nimg=nimg[2]),
+    }
 
 
 def _tiny_digits() -> Teacher:
@@ -55,12 +141,9 @@ def _tiny_digits() -> Teacher:
     )
     # Ten times the published scales: with those the discriminator barely moves in so few steps.
     adversarial = Adversarial(lambda_adv=0.1, discriminator_scale=10.0, adversarial_from_nimg=10_000)
-    sida = dataclasses.replace(sid, mode="sida", alpha=1.0, adversarial=adversarial)
-    sid2a = dataclasses.replace(
-        sida,
-        mode="sid2a",
-        duration_nimg=40_000,
-        adversarial=dataclasses.replace(adversarial, adversarial_from_nimg=4_000),
+    sida = replace(sid, mode="sida", alpha=1.0, adversarial=adversarial)
+    sid2a = replace(
+        sida, mode="sid2a", duration_nimg=40_000, adversarial=replace(adversarial, adversarial_from_nimg=4_000)
     )
     return Teacher(
         name="tiny-digits",
@@ -83,7 +166,422 @@ def _tiny_digits() -> Teacher:
     )
 
 
-TEACHERS: Mapping[str, Teacher] = {entry.name: entry for entry in (_tiny_digits(),)}
+# EDM teachers. Source: EDM (2206.00364), tables 2 and 7; SiDA (2410.14919), appendix.
+
+_EDM_ROOT = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/"
+
+
+def _ddpmpp(resolution: int, mult: tuple[int, ...], dropout: float, label_dim: int = 0) -> NetSpec:
+    return NetSpec(
+        architecture="SongUNet",
+        img_resolution=resolution,
+        img_channels=3,
+        label_dim=label_dim,
+        model_channels=128,
+        channel_mult=mult,
+        num_blocks=4,
+        attn_resolutions=(16,),
+        dropout=dropout,
+        augment_dim=9,
+    )
+
+
+_ADM = NetSpec(
+    architecture="DhariwalUNet",
+    img_resolution=64,
+    img_channels=3,
+    label_dim=1000,
+    model_channels=192,
+    channel_mult=(1, 2, 3, 4),
+    num_blocks=3,
+    attn_resolutions=(32, 16, 8),
+    dropout=0.10,
+)
+
+
+def _edm(
+    name: str,
+    file: str,
+    dataset: str,
+    net: NetSpec,
+    num_steps: int,
+    scores: Mapping[str, float],
+    *,
+    batch_size: int,
+    batch_per_gpu: int,
+    lr: float,
+    nimg: Sequence[int],
+    dropout: float,
+    augment_p: float,
+    sid_alpha: float = 1.2,
+    sid_beta1: float = 0.0,
+    sha256: str | None = None,
+) -> Teacher:
+    is_large = net.architecture == "DhariwalUNet"  # ImageNet, whose runs count in steps of 20k images, not 10k
+    sid = Recipe(
+        teacher=name,
+        mode="sid",
+        dataset=dataset,
+        alpha=sid_alpha,
+        batch_size=batch_size,
+        num_accumulation_rounds=batch_size // batch_per_gpu,
+        duration_nimg=nimg[0],
+        fake_score_lr=lr,
+        generator_lr=lr,
+        generator_beta1=sid_beta1,
+        ema_halflife_nimg=2_000_000 if is_large else 500_000,
+        generator_from_nimg=None,
+        adversarial=None,
+        augment_p=augment_p,
+        dropout=dropout,
+        evaluate_every_nimg=1_000_000 if is_large else 500_000,
+        checkpoint_every_nimg=4_000_000 if is_large else 2_000_000,
+    )
+    churn = HeunSpec(num_steps=num_steps, S_churn=40, S_min=0.05, S_max=50, S_noise=1.003)
+    what = "conditional" if net.label_dim else "unconditional"
+    return Teacher(
+        name=name,
+        about=f"EDM, {what}, {dataset}",
+        licence=CC_BY_NC_SA,
+        source=Download(url=_EDM_ROOT + file, sha256=sha256, is_certain=False),
+        scores=_published(scores),
+        dataset=dataset,
+        net=net,
+        sampler=churn if is_large else HeunSpec(num_steps=num_steps),
+        recipes=_modes(sid, nimg, Adversarial()),
+    )
+
+
+_M = 1_000_000
+_EDM = (
+    _edm(
+        "edm-cifar10-uncond",
+        "edm-cifar10-32x32-uncond-vp.pkl",
+        "cifar10",
+        _ddpmpp(32, (2, 2, 2), 0.13),
+        18,
+        {"FID": 1.97, "IS": 9.68},
+        batch_size=256,
+        batch_per_gpu=32,
+        lr=1e-5,
+        nimg=(500 * _M, 300 * _M, 100 * _M),
+        dropout=0.13,
+        augment_p=0.12,
+        sha256="4d5dcc1f1d0d41c8934ad21626eeddbdc0460182becf9fc059a0631b1eedb4da",
+    ),
+    _edm(
+        "edm-cifar10-cond",
+        "edm-cifar10-32x32-cond-vp.pkl",
+        "cifar10",
+        _ddpmpp(32, (2, 2, 2), 0.13, label_dim=10),
+        18,
+        {"FID": 1.79},
+        batch_size=256,
+        batch_per_gpu=32,
+        lr=1e-5,
+        nimg=(800 * _M, 300 * _M, 100 * _M),
+        dropout=0.13,
+        augment_p=0.12,
+    ),
+    _edm(
+        "edm-imagenet64",
+        "edm-imagenet-64x64-cond-adm.pkl",
+        "imagenet64",
+        _ADM,
+        256,
+        {"FID": 1.36},
+        batch_size=8192,
+        batch_per_gpu=32,
+        lr=4e-6,
+        nimg=(1000 * _M, 300 * _M, 100 * _M),
+        dropout=0.10,
+        augment_p=0.0,
+    ),
+    _edm(
+        "edm-ffhq64",
+        "edm-ffhq-64x64-uncond-vp.pkl",
+        "ffhq64",
+        _ddpmpp(64, (1, 2, 2, 2), 0.05),
+        40,
+        {"FID": 2.39},
+        batch_size=512,
+        batch_per_gpu=64,
+        lr=1e-5,
+        nimg=(500 * _M, 200 * _M, 100 * _M),
+        dropout=0.05,
+        augment_p=0.15,
+        sid_beta1=0.9,
+    ),
+    _edm(
+        "edm-afhqv2",
+        "edm-afhqv2-64x64-uncond-vp.pkl",
+        "afhqv2-64",
+        _ddpmpp(64, (1, 2, 2, 2), 0.25),
+        40,
+        {"FID": 1.96},
+        batch_size=512,
+        batch_per_gpu=64,
+        lr=5e-6,
+        nimg=(500 * _M, 200 * _M, 100 * _M),
+        dropout=0.05,  # not the teacher's own
+        augment_p=0.15,
+        sid_alpha=1.0,
+    ),
+)
+
+
+# EDM2 teachers. Source: EDM2 (2312.02696), tables 2 and 6; SiDA (2410.14919), appendix.
+
+_EDM2_ROOT = "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/"
+
+
+class _Edm2Size(NamedTuple):
+    channels: int
+    params: str
+    dropout: float
+    snapshot: str
+    ema_fid: str
+    """length of the post-hoc EMA that minimises FID; of the next one, FD-DINOv2"""
+    ema_dino: str
+    fid: float
+    fd_dinov2: float
+    batch_per_gpu: int
+    mimg: tuple[int, int, int]
+
+
+_EDM2_SIZES = {
+    "xs": _Edm2Size(128, "125M", 0.0, "2147483", "0.135", "0.200", 3.53, 103.39, 64, (200, 200, 30)),
+    "s": _Edm2Size(192, "280M", 0.0, "2147483", "0.130", "0.190", 2.56, 68.64, 64, (200, 200, 80)),
+    "m": _Edm2Size(256, "498M", 0.1, "2147483", "0.100", "0.155", 2.25, 58.44, 32, (200, 200, 200)),
+    "l": _Edm2Size(320, "777M", 0.1, "1879048", "0.085", "0.155", 2.06, 52.25, 32, (200, 200, 55)),
+    "xl": _Edm2Size(384, "1.1B", 0.1, "1342177", "0.085", "0.155", 1.96, 45.96, 16, (200, 200, 50)),
+    "xxl": _Edm2Size(448, "1.5B", 0.1, "0939524", "0.070", "0.150", 1.91, 42.84, 2, (100, 100, 30)),
+}
+_EDM2_IMG64 = {
+    "s": ("1073741-0.075", 1.58),
+    "m": ("2147483-0.060", 1.43),
+    "l": ("1073741-0.040", 1.33),
+    "xl": ("0671088-0.040", 1.33),
+}
+
+
+def _edm2_net(size: str, img_channels: int, label_dim: int = 1000) -> NetSpec:
+    return NetSpec(
+        architecture="EDM2",
+        img_resolution=64,
+        img_channels=img_channels,
+        label_dim=label_dim,
+        model_channels=_EDM2_SIZES[size].channels,
+        channel_mult=(1, 2, 3, 4),
+        channel_mult_emb=None,
+        channel_mult_noise=None,
+        num_blocks=3,
+        attn_resolutions=(16, 8),
+        dropout=_EDM2_SIZES[size].dropout,
+        logvar_channels=128,
+    )
+
+
+def _edm2_recipes(teacher: str, size: str, dataset: str, P_mean: float, P_std: float) -> dict[Mode, Recipe]:
+    chosen = _EDM2_SIZES[size]
+    nimg = [m * _M for m in chosen.mimg]
+    sid = Recipe(
+        teacher=teacher,
+        mode="sid",
+        dataset=dataset,
+        alpha=1.0,
+        batch_size=2048,
+        num_accumulation_rounds=2048 // chosen.batch_per_gpu,
+        duration_nimg=nimg[0],
+        fake_score_lr=5e-5,
+        generator_lr=5e-5,
+        ema_halflife_nimg=2_000_000,
+        generator_from_nimg=None,
+        adversarial=None,
+        P_mean=P_mean,
+        P_std=P_std,
+        dropout=chosen.dropout,
+    )
+    recipes = _modes(sid, nimg, Adversarial(discriminator_scale=100.0, clip_gradient_value=None))
+    if size == "m":
+        recipes["sid2a"] = replace(recipes["sid2a"], lambda_sid=50.0)
+    return recipes
+
+
+def _edm2(
+    name: str,
+    about: str,
+    file: str,
+    net: NetSpec,
+    scores: Mapping[str, float],
+    dataset: str,
+    recipes: Mapping[Mode, Recipe],
+) -> Teacher:
+    return Teacher(
+        name=name,
+        about=about,
+        licence=CC_BY_NC_SA,
+        source=Download(url=f"{_EDM2_ROOT}{file}.pkl"),
+        scores=_published(scores),
+        dataset=dataset,
+        net=net,
+        sampler=HeunSpec(num_steps=32, convention="edm2"),
+        recipes=recipes,
+    )
+
+
+def _edm2_teachers() -> Iterator[Teacher]:
+    for size, of in _EDM2_SIZES.items():
+        for suffix, ema, number, score in (
+            ("", of.ema_fid, "FID", of.fid),
+            ("-dino", of.ema_dino, "FD-DINOv2", of.fd_dinov2),
+        ):
+            name = f"edm2-{size}{suffix}"
+            yield _edm2(
+                name,
+                f"EDM2-{size.upper()}, {of.params} parameters, ImageNet 512 in latents, EMA for the best {number}",
+                f"edm2-img512-{size}-{of.snapshot}-{ema}",
+                _edm2_net(size, 4),
+                {number: score},
+                "imagenet512",
+                _edm2_recipes(name, size, "imagenet512", -0.4, 1.0),
+            )
+    yield _edm2(
+        "edm2-xs-uncond",
+        "EDM2-XS, unconditional: guides the sampling of other EDM2 teachers (edm2-s at guidance 1.4)",
+        "edm2-img512-xs-uncond-2147483-0.025",
+        _edm2_net("xs", 4, label_dim=0),
+        {},
+        "imagenet512",
+        {},
+    )
+    for size, (snapshot, fid) in _EDM2_IMG64.items():
+        name = f"edm2-img64-{size}"
+        # Nobody published runs for these: the recipe is that of the same size in latents, with the teacher's own sigmas.
+        yield _edm2(
+            name,
+            f"EDM2-{size.upper()}, {_EDM2_SIZES[size].params} parameters, ImageNet 64 in pixels",
+            f"edm2-img64-{size}-{snapshot}",
+            _edm2_net(size, 3),
+            {"FID": fid},
+            "imagenet64",
+            _edm2_recipes(name, size, "imagenet64", -0.8, 1.6),
+        )
+
+
+TEACHERS: Mapping[str, Teacher] = {entry.name: entry for entry in (_tiny_digits(), *_EDM, *_edm2_teachers())}
+
+
+# Published generators. Source of the scores: SiDA (2410.14919), tables 1-7.
+
+_SID_ROOT = "https://huggingface.co/UT-Austin-PML/SiD/resolve/main"
+_SIDA_ROOT = "https://huggingface.co/UT-Austin-PML/SiDA/resolve/main"
+# teacher: how the SiD and the SiDA files name it
+_EDM_FILES = {
+    "edm-cifar10-uncond": ("cifar10-uncond", "cifar10_uncond"),
+    "edm-cifar10-cond": ("cifar10-cond", "cifar10_cond"),
+    "edm-imagenet64": ("imagenet64", "imgnet64"),
+    "edm-ffhq64": ("ffhq64", "ffhq64"),
+    "edm-afhqv2": ("afhq64", "afhq64-v2"),
+}
+# teacher, mode, alpha, thousands of images trained, scores
+_EDM_GENERATORS: tuple[tuple[str, Mode, float, int, Mapping[str, float | tuple[float, float | None]]], ...] = (
+    ("edm-cifar10-uncond", "sid", 1.2, 403968, {"FID": (1.923, 0.017), "IS": (9.980, 0.042)}),
+    ("edm-cifar10-uncond", "sida", 1.0, 217920, {"FID": (1.516, 0.010), "IS": (10.323, 0.048)}),
+    ("edm-cifar10-uncond", "sid2a", 1.0, 28160, {"FID": (1.499, 0.012), "IS": (10.188, 0.035)}),
+    ("edm-cifar10-uncond", "sid2a", 1.2, 22528, {"FID": (1.519, 0.009), "IS": (10.252, 0.027)}),
+    ("edm-cifar10-cond", "sid", 1.2, 713312, {"FID": (1.710, 0.011)}),
+    ("edm-cifar10-cond", "sida", 1.0, 293184, {"FID": (1.436, 0.009)}),
+    ("edm-cifar10-cond", "sid2a", 1.0, 38912, {"FID": (1.403, 0.010)}),
+    ("edm-cifar10-cond", "sid2a", 1.2, 53760, {"FID": (1.396, 0.014)}),
+    ("edm-imagenet64", "sid", 1.2, 939176, {"FID": (1.524, 0.009), "precision": 0.74, "recall": 0.63}),
+    ("edm-imagenet64", "sida", 1.0, 249167, {"FID": (1.353, 0.025), "precision": 0.74, "recall": 0.63}),
+    ("edm-imagenet64", "sid2a", 1.0, 29499, {"FID": (1.114, 0.019), "precision": 0.75, "recall": 0.62}),
+    ("edm-imagenet64", "sid2a", 1.2, 21471, {"FID": (1.110, 0.018), "precision": 0.75, "recall": 0.62}),
+    ("edm-ffhq64", "sid", 1.2, 498176, {"FID": (1.550, 0.017)}),
+    ("edm-ffhq64", "sida", 1.0, 185856, {"FID": (1.134, 0.012)}),
+    ("edm-ffhq64", "sid2a", 1.0, 168960, {"FID": (1.040, 0.011)}),
+    ("edm-ffhq64", "sid2a", 1.2, 80896, {"FID": (1.109, 0.015)}),
+    ("edm-afhqv2", "sid", 1.0, 371712, {"FID": (1.628, 0.017)}),
+    ("edm-afhqv2", "sida", 1.0, 127488, {"FID": (1.345, 0.015)}),
+    ("edm-afhqv2", "sid2a", 1.0, 175104, {"FID": (1.276, 0.010)}),
+    ("edm-afhqv2", "sid2a", 1.2, 175104, {"FID": (1.366, 0.018)}),
+)
+# size: by mode, thousands of images trained, FID, FD-DINOv2
+_EDM2_GENERATORS: Mapping[
+    str, Mapping[Mode, tuple[int, tuple[float, float | None] | None, tuple[float, float] | None]]
+] = {
+    "xs": {
+        "sid": (249360, (3.353, 0.041), (91.75, 0.55)),
+        "sida": (166410, (2.228, 0.037), (93.67, 0.40)),
+        "sid2a": (28674, (2.156, 0.028), (86.96, 0.32)),
+    },
+    "s": {
+        "sid": (192010, (2.707, 0.054), (65.08, 0.32)),
+        "sida": (117764, (1.756, 0.023), (68.76, 0.45)),
+        "sid2a": (75268, (1.669, 0.019), (62.19, 0.36)),
+    },
+    "m": {
+        "sid": (226830, (2.060, 0.038), (55.92, 0.25)),
+        "sida": (115716, (1.546, 0.023), (53.40, 0.60)),
+        "sid2a": (44036, (1.488, 0.038), (49.01, 0.54)),
+    },
+    # the FIDs of sid2a from here on are those that the authors gave after the paper (which has 1.465 for l)
+    "l": {
+        "sid": (203788, (1.907, 0.016), (56.25, 0.40)),
+        "sida": (166918, (1.501, 0.024), (48.47, 0.45)),
+        "sid2a": (50182, (1.413, None), (45.92, 0.33)),
+    },
+    "xl": {
+        "sid": (234004, (2.005, 0.024), (55.87, 0.21)),
+        "sida": (24578, (1.449, 0.033), (46.47, 0.27)),
+        "sid2a": (79495, (1.379, None), None),
+    },
+    "xxl": {
+        "sid": (77932, None, None),
+        "sida": (89816, None, None),
+        "sid2a": (29812, (1.366, None), None),
+    },
+}
+# These two files have another mode in their name than the one that the publisher lists them under.
+_FILED_AS = {("xl", "sida"): "sid2a", ("xxl", "sid"): "sida"}
+_MODE_NAMES: Mapping[Mode, str] = {"sid": "SiD", "sida": "SiDA", "sid2a": "SiD2A"}
+
+
+def _generator(
+    name: str, teacher: Teacher, mode: Mode, alpha: float, kimg: int, url: str, scores: Mapping[str, Published]
+) -> Generator:
+    return Generator(
+        name=name,
+        about=f"{_MODE_NAMES[mode]} of {teacher.name}, alpha {alpha:g}, {kimg / 1000:.3g}M images",
+        licence=SEE_PUBLISHER,
+        source=Download(url=url),
+        scores=scores,
+        teacher=teacher.name,
+        dataset=teacher.dataset,
+        mode=mode,
+        alpha=alpha,
+        net=replace(teacher.net, dropout=teacher.recipes[mode].dropout, logvar_channels=0),
+    )
+
+
+def _generators() -> Iterator[Generator]:
+    for teacher, mode, alpha, kimg, scores in _EDM_GENERATORS:
+        folder, prefix = _EDM_FILES[teacher]
+        url = f"{_SIDA_ROOT}/EDM_distillation/{prefix}_{mode}_alpha{alpha:g}-{kimg:06d}.pkl"
+        if mode == "sid":
+            url = f"{_SID_ROOT}/{folder}/alpha{alpha:g}/network-snapshot-{alpha:.6f}-{kimg:06d}.pkl"
+        name = f"{mode}/{teacher.removeprefix('edm-')}{'-alpha1.2' if (mode, alpha) == ('sid2a', 1.2) else ''}"
+        yield _generator(name, TEACHERS[teacher], mode, alpha, kimg, url, _published(scores))
+    for size, modes in _EDM2_GENERATORS.items():
+        for mode, (kimg, fid, fd_dinov2) in modes.items():
+            filed_as = _FILED_AS.get((size, mode), mode)
+            url = f"{_SIDA_ROOT}/EDM2_distillation/edm2_img512_{size}_{filed_as}_alpha1-{kimg:06d}.pkl"
+            numbers = {k: v for k, v in (("FID", fid), ("FD-DINOv2", fd_dinov2)) if v is not None}
+            yield _generator(f"{mode}/edm2-{size}", TEACHERS[f"edm2-{size}"], mode, 1.0, kimg, url, _published(numbers))
+
+
+GENERATORS: Mapping[str, Generator] = {entry.name: entry for entry in _generators()}
 
 DATASETS: Mapping[str, Dataset] = {
     entry.name: entry
@@ -95,8 +593,168 @@ DATASETS: Mapping[str, Dataset] = {
             detector="tiny-digits",
             builtin=True,
         ),
+        Dataset(
+            name="cifar10",
+            about="50,000 images of 32x32 pixels in 10 classes: cifar-10-python.tar.gz",
+            licence="none stated: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images (2009)",
+            detector="inception",
+            source=Download(
+                url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+                sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+            ),
+            where="https://www.cs.toronto.edu/~kriz/cifar.html",
+        ),
+        Dataset(
+            name="imagenet64",
+            about="1,281,167 images in 1,000 classes, cut to 64x64: ILSVRC/Data/CLS-LOC/train",
+            licence="for research and teaching, on the terms of image-net.org",
+            detector="inception",
+            where="https://image-net.org/download.php",
+        ),
+        Dataset(
+            name="ffhq64",
+            about="70,000 faces, scaled to 64x64: images1024x1024",
+            licence="CC BY-NC-SA 4.0, single images under their own",
+            detector="inception",
+            where="https://github.com/NVlabs/ffhq-dataset",
+        ),
+        Dataset(
+            name="afhqv2-64",
+            about="15,803 faces of animals, scaled to 64x64: afhqv2",
+            licence="CC BY-NC 4.0",
+            detector="inception",
+            where="https://github.com/clovaai/stargan-v2",
+        ),
+        Dataset(
+            name="imagenet512",
+            about="1,281,167 images in 1,000 classes, cut to 512x512: ILSVRC/Data/CLS-LOC/train",
+            licence="for research and teaching, on the terms of image-net.org",
+            detector="inception",
+            where="https://image-net.org/download.php",
+        ),
+        Dataset(
+            name="fashion32",
+            about="60,000 grey images of clothing in 10 classes, padded to 32x32: Fashion-MNIST, training part",
+            licence="MIT",
+            detector="inception",
+            where="https://github.com/zalandoresearch/fashion-mnist",
+        ),
     )
 }
+
+DETECTORS: Mapping[str, Detector] = {
+    entry.name: entry
+    for entry in (
+        Detector(
+            name="tiny-digits",
+            about="classifier of 8x8 digits, 64 features",
+            licence="Apache-2.0",
+            asset="tiny-digits-detector.safetensors",
+        ),
+        Detector(
+            name="inception",
+            about="Inception v3 of 2015-12-05, TorchScript: the one behind the published FIDs",
+            licence=SEE_PUBLISHER,
+            source=Download(
+                url="https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt",
+                sha256="f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
+                size_bytes=95_607_719,
+            ),
+        ),
+        Detector(
+            name="inception-state-dict",
+            about="the same network as a state dict, as pytorch-fid has it",
+            licence=SEE_PUBLISHER,
+            source=Download(
+                url="https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
+                sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+                size_bytes=95_628_359,
+            ),
+        ),
+        Detector(
+            name="dinov2",
+            about="DINOv2 ViT-L/14, for FD-DINOv2",
+            licence="Apache-2.0",
+            source=Download(
+                url="https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+                sha256="d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
+                size_bytes=1_217_586_395,
+            ),
+        ),
+    )
+}
+
+
+def _references() -> Iterator[Reference]:
+    nvidia = "https://nvlabs-fi-cdn.nvidia.com"
+    for dataset, file in (
+        ("cifar10", "cifar10-32x32"),
+        ("imagenet64", "imagenet-64x64"),
+        ("ffhq64", "ffhq-64x64"),
+        ("afhqv2-64", "afhqv2-64x64"),
+    ):
+        yield Reference(
+            name=dataset,
+            about=f"Inception statistics of {dataset}, as EDM's FIDs use them",
+            licence=CC_BY_NC_SA,
+            source=Download(url=f"{nvidia}/edm/fid-refs/{file}.npz"),
+            dataset=dataset,
+            detectors=("inception",),
+        )
+    for name, dataset, file in (
+        ("imagenet512", "imagenet512", "img512"),
+        ("imagenet64-edm2", "imagenet64", "img64"),
+    ):
+        yield Reference(
+            name=name,
+            about=f"Inception and DINOv2 statistics of {dataset}, as EDM2's scores use them",
+            licence=CC_BY_NC_SA,
+            source=Download(url=f"{nvidia}/edm2/dataset-refs/{file}.pkl"),
+            dataset=dataset,
+            detectors=("inception", "dinov2"),
+        )
+    yield Reference(
+        name="imagenet64-images",
+        about="10,000 images of imagenet64, for precision and recall alone",
+        licence=SEE_PUBLISHER,
+        source=Download(
+            url="https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/64/VIRTUAL_imagenet64_labeled.npz"
+        ),
+        dataset="imagenet64",
+        detectors=("inception",),
+        holds="images",
+    )
+
+
+REFERENCES: Mapping[str, Reference] = {entry.name: entry for entry in _references()}
+
+_KINDS: Mapping[str, Mapping[str, Entry]] = {
+    "teacher": TEACHERS,
+    "generator": GENERATORS,
+    "dataset": DATASETS,
+    "detector": DETECTORS,
+    "reference": REFERENCES,
+}
+
+
+class Row(NamedTuple):
+    """An entry as `sidactl ls --catalog` shows it."""
+
+    name: str
+    kind: str
+    about: str
+    size_bytes: int | None
+    licence: str
+    scores: Mapping[str, Published]
+
+
+def rows() -> list[Row]:
+    """Every entry, by kind."""
+    return [
+        Row(e.name, kind, e.about, e.source.size_bytes if e.source else None, e.licence, e.scores)
+        for kind, group in _KINDS.items()
+        for e in group.values()
+    ]
 
 
 def teacher(name: str) -> Teacher:
@@ -112,31 +770,19 @@ def did_you_mean(name: str, known: Mapping[str, object], otherwise: str) -> str:
     return f"Did you mean {near[0]!r}?" if near else otherwise
 
 
-def recipe_for(teacher_name: str, mode: Mode) -> Recipe:
-    """The recipe of a catalog teacher in this mode; for a teacher of your own, that of the published CIFAR-10 runs."""
+def recipe_for(teacher_name: str, mode: Mode, architecture: str = "SongUNet") -> Recipe:
+    """The recipe of a catalog teacher in this mode; for a teacher of your own, that of the published runs nearest to it.
+
+    Those are the runs of edm2-xs for an EDM2 network and of edm-cifar10-uncond for others, without dropout and
+    augmentation, the batch in one piece. Raises SidaError for a catalog teacher that has no recipe.
+    """
     if teacher_name in TEACHERS:
-        return TEACHERS[teacher_name].recipes[mode]
-    sid = Recipe(
-        teacher=teacher_name,
-        mode="sid",
-        dataset="",
-        alpha=1.2,
-        batch_size=256,
-        duration_nimg=500_000_000,
-        fake_score_lr=1e-5,
-        generator_lr=1e-5,
-        ema_halflife_nimg=500_000,
-        generator_from_nimg=None,
-        adversarial=None,
-    )
-    if mode == "sid":
-        return sid
-    duration_nimg = 300_000_000 if mode == "sida" else 100_000_000
-    return dataclasses.replace(
-        sid,
-        mode=mode,
-        alpha=1.0,
-        duration_nimg=duration_nimg,
-        generator_from_nimg=100_000,
-        adversarial=Adversarial(),
-    )
+        recipes = TEACHERS[teacher_name].recipes
+        if mode not in recipes:
+            raise SidaError(
+                f"{teacher_name} guides the sampling of other teachers and has no recipe",
+                "Distill one with classes, such as edm2-xs.",
+            )
+        return recipes[mode]
+    nearest = TEACHERS["edm2-xs" if architecture == "EDM2" else "edm-cifar10-uncond"].recipes[mode]
+    return replace(nearest, teacher=teacher_name, dataset="", num_accumulation_rounds=1, augment_p=0.0, dropout=0.0)

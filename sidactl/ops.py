@@ -18,18 +18,20 @@ from typing import TYPE_CHECKING, Any, Literal
 from sidactl import catalog
 from sidactl.artifacts import NETS, Tick, answered, load_dataset, load_net, mapping, named, resolve
 from sidactl.artifacts import fetch_teacher as fetch_teacher
+from sidactl.artifacts import load as load
 from sidactl.artifacts import prepare_data as prepare_data
 from sidactl.errors import EXIT_INTERRUPTED, SidaError
 from sidactl.recipe import MODES, HeunSpec, Mode, NetSpec, OneStepSpec, Recipe, TeacherRecipe, override
 from sidactl.scores import (
     SCORE_NAMES,
     detector_name,
-    fid,
     frechet,
     generated_images,
     reference_stats,
     sampler_of,
 )
+from sidactl.scores import fid as fid
+from sidactl.scores import prec_recall as prec_recall
 from sidactl.store import Artifact, LiveDir, Store
 
 if TYPE_CHECKING:

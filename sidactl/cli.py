@@ -1,0 +1,798 @@
+"""The sidactl command: parses, calls ops inside each command's body, prints. stdout is data, stderr is for people."""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import json
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+from click_default_group import DefaultGroup
+from typer.core import TyperGroup
+
+from sidactl import __version__, ui
+from sidactl.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, SidaError
+from sidactl.recipe import Adversarial, NetSpec, Recipe, TeacherRecipe
+
+if TYPE_CHECKING:
+    from sidactl.loop import Event
+    from sidactl.scores import Score
+    from sidactl.store import Artifact
+
+
+class RefGroup(DefaultGroup, TyperGroup):  # type: ignore[misc]  # click-default-group has no types
+    """A group whose default command is `show`, reached only by words that are shaped like an oid or a ref."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.default_cmd_name = "show"
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        word = args[0]
+        is_oid = len(word) >= 4 and all(c in "0123456789abcdef" for c in word)
+        if word in self.commands or is_oid or "/" in word:
+            resolved: tuple[str | None, click.Command | None, list[str]] = super().resolve_command(ctx, args)
+            return resolved
+        near = difflib.get_close_matches(word, self.commands, n=1)
+        what = "option" if word.startswith("-") else "command"
+        raise SidaError(f"No such {what} {word!r}", f"Did you mean {near[0]!r}?" if near else "Try it with --help.")
+
+
+app = typer.Typer(
+    cls=RefGroup,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+
+Run = Annotated[
+    Path | None,
+    typer.Option("--run", metavar="DIR", envvar="SIDACTL_RUN", help="run directory; ./sida-run if not given"),
+]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON document instead")]
+Force = Annotated[bool, typer.Option("--force", help="do it again even if it was asked before")]
+Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda or cuda:N; a GPU if there is one")]
+Name = Annotated[str | None, typer.Option(metavar="NAME", help="a ref of your own for the result")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and write nothing")]
+Ref = Annotated[
+    str | None, typer.Argument(metavar="[REF]", help="oid, prefix, ref or name; read from a pipe if left out")
+]
+Reference = Annotated[
+    str | None,
+    typer.Option("--ref", metavar="DATASET", help="what to score against; the subject's own dataset if not given"),
+]
+Num = Annotated[str | None, typer.Option(metavar="COUNT", help="images per trial, such as 10k")]
+Trials = Annotated[int, typer.Option(help="repetitions with fresh seeds")]
+FirstSeed = Annotated[int, typer.Option(help="seed of the first image of the first trial")]
+DetectorName = Annotated[
+    str | None, typer.Option("--detector", metavar="NAME", help="feature detector; the dataset's own")
+]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        ui.print_data(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    debug: Annotated[bool, typer.Option("--debug", help="show a traceback with an error")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Distill diffusion models into one-step generators (SiD, SiDA, SiD2A), sample them, score them."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits with its code: 0 done, 1 failed, 2 wrong usage or input, 130 interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = app(given, standalone_mode=False, prog_name="sidactl") or 0
+    except SidaError as error:
+        if "--debug" in given:
+            traceback.print_exc()
+        code = ui.fail(error)
+    except click.exceptions.NoArgsIsHelpError as error:
+        ui.note(error.format_message())
+        code = EXIT_USAGE
+    except click.NoSuchOption as error:
+        near = " or ".join(map(repr, sorted(error.possibilities or [])))
+        hint = f"Did you mean {near}?" if near else "Try it with --help."
+        code = ui.fail(SidaError(f"No such option {error.option_name!r}", hint))
+    except click.ClickException as error:
+        code = ui.fail(SidaError(error.format_message().rstrip("."), "Try it with --help."))
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        code = ui.fail(SidaError("interrupted", "Repeat the same command to go on.", exit_code=EXIT_INTERRUPTED))
+    except Exception as error:  # the last resort: a bug of ours, told in one line
+        if "--debug" in given:
+            raise
+        told = f"this is a bug in sidactl: {type(error).__name__}: {error}"
+        code = ui.fail(SidaError(told, "Repeat with --debug and report what it prints.", exit_code=EXIT_FAILED))
+    sys.exit(code)
+
+
+# Getting started: teachers and datasets
+
+
+@app.command("fetch-teacher")
+def fetch_teacher(
+    teacher: Annotated[str, typer.Argument(help="a name from ls --catalog")],
+    run: Run = None,
+    as_json: Json = False,
+    force: Force = False,
+) -> None:
+    """Fetch a teacher by name; prints its oid.
+
+    Example: sidactl fetch-teacher tiny-digits
+    """
+    from sidactl import ops
+
+    _print_artifact(ops.fetch_teacher(teacher, run=run, force=force), as_json)
+
+
+@app.command("prepare-data")
+def prepare_data(
+    source: Annotated[str, typer.Argument(help="tiny-digits, a folder, zip, tar.gz, IDX or npz file")],
+    preset: Annotated[str | None, typer.Option(metavar="NAME", help="the paper's preparation of a dataset")] = None,
+    transform: Annotated[str | None, typer.Option(metavar="NAME", help="center-crop, center-crop-wide, ...")] = None,
+    resolution: Annotated[str | None, typer.Option(metavar="WxH", help="size to scale to, such as 64x64")] = None,
+    max_images: Annotated[str | None, typer.Option(metavar="COUNT", help="only the first so many")] = None,
+    workers: Annotated[int | None, typer.Option(help="decoding threads; one per core if not given")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave out images that cannot be read")] = False,
+    name: Name = None,
+    run: Run = None,
+    as_json: Json = False,
+    force: Force = False,
+) -> None:
+    """Make a dataset from images; prints its oid.
+
+    Example: sidactl prepare-data tiny-digits
+    """
+    from sidactl import ops
+
+    with _ticking("prepare-data") as tick:
+        artifact = ops.prepare_data(
+            source,
+            preset=preset,
+            transform=transform,
+            resolution=_resolution(resolution),
+            max_images=_count(max_images, "--max-images"),
+            workers=workers,
+            skip_bad=skip_bad,
+            name=name,
+            run=run,
+            force=force,
+            tick=tick,
+        )
+    _print_artifact(artifact, as_json)
+
+
+def _resolution(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    width, x, height = text.partition("x")
+    if not (x and width.isdecimal() and height.isdecimal()):
+        raise SidaError(f"--resolution must be WxH such as 64x64, got {text!r}", "Pass two whole numbers.")
+    return int(width), int(height)
+
+
+# Training. A command's recipe flags are made from the recipe's fields, so that each is written once.
+
+_NOT_FLAGS = {"teacher", "mode", "dataset", "adversarial", "precision", "net", "architecture"}
+_NONE = object()
+"""what "none" on the command line becomes until the field is set, since None means that a flag was not given"""
+
+
+def _field_docs(cls: type) -> dict[str, str]:
+    """The documentation strings below a dataclass's fields."""
+    (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(body, ast.ClassDef)
+    docs: dict[str, str] = {}
+    for field, text in zip(body.body, body.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+            docs[ast.unparse(field.target)] = str(text.value.value)
+    return docs
+
+
+def _flag(field: str) -> str:
+    return "--" + field.removesuffix("_nimg").replace("_", "-").lower()
+
+
+def _metavar(field: str) -> str:
+    return "COUNT" if field.endswith("_nimg") else "VALUE"
+
+
+def _parser(field: dataclasses.Field[Any]) -> Callable[[str], Any]:
+    flag, allows_none = _flag(field.name), "None" in str(field.type)
+
+    def parse(text: str) -> Any:
+        if allows_none and text.lower() == "none":
+            return _NONE
+        if "tuple" in str(field.type):
+            return tuple(int(part) for part in text.split(","))
+        if field.name.endswith("_nimg"):
+            return ui.parse_count(text, flag)
+        if "Literal" in str(field.type) or field.type is str:
+            return text
+        return (int if field.type in (int, int | None) else float)(text)
+
+    parse.__name__ = "number"  # click shows the name in its error: '3x' is not a valid number.
+    return parse
+
+
+def recipe_flags(*classes: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command one option per field of these dataclasses; it gets those that were given, as `overrides`."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        flags: dict[str, tuple[dataclasses.Field[Any], str]] = {}
+        for cls in classes:
+            docs = _field_docs(cls)
+            flags |= {f.name: (f, docs.get(f.name, "")) for f in dataclasses.fields(cls) if f.name not in _NOT_FLAGS}
+
+        def with_flags(**arguments: Any) -> None:
+            given = {name: arguments.pop(name) for name in flags}
+            overrides = {name: None if v is _NONE else v for name, v in given.items() if v is not None}
+            command(**arguments, overrides=overrides)
+
+        own = [p for p in inspect.signature(command).parameters.values() if p.name != "overrides"]
+        own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+        options = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[
+                    Any,
+                    typer.Option(
+                        _flag(name),
+                        parser=_parser(field),
+                        metavar="COUNT" if name.endswith("_nimg") else "VALUE",
+                        help=doc,
+                    ),
+                ],
+            )
+            for name, (field, doc) in flags.items()
+        ]
+        with_flags.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+        with_flags.__annotations__ = {p.name: p.annotation for p in (*own, *options)}
+        with_flags.__doc__ = command.__doc__
+        return with_flags
+
+    return decorate
+
+
+@app.command("train-teacher")
+@recipe_flags(TeacherRecipe, NetSpec)
+def train_teacher(
+    dataset: Annotated[str, typer.Argument(help="a dataset artifact or name")],
+    name: Annotated[str, typer.Option(metavar="NAME", help="what to call the teacher")],
+    overrides: Mapping[str, Any],
+    run: Run = None,
+    device: Device = None,
+    as_json: Json = False,
+    force: Force = False,
+) -> None:
+    """Train a diffusion teacher; prints its oid.
+
+    Example: sidactl train-teacher tiny-digits --name my-teacher --duration 50k
+    """
+    from sidactl import ops
+
+    with _watching() as watch:
+        artifact = ops.train_teacher(dataset, name=name, run=run, device=device, force=force, watch=watch, **overrides)
+    _print_artifact(artifact, as_json)
+
+
+@app.command("distill")
+@recipe_flags(Recipe, Adversarial)
+def distill(
+    teacher: Annotated[str, typer.Option(metavar="REF", help="a teacher artifact or a name from ls --catalog")],
+    overrides: Mapping[str, Any],
+    mode: Annotated[str, typer.Option(help="sid, sida or sid2a")] = "sida",
+    generator: Annotated[str | None, typer.Option(metavar="REF", help="where sid2a starts")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(metavar="REF", help="real images; the teacher's own if not given")
+    ] = None,
+    name: Name = None,
+    run: Run = None,
+    device: Device = None,
+    as_json: Json = False,
+    force: Force = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Distill a one-step generator; prints its oid.
+
+    Example: sidactl distill --teacher tiny-digits --mode sida | sidactl sample --num 10k | sidactl fid
+    """
+    from sidactl import ops
+
+    if dry_run:
+        _print_plan(teacher, mode, generator, dataset, run, overrides)
+        return
+    with _watching() as watch:
+        artifact = ops.distill(
+            teacher=teacher,
+            mode=mode,
+            generator=generator,
+            dataset=dataset,
+            name=name,
+            run=run,
+            device=device,
+            force=force,
+            watch=watch,
+            **overrides,
+        )
+    _print_generator(artifact, as_json)
+
+
+@app.command("finetune-sid2a")
+@recipe_flags(Recipe, Adversarial)
+def finetune_sid2a(
+    teacher: Annotated[str, typer.Option(metavar="REF", help="a teacher artifact or a name from ls --catalog")],
+    generator: Annotated[str, typer.Option(metavar="REF", help="the generator to start from, such as generator/best")],
+    overrides: Mapping[str, Any],
+    dataset: Annotated[
+        str | None, typer.Option(metavar="REF", help="real images; the teacher's own if not given")
+    ] = None,
+    name: Name = None,
+    run: Run = None,
+    device: Device = None,
+    as_json: Json = False,
+    force: Force = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Go on from a SiD generator; prints an oid.
+
+    Example: sidactl finetune-sid2a --teacher tiny-digits --generator generator/tiny-digits-sid
+    """
+    from sidactl import ops
+
+    if dry_run:
+        _print_plan(teacher, "sid2a", generator, dataset, run, overrides)
+        return
+    with _watching() as watch:
+        artifact = ops.finetune_sid2a(
+            teacher=teacher,
+            generator=generator,
+            dataset=dataset,
+            name=name,
+            run=run,
+            device=device,
+            force=force,
+            watch=watch,
+            **overrides,
+        )
+    _print_generator(artifact, as_json)
+
+
+def _print_plan(
+    teacher: str, mode: str, generator: str | None, dataset: str | None, run: Path | None, overrides: Mapping[str, Any]
+) -> None:
+    from sidactl import ops
+    from sidactl.store import Store
+
+    planned = ops.plan(
+        teacher=teacher, mode=mode, generator=generator, dataset=dataset, store=Store.open(run), overrides=overrides
+    )
+    ui.print_json({"inputs": dict(planned.inputs), "recipe": planned.recipe.to_json()})
+
+
+_LOSS_NAMES = {
+    "fake_score_loss": "fake score",
+    "discriminator_loss": "discriminator",
+    "generator_sid_loss": "SiD",
+    "generator_adversarial_loss": "adversarial",
+    "denoising_loss": "denoising",
+}
+
+
+@contextmanager
+def _watching() -> Iterator[Callable[["Event"], None]]:
+    """A display of a training run, opened by its first event."""
+    from contextlib import ExitStack
+
+    with ExitStack() as stack:
+        shown: list[ui.Progress] = []
+
+        def watch(event: "Event") -> None:
+            values = event.values
+            if event.kind == "started":
+                shown.append(stack.enter_context(ui.progress(values["title"], values["duration_nimg"])))
+                return
+            (progress,) = shown
+            if event.kind == "progress":
+                losses = {_LOSS_NAMES[k]: f"{v:.3g}" for k, v in values.items() if k in _LOSS_NAMES}
+                skipped = {"skipped updates": values["skipped_steps"]} if values["skipped_steps"] else {}
+                progress.update(event.nimg, {"stage": values["stage"], **losses, **skipped})
+            elif event.kind == "evaluation":
+                progress.update(event.nimg, {"score": f"{values['score']:.4g}"})
+                progress.note(f"score {values['score']:.4g} after {event.nimg:,} images")
+            elif event.kind == "resumed":
+                progress.note(f"going on from the checkpoint at {event.nimg:,} images")
+            elif "message" in values:
+                progress.note(f"{'warning: ' if event.kind == 'warning' else ''}{values['message']}")
+
+        yield watch
+
+
+@contextmanager
+def _ticking(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A display of work that counts images, opened when it first says how far it is."""
+    from contextlib import ExitStack
+
+    with ExitStack() as stack:
+        shown: list[ui.Progress] = []
+
+        def tick(done: int, total: int) -> None:
+            if not shown:
+                shown.append(stack.enter_context(ui.progress(title, total)))
+            shown[0].update(done)
+
+        yield tick
+
+
+# Sampling and scores
+
+
+@app.command()
+def sample(
+    ref: Ref = None,
+    num: Annotated[
+        str | None, typer.Option(metavar="COUNT", help="how many images, from seed 0 on, such as 10k")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(metavar="LIST", help="which seeds, such as 0-63 or 5,7,100-199")] = None,
+    class_index: Annotated[int | None, typer.Option("--class", metavar="K", help="one class for all images")] = None,
+    steps: Annotated[int | None, typer.Option(help="number of sampling steps")] = None,
+    sampler: Annotated[str | None, typer.Option(metavar="NAME", help="one-step, or heun for a teacher")] = None,
+    name: Name = None,
+    run: Run = None,
+    device: Device = None,
+    as_json: Json = False,
+    force: Force = False,
+) -> None:
+    """Draw images, one per seed; prints an oid.
+
+    Example: sidactl sample generator/best --num 10k
+    """
+    if num is not None and seeds is not None:
+        raise SidaError("--num and --seeds cannot both be given", "Pass one of them.")
+    chosen = ui.parse_seeds(seeds) if seeds is not None else range(_count(num, "--num") or 64)
+    from sidactl import ops
+
+    with _ticking("sample") as tick:
+        result = ops.sample(
+            _from_pipe(ref),
+            seeds=chosen,
+            class_index=class_index,
+            steps=steps,
+            sampler=sampler,  # type: ignore[arg-type]  # ops checks it, with a better error
+            name=name,
+            run=run,
+            device=device,
+            force=force,
+            tick=tick,
+        )
+    _print_artifact(result.artifact, as_json)
+
+
+@app.command()
+def fid(
+    ref: Ref = None,
+    reference: Reference = None,
+    num: Num = None,
+    trials: Trials = 1,
+    first_seed: FirstSeed = 0,
+    detector: DetectorName = None,
+    run: Run = None,
+    device: Device = None,
+    as_json: Json = False,
+    force: Force = False,
+) -> None:
+    """Print the Frechet distance to a dataset.
+
+    Example: sidactl fid generator/best --num 10k --trials 10
+    """
+    from sidactl import ops
+
+    with _ticking("fid") as tick:
+        score = ops.fid(
+            _from_pipe(ref),
+            reference=reference,
+            num=_count(num, "--num", least=2),
+            trials=trials,
+            first_seed=first_seed,
+            detector=detector,
+            run=run,
+            device=device,
+            force=force,
+            tick=tick,
+        )
+    _print_score(score, as_json)
+
+
+@app.command("prec-recall")
+def prec_recall(
+    ref: Ref = None,
+    reference: Reference = None,
+    num: Num = None,
+    trials: Trials = 1,
+    first_seed: FirstSeed = 0,
+    detector: DetectorName = None,
+    neighbours: Annotated[int, typer.Option(help="k of the k-nearest-neighbour manifolds")] = 3,
+    run: Run = None,
+    device: Device = None,
+    as_json: Json = False,
+    force: Force = False,
+) -> None:
+    """Print precision and recall, in this order.
+
+    Example: sidactl prec-recall generator/best --num 10k
+    """
+    from sidactl import ops
+
+    with _ticking("prec-recall") as tick:
+        score = ops.prec_recall(
+            _from_pipe(ref),
+            reference=reference,
+            num=_count(num, "--num", least=2),
+            trials=trials,
+            first_seed=first_seed,
+            detector=detector,
+            neighbours=neighbours,
+            run=run,
+            device=device,
+            force=force,
+            tick=tick,
+        )
+    _print_score(score, as_json)
+
+
+@app.command("fd-dinov2")
+def fd_dinov2(ref: Ref = None, run: Run = None) -> None:
+    """Print FD-DINOv2 (not there yet).
+
+    Example: sidactl fd-dinov2 generator/best
+    """
+    raise SidaError("fd-dinov2 is not there yet", "Use sidactl fid, which scores with the dataset's own detector.")
+
+
+# The run directory
+
+
+@app.command()
+def show(
+    ref: Ref = None,
+    run: Run = None,
+    as_json: Json = False,
+) -> None:
+    """Show an artifact (a bare oid or ref does, too).
+
+    Example: sidactl show generator/best
+    """
+    from sidactl import inventory
+
+    described = inventory.show(_from_pipe(ref), run=run)
+    if as_json:
+        ui.print_json(described.to_json())
+        return
+    artifact = described.artifact
+    ui.print_data(f"{artifact.kind} {artifact.oid}")
+    for name in described.names:
+        ui.print_data(f"  name     {name}")
+    for role, parent in described.ancestors:
+        ui.print_data(f"  {'from':8} {role}: {parent.kind} {parent.oid[:12]}")
+    for name, path in described.paths.items():
+        ui.print_data(f"  {'file':8} {name} ({ui.format_bytes(artifact.files[name].size_bytes)}): {path}")
+    for title, values in (("setting", artifact.params), ("result", artifact.results)):
+        for key, value in values.items():
+            ui.print_data(f"  {title:8} {key}: {_short(value)}")
+    for score in described.scores:
+        ui.print_data(f"  {'score':8} {_score_line(score)}")
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+@app.command("ls")
+def list_artifacts(
+    kind: Annotated[str | None, typer.Argument(help="teacher, generator, dataset, samples, score, ...")] = None,
+    catalog: Annotated[bool, typer.Option("--catalog", help="list what can be fetched by name instead")] = False,
+    run: Run = None,
+    as_json: Json = False,
+) -> None:
+    """List artifacts, or the catalog of names.
+
+    Example: sidactl ls generator
+    """
+    if catalog:
+        _print_catalog(as_json)
+        return
+    from sidactl import inventory
+
+    found = inventory.ls(kind, run=run)
+    if as_json:
+        ui.print_json([{"oid": a.oid, "kind": a.kind, "names": names} for a, names in found])
+        return
+    rows = [[a.kind, a.oid[:12], ", ".join(names), _size(a)] for a, names in found]
+    ui.table(["kind", "oid", "names", "size"], rows)
+
+
+def _size(artifact: "Artifact") -> str:
+    return ui.format_bytes(sum(entry.size_bytes for entry in artifact.files.values()))
+
+
+def _print_catalog(as_json: bool) -> None:
+    from sidactl import catalog
+
+    entries = [
+        {"name": e.name, "kind": kind, "licence": e.licence, "about": e.about}
+        for kind, group in (("teacher", catalog.TEACHERS), ("dataset", catalog.DATASETS))
+        for e in group.values()
+    ]
+    if as_json:
+        ui.print_json(entries)
+    else:
+        ui.table(
+            ["name", "kind", "about", "licence"], [[e["name"], e["kind"], e["about"], e["licence"]] for e in entries]
+        )
+
+
+@app.command()
+def verify(run: Run = None, as_json: Json = False) -> None:
+    """Check every object of the run directory.
+
+    Example: sidactl verify
+    """
+    from sidactl import inventory
+
+    problems = inventory.verify(run=run)
+    if as_json:
+        ui.print_json([{"object": name, "problem": problem} for name, problem in problems])
+    else:
+        for name, problem in problems:
+            ui.print_data(f"{name}: {problem}")
+    if problems:
+        raise SidaError(f"{len(problems)} problems in the run directory", "Ask again with --force for what is damaged.")
+    ui.note("no problem found")
+
+
+@app.command()
+def gc(
+    dry_run: DryRun = False,
+    drop: Annotated[
+        list[str] | None, typer.Option(metavar="REF", help="forget this ref first; may be repeated")
+    ] = None,
+    run: Run = None,
+    as_json: Json = False,
+) -> None:
+    """Remove what no ref reaches.
+
+    Example: sidactl gc --dry-run
+    """
+    from sidactl import inventory
+
+    report = inventory.gc(dry_run=dry_run, drop=drop or [], run=run)
+    if as_json:
+        ui.print_json(dataclasses.asdict(report))
+        return
+    for name in report.removed:
+        ui.print_data(name)
+    verb = "would be removed" if dry_run else "removed"
+    ui.note(f"{report.num_objects} objects, {ui.format_bytes(report.num_bytes)} {verb}")
+
+
+@app.command()
+def export(
+    ref: Annotated[str, typer.Argument(help="oid, prefix or ref")],
+    destination: Annotated[Path, typer.Argument(help="file or folder to make")],
+    form: Annotated[
+        str, typer.Option("--to", metavar="FORM", help="files, png, npz, safetensors or state-dict")
+    ] = "files",
+    run: Run = None,
+    force: Force = False,
+) -> None:
+    """Write an artifact out; prints where.
+
+    Example: sidactl export generator/best my-generator
+    """
+    from sidactl import inventory
+
+    path = inventory.export(ref, destination, form=form, run=run, force=force)  # type: ignore[arg-type]  # checked there
+    ui.print_data(str(path))
+
+
+@app.command()
+def env(run: Run = None, as_json: Json = False) -> None:
+    """Print what a bug report needs.
+
+    Example: sidactl env
+    """
+    from sidactl import inventory
+
+    described = inventory.env(run=run)
+    if as_json:
+        ui.print_json(described)
+        return
+    for name, value in described.items():
+        ui.print_data(f"{name}: {_short(value)}")
+
+
+# What commands share
+
+
+def _from_pipe(ref: str | None) -> str:
+    """The artifact named, or the one line that the command before wrote into the pipe."""
+    if ref not in (None, "-"):
+        assert ref is not None
+        return ref
+    if sys.stdin.isatty():
+        raise SidaError("an artifact is needed, got none", "Name one (see sidactl ls), or pipe one in.")
+    line = sys.stdin.readline().strip()
+    if not line:
+        raise SidaError("the pipe is empty: the command before this one gave no artifact", "See its message.")
+    return line
+
+
+def _count(text: str | None, flag: str, least: int = 1) -> int | None:
+    count = None if text is None else ui.parse_count(text, flag)
+    if count is not None and count < least:
+        what = "sample count" if flag == "--num" else flag
+        raise SidaError(f"{what} must be >= {least}, got {count}", f"Pass {flag} {least} or more.")
+    return count
+
+
+def _print_artifact(artifact: "Artifact", as_json: bool) -> None:
+    if as_json:
+        ui.print_json(
+            {
+                "oid": artifact.oid,
+                "kind": artifact.kind,
+                "params": dict(artifact.params),
+                "results": dict(artifact.results),
+            }
+        )
+    else:
+        ui.print_data(artifact.oid)
+
+
+def _print_generator(artifact: "Artifact", as_json: bool) -> None:
+    results: Mapping[str, Any] = artifact.results
+    ui.note(
+        f"best generator: score {results['selection_score']:.4g} after {results['images_seen']:,} images, one step; "
+        f"its teacher: {results['teacher_score']:.4g}. Look at it: sidactl export {artifact.oid[:12]} FOLDER"
+    )
+    _print_artifact(artifact, as_json)
+
+
+def _print_score(score: "Score", as_json: bool) -> None:
+    if as_json:
+        ui.print_json(score.to_json())
+        return
+    ui.note(_score_line(score))
+    ui.print_data(" ".join(f"{numbers['value']:.6g}" for numbers in score.to_json()["scores"].values()))
+
+
+def _score_line(score: "Score") -> str:
+    told = score.to_json()
+    numbers = [
+        f"{name} {n['value']:.4g}" + ("" if n["std"] is None else f" +- {n['std']:.2g} (minimum {n['minimum']:.4g})")
+        for name, n in told["scores"].items()
+    ]
+    trials = f"{len(told['seeds'])} x {score.num:,} images" if told["seeds"] else f"{score.num:,} images"
+    return f"{', '.join(numbers)}; {trials}, {score.detector}"

@@ -1,0 +1,227 @@
+"""What is in a run directory, and the ways out of it: show, ls, verify, gc, export, env."""
+
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sidactl import __version__
+from sidactl.artifacts import NETS, load_dataset, load_net, resolve
+from sidactl.errors import SidaError
+from sidactl.scores import Score, score_of
+from sidactl.store import KINDS, Artifact, GcReport, Store
+
+ExportForm = Literal["files", "png", "npz", "safetensors", "state-dict"]
+EXPORT_FORMS: tuple[ExportForm, ...] = ("files", "png", "npz", "safetensors", "state-dict")
+_FORM_KINDS: dict[ExportForm, Sequence[str]] = {
+    "files": KINDS,
+    "png": ("samples", "dataset"),
+    "npz": ("samples", "dataset"),
+    "safetensors": NETS,
+    "state-dict": NETS,
+}
+
+
+@dataclass(frozen=True)
+class Described:
+    """An artifact with its names, the artifacts behind it (role path, artifact), and the scores about it."""
+
+    artifact: Artifact
+    names: Sequence[str]
+    ancestors: Sequence[tuple[str, Artifact]]
+    scores: Sequence[Score]
+    paths: dict[str, Path]
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest, and what surrounds it."""
+        artifact = self.artifact
+        return {
+            "oid": artifact.oid,
+            "kind": artifact.kind,
+            "names": list(self.names),
+            "files": {n: {"sha256": f.sha256, "size_bytes": f.size_bytes} for n, f in artifact.files.items()},
+            "inputs": dict(artifact.inputs),
+            "params": dict(artifact.params),
+            "results": dict(artifact.results),
+            "scores": [score.to_json() for score in self.scores],
+        }
+
+
+def show(ref: str, *, run: Path | str | None = None) -> Described:
+    """An artifact, the graph behind it, and its scores."""
+    store = Store.open(run)
+    artifact = resolve(store, ref, KINDS)
+    return Described(
+        artifact,
+        store.names_of(artifact.oid),
+        list(_ancestors(store, artifact, "")),
+        [score_of(a) for a in store.artifacts() if a.kind == "score" and a.inputs.get("subject") == artifact.oid],
+        {name: store.path(artifact, name) for name in artifact.files},
+    )
+
+
+def _ancestors(store: Store, artifact: Artifact, path: str) -> Iterator[tuple[str, Artifact]]:
+    for role, oid in artifact.inputs.items():
+        parent = store.get(oid)
+        yield f"{path}{role}", parent
+        yield from _ancestors(store, parent, f"{path}{role}.")
+
+
+def ls(kind: str | None = None, *, run: Path | str | None = None) -> list[tuple[Artifact, list[str]]]:
+    """Every artifact (of one kind) with its names, by kind and then name."""
+    if kind is not None and kind not in KINDS:
+        raise SidaError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}", "Leave it out to list everything.")
+    store = Store.open(run)
+    names: dict[str, list[str]] = {}
+    for name, oid in store.refs().items():
+        names.setdefault(oid, []).append(name)
+    found = [(a, names.get(a.oid, [])) for a in store.artifacts() if kind in (None, a.kind)]
+    return sorted(found, key=lambda item: (KINDS.index(item[0].kind), not item[1], item[1], item[0].oid))
+
+
+def verify(*, run: Path | str | None = None) -> list[tuple[str, str]]:
+    """What is wrong with the run directory, as (object, problem); every object is hashed again."""
+    return list(Store.open(run).verify())
+
+
+def gc(*, dry_run: bool = False, drop: Sequence[str] = (), run: Path | str | None = None) -> GcReport:
+    """Removes what no ref reaches; first drops the refs named in `drop`, such as "generator/best"."""
+    store = Store.open(run)
+    for name in drop:
+        if name not in store.refs():
+            raise SidaError(f"no ref {name!r} in {store.root}", "See what there is with: sidactl ls")
+    if not dry_run:
+        for name in drop:
+            kind, _, rest = name.partition("/")
+            store.delete_ref(kind, rest)
+    return store.gc(dry_run)
+
+
+def export(
+    ref: str, destination: Path | str, *, form: ExportForm = "files", run: Path | str | None = None, force: bool = False
+) -> Path:
+    """Writes an artifact out, whole or not at all, and returns where.
+
+    files: a folder with its files and manifest.json; png: a folder of images by class; npz: arr_0 uint8 [N, H, W, C]
+    and arr_1 classes, as the guided-diffusion evaluator reads them; safetensors: weights with their network spec in
+    the metadata; state-dict: a torch file {"ema": weights} that holds no code.
+    """
+    if form not in EXPORT_FORMS:
+        raise SidaError(f"--to must be one of {', '.join(EXPORT_FORMS)}, got {form!r}", "Leave it out for the files.")
+    store, path = Store.open(run), Path(destination)
+    artifact = resolve(store, ref, _FORM_KINDS[form])
+    with _whole(path, force) as temporary:
+        if form == "files":
+            _export_files(store, artifact, temporary)
+        elif form == "png":
+            _export_png(store, artifact, temporary)
+        elif form == "npz":
+            _export_npz(store, artifact, temporary)
+        else:
+            _export_weights(store, artifact, temporary, form)
+    return path
+
+
+@contextmanager
+def _whole(path: Path, force: bool) -> Iterator[Path]:
+    """Yields a path beside `path` that takes its place when the block succeeds and vanishes when it does not."""
+    if path.exists() and not force:
+        raise SidaError(f"{path} exists already", "Choose another name, or pass --force to replace it.")
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        _remove(temporary)
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _remove(path)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise SidaError(f"{path} cannot be written: {error.strerror}", "Free some space or choose another.") from None
+    finally:
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _export_files(store: Store, artifact: Artifact, folder: Path) -> None:
+    folder.mkdir()
+    for name in artifact.files:
+        shutil.copyfile(store.path(artifact, name), folder / name)
+    described = show(artifact.oid, run=store.root)
+    (folder / "manifest.json").write_text(json.dumps(described.to_json(), indent=2) + "\n")
+
+
+def _export_png(store: Store, artifact: Artifact, folder: Path) -> None:
+    from sidactl.prepare import encode_png
+
+    dataset = load_dataset(store, artifact)
+    for index in range(dataset.num_images):
+        group = "images" if dataset.labels is None else f"{dataset.labels[index]:05d}"
+        (folder / group).mkdir(parents=True, exist_ok=True)
+        pixels = dataset.images([index])[0].permute(1, 2, 0).numpy()
+        data = encode_png(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+        (folder / group / f"img{index:08d}.png").write_bytes(data)
+
+
+def _export_npz(store: Store, artifact: Artifact, path: Path) -> None:
+    import numpy as np
+
+    dataset = load_dataset(store, artifact)
+    images = dataset.images(range(dataset.num_images)).permute(0, 2, 3, 1).numpy()
+    arrays = {"arr_0": images} | ({} if dataset.labels is None else {"arr_1": dataset.labels})
+    with path.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
+
+
+def _export_weights(store: Store, artifact: Artifact, path: Path, form: ExportForm) -> None:
+    import safetensors.torch
+    import torch
+
+    state = {k: v.contiguous() for k, v in load_net(store, artifact, "cpu").state_dict().items()}
+    if form == "safetensors":
+        described = {"kind": artifact.kind, "params": dict(artifact.params)}
+        safetensors.torch.save_file(state, path, metadata={"sidactl": json.dumps(described)})
+    else:
+        buffer = io.BytesIO()
+        torch.save({"ema": state}, buffer)
+        path.write_bytes(buffer.getvalue())
+
+
+def env(*, run: Path | str | None = None) -> dict[str, Any]:
+    """Versions, devices and the run directory: what a bug report needs."""
+    import torch
+
+    packages = ("torch", "numpy", "scipy", "pillow", "safetensors", "typer", "click", "rich", "diffusers")
+    store = Store.open(run)
+    return {
+        "sidactl": __version__,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "packages": {name: _version(name) for name in packages},
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "run_directory": str(store.root.resolve()),
+        "artifacts": sum(1 for _ in store.artifacts()),
+        "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith("SIDACTL_")},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

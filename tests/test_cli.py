@@ -1,0 +1,365 @@
+"""The command line: what goes to stdout, what to stderr, exit codes, and the exact text of errors."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from sidactl import __version__, ui
+from sidactl.store import Store
+
+FAST = {
+    "duration": "512",
+    "evaluate-every": "512",
+    "evaluate-num": "100",
+    "checkpoint-every": "256",
+    "generator-from": "128",
+    "adversarial-from": "256",
+    "batch-size": "128",
+}
+
+
+def sidactl(
+    *arguments: str, run: Path | None = None, stdin: str = "", check: int | None = 0
+) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SIDACTL_")} | {"OMP_NUM_THREADS": "1"}
+    if run is not None:
+        environment["SIDACTL_RUN"] = str(run)
+    command = [sys.executable, "-m", "sidactl", *arguments]
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, env=environment, timeout=300)
+    if check is not None:
+        assert done.returncode == check, done.stderr
+    return done
+
+
+def flags(**changed: str) -> list[str]:
+    return [word for name, value in (FAST | changed).items() for word in (f"--{name}", value)]
+
+
+def assert_one_line(done: subprocess.CompletedProcess[str], text: str, code: int = 2) -> None:
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", f"error: {text}\n")
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run directory with a very short distillation, and its oid."""
+    run = tmp_path_factory.mktemp("cli") / "run"
+    done = sidactl("distill", "--teacher", "tiny-digits", "--mode", "sida", *flags(), run=run)
+    return run, done.stdout.strip()
+
+
+def test_help_imports_nothing_heavy_and_lists_every_command() -> None:
+    code = (
+        "import sys\n"
+        "from sidactl.cli import main\n"
+        "try:\n    main(['--help'])\n"
+        "except SystemExit:\n    pass\n"
+        "heavy = {'torch', 'numpy', 'scipy', 'rich', 'PIL', 'safetensors'} & set(sys.modules)\n"
+        "print(sorted(heavy), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "[]\n"
+    for command in ("fetch-teacher", "prepare-data", "distill", "finetune-sid2a", "sample", "fid", "prec-recall"):
+        assert command in done.stdout
+
+
+def all_commands() -> Sequence[str]:
+    import typer
+
+    from sidactl.cli import app
+
+    group = typer.main.get_command(app)
+    return sorted(group.commands)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("command", all_commands())
+def test_help_of_every_command_begins_with_a_verb_and_has_an_example(command: str) -> None:
+    told = sidactl(command, "--help").stdout
+    assert told.startswith("Usage: sidactl ")
+    assert f"Example: sidactl {command}" in " ".join(told.split())
+
+
+def test_version_is_one_line() -> None:
+    assert sidactl("--version").stdout == f"{__version__}\n"
+
+
+def test_misspelt_command_gets_the_nearest_one() -> None:
+    assert_one_line(sidactl("distil", check=None), "No such command 'distil'. Did you mean 'distill'?")
+
+
+def test_word_shaped_like_an_oid_reaches_show(tmp_path: Path) -> None:
+    text = "no artifact starts with '3fa2b1'. See what there is with: sidactl ls"
+    assert_one_line(sidactl("3fa2b1", run=tmp_path / "run", check=None), text)
+
+
+def test_unknown_option_is_one_line() -> None:
+    assert_one_line(sidactl("sample", "--nun", "3", check=None), "No such option '--nun'. Did you mean '--num' or '--run'?")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["distill", "--teacher", "tiny-digts"], "unknown teacher 'tiny-digts'. Did you mean 'tiny-digits'?"),
+        (
+            ["distill", "--teacher", "tiny-digits", "--mode", "sid2a"],
+            "mode sid2a starts from a generator, got none. Pass --generator REF: distill one with --mode sid first.",
+        ),
+        (
+            ["distill", "--teacher", "tiny-digits", "--mode", "sidd"],
+            "mode must be one of sid, sida, sid2a, got 'sidd'. Pass --mode sida.",
+        ),
+        (
+            ["distill", "--teacher", "tiny-digits", "--duration", "many"],
+            "--duration must be a whole number of images such as 500, 50k or 1.5M, got 'many'",
+        ),
+        (
+            ["distill", "--teacher", "tiny-digits", "--batch-size", "0"],
+            "batch_size must be at least 1, got 0. Pass another --batch-size.",
+        ),
+        (
+            ["distill", "--teacher", "tiny-digits", "--mode", "sid", "--lambda-adv", "1"],
+            "lambda_adv belongs to the adversarial loss, which mode sid does not have. "
+            "Use --mode sida, or leave it out.",
+        ),
+        (["sample", "tiny-digits", "--num", "0"], "sample count must be >= 1, got 0. Pass --num 1 or more."),
+        (["fid", "tiny-digits", "--num", "1"], "sample count must be >= 2, got 1. Pass --num 2 or more."),
+        (["sample", "generator/best"], "no ref 'generator/best' in {run}. See what there is with: sidactl ls"),
+        (
+            ["sample", "tiny-digits", "--num", "1", "--seeds", "0-3"],
+            "--num and --seeds cannot both be given. Pass one of them.",
+        ),
+        (["fd-dinov2", "tiny-digits"], None),
+        (["ls", "pictures"], None),
+        (["prepare-data", "tiny-digits", "--resolution", "64"], None),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing_behind(
+    tmp_path: Path, arguments: list[str], text: str | None
+) -> None:
+    run = tmp_path / "run"
+    done = sidactl(*arguments, run=run, check=None)
+    if text is None:
+        assert done.returncode == 2
+        assert done.stdout == ""
+        assert done.stderr.startswith("error: ")
+        assert done.stderr.count("\n") == 1
+    else:
+        assert_one_line(done, text.format(run=run))
+    assert not (run / "objects").exists()
+
+
+def test_empty_pipe_is_one_line_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    text = "the pipe is empty: the command before this one gave no artifact. See its message."
+    for command in ("sample", "fid", "prec-recall", "show"):
+        assert_one_line(sidactl(command, run=tmp_path / "run", check=None), text)
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_directory_of_a_newer_format_is_refused(tmp_path: Path) -> None:
+    Store(tmp_path / "run").put("run", {})
+    (tmp_path / "run" / "format").write_text("2\n")
+    text = (
+        f"the run directory {tmp_path / 'run'} has format 2, this sidactl reads format 1. "
+        "Upgrade sidactl, or choose another directory with --run DIR."
+    )
+    assert_one_line(sidactl("ls", run=tmp_path / "run", check=None), text)
+
+
+def test_run_directory_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = sidactl("fetch-teacher", "tiny-digits", run=tmp_path / "file" / "run", check=None)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: the run directory {tmp_path / 'file' / 'run'} cannot be ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_dry_run_prints_the_recipe_and_writes_nothing(tmp_path: Path) -> None:
+    done = sidactl(
+        "distill", "--teacher", "tiny-digits", "--dry-run", "--alpha", "1.1", "--duration", "1k", run=tmp_path / "r"
+    )
+    plan = json.loads(done.stdout)
+    assert plan["recipe"]["alpha"] == 1.1
+    assert plan["recipe"]["duration_nimg"] == 1000
+    assert plan["inputs"] == {"teacher": "tiny-digits", "dataset": "tiny-digits"}
+    assert not (tmp_path / "r").exists()
+
+
+def test_flag_takes_none_where_the_recipe_does(tmp_path: Path) -> None:
+    arguments = ["--generator-from", "none", "--ema-rampup-ratio", "none"]
+    done = sidactl("distill", "--teacher", "tiny-digits", "--dry-run", *arguments, run=tmp_path / "r")
+    recipe = json.loads(done.stdout)["recipe"]
+    assert (recipe["generator_from_nimg"], recipe["ema_rampup_ratio"]) == (None, None)
+
+
+def test_distill_prints_one_oid_and_people_read_stderr(distilled: tuple[Path, str]) -> None:
+    run, oid = distilled
+    assert len(oid) == 64
+    assert Store.open(run).get(oid).kind == "generator"
+    again = sidactl("distill", "--teacher", "tiny-digits", "--mode", "sida", *flags(), run=run)
+    assert again.stdout == f"{oid}\n"
+    assert again.stderr.startswith("best generator: score ")
+
+
+def test_finished_command_is_answered_without_torch(distilled: tuple[Path, str]) -> None:
+    run, oid = distilled
+    arguments = ["distill", "--teacher", "tiny-digits", "--mode", "sida", "--run", str(run), *flags()]
+    code = (
+        "import sys\n"
+        "from sidactl.cli import main\n"
+        f"try:\n    main({arguments!r})\n"
+        "except SystemExit as stop:\n    assert stop.code == 0\n"
+        "print('torch' in sys.modules, file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{oid}\n"
+    assert done.stderr.endswith("False\n")
+
+
+def test_pipeline_prints_one_number_and_nothing_else(distilled: tuple[Path, str]) -> None:
+    run, _ = distilled
+    python = sys.executable
+    command = (
+        f"{python} -m sidactl distill --teacher tiny-digits --mode sida {' '.join(flags())}"
+        f" | {python} -m sidactl sample --num 200 | {python} -m sidactl fid"
+    )
+    environment = os.environ | {"SIDACTL_RUN": str(run), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    assert 0 < float(done.stdout) < 100
+    assert "FD tiny-digits" in done.stderr
+    assert "FID" not in done.stderr
+
+
+def test_pipeline_whose_first_command_fails_ends_in_one_line_each(tmp_path: Path) -> None:
+    python, run = sys.executable, tmp_path / "run"
+    command = f"{python} -m sidactl distill --teacher nobody | {python} -m sidactl sample | {python} -m sidactl fid"
+    done = subprocess.run(
+        command, shell=True, capture_output=True, text=True, env=os.environ | {"SIDACTL_RUN": str(run)}, timeout=60
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    lines = sorted(done.stderr.splitlines())
+    assert lines == [
+        "error: the pipe is empty: the command before this one gave no artifact. See its message.",
+        "error: the pipe is empty: the command before this one gave no artifact. See its message.",
+        "error: unknown teacher 'nobody'. See sidactl ls --catalog.",
+    ]
+    assert not run.exists()
+
+
+def test_sample_reads_a_dash_and_json_names_the_artifact(distilled: tuple[Path, str]) -> None:
+    run, oid = distilled
+    done = sidactl("sample", "-", "--seeds", "0-3,9", "--json", run=run, stdin=f"{oid}\n")
+    described = json.loads(done.stdout)
+    assert described["kind"] == "samples"
+    assert described["results"]["num_images"] == 5
+
+
+def test_fid_json_says_how_the_score_was_made(distilled: tuple[Path, str]) -> None:
+    run, oid = distilled
+    done = sidactl("fid", oid[:10], "--num", "100", "--trials", "2", "--json", run=run)
+    told = json.loads(done.stdout)
+    score = told["scores"]["FD tiny-digits"]
+    assert told["subject"] == oid
+    assert told["seeds"] == [[0, 100], [100, 200]]
+    assert score["value"] == pytest.approx(sum(score["trials"]) / 2)
+    assert score["minimum"] == min(score["trials"])
+    assert told["detector"].startswith("tiny-digits@")
+    assert "score" in sidactl("show", oid, run=run).stdout
+
+
+def test_prec_recall_prints_two_numbers_between_0_and_1(distilled: tuple[Path, str]) -> None:
+    run, oid = distilled
+    precision, recall = map(float, sidactl("prec-recall", oid, "--num", "100", run=run).stdout.split())
+    assert 0 <= precision <= 1
+    assert 0 <= recall <= 1
+
+
+def test_ambiguous_prefix_lists_candidates(distilled: tuple[Path, str], tmp_path: Path) -> None:
+    store = Store(tmp_path / "run")
+    seen: dict[str, str] = {}
+    for number in range(2000):
+        oid = store.put("run", {}, params={"number": number}).oid
+        if oid[:4] in seen:
+            break
+        seen[oid[:4]] = oid
+    else:
+        pytest.fail("no two oids share four digits")
+    done = sidactl("show", oid[:4], run=tmp_path / "run", check=2)
+    assert oid[:12] in done.stderr
+    assert seen[oid[:4]][:12] in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_ls_show_verify_and_gc_agree(distilled: tuple[Path, str]) -> None:
+    run, oid = distilled
+    listed = json.loads(sidactl("ls", "generator", "--json", run=run).stdout)
+    assert oid in [entry["oid"] for entry in listed]
+    shown = sidactl(oid, run=run).stdout
+    assert shown == sidactl("show", "generator/best", run=run).stdout
+    assert shown.startswith(f"generator {oid}\n")
+    assert sidactl("verify", run=run).stderr == "no problem found\n"
+    assert oid not in sidactl("gc", "--dry-run", run=run).stdout
+
+
+def test_verify_names_a_damaged_object(tmp_path: Path) -> None:
+    store = Store(tmp_path / "run")
+    artifact = store.put("samples", {"a.txt": b"hello"})
+    path = store.path(artifact, "a.txt")
+    path.chmod(0o644)
+    path.write_bytes(b"jello")
+    done = sidactl("verify", run=tmp_path / "run", check=2)
+    assert artifact.files["a.txt"].sha256 in done.stdout
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("form", "expected"), [("files", "grid.png"), ("safetensors", None), ("state-dict", None)])
+def test_export_writes_a_generator_out(
+    distilled: tuple[Path, str], tmp_path: Path, form: str, expected: str | None
+) -> None:
+    run, oid = distilled
+    target = tmp_path / "out"
+    assert sidactl("export", oid, str(target), "--to", form, run=run).stdout == f"{target}\n"
+    assert (target / expected).exists() if expected else target.is_file()
+    assert_one_line(
+        sidactl("export", oid, str(target), "--to", form, run=run, check=None),
+        f"{target} exists already. Choose another name, or pass --force to replace it.",
+    )
+
+
+def test_export_writes_samples_as_png_and_npz(distilled: tuple[Path, str], tmp_path: Path) -> None:
+    import numpy as np
+
+    run, oid = distilled
+    samples = sidactl("sample", oid, "--num", "12", run=run).stdout.strip()
+    sidactl("export", samples, str(tmp_path / "png"), "--to", "png", run=run)
+    sidactl("export", samples, str(tmp_path / "x.npz"), "--to", "npz", run=run)
+    assert len(list((tmp_path / "png").rglob("*.png"))) == 12
+    with np.load(tmp_path / "x.npz") as arrays:
+        assert arrays["arr_0"].shape == (12, 8, 8, 1)
+        assert arrays["arr_1"].shape == (12,)
+    done = sidactl("export", oid, str(tmp_path / "y"), "--to", "png", run=run, check=2)
+    assert done.stderr.count("\n") == 1
+
+
+def test_env_prints_versions(tmp_path: Path) -> None:
+    told = json.loads(sidactl("env", "--json", run=tmp_path / "run").stdout)
+    assert told["sidactl"] == __version__
+    assert told["packages"]["torch"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_catalog_lists_the_built_in_setting() -> None:
+    assert "tiny-digits" in sidactl("ls", "--catalog").stdout
+
+
+def test_error_hint_is_a_sentence_and_message_is_not_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    from sidactl.errors import SidaError
+
+    assert ui.fail(SidaError("what must hold, got this", "Do that.")) == 2
+    assert capsys.readouterr().err == "error: what must hold, got this. Do that.\n"
