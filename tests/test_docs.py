@@ -1,0 +1,68 @@
+"""What the README shows works: commands parse, the two set-up scripts come first, Python blocks run."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+import typer
+
+from sidactl.cli import app
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+SHELL = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    part.strip()
+    for block in SHELL
+    for line in block.splitlines()
+    for part in line.split("|")
+    if part.strip().startswith("sidactl ")
+]
+
+
+def test_first_blocks_are_the_two_scripts_that_set_up_everything() -> None:
+    assert [block.strip() for block in SHELL[:2]] == ["sh examples/quickstart.sh", "sh tests/run.sh"]
+    for script in ("examples/quickstart.sh", "tests/run.sh", "examples/install.sh"):
+        subprocess.run(["sh", "-n", str(ROOT / script)], check=True)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_in_the_readme_parses(command: str) -> None:
+    group = typer.main.get_command(app)
+    assert isinstance(group, click.Group)
+    words = shlex.split(command)[1:]
+    name, found, rest = group.resolve_command(click.Context(group), words)
+    assert found is not None
+    found.make_context(name, list(rest), resilient_parsing=False)
+
+
+@pytest.mark.parametrize("block", PYTHON)
+def test_python_in_the_readme_runs(block: str, tmp_path: Path) -> None:
+    environment = os.environ | {"SIDACTL_RUN": str(tmp_path / "run"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "(8, 8, 8, 1)" in done.stdout
+
+
+def test_every_command_is_in_the_readme() -> None:
+    group = typer.main.get_command(app)
+    assert isinstance(group, click.Group)
+    missing = [name for name in group.commands if f"sidactl {name}" not in README and name != "fd-dinov2"]
+    assert not missing
+
+
+def test_examples_say_at_their_top_what_to_expect() -> None:
+    for path in sorted((ROOT / "examples").glob("*")):
+        if path.suffix in (".py", ".sh") and path.name != "install.sh":
+            assert re.search(r"\bExpect\b", path.read_text()[:800]), path.name
+
+
+def test_changelog_has_an_entry_for_what_is_new() -> None:
+    unreleased = (ROOT / "CHANGELOG.md").read_text().split("## [Unreleased]")[1]
+    assert "- " in unreleased
