@@ -1,44 +1,63 @@
-"""From the words people type to artifacts and what they hold: resolving, fetching, preparing, loading.
+"""From the words people type to artifacts and what they hold: resolving, fetching, importing, preparing, loading.
 
 torch and all that needs it are imported where they are used, so that a question asked before is answered at once.
 """
 
 import dataclasses
 import hashlib
+import json
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from sidactl import catalog
+from sidactl import catalog, download
 from sidactl.errors import SidaError
-from sidactl.recipe import NetSpec
+from sidactl.recipe import HeunSpec, NetSpec, OneStepSpec
 from sidactl.store import Artifact, Store
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from sidactl.data import Dataset
     from sidactl.diffusion import Preconditioned
 
 Tick = Callable[[int, int], None]
 """called with (images done, images in all)"""
-NETS = ("teacher", "generator")
+NetKind = Literal["teacher", "generator"]
+NETS: tuple[NetKind, ...] = ("teacher", "generator")
+NET_FILES = (".pkl", ".safetensors")
+DATA_FILES = (".zip", ".npz")
 ASSETS = Path(__file__).parent / "assets"
 
 
 def resolve(store: Store, text: str, kinds: Sequence[str]) -> Artifact:
-    """The artifact that `text` means: an oid, a prefix, a ref, or a catalog name (fetched or prepared if need be).
+    """The artifact that `text` means: an oid, a prefix, a ref, a catalog name, a foreign file, a URL or a folder.
 
-    Raises SidaError where there is none, it is ambiguous, or it is of another kind.
+    What is not in the run directory yet is fetched, imported or prepared first. Raises SidaError where there is none,
+    it is ambiguous, or it is of another kind.
     """
-    if "teacher" in kinds and text in catalog.TEACHERS:
+    nets = [kind for kind in NETS if kind in kinds]
+    suffix = _suffix(text)
+    if ("teacher" in kinds and text in catalog.TEACHERS) or ("generator" in kinds and text in catalog.GENERATORS):
         return fetch_teacher(text, run=store.root)
     if "dataset" in kinds and text in catalog.DATASETS:
+        is_prepared = not catalog.DATASETS[text].builtin and f"dataset/{text}" in store.refs()
+        return store.resolve(f"dataset/{text}") if is_prepared else prepare_data(text, run=store.root)
+    if "://" in text or suffix in NET_FILES:
+        if not nets:
+            raise SidaError(f"{text} cannot be read as a {' or '.join(kinds)}", "Give an artifact or another file.")
+        return fetch_teacher(text, kind=nets[0] if len(nets) == 1 else None, run=store.root)
+    if "dataset" in kinds and (suffix in DATA_FILES or (Path(text).is_dir() and not _is_ref(store, text))):
         return prepare_data(text, run=store.root)
-    if Path(text).suffix in (".pkl", ".pth", ".safetensors", ".zip", ".npz") or "://" in text:
-        raise SidaError(f"foreign files cannot be read yet, got {text}", "Use an artifact or a catalog name.")
     return store.resolve(text, kinds)
+
+
+def _is_ref(store: Store, text: str) -> bool:
+    return any(text in (ref, ref.partition("/")[2]) for ref in store.refs())
 
 
 def load(ref: str, run: Path | str | None = None, device: str = "cpu") -> "Preconditioned":
@@ -68,16 +87,264 @@ def load_dataset(store: Store, artifact: Artifact) -> "Dataset":
     return Dataset(store.path(artifact, "images.zip"))
 
 
-def fetch_teacher(name: str, *, run: Path | str | None = None, force: bool = False) -> Artifact:
-    """The teacher artifact of a catalog name. Raises SidaError for an unknown name, with the nearest one."""
-    store, entry = Store.open(run), catalog.teacher(name)
-    assert entry.asset is not None
-    key = store.key("fetch-teacher", {"entry": _teacher_params(entry), "asset_version": asset_digest(entry.asset)}, {})
+def fetch_teacher(
+    source: str,
+    *,
+    kind: NetKind | None = None,
+    dataset: str | None = None,
+    name: str | None = None,
+    offline: bool = False,
+    mirror: str | None = None,
+    run: Path | str | None = None,
+    force: bool = False,
+    progress: download.Progress | None = None,
+    say: download.Say = download.to_stderr,
+) -> Artifact:
+    """The teacher or generator artifact of a catalog name, a URL, or a file (.pkl as published, .safetensors as ours).
+
+    Downloads what is not in the run directory yet (see `download.fetch`) and converts it; no code in it is executed.
+    kind: of a pickle; by default a file that holds nothing but the net, as SiD and SiDA save it, is a generator.
+    dataset: the name of what a foreign net was trained on. name: a ref for it; by default the catalog's or the file's.
+
+    Raises SidaError for an unknown name, with the nearest one, and for a file that is no network or not the right one.
+    """
+    store = Store.open(run)
+    entry, url = _locate(source)
+    if isinstance(entry, catalog.Teacher) and entry.asset:
+        return _fetch_asset(store, entry, entry.asset, force)
+    if entry:
+        _check_kind(source, _kind_of(entry), kind)
+    called = entry.name if entry else name or _plain_name(Path(source.partition("?")[0]).stem)
+    refs = [called, name] if name else [called]
+    suffix = _suffix(url or source)
+    what = url or _source_identity(source)
+    # What it was first imported as answers for the source itself, so that only a new source is downloaded.
+    first_key = store.key("fetch-teacher", {"source": what}, {})
+    key = store.key("fetch-teacher", {"source": what, "kind": kind, "dataset": dataset}, {})
+    temporary = store.root / "tmp" / f"import-{key[:16]}-{called.replace('/', '-')}{suffix}"
+
+    def known() -> Artifact | None:
+        found, first = (None, None) if force else (store.asked(key), store.asked(first_key))
+        if found or not first or (suffix != ".pkl" and kind not in (None, first.kind)):
+            return found
+        return answered(store, key, _as_said(store, first, kind, dataset), "fetch-teacher")
+
+    if found := known():
+        return named(store, found, refs)
+    with download.exclusive(temporary.with_suffix(".lock"), lambda: say(f"waiting for another process: {source}")):
+        if found := known():
+            return named(store, found, refs)
+        try:
+            path = Path(source) if url is None else temporary
+            if url is None:
+                sha256 = _file_digest(path)
+            else:
+                sha256 = _download(entry, url, path, called, offline, mirror, progress, say)
+            foreign = _read_safetensors(path) if suffix == ".safetensors" else _read_pickle(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        if entry:
+            _check_network(foreign.net, entry)
+        elif foreign.is_kind_certain:
+            _check_kind(source, foreign.kind, kind)
+        chosen = _kind_of(entry) if entry else kind or foreign.kind
+        sampler = entry.sampler if entry else foreign.sampler or _default_sampler(chosen, foreign.net.spec)
+        params = {
+            "name": called,
+            "net": foreign.net.spec.to_json(),
+            "sampler": sampler.to_json(),
+            "dataset": entry.dataset if entry else dataset or foreign.params.get("dataset"),
+            "licence": entry.licence if entry else foreign.params.get("licence"),
+            "source_url": url,
+            "source_sha256": sha256,
+        }
+        if chosen == "generator" or "recipe" in foreign.params:
+            params["recipe"] = foreign.params.get("recipe")
+        artifact = store.put(chosen, {"model.safetensors": _weights(foreign)}, params=params)
+        store.answer(first_key, artifact.oid)
+        return answered(store, key, artifact, "fetch-teacher", refs=refs)
+
+
+def _as_said(store: Store, artifact: Artifact, kind: NetKind | None, dataset: str | None) -> Artifact:
+    """An imported network as the kind, and of the dataset, that it is now said to be."""
+    if kind in (None, artifact.kind) and dataset in (None, artifact.params["dataset"]):
+        return artifact
+    params = {**artifact.params, "dataset": dataset or artifact.params["dataset"]}
+    if kind and kind != artifact.kind:
+        params["sampler"] = _default_sampler(kind, NetSpec.from_json(mapping(params["net"]))).to_json()
+        params["recipe"] = None
+    files = {"model.safetensors": store.path(artifact, "model.safetensors")}
+    return store.put(kind or artifact.kind, files, params=params)
+
+
+def _default_sampler(kind: NetKind, spec: NetSpec) -> HeunSpec | OneStepSpec:
+    if kind == "generator":
+        return OneStepSpec()
+    return HeunSpec(num_steps=32, convention="edm2") if spec.architecture == "EDM2" else HeunSpec()
+
+
+def _locate(source: str) -> tuple[catalog.Teacher | catalog.Generator | None, str | None]:
+    """The catalog's entry of a name or URL, and the URL; neither for a local file. SidaError for anything else."""
+    nets: dict[str, catalog.Teacher | catalog.Generator] = {**catalog.TEACHERS, **catalog.GENERATORS}
+    entry = nets.get(source) or next((e for e in nets.values() if e.source and e.source.url == source), None)
+    if entry:
+        return entry, entry.source.url if entry.source else None
+    is_url = "://" in source
+    if _suffix(source) not in NET_FILES:
+        if is_url or Path(source).exists():
+            raise SidaError(f"a network file must be {' or '.join(NET_FILES)}, got {source}", "Convert it to one.")
+        raise SidaError(f"unknown teacher {source!r}", catalog.did_you_mean(source, nets, "See sidactl ls --catalog."))
+    if not is_url and not Path(source).is_file():
+        raise SidaError(f"{source}: no such file", "Check the path.")
+    return None, source if is_url else None
+
+
+def _suffix(path_or_url: str) -> str:
+    return Path(path_or_url.partition("?")[0]).suffix if "://" in path_or_url else Path(path_or_url).suffix
+
+
+def _kind_of(entry: catalog.Teacher | catalog.Generator) -> NetKind:
+    return "teacher" if isinstance(entry, catalog.Teacher) else "generator"
+
+
+def _check_kind(source: str, is_a: NetKind, wanted: NetKind | None) -> None:
+    if wanted not in (None, is_a):
+        raise SidaError(f"{source} must be a {wanted}, got a {is_a}", "Give another.")
+
+
+def _plain_name(stem: str) -> str:
+    """A file's name as a ref's: without what a ref must not have, and not to be read as an oid."""
+    plain = re.sub(r"\.\.+", ".", re.sub(r"[^A-Za-z0-9._+-]+", "-", stem)).lstrip(".-") or "net"
+    return f"net-{plain}" if re.fullmatch(r"[0-9a-fA-F]{4,}", plain) else plain
+
+
+def _download(
+    entry: catalog.Entry | None,
+    url: str,
+    path: Path,
+    what: str,
+    offline: bool,
+    mirror: str | None,
+    progress: download.Progress | None,
+    say: download.Say,
+) -> str:
+    file = entry.source if entry and entry.source else catalog.Download(url=url)
+    sha256 = download.fetch(
+        url,
+        path,
+        what=what,
+        licence=entry.licence if entry else None,
+        sha256=file.sha256 if file.is_certain else None,
+        size_bytes=file.size_bytes,
+        offline=offline,
+        mirror=mirror,
+        progress=progress,
+        say=say,
+    )
+    if file.sha256 not in (None, sha256):
+        say(f"warning: {what} has SHA-256 {sha256}, a third party saw it with {file.sha256}")
+    return sha256
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise SidaError(f"{path} cannot be read: {error.strerror}", "Check its permissions.") from error
+
+
+@dataclass(frozen=True)
+class _Foreign:
+    """A network from a foreign file: its weights as stored, what kind it is, what else the file says of it."""
+
+    net: "Preconditioned"
+    stored: Mapping[str, "Tensor"]
+    kind: NetKind
+    is_kind_certain: bool = False
+    sampler: HeunSpec | OneStepSpec | None = None
+    params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def _read_pickle(path: Path) -> _Foreign:
+    from sidactl import pickles, teachers
+
+    contents = pickles.read(path)
+    record = contents.get("ema")
+    if not isinstance(record, pickles.Record):
+        raise SidaError(f"{path} holds no network named 'ema'", "Give a snapshot that EDM, SiD or SiDA published.")
+    # SiD and SiDA save nothing but the net; teachers come with their loss and the settings of their data.
+    is_snapshot = len(contents) == 1 or record.class_name.endswith(("_EncoderDecoder", "_Generator"))
+    kind: NetKind = "generator" if is_snapshot else "teacher"
+    return _Foreign(teachers.load_record(record), pickles.state_dict(record), kind)
+
+
+def _read_safetensors(path: Path) -> _Foreign:
+    import safetensors.torch
+    import torch
+
+    from sidactl import nets, teachers
+
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        stored = safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise SidaError(f"{path}: damaged or not a safetensors file ({error})", "Export it again.") from error
+    try:
+        described = json.loads(metadata["sidactl"])
+        kind, params = described["kind"], described["params"]
+        spec = NetSpec.from_json(params["net"])
+        sampler = (OneStepSpec if kind == "generator" else HeunSpec).from_json(params["sampler"])
+        if kind not in NETS:
+            raise ValueError(kind)
+        with torch.device("meta"):
+            layout = nets.build(spec)
+    except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError, AssertionError) as error:
+        raise SidaError(
+            f"{path} does not say which network it holds", "Give one that sidactl export --to safetensors wrote."
+        ) from error
+    # Before any memory is taken for what the file merely claims to hold.
+    teachers.load_weights(layout, {name: tensor.to("meta") for name, tensor in stored.items()})
+    net = nets.build(spec)
+    teachers.load_weights(net, stored)
+    return _Foreign(net, stored, kind, True, sampler, params)
+
+
+# What must agree between a file and the catalog; the rest is the file's own to say.
+_SAME_NETWORK = ("architecture", "img_resolution", "img_channels", "label_dim", "model_channels", "channel_mult")
+
+
+def _check_network(net: "Preconditioned", entry: catalog.Teacher | catalog.Generator) -> None:
+    for option in _SAME_NETWORK:
+        wanted, got = getattr(entry.net, option), getattr(net.spec, option)
+        if wanted != got:
+            raise SidaError(
+                f"{entry.name} must be a network with {option} {wanted}, got {got}",
+                "The file is that of another network: look at the mirror.",
+            )
+
+
+def _weights(foreign: _Foreign) -> bytes:
+    """The net as safetensors; each tensor as exact as it is used, in the file's half precision where that is enough."""
+    import safetensors.torch
+    import torch
+
+    def compact(name: str, tensor: "Tensor") -> "Tensor":
+        source = foreign.stored.get(name, tensor)
+        half = tensor.to(source.dtype if source.element_size() < 4 else torch.float32)
+        return half if torch.equal(half.to(torch.float32), tensor) else tensor
+
+    state = foreign.net.state_dict()
+    return safetensors.torch.save({name: compact(name, tensor).contiguous() for name, tensor in state.items()})
+
+
+def _fetch_asset(store: Store, entry: catalog.Teacher, asset: str, force: bool) -> Artifact:
+    key = store.key("fetch-teacher", {"entry": _teacher_params(entry), "asset_version": asset_digest(asset)}, {})
     if not force and (known := store.asked(key)):
         return known
-    data = asset_bytes(entry.asset)
-    artifact = store.put("teacher", {"model.safetensors": data}, params=_teacher_params(entry))
-    return answered(store, key, artifact, "fetch-teacher", refs=[name])
+    artifact = store.put("teacher", {"model.safetensors": asset_bytes(asset)}, params=_teacher_params(entry))
+    return answered(store, key, artifact, "fetch-teacher", refs=[entry.name])
 
 
 def _teacher_params(entry: catalog.Teacher) -> dict[str, Any]:
@@ -129,7 +396,13 @@ def prepare_data(
         "skip_bad": skip_bad,
     }
     key = store.key("prepare-data", {"source": _source_identity(source), **options}, {})
-    refs = [source] if source in catalog.DATASETS else [name] if name else []
+    entry = catalog.DATASETS.get(source)
+    if entry and not entry.builtin and not Path(source).exists():
+        raise SidaError(
+            f"dataset {source} must be prepared from its files",
+            f"Get them from {entry.where}, then run sidactl prepare-data PATH --preset {source} --name {source}.",
+        )
+    refs = [source] if entry and entry.builtin else [name] if name else []
     if not force and (known := store.asked(key)):
         return named(store, known, refs)
     from sidactl import prepare
@@ -152,9 +425,9 @@ def prepare_data(
         if made.kind == "pixels":
             files["contact-sheet.png"] = prepare.contact_sheet(Dataset(path))
         results = dataclasses.asdict(made)
-        entry = catalog.DATASETS.get(source)
+        entry = entry or catalog.DATASETS.get(preset or "")
         params: dict[str, Any] = {
-            "name": name or (source if entry else Path(source).name),
+            "name": name or Path(source).name,
             "licence": entry.licence if entry else None,
         }
         artifact = store.put("dataset", files, params=params | options, results=results)
@@ -164,7 +437,8 @@ def prepare_data(
 def _source_identity(source: str) -> Any:
     """What stands for a source in a question: its name, or its files with sizes and times."""
     path = Path(source)
-    if source in catalog.DATASETS or not path.exists():
+    entry = catalog.DATASETS.get(source)
+    if (entry and entry.builtin) or not path.exists():
         return source
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     return [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files]

@@ -1,10 +1,10 @@
-"""What has a name: teachers, generators, datasets, detectors and statistics, with sources, recipes, scores. Data only."""
+"""What has a name: teachers, generators, datasets, detectors, statistics; sources, recipes, scores. Data only."""
 
 import dataclasses
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 from sidactl.errors import SidaError
 from sidactl.recipe import Adversarial, HeunSpec, Mode, NetSpec, OneStepSpec, Recipe
@@ -47,7 +47,7 @@ class Entry:
 class Dataset(Entry):
     """A dataset that prepare-data knows by name, or has a preset for, and the detector that scores against it."""
 
-    detector: str
+    detector: str = "inception"
     builtin: bool = False
     where: str | None = None
     """the page to get it from"""
@@ -75,7 +75,7 @@ class Generator(Entry):
     mode: Mode
     alpha: float
     net: NetSpec
-    sampler: OneStepSpec = OneStepSpec()
+    sampler: OneStepSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,10 @@ class Reference(Entry):
     holds: Literal["statistics", "images"] = "statistics"
 
 
-def _published(numbers: Mapping[str, float | tuple[float, float | None]]) -> Mapping[str, Published]:
+_Numbers: TypeAlias = Mapping[str, float | tuple[float, float | None]]
+
+
+def _published(numbers: _Numbers) -> Mapping[str, Published]:
     return {k: Published(*v) if isinstance(v, tuple) else Published(v) for k, v in numbers.items()}
 
 
@@ -103,22 +106,21 @@ def _published(numbers: Mapping[str, float | tuple[float, float | None]]) -> Map
 # Runs that were published in float16 had Adam's eps at 1e-6; ours are float32 and keep the 1e-8 of the others.
 
 
-def _modes(sid: Recipe, nimg: Sequence[int], adversarial: Adversarial) -> dict[Mode, Recipe]:
-    """The three recipes of a teacher, from that of SiD and the durations of all."""
+_M = 1_000_000
+
+
+def _modes(sid: Recipe, mimg: Sequence[int], adversarial: Adversarial) -> dict[Mode, Recipe]:
+    """The three recipes of a teacher, from that of SiD and the durations of sida and sid2a."""
     sida = replace(
         sid,
         mode="sida",
         alpha=1.0,
-        duration_nimg=nimg[1],
+        duration_nimg=mimg[1] * _M,
         generator_beta1=0.0,
         generator_from_nimg=100_000,
         adversarial=adversarial,
     )
-    return {
-        "sid": replace(sid, duration_nimg=nimg[0]),
-        "sida": sida,
-        "sid2a": replace(sida, mode="sid2a", duration_nimg=nimg[2]),
-    }
+    return {"sid": sid, "sida": sida, "sid2a": replace(sida, mode="sid2a", duration_nimg=mimg[2] * _M)}
 
 
 def _tiny_digits() -> Teacher:
@@ -128,22 +130,22 @@ def _tiny_digits() -> Teacher:
         dataset="tiny-digits",
         alpha=1.2,
         batch_size=128,
-        duration_nimg=60_000,
+        duration_nimg=80_000,
         fake_score_lr=5e-4,
         generator_lr=5e-4,
-        ema_halflife_nimg=10_000,
+        ema_halflife_nimg=20_000,
         ema_rampup_ratio=0.2,
         generator_from_nimg=4_000,
         adversarial=None,
-        evaluate_every_nimg=6_000,
+        evaluate_every_nimg=10_000,
         evaluate_num=10_000,
-        checkpoint_every_nimg=6_000,
+        checkpoint_every_nimg=10_000,
     )
     # Ten times the published scales: with those the discriminator barely moves in so few steps.
     adversarial = Adversarial(lambda_adv=0.1, discriminator_scale=10.0, adversarial_from_nimg=10_000)
     sida = replace(sid, mode="sida", alpha=1.0, adversarial=adversarial)
     sid2a = replace(
-        sida, mode="sid2a", duration_nimg=40_000, adversarial=replace(adversarial, adversarial_from_nimg=4_000)
+        sida, mode="sid2a", duration_nimg=60_000, adversarial=replace(adversarial, adversarial_from_nimg=4_000)
     )
     return Teacher(
         name="tiny-digits",
@@ -168,17 +170,17 @@ def _tiny_digits() -> Teacher:
 
 # EDM teachers. Source: EDM (2206.00364), tables 2 and 7; SiDA (2410.14919), appendix.
 
-_EDM_ROOT = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/"
+_EDM_ROOT = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained"
 
 
-def _ddpmpp(resolution: int, mult: tuple[int, ...], dropout: float, label_dim: int = 0) -> NetSpec:
+def _ddpmpp(resolution: int, dropout: float, label_dim: int = 0) -> NetSpec:
     return NetSpec(
         architecture="SongUNet",
         img_resolution=resolution,
         img_channels=3,
         label_dim=label_dim,
         model_channels=128,
-        channel_mult=mult,
+        channel_mult=(2, 2, 2) if resolution == 32 else (1, 2, 2, 2),
         num_blocks=4,
         attn_resolutions=(16,),
         dropout=dropout,
@@ -199,140 +201,77 @@ _ADM = NetSpec(
 )
 
 
-def _edm(
-    name: str,
-    file: str,
-    dataset: str,
-    net: NetSpec,
-    num_steps: int,
-    scores: Mapping[str, float],
-    *,
-    batch_size: int,
-    batch_per_gpu: int,
-    lr: float,
-    nimg: Sequence[int],
-    dropout: float,
-    augment_p: float,
-    sid_alpha: float = 1.2,
-    sid_beta1: float = 0.0,
-    sha256: str | None = None,
-) -> Teacher:
-    is_large = net.architecture == "DhariwalUNet"  # ImageNet, whose runs count in steps of 20k images, not 10k
-    sid = Recipe(
-        teacher=name,
-        mode="sid",
-        dataset=dataset,
-        alpha=sid_alpha,
-        batch_size=batch_size,
-        num_accumulation_rounds=batch_size // batch_per_gpu,
-        duration_nimg=nimg[0],
-        fake_score_lr=lr,
-        generator_lr=lr,
-        generator_beta1=sid_beta1,
-        ema_halflife_nimg=2_000_000 if is_large else 500_000,
-        generator_from_nimg=None,
-        adversarial=None,
-        augment_p=augment_p,
-        dropout=dropout,
-        evaluate_every_nimg=1_000_000 if is_large else 500_000,
-        checkpoint_every_nimg=4_000_000 if is_large else 2_000_000,
-    )
-    churn = HeunSpec(num_steps=num_steps, S_churn=40, S_min=0.05, S_max=50, S_noise=1.003)
-    what = "conditional" if net.label_dim else "unconditional"
-    return Teacher(
-        name=name,
-        about=f"EDM, {what}, {dataset}",
-        licence=CC_BY_NC_SA,
-        source=Download(url=_EDM_ROOT + file, sha256=sha256, is_certain=False),
-        scores=_published(scores),
-        dataset=dataset,
-        net=net,
-        sampler=churn if is_large else HeunSpec(num_steps=num_steps),
-        recipes=_modes(sid, nimg, Adversarial()),
-    )
+class _EdmRun(NamedTuple):
+    batch_size: int
+    batch_per_gpu: int
+    lr: float
+    sid_alpha: float
+    mimg: tuple[int, int, int]
+    """millions of images of sid, sida, sid2a"""
+    dropout: float
+    augment_p: float
 
 
-_M = 1_000_000
-_EDM = (
-    _edm(
-        "edm-cifar10-uncond",
-        "edm-cifar10-32x32-uncond-vp.pkl",
-        "cifar10",
-        _ddpmpp(32, (2, 2, 2), 0.13),
-        18,
-        {"FID": 1.97, "IS": 9.68},
-        batch_size=256,
-        batch_per_gpu=32,
-        lr=1e-5,
-        nimg=(500 * _M, 300 * _M, 100 * _M),
-        dropout=0.13,
-        augment_p=0.12,
-        sha256="4d5dcc1f1d0d41c8934ad21626eeddbdc0460182becf9fc059a0631b1eedb4da",
-    ),
-    _edm(
-        "edm-cifar10-cond",
-        "edm-cifar10-32x32-cond-vp.pkl",
-        "cifar10",
-        _ddpmpp(32, (2, 2, 2), 0.13, label_dim=10),
-        18,
-        {"FID": 1.79},
-        batch_size=256,
-        batch_per_gpu=32,
-        lr=1e-5,
-        nimg=(800 * _M, 300 * _M, 100 * _M),
-        dropout=0.13,
-        augment_p=0.12,
-    ),
-    _edm(
-        "edm-imagenet64",
-        "edm-imagenet-64x64-cond-adm.pkl",
-        "imagenet64",
-        _ADM,
-        256,
-        {"FID": 1.36},
-        batch_size=8192,
-        batch_per_gpu=32,
-        lr=4e-6,
-        nimg=(1000 * _M, 300 * _M, 100 * _M),
-        dropout=0.10,
-        augment_p=0.0,
-    ),
-    _edm(
-        "edm-ffhq64",
-        "edm-ffhq-64x64-uncond-vp.pkl",
-        "ffhq64",
-        _ddpmpp(64, (1, 2, 2, 2), 0.05),
-        40,
-        {"FID": 2.39},
-        batch_size=512,
-        batch_per_gpu=64,
-        lr=1e-5,
-        nimg=(500 * _M, 200 * _M, 100 * _M),
-        dropout=0.05,
-        augment_p=0.15,
-        sid_beta1=0.9,
-    ),
-    _edm(
-        "edm-afhqv2",
-        "edm-afhqv2-64x64-uncond-vp.pkl",
-        "afhqv2-64",
-        _ddpmpp(64, (1, 2, 2, 2), 0.25),
-        40,
-        {"FID": 1.96},
-        batch_size=512,
-        batch_per_gpu=64,
-        lr=5e-6,
-        nimg=(500 * _M, 200 * _M, 100 * _M),
-        dropout=0.05,  # not the teacher's own
-        augment_p=0.15,
-        sid_alpha=1.0,
-    ),
-)
+# file, dataset, network, Heun steps, scores
+_EDM_TEACHERS: Mapping[str, tuple[str, str, NetSpec, int, _Numbers]] = {
+    "edm-cifar10-uncond": ("cifar10-32x32-uncond-vp", "cifar10", _ddpmpp(32, 0.13), 18, {"FID": 1.97, "IS": 9.68}),
+    "edm-cifar10-cond": ("cifar10-32x32-cond-vp", "cifar10", _ddpmpp(32, 0.13, label_dim=10), 18, {"FID": 1.79}),
+    "edm-imagenet64": ("imagenet-64x64-cond-adm", "imagenet64", _ADM, 256, {"FID": 1.36}),
+    "edm-ffhq64": ("ffhq-64x64-uncond-vp", "ffhq64", _ddpmpp(64, 0.05), 40, {"FID": 2.39}),
+    "edm-afhqv2": ("afhqv2-64x64-uncond-vp", "afhqv2-64", _ddpmpp(64, 0.25), 40, {"FID": 1.96}),
+}
+_EDM_RUNS = {
+    "edm-cifar10-uncond": _EdmRun(256, 32, 1e-5, 1.2, (500, 300, 100), 0.13, 0.12),
+    "edm-cifar10-cond": _EdmRun(256, 32, 1e-5, 1.2, (800, 300, 100), 0.13, 0.12),
+    "edm-imagenet64": _EdmRun(8192, 32, 4e-6, 1.2, (1000, 300, 100), 0.10, 0.0),
+    "edm-ffhq64": _EdmRun(512, 64, 1e-5, 1.2, (500, 200, 100), 0.05, 0.15),
+    "edm-afhqv2": _EdmRun(512, 64, 5e-6, 1.0, (500, 200, 100), 0.05, 0.15),
+}
+_EDM_DIGESTS = {"edm-cifar10-uncond": "4d5dcc1f1d0d41c8934ad21626eeddbdc0460182becf9fc059a0631b1eedb4da"}
+
+
+def _edm_teachers() -> Iterator[Teacher]:
+    for name, (file, dataset, net, num_steps, numbers) in _EDM_TEACHERS.items():
+        run = _EDM_RUNS[name]
+        is_imagenet = name == "edm-imagenet64"
+        # Evaluation is due every 50 status lines, a checkpoint every 200; a line is 10k images, of ImageNet 20k.
+        line_nimg = 20_000 if is_imagenet else 10_000
+        sid = Recipe(
+            teacher=name,
+            mode="sid",
+            dataset=dataset,
+            alpha=run.sid_alpha,
+            batch_size=run.batch_size,
+            num_accumulation_rounds=run.batch_size // run.batch_per_gpu,
+            duration_nimg=run.mimg[0] * _M,
+            fake_score_lr=run.lr,
+            generator_lr=run.lr,
+            generator_beta1=0.9 if name == "edm-ffhq64" else 0.0,
+            ema_halflife_nimg=2 * _M if is_imagenet else _M // 2,
+            generator_from_nimg=None,
+            adversarial=None,
+            augment_p=run.augment_p,
+            dropout=run.dropout,
+            evaluate_every_nimg=50 * line_nimg,
+            checkpoint_every_nimg=200 * line_nimg,
+        )
+        churn = HeunSpec(num_steps=num_steps, S_churn=40, S_min=0.05, S_max=50, S_noise=1.003)
+        yield Teacher(
+            name=name,
+            about=f"EDM of {dataset}, {'conditional' if net.label_dim else 'unconditional'}",
+            licence=CC_BY_NC_SA,
+            source=Download(url=f"{_EDM_ROOT}/edm-{file}.pkl", sha256=_EDM_DIGESTS.get(name), is_certain=False),
+            scores=_published(numbers),
+            dataset=dataset,
+            net=net,
+            sampler=churn if is_imagenet else HeunSpec(num_steps=num_steps),
+            recipes=_modes(sid, run.mimg, Adversarial()),
+        )
 
 
 # EDM2 teachers. Source: EDM2 (2312.02696), tables 2 and 6; SiDA (2410.14919), appendix.
 
-_EDM2_ROOT = "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/"
+_EDM2_ROOT = "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions"
 
 
 class _Edm2Size(NamedTuple):
@@ -384,7 +323,6 @@ def _edm2_net(size: str, img_channels: int, label_dim: int = 1000) -> NetSpec:
 
 def _edm2_recipes(teacher: str, size: str, dataset: str, P_mean: float, P_std: float) -> dict[Mode, Recipe]:
     chosen = _EDM2_SIZES[size]
-    nimg = [m * _M for m in chosen.mimg]
     sid = Recipe(
         teacher=teacher,
         mode="sid",
@@ -392,17 +330,21 @@ def _edm2_recipes(teacher: str, size: str, dataset: str, P_mean: float, P_std: f
         alpha=1.0,
         batch_size=2048,
         num_accumulation_rounds=2048 // chosen.batch_per_gpu,
-        duration_nimg=nimg[0],
+        duration_nimg=chosen.mimg[0] * _M,
         fake_score_lr=5e-5,
         generator_lr=5e-5,
-        ema_halflife_nimg=2_000_000,
+        ema_halflife_nimg=2 * _M,
         generator_from_nimg=None,
         adversarial=None,
         P_mean=P_mean,
         P_std=P_std,
         dropout=chosen.dropout,
+        forced_normalization="published",
     )
-    recipes = _modes(sid, nimg, Adversarial(discriminator_scale=100.0, clip_gradient_value=None))
+    recipes = _modes(sid, chosen.mimg, Adversarial(discriminator_scale=100.0, clip_gradient_value=None))
+    if size == "s":
+        for mode in ("sida", "sid2a"):
+            recipes[mode] = replace(recipes[mode], forced_normalization="off", logvar=False)
     if size == "m":
         recipes["sid2a"] = replace(recipes["sid2a"], lambda_sid=50.0)
     return recipes
@@ -421,7 +363,7 @@ def _edm2(
         name=name,
         about=about,
         licence=CC_BY_NC_SA,
-        source=Download(url=f"{_EDM2_ROOT}{file}.pkl"),
+        source=Download(url=f"{_EDM2_ROOT}/{file}.pkl"),
         scores=_published(scores),
         dataset=dataset,
         net=net,
@@ -457,7 +399,7 @@ def _edm2_teachers() -> Iterator[Teacher]:
     )
     for size, (snapshot, fid) in _EDM2_IMG64.items():
         name = f"edm2-img64-{size}"
-        # Nobody published runs for these: the recipe is that of the same size in latents, with the teacher's own sigmas.
+        # No runs of these are published: the recipe is that of the same size in latents, with the teacher's own sigmas.
         yield _edm2(
             name,
             f"EDM2-{size.upper()}, {_EDM2_SIZES[size].params} parameters, ImageNet 64 in pixels",
@@ -469,14 +411,14 @@ def _edm2_teachers() -> Iterator[Teacher]:
         )
 
 
-TEACHERS: Mapping[str, Teacher] = {entry.name: entry for entry in (_tiny_digits(), *_EDM, *_edm2_teachers())}
+TEACHERS: Mapping[str, Teacher] = {entry.name: entry for entry in (_tiny_digits(), *_edm_teachers(), *_edm2_teachers())}
 
 
-# Published generators. Source of the scores: SiDA (2410.14919), tables 1-7.
+# Published generators. Source of the scores: SiDA (2410.14919), and for later ones the publisher's page.
 
 _SID_ROOT = "https://huggingface.co/UT-Austin-PML/SiD/resolve/main"
 _SIDA_ROOT = "https://huggingface.co/UT-Austin-PML/SiDA/resolve/main"
-# teacher: how the SiD and the SiDA files name it
+# how the SiD and the SiDA files name the EDM teachers
 _EDM_FILES = {
     "edm-cifar10-uncond": ("cifar10-uncond", "cifar10_uncond"),
     "edm-cifar10-cond": ("cifar10-cond", "cifar10_cond"),
@@ -484,8 +426,11 @@ _EDM_FILES = {
     "edm-ffhq64": ("ffhq64", "ffhq64"),
     "edm-afhqv2": ("afhq64", "afhq64-v2"),
 }
+# These two files have another mode in their name than the one that the publisher lists them under.
+_FILED_AS = {("edm2-xl", "sida"): "sid2a", ("edm2-xxl", "sid"): "sida"}
+_MODE_NAMES: Mapping[Mode, str] = {"sid": "SiD", "sida": "SiDA", "sid2a": "SiD2A"}
 # teacher, mode, alpha, thousands of images trained, scores
-_EDM_GENERATORS: tuple[tuple[str, Mode, float, int, Mapping[str, float | tuple[float, float | None]]], ...] = (
+_GENERATORS: tuple[tuple[str, Mode, float, int, _Numbers], ...] = (
     ("edm-cifar10-uncond", "sid", 1.2, 403968, {"FID": (1.923, 0.017), "IS": (9.980, 0.042)}),
     ("edm-cifar10-uncond", "sida", 1.0, 217920, {"FID": (1.516, 0.010), "IS": (10.323, 0.048)}),
     ("edm-cifar10-uncond", "sid2a", 1.0, 28160, {"FID": (1.499, 0.012), "IS": (10.188, 0.035)}),
@@ -506,82 +451,57 @@ _EDM_GENERATORS: tuple[tuple[str, Mode, float, int, Mapping[str, float | tuple[f
     ("edm-afhqv2", "sida", 1.0, 127488, {"FID": (1.345, 0.015)}),
     ("edm-afhqv2", "sid2a", 1.0, 175104, {"FID": (1.276, 0.010)}),
     ("edm-afhqv2", "sid2a", 1.2, 175104, {"FID": (1.366, 0.018)}),
+    ("edm2-xs", "sid", 1.0, 249360, {"FID": (3.353, 0.041), "FD-DINOv2": (91.75, 0.55)}),
+    ("edm2-xs", "sida", 1.0, 166410, {"FID": (2.228, 0.037), "FD-DINOv2": (93.67, 0.40)}),
+    ("edm2-xs", "sid2a", 1.0, 28674, {"FID": (2.156, 0.028), "FD-DINOv2": (86.96, 0.32)}),
+    ("edm2-s", "sid", 1.0, 192010, {"FID": (2.707, 0.054), "FD-DINOv2": (65.08, 0.32)}),
+    ("edm2-s", "sida", 1.0, 117764, {"FID": (1.756, 0.023), "FD-DINOv2": (68.76, 0.45)}),
+    ("edm2-s", "sid2a", 1.0, 75268, {"FID": (1.669, 0.019), "FD-DINOv2": (62.19, 0.36)}),
+    ("edm2-m", "sid", 1.0, 226830, {"FID": (2.060, 0.038), "FD-DINOv2": (55.92, 0.25)}),
+    ("edm2-m", "sida", 1.0, 115716, {"FID": (1.546, 0.023), "FD-DINOv2": (53.40, 0.60)}),
+    ("edm2-m", "sid2a", 1.0, 44036, {"FID": (1.488, 0.038), "FD-DINOv2": (49.01, 0.54)}),
+    ("edm2-l", "sid", 1.0, 203788, {"FID": (1.907, 0.016), "FD-DINOv2": (56.25, 0.40)}),
+    ("edm2-l", "sida", 1.0, 166918, {"FID": (1.501, 0.024), "FD-DINOv2": (48.47, 0.45)}),
+    ("edm2-l", "sid2a", 1.0, 50182, {"FID": 1.413, "FD-DINOv2": (45.92, 0.33)}),  # FID 1.465 in the paper
+    ("edm2-xl", "sid", 1.0, 234004, {"FID": (2.005, 0.024), "FD-DINOv2": (55.87, 0.21)}),
+    ("edm2-xl", "sida", 1.0, 24578, {"FID": (1.449, 0.033), "FD-DINOv2": (46.47, 0.27)}),
+    ("edm2-xl", "sid2a", 1.0, 79495, {"FID": 1.379}),
+    ("edm2-xxl", "sid", 1.0, 77932, {}),
+    ("edm2-xxl", "sida", 1.0, 89816, {}),
+    ("edm2-xxl", "sid2a", 1.0, 29812, {"FID": 1.366}),
 )
-# size: by mode, thousands of images trained, FID, FD-DINOv2
-_EDM2_GENERATORS: Mapping[
-    str, Mapping[Mode, tuple[int, tuple[float, float | None] | None, tuple[float, float] | None]]
-] = {
-    "xs": {
-        "sid": (249360, (3.353, 0.041), (91.75, 0.55)),
-        "sida": (166410, (2.228, 0.037), (93.67, 0.40)),
-        "sid2a": (28674, (2.156, 0.028), (86.96, 0.32)),
-    },
-    "s": {
-        "sid": (192010, (2.707, 0.054), (65.08, 0.32)),
-        "sida": (117764, (1.756, 0.023), (68.76, 0.45)),
-        "sid2a": (75268, (1.669, 0.019), (62.19, 0.36)),
-    },
-    "m": {
-        "sid": (226830, (2.060, 0.038), (55.92, 0.25)),
-        "sida": (115716, (1.546, 0.023), (53.40, 0.60)),
-        "sid2a": (44036, (1.488, 0.038), (49.01, 0.54)),
-    },
-    # the FIDs of sid2a from here on are those that the authors gave after the paper (which has 1.465 for l)
-    "l": {
-        "sid": (203788, (1.907, 0.016), (56.25, 0.40)),
-        "sida": (166918, (1.501, 0.024), (48.47, 0.45)),
-        "sid2a": (50182, (1.413, None), (45.92, 0.33)),
-    },
-    "xl": {
-        "sid": (234004, (2.005, 0.024), (55.87, 0.21)),
-        "sida": (24578, (1.449, 0.033), (46.47, 0.27)),
-        "sid2a": (79495, (1.379, None), None),
-    },
-    "xxl": {
-        "sid": (77932, None, None),
-        "sida": (89816, None, None),
-        "sid2a": (29812, (1.366, None), None),
-    },
-}
-# These two files have another mode in their name than the one that the publisher lists them under.
-_FILED_AS = {("xl", "sida"): "sid2a", ("xxl", "sid"): "sida"}
-_MODE_NAMES: Mapping[Mode, str] = {"sid": "SiD", "sida": "SiDA", "sid2a": "SiD2A"}
 
 
-def _generator(
-    name: str, teacher: Teacher, mode: Mode, alpha: float, kimg: int, url: str, scores: Mapping[str, Published]
-) -> Generator:
+def _generator(teacher: Teacher, mode: Mode, alpha: float, kimg: int, numbers: _Numbers) -> Generator:
+    if teacher.name not in _EDM_FILES:
+        size, filed_as = teacher.name.removeprefix("edm2-"), _FILED_AS.get((teacher.name, mode), mode)
+        url = f"{_SIDA_ROOT}/EDM2_distillation/edm2_img512_{size}_{filed_as}_alpha{alpha:g}-{kimg:06d}.pkl"
+    elif mode == "sid":
+        folder = _EDM_FILES[teacher.name][0]
+        url = f"{_SID_ROOT}/{folder}/alpha{alpha:g}/network-snapshot-{alpha:.6f}-{kimg:06d}.pkl"
+    else:
+        prefix = _EDM_FILES[teacher.name][1]
+        url = f"{_SIDA_ROOT}/EDM_distillation/{prefix}_{mode}_alpha{alpha:g}-{kimg:06d}.pkl"
+    recipe = teacher.recipes[mode]
+    suffix = "" if alpha == recipe.alpha else f"-alpha{alpha:g}"
     return Generator(
-        name=name,
+        name=f"{mode}/{teacher.name.removeprefix('edm-')}{suffix}",
         about=f"{_MODE_NAMES[mode]} of {teacher.name}, alpha {alpha:g}, {kimg / 1000:.3g}M images",
         licence=SEE_PUBLISHER,
         source=Download(url=url),
-        scores=scores,
+        scores=_published(numbers),
         teacher=teacher.name,
         dataset=teacher.dataset,
         mode=mode,
         alpha=alpha,
-        net=replace(teacher.net, dropout=teacher.recipes[mode].dropout, logvar_channels=0),
+        sampler=OneStepSpec(),
+        net=replace(teacher.net, dropout=recipe.dropout, logvar_channels=0),
     )
 
 
-def _generators() -> Iterator[Generator]:
-    for teacher, mode, alpha, kimg, scores in _EDM_GENERATORS:
-        folder, prefix = _EDM_FILES[teacher]
-        url = f"{_SIDA_ROOT}/EDM_distillation/{prefix}_{mode}_alpha{alpha:g}-{kimg:06d}.pkl"
-        if mode == "sid":
-            url = f"{_SID_ROOT}/{folder}/alpha{alpha:g}/network-snapshot-{alpha:.6f}-{kimg:06d}.pkl"
-        name = f"{mode}/{teacher.removeprefix('edm-')}{'-alpha1.2' if (mode, alpha) == ('sid2a', 1.2) else ''}"
-        yield _generator(name, TEACHERS[teacher], mode, alpha, kimg, url, _published(scores))
-    for size, modes in _EDM2_GENERATORS.items():
-        for mode, (kimg, fid, fd_dinov2) in modes.items():
-            filed_as = _FILED_AS.get((size, mode), mode)
-            url = f"{_SIDA_ROOT}/EDM2_distillation/edm2_img512_{size}_{filed_as}_alpha1-{kimg:06d}.pkl"
-            numbers = {k: v for k, v in (("FID", fid), ("FD-DINOv2", fd_dinov2)) if v is not None}
-            yield _generator(f"{mode}/edm2-{size}", TEACHERS[f"edm2-{size}"], mode, 1.0, kimg, url, _published(numbers))
-
-
-GENERATORS: Mapping[str, Generator] = {entry.name: entry for entry in _generators()}
+GENERATORS: Mapping[str, Generator] = {
+    entry.name: entry for entry in (_generator(TEACHERS[row[0]], *row[1:]) for row in _GENERATORS)
+}
 
 DATASETS: Mapping[str, Dataset] = {
     entry.name: entry
@@ -597,7 +517,6 @@ DATASETS: Mapping[str, Dataset] = {
             name="cifar10",
             about="50,000 images of 32x32 pixels in 10 classes: cifar-10-python.tar.gz",
             licence="none stated: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images (2009)",
-            detector="inception",
             source=Download(
                 url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
                 sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
@@ -608,35 +527,30 @@ DATASETS: Mapping[str, Dataset] = {
             name="imagenet64",
             about="1,281,167 images in 1,000 classes, cut to 64x64: ILSVRC/Data/CLS-LOC/train",
             licence="for research and teaching, on the terms of image-net.org",
-            detector="inception",
             where="https://image-net.org/download.php",
         ),
         Dataset(
             name="ffhq64",
             about="70,000 faces, scaled to 64x64: images1024x1024",
             licence="CC BY-NC-SA 4.0, single images under their own",
-            detector="inception",
             where="https://github.com/NVlabs/ffhq-dataset",
         ),
         Dataset(
             name="afhqv2-64",
             about="15,803 faces of animals, scaled to 64x64: afhqv2",
             licence="CC BY-NC 4.0",
-            detector="inception",
             where="https://github.com/clovaai/stargan-v2",
         ),
         Dataset(
             name="imagenet512",
             about="1,281,167 images in 1,000 classes, cut to 512x512: ILSVRC/Data/CLS-LOC/train",
             licence="for research and teaching, on the terms of image-net.org",
-            detector="inception",
             where="https://image-net.org/download.php",
         ),
         Dataset(
             name="fashion32",
             about="60,000 grey images of clothing in 10 classes, padded to 32x32: Fashion-MNIST, training part",
             licence="MIT",
-            detector="inception",
             where="https://github.com/zalandoresearch/fashion-mnist",
         ),
     )
@@ -696,7 +610,7 @@ def _references() -> Iterator[Reference]:
         yield Reference(
             name=dataset,
             about=f"Inception statistics of {dataset}, as EDM's FIDs use them",
-            licence=CC_BY_NC_SA,
+            licence=SEE_PUBLISHER,
             source=Download(url=f"{nvidia}/edm/fid-refs/{file}.npz"),
             dataset=dataset,
             detectors=("inception",),
@@ -708,14 +622,14 @@ def _references() -> Iterator[Reference]:
         yield Reference(
             name=name,
             about=f"Inception and DINOv2 statistics of {dataset}, as EDM2's scores use them",
-            licence=CC_BY_NC_SA,
+            licence=SEE_PUBLISHER,
             source=Download(url=f"{nvidia}/edm2/dataset-refs/{file}.pkl"),
             dataset=dataset,
             detectors=("inception", "dinov2"),
         )
     yield Reference(
         name="imagenet64-images",
-        about="10,000 images of imagenet64, for precision and recall alone",
+        about="images of imagenet64, for precision and recall alone",
         licence=SEE_PUBLISHER,
         source=Download(
             url="https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/64/VIRTUAL_imagenet64_labeled.npz"
@@ -771,7 +685,7 @@ def did_you_mean(name: str, known: Mapping[str, object], otherwise: str) -> str:
 
 
 def recipe_for(teacher_name: str, mode: Mode, architecture: str = "SongUNet") -> Recipe:
-    """The recipe of a catalog teacher in this mode; for a teacher of your own, that of the published runs nearest to it.
+    """The recipe of a catalog teacher in this mode; for a teacher of your own, that of published runs near it.
 
     Those are the runs of edm2-xs for an EDM2 network and of edm-cifar10-uncond for others, without dropout and
     augmentation, the batch in one piece. Raises SidaError for a catalog teacher that has no recipe.

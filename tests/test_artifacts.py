@@ -1,0 +1,447 @@
+"""Networks of others become artifacts: by name, URL or file, with nothing executed, right to the last digit."""
+
+import dataclasses
+import hashlib
+import json
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+from sidactl import artifacts, catalog, inventory, ops, sampling
+from sidactl.artifacts import fetch_teacher, load, prepare_data, resolve
+from sidactl.errors import SidaError
+from sidactl.recipe import HeunSpec, NetSpec, OneStepSpec
+from sidactl.store import KINDS, Artifact, Store
+from tests.golden import golden
+from tests.web import Site, serving
+
+EDM = ["edm_ddpmpp_uncond", "edm_ddpmpp_cond_aug9", "edm_ddpmpp_gray_traj", "edm_ncsnpp_uncond", "edm_adm_cond"]
+EDM2 = ["edm2_cond_logvar", "edm2_cond_logvar_traj", "edm2_uncond_rgb", "edm2_gray_defaulthead", "edm2_guide_uncond"]
+GENERATORS = ["sid_v1_gen_edm", "sida_gen_edm", "sid_gen_edm2_nogan", "sida_gen_edm2_gan_forcenorm"]
+HALF = ["edm2_cond_logvar", "edm2_guide_uncond"]
+SMALL = "edm_ddpmpp_uncond"
+SPEC = NetSpec(
+    architecture="SongUNet",
+    img_resolution=8,
+    img_channels=3,
+    model_channels=8,
+    channel_mult=(1, 2),
+    channel_mult_emb=2,
+    num_blocks=1,
+    attn_resolutions=(4,),
+    dropout=0.13,
+)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("no_proxy", "*")
+    for name in ("SIDACTL_MIRROR", "SIDACTL_OFFLINE", "SIDACTL_RUN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def site(run: Path) -> Iterator[Site]:
+    with serving({"/net.pkl": network(SMALL).read_bytes()}) as site:
+        yield site
+
+
+def network(name: str) -> Path:
+    return golden(f"networks/{name}.pkl")
+
+
+def silent(line: str) -> None:
+    pass
+
+
+def refused(source: str | Path, run: Path, **options: Any) -> str:
+    """The one line in which an import is refused; it leaves neither an artifact nor a temporary file."""
+    before = list(Store(run).artifacts())
+    with pytest.raises(SidaError) as caught:
+        fetch_teacher(str(source), run=run, say=silent, **options)
+    assert "\n" not in str(caught.value)
+    assert list(Store(run).artifacts()) == before
+    assert not list(run.glob("tmp/import-*"))
+    return str(caught.value)
+
+
+def in_catalog(monkeypatch: pytest.MonkeyPatch, url: str, **options: Any) -> None:
+    """Adds teacher "small" and generator "sid/small" to the catalog, both with the network SMALL."""
+    source = catalog.Download(url=url, **options)
+    teacher = dataclasses.replace(
+        catalog.TEACHERS["edm-ffhq64"], name="small", net=SPEC, sampler=HeunSpec(num_steps=5), source=source
+    )
+    generator = dataclasses.replace(
+        catalog.GENERATORS["sid/ffhq64"], name="sid/small", net=SPEC, source=dataclasses.replace(source, url=f"{url}?g")
+    )
+    monkeypatch.setattr(catalog, "TEACHERS", {**catalog.TEACHERS, "small": teacher})
+    monkeypatch.setattr(catalog, "GENERATORS", {**catalog.GENERATORS, "sid/small": generator})
+
+
+# ---- published files, read as foreign ones ----
+
+
+@pytest.mark.parametrize("name", EDM + EDM2)
+def test_pickle_in_place_of_a_teacher_denoises_to_the_golden_numbers(name: str, run: Path) -> None:
+    with np.load(golden(f"networks/{name}.npz"), allow_pickle=False) as arrays:
+        numbers = {
+            key: torch.from_numpy(arrays[key]) for key in ("x", "sigma", "class_labels", "denoised") if key in arrays
+        }
+    net = load(str(network(name)), run=run)
+    assert not net.training
+    with torch.no_grad():
+        denoised = net(numbers["x"], numbers["sigma"], numbers.get("class_labels"))
+    torch.testing.assert_close(denoised, numbers["denoised"], atol=2e-5, rtol=0)
+    artifact = resolve(Store(run), name, KINDS)
+    assert artifact.kind == "teacher"
+    assert (
+        artifact.params["sampler"]
+        == (HeunSpec(num_steps=32, convention="edm2") if name in EDM2 else HeunSpec()).to_json()
+    )
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_snapshot_of_sid_or_sida_is_a_generator_of_the_golden_images(name: str, run: Path) -> None:
+    with np.load(golden(f"samplers/onestep_{name}.npz"), allow_pickle=False) as arrays:
+        expected = torch.from_numpy(arrays["images" if "images" in arrays else "generator_output"])
+    net = load(str(network(name)), run=run)
+    images, _ = sampling.sample_batch(net, OneStepSpec(), range(len(expected)), torch.device("cpu"))
+    torch.testing.assert_close(images, expected.to(torch.float32), atol=2e-5, rtol=0)
+    artifact = resolve(Store(run), name, KINDS)
+    assert artifact.kind == "generator"
+    assert artifact.params == {
+        "name": name,
+        "net": net.spec.to_json(),
+        "sampler": OneStepSpec().to_json(),
+        "dataset": None,
+        "licence": None,
+        "recipe": None,
+        "source_url": None,
+        "source_sha256": hashlib.sha256(network(name).read_bytes()).hexdigest(),
+    }
+
+
+@pytest.mark.parametrize("name", [SMALL, *HALF])
+def test_weights_are_stored_in_the_precision_of_their_source(name: str, run: Path) -> None:
+    artifact = fetch_teacher(str(network(name)), run=run)
+    weights = safetensors.torch.load(Store(run).read(artifact, "model.safetensors"))
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16 if name in HALF else torch.float32}
+    assert {p.dtype for p in load(artifact.oid, run=run).parameters()} == {torch.float32}
+
+
+def test_imported_generator_is_sampled_like_any_other(run: Path) -> None:
+    sampled = ops.sample(str(network("sida_gen_edm")), seeds=range(4), run=run, device="cpu")
+    assert sampled.images.shape[0] == 4
+    assert Store(run).get(sampled.artifact.inputs["net"]).kind == "generator"
+
+
+def test_kind_and_dataset_can_be_said(run: Path) -> None:
+    artifact = fetch_teacher(str(network(SMALL)), kind="generator", dataset="cifar10", name="mine", run=run)
+    assert artifact.kind == "generator"
+    assert artifact.params["dataset"] == "cifar10"
+    assert artifact.params["name"] == "mine"
+    assert artifact.params["sampler"] == OneStepSpec().to_json()
+    assert Store(run).refs() == {"generator/mine": artifact.oid}
+
+
+def test_kind_follows_from_where_the_file_is_named(run: Path) -> None:
+    store, path = Store(run), str(network("sid_v1_gen_edm"))
+    assert resolve(store, path, artifacts.NETS).kind == "generator"
+    assert resolve(store, path, ["teacher"]).kind == "teacher"
+    assert resolve(store, path, ["generator"]).kind == "generator"
+    assert resolve(store, path, artifacts.NETS).kind == "generator"
+
+
+@pytest.mark.parametrize(
+    ("file", "ref"), [("deadbeef.pkl", "net-deadbeef"), ("..my  net..2.pkl", "my-net.2"), ("---.pkl", "net")]
+)
+def test_name_of_a_file_becomes_a_ref(file: str, ref: str, run: Path, tmp_path: Path) -> None:
+    (tmp_path / file).write_bytes(network(SMALL).read_bytes())
+    artifact = fetch_teacher(str(tmp_path / file), run=run)
+    assert Store(run).refs() == {f"teacher/{ref}": artifact.oid}
+
+
+# ---- by URL and by name ----
+
+
+def test_url_is_fetched_once_and_answered_without_network_after(
+    site: Site, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, said = f"{site.url}/net.pkl", list[str]()
+    artifact = fetch_teacher(url, run=run, say=said.append)
+    digest = hashlib.sha256(site.files["/net.pkl"]).hexdigest()
+    assert artifact.params["source_url"] == url
+    assert artifact.params["source_sha256"] == digest
+    assert said == [
+        f"downloading net: 0.2 MB from {url}",
+        f"net has SHA-256 {digest}: none is known to compare it with, so this one is recorded",
+    ]
+    assert list((run / "tmp").iterdir()) == []
+    monkeypatch.setenv("SIDACTL_OFFLINE", "1")
+    assert fetch_teacher(url, run=run, say=said.append) == artifact
+    assert resolve(Store(run), url, ["teacher"]).files == artifact.files
+    assert len(said) == 2
+    assert len(site.requests) == 1
+
+
+def test_source_that_is_said_to_be_something_else_is_not_fetched_again(site: Site, run: Path) -> None:
+    url = f"{site.url}/net.pkl"
+    teacher = fetch_teacher(url, run=run, say=silent)
+    generator = fetch_teacher(url, kind="generator", dataset="cifar10", run=run)
+    assert generator.kind == "generator"
+    assert generator.files == teacher.files
+    changed = {"sampler": OneStepSpec().to_json(), "dataset": "cifar10", "recipe": None}
+    assert generator.params == {**teacher.params, **changed}
+    assert fetch_teacher(url, kind="generator", dataset="cifar10", run=run) == generator
+    assert fetch_teacher(url, run=run) == teacher
+    assert len(site.requests) == 1
+
+
+def test_repeated_import_needs_no_torch(run: Path) -> None:
+    artifact = fetch_teacher(str(network(SMALL)), run=run)
+    code = (
+        "import sys; from sidactl.artifacts import fetch_teacher; "
+        "print(fetch_teacher(sys.argv[1], run=sys.argv[2]).oid, 'torch' in sys.modules)"
+    )
+    again = subprocess.run(
+        [sys.executable, "-c", code, str(network(SMALL)), str(run)], capture_output=True, text=True, check=True
+    )
+    assert again.stdout == f"{artifact.oid} False\n"
+
+
+def test_catalog_name_gives_what_the_catalog_says(site: Site, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_catalog(monkeypatch, f"{site.url}/net.pkl", sha256=hashlib.sha256(site.files["/net.pkl"]).hexdigest())
+    said: list[str] = []
+    teacher = fetch_teacher("small", run=run, say=said.append)
+    assert said == [f"downloading small: 0.2 MB from {site.url}/net.pkl, licence: CC BY-NC-SA 4.0"]
+    assert teacher.kind == "teacher"
+    assert teacher.params["net"] == SPEC.to_json()
+    assert teacher.params["sampler"] == HeunSpec(num_steps=5).to_json()
+    assert teacher.params["dataset"] == "ffhq64"
+    assert teacher.params["licence"] == "CC BY-NC-SA 4.0"
+    assert fetch_teacher(f"{site.url}/net.pkl", run=run, say=silent) == teacher
+    site.files["/net.pkl?g"] = site.files["/net.pkl"]
+    generator = resolve(Store(run), "sid/small", ["generator"])
+    assert generator.params["name"] == "sid/small"
+    assert generator.params["sampler"] == OneStepSpec().to_json()
+    assert generator.params["recipe"] is None
+    assert Store(run).refs() == {"teacher/small": teacher.oid, "generator/sid/small": generator.oid}
+    assert len(site.requests) == 2
+    with pytest.raises(SidaError) as caught:
+        fetch_teacher("sid/small", kind="teacher", run=run)
+    assert str(caught.value) == "sid/small must be a teacher, got a generator. Give another."
+
+
+def test_uncertain_digest_warns_and_a_certain_one_refuses(
+    site: Site, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = hashlib.sha256(site.files["/net.pkl"]).hexdigest()
+    in_catalog(monkeypatch, f"{site.url}/net.pkl", sha256="0" * 64)
+    assert refused("small", run).startswith(f"small must have SHA-256 {'0' * 64}, got {digest}.")
+    in_catalog(monkeypatch, f"{site.url}/net.pkl", sha256="0" * 64, is_certain=False)
+    said: list[str] = []
+    fetch_teacher("small", run=run, say=said.append)
+    assert said[-1] == f"warning: small has SHA-256 {digest}, a third party saw it with {'0' * 64}"
+
+
+def test_file_that_is_not_the_network_of_its_name_is_refused(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "edm-cifar10-32x32-uncond-vp.pkl").write_bytes(network(SMALL).read_bytes())
+    monkeypatch.setenv("SIDACTL_MIRROR", str(tmp_path))
+    assert refused("edm-cifar10-uncond", run) == (
+        "edm-cifar10-uncond must be a network with img_resolution 32, got 8. "
+        "The file is that of another network: look at the mirror."
+    )
+
+
+def test_two_at_once_import_once(site: Site, run: Path) -> None:
+    site.hold, done = threading.Event(), list[Artifact]()
+
+    def say(line: str) -> None:
+        if line.startswith("waiting for another process") and site.hold:
+            site.hold.set()
+
+    threads = [
+        threading.Thread(target=lambda: done.append(fetch_teacher(f"{site.url}/net.pkl", run=run, say=say)))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(done) == 2
+    assert done[0] == done[1]
+    assert len(site.requests) == 1
+
+
+def test_offline_names_what_is_missing(run: Path) -> None:
+    url = "https://huggingface.co/UT-Austin-PML/SiDA/resolve/main/EDM_distillation/afhq64-v2_sida_alpha1-127488.pkl"
+    assert refused("sida/afhqv2", run, offline=True) == (
+        f"sida/afhqv2 must be downloaded from {url}, which offline forbids. "
+        "Allow it, or set SIDACTL_MIRROR to a folder that holds the file."
+    )
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("edm-cifar-cond", "unknown teacher 'edm-cifar-cond'. Did you mean 'edm-cifar10-cond'?"),
+        ("sid2a/edm2-xsl", "unknown teacher 'sid2a/edm2-xsl'. Did you mean 'sid2a/edm2-xs'?"),
+        ("nothing like it", "unknown teacher 'nothing like it'. See sidactl ls --catalog."),
+        ("gone.pkl", "gone.pkl: no such file. Check the path."),
+        (
+            "http://host/net.pth?download=true",
+            "a network file must be .pkl or .safetensors, got http://host/net.pth?download=true. Convert it to one.",
+        ),
+    ],
+)
+def test_source_that_is_none(source: str, message: str, run: Path) -> None:
+    assert refused(source, run) == message
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return print, ("executed",)
+
+
+def test_hostile_pickle_is_refused_and_not_executed(
+    site: Site, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site.files["/net.pkl"] = pickle.dumps({"ema": Bomb()}, 4)
+    (tmp_path / "bomb.pkl").write_bytes(site.files["/net.pkl"])
+    for source in (f"{site.url}/net.pkl", "bomb.pkl"):
+        message = refused(source, run)
+        assert "net.pkl: refused, the pickle names builtins.print" in message or message.startswith("bomb.pkl: refused")
+    assert capsys.readouterr().out == ""
+
+
+def test_pickle_without_a_network_is_refused(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "stats.pkl").write_bytes(pickle.dumps({"fid": 1.0}, 4))
+    assert refused("stats.pkl", run) == (
+        "stats.pkl holds no network named 'ema'. Give a snapshot that EDM, SiD or SiDA published."
+    )
+
+
+# ---- safetensors ----
+
+
+def exported(run: Path, source: str, to: Path) -> Artifact:
+    artifact = fetch_teacher(source, run=run, say=silent)
+    inventory.export(artifact.oid, to, form="safetensors", run=run)
+    return artifact
+
+
+def test_exported_network_comes_back_with_all_it_says(run: Path, tmp_path: Path) -> None:
+    for number, source in enumerate(("tiny-digits", str(network("sida_gen_edm")))):
+        path = tmp_path / f"export{number}.safetensors"
+        original = exported(run, source, path)
+        back = fetch_teacher(str(path), run=tmp_path / "other")
+        assert back.kind == original.kind
+        for key in ("net", "sampler", "dataset", "licence"):
+            assert back.params[key] == original.params[key]
+        theirs, ours = load(original.oid, run=run).state_dict(), load(back.oid, run=tmp_path / "other").state_dict()
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs | ours)
+
+
+def test_exported_generator_is_not_taken_for_a_teacher(run: Path, tmp_path: Path) -> None:
+    exported(run, str(network("sida_gen_edm")), tmp_path / "g.safetensors")
+    assert (
+        refused("g.safetensors", run, kind="teacher")
+        == "g.safetensors must be a teacher, got a generator. Give another."
+    )
+
+
+def described(**changes: Any) -> dict[str, str]:
+    params = {"net": SPEC.to_json() | changes, "sampler": HeunSpec().to_json()}
+    return {"sidactl": json.dumps({"kind": "teacher", "params": params})}
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        None,
+        {"sidactl": "{"},
+        {"sidactl": "[]"},
+        {"sidactl": '{"kind": "dataset", "params": {}}'},
+        described(model_channels="many"),
+        described(architecture="GPT"),
+    ],
+)
+def test_safetensors_that_does_not_say_what_it_is(metadata: dict[str, str] | None, run: Path, tmp_path: Path) -> None:
+    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", metadata=metadata)
+    assert refused("a.safetensors", run) == (
+        "a.safetensors does not say which network it holds. Give one that sidactl export --to safetensors wrote."
+    )
+
+
+def test_claimed_network_of_any_size_is_compared_before_it_is_built(run: Path, tmp_path: Path) -> None:
+    huge = described(model_channels=1 << 20)
+    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", metadata=huge)
+    assert refused("a.safetensors", run).startswith("the weights do not fit the network: ")
+
+
+def test_damaged_safetensors(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"not this")
+    assert refused("a.safetensors", run).startswith("a.safetensors: damaged or not a safetensors file (")
+
+
+# ---- datasets ----
+
+
+def pictures(folder: Path) -> None:
+    for index in range(3):
+        (folder / str(index % 2)).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (index, 0, 0)).save(folder / str(index % 2) / f"{index}.png")
+
+
+def test_folder_and_zip_in_place_of_a_dataset_are_prepared(run: Path, tmp_path: Path) -> None:
+    pictures(tmp_path / "images")
+    store = Store(run)
+    prepared = resolve(store, "images", ["dataset"])
+    assert prepared.results["num_images"] == 3
+    zipped = store.path(prepared, "images.zip")
+    (tmp_path / "copy.zip").write_bytes(zipped.read_bytes())
+    assert resolve(store, "copy.zip", KINDS).files["images.zip"] == prepared.files["images.zip"]
+
+
+def test_ref_comes_before_a_folder_of_the_same_name(run: Path, tmp_path: Path) -> None:
+    pictures(tmp_path / "images")
+    named = prepare_data("tiny-digits", run=run, name="x")
+    store = Store(run)
+    store.set_ref("dataset", "images", named.oid)
+    assert resolve(store, "images", ["dataset"]) == named
+
+
+def test_dataset_of_the_catalog_tells_where_to_get_it_until_it_is_prepared(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(SidaError) as caught:
+        resolve(Store(run), "cifar10", ["dataset"])
+    assert str(caught.value) == (
+        "dataset cifar10 must be prepared from its files. Get them from https://www.cs.toronto.edu/~kriz/cifar.html, "
+        "then run sidactl prepare-data PATH --preset cifar10 --name cifar10."
+    )
+    pictures(tmp_path / "images")
+    made = prepare_data("images", preset="cifar10", name="cifar10", run=run)
+    assert made.params["licence"] == catalog.DATASETS["cifar10"].licence
+    assert resolve(Store(run), "cifar10", ["dataset"]) == made
+
+
+def test_network_in_place_of_a_dataset_is_refused(run: Path) -> None:
+    with pytest.raises(SidaError) as caught:
+        resolve(Store(run), "net.pkl", ["dataset"])
+    assert str(caught.value) == "net.pkl cannot be read as a dataset. Give an artifact or another file."

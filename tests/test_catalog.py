@@ -1,0 +1,375 @@
+"""The catalog says what the publishers say: networks, recipes, files, scores."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+
+from sidactl import catalog, nets, teachers
+from sidactl.catalog import DATASETS, DETECTORS, GENERATORS, REFERENCES, TEACHERS, Published
+from sidactl.errors import SidaError
+from sidactl.pickles import Record
+from sidactl.recipe import MODES, Adversarial, HeunSpec, Mode, OneStepSpec, Recipe
+from tests.golden import golden
+
+EDM2_SIZES = ("xs", "s", "m", "l", "xl", "xxl")
+# The file with the names and shapes of each teacher's tensors.
+LAYOUTS = {
+    "edm-cifar10-uncond": "edm-cifar10-32x32-uncond-vp.json",
+    "edm-cifar10-cond": "edm-cifar10-32x32-cond-vp.json",
+    "edm-imagenet64": "edm-imagenet-64x64-cond-adm.json",
+    "edm-ffhq64": "edm-ffhq-64x64-uncond-vp.json",
+    "edm-afhqv2": "edm-afhqv2-64x64-uncond-vp.json",
+    "edm2-xs": "edm2-img512-xs.json",
+    "edm2-s": "edm2-img512-s.json",
+    "edm2-m": "edm2-img512-m.json",
+    "edm2-l": "edm2-img512-l.json",
+    "edm2-xl": "edm2-img512-xl.json",
+    "edm2-xxl": "edm2-img512-xxl.json",
+    "edm2-img64-s": "edm2-img64-s.json",
+    "edm2-img64-m": "edm2-img64-m.json",
+    "edm2-img64-l": "edm2-img64-l.json",
+    "edm2-img64-xl": "edm2-img64-xl.json",
+}
+
+
+# ---- networks ----
+
+
+@pytest.mark.parametrize(("name", "layout_file"), LAYOUTS.items())
+def test_teacher_network_has_the_published_names_shapes_and_options(name: str, layout_file: str) -> None:
+    layout = json.loads(golden(f"layouts/{layout_file}").read_text())
+    spec = TEACHERS[name].net
+    with torch.device("meta"):
+        net = nets.build(spec)
+    assert {key: list(p.shape) for key, p in net.named_parameters()} == layout["parameters"]
+    assert {key: list(b.shape) for key, b in net.named_buffers()} == layout["buffers"]
+    assert sum(p.numel() for p in net.parameters()) == layout["num_parameters"]
+    assert teachers.spec_of(Record(layout["class_name"], init_kwargs=layout["init_kwargs"])) == spec
+
+
+@pytest.mark.parametrize("size", EDM2_SIZES)
+def test_edm2_variants_differ_in_weights_alone(size: str) -> None:
+    for_fid, for_dino = TEACHERS[f"edm2-{size}"], TEACHERS[f"edm2-{size}-dino"]
+    assert for_fid.net == for_dino.net
+    assert for_fid.source
+    assert for_dino.source
+    assert for_fid.source.url != for_dino.source.url
+    for mode in MODES:
+        assert dataclasses.replace(for_fid.recipes[mode], teacher=for_dino.name) == for_dino.recipes[mode]
+
+
+def test_generator_has_its_teachers_network_without_the_uncertainty_head() -> None:
+    for entry in GENERATORS.values():
+        teacher = TEACHERS[entry.teacher]
+        assert entry.net == dataclasses.replace(teacher.net, logvar_channels=0, dropout=entry.net.dropout)
+        assert entry.net.dropout == teacher.recipes[entry.mode].dropout
+        assert entry.dataset == teacher.dataset
+        assert entry.sampler == OneStepSpec(num_steps=1, sigma_init=2.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler", "nfe"),
+    [
+        ("edm-cifar10-uncond", HeunSpec(num_steps=18), 35),
+        ("edm-cifar10-cond", HeunSpec(num_steps=18), 35),
+        ("edm-imagenet64", HeunSpec(num_steps=256, S_churn=40, S_min=0.05, S_max=50, S_noise=1.003), 511),
+        ("edm-ffhq64", HeunSpec(num_steps=40), 79),
+        ("edm-afhqv2", HeunSpec(num_steps=40), 79),
+        ("edm2-xs", HeunSpec(num_steps=32, convention="edm2"), 63),
+        ("edm2-xxl-dino", HeunSpec(num_steps=32, convention="edm2"), 63),
+        ("edm2-img64-xl", HeunSpec(num_steps=32, convention="edm2"), 63),
+    ],
+)
+def test_teacher_is_sampled_as_published(name: str, sampler: HeunSpec, nfe: int) -> None:
+    assert TEACHERS[name].sampler == sampler
+    assert sampler.nfe == nfe
+
+
+# ---- recipes ----
+
+# batch size, images per GPU and step, learning rate, EMA half-life, millions of images of sid, sida, sid2a
+RUNS: dict[str, tuple[int, int, float, float, tuple[int, int, int]]] = {
+    "edm-cifar10-uncond": (256, 32, 1e-5, 0.5, (500, 300, 100)),
+    "edm-cifar10-cond": (256, 32, 1e-5, 0.5, (800, 300, 100)),
+    "edm-imagenet64": (8192, 32, 4e-6, 2, (1000, 300, 100)),
+    "edm-ffhq64": (512, 64, 1e-5, 0.5, (500, 200, 100)),
+    "edm-afhqv2": (512, 64, 5e-6, 0.5, (500, 200, 100)),
+    "edm2-xs": (2048, 64, 5e-5, 2, (200, 200, 30)),
+    "edm2-s": (2048, 64, 5e-5, 2, (200, 200, 80)),
+    "edm2-m": (2048, 32, 5e-5, 2, (200, 200, 200)),
+    "edm2-l": (2048, 32, 5e-5, 2, (200, 200, 55)),
+    "edm2-xl": (2048, 16, 5e-5, 2, (200, 200, 50)),
+    "edm2-xxl": (2048, 2, 5e-5, 2, (100, 100, 30)),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_recipes_are_those_of_the_published_runs(name: str) -> None:
+    batch_size, per_gpu, lr, halflife, mimg = RUNS[name]
+    is_edm2 = name.startswith("edm2")
+    for mode, duration in zip(MODES, mimg, strict=True):
+        recipe = catalog.recipe_for(name, mode)
+        assert (recipe.teacher, recipe.mode, recipe.dataset) == (name, mode, TEACHERS[name].dataset)
+        assert recipe.batch_size == batch_size
+        assert recipe.num_accumulation_rounds == batch_size // per_gpu
+        assert recipe.fake_score_lr == recipe.generator_lr == lr
+        assert recipe.ema_halflife_nimg == halflife * 1_000_000
+        assert recipe.duration_nimg == duration * 1_000_000
+        assert recipe.alpha == (1.2 if mode == "sid" and not is_edm2 and name != "edm-afhqv2" else 1.0)
+        assert recipe.lambda_sid == (50 if (name, mode) == ("edm2-m", "sid2a") else 100)
+        assert recipe.generator_beta1 == (0.9 if (name, mode) == ("edm-ffhq64", "sid") else 0)
+        assert (recipe.fake_score_beta1, recipe.beta2, recipe.adam_eps) == (0, 0.999, 1e-8)
+        assert (recipe.sigma_init, recipe.tmax, recipe.ema_rampup_ratio) == (2.5, 800, 0.05)
+        assert (recipe.P_mean, recipe.P_std) == ((-0.4, 1.0) if is_edm2 else (-1.2, 1.2))
+        plain = (name, mode) in (("edm2-s", "sida"), ("edm2-s", "sid2a"))
+        assert recipe.forced_normalization == ("published" if is_edm2 and not plain else "off")
+        assert recipe.logvar is not plain
+        line_nimg = 20_000 if name == "edm-imagenet64" else 10_000
+        assert (recipe.evaluate_every_nimg, recipe.checkpoint_every_nimg) == (50 * line_nimg, 200 * line_nimg)
+        if mode == "sid":
+            assert recipe.adversarial is None
+            assert recipe.generator_from_nimg is None
+        else:
+            assert recipe.generator_from_nimg == 100_000
+            assert recipe.adversarial == Adversarial(
+                lambda_adv=0.01,
+                discriminator_scale=100 if is_edm2 else 1,
+                adversarial_from_nimg=200_000,
+                joint_weight=0.5,
+                clip_gradient_value=None if is_edm2 else 1,
+            )
+
+
+@pytest.mark.parametrize(
+    ("name", "dropout", "augment_p"),
+    [
+        ("edm-cifar10-uncond", 0.13, 0.12),
+        ("edm-cifar10-cond", 0.13, 0.12),
+        ("edm-imagenet64", 0.10, 0.0),
+        ("edm-ffhq64", 0.05, 0.15),
+        ("edm-afhqv2", 0.05, 0.15),
+        ("edm2-xs", 0.0, 0.0),
+        ("edm2-s", 0.0, 0.0),
+        ("edm2-m", 0.10, 0.0),
+        ("edm2-l", 0.10, 0.0),
+        ("edm2-xl", 0.10, 0.0),
+        ("edm2-xxl", 0.10, 0.0),
+    ],
+)
+def test_recipes_have_dropout_and_augmentation_of_the_published_runs(
+    name: str, dropout: float, augment_p: float
+) -> None:
+    assert {(r.dropout, r.augment_p) for r in TEACHERS[name].recipes.values()} == {(dropout, augment_p)}
+
+
+def test_img64_recipes_take_the_sigmas_of_their_teachers() -> None:
+    for size in ("s", "m", "l", "xl"):
+        layout = json.loads(golden(f"layouts/edm2-img64-{size}.json").read_text())
+        for recipe in TEACHERS[f"edm2-img64-{size}"].recipes.values():
+            assert (recipe.P_mean, recipe.P_std) == (layout["loss"]["P_mean"], layout["loss"]["P_std"])
+
+
+def test_every_teacher_but_the_guide_has_three_recipes_that_survive_json() -> None:
+    for entry in TEACHERS.values():
+        assert list(entry.recipes) == ([] if entry.name == "edm2-xs-uncond" else list(MODES))
+        for mode, recipe in entry.recipes.items():
+            assert recipe.mode == mode
+            assert recipe.teacher == entry.name
+            assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+
+
+@pytest.mark.parametrize(("architecture", "like"), [("SongUNet", "edm-cifar10-uncond"), ("EDM2", "edm2-xs")])
+@pytest.mark.parametrize("mode", MODES)
+def test_teacher_of_ones_own_gets_the_recipe_of_published_runs(mode: Mode, architecture: str, like: str) -> None:
+    recipe = catalog.recipe_for("mine", mode, architecture)
+    assert recipe == dataclasses.replace(
+        TEACHERS[like].recipes[mode],
+        teacher="mine",
+        dataset="",
+        num_accumulation_rounds=1,
+        dropout=0.0,
+        augment_p=0.0,
+    )
+
+
+def test_guide_has_no_recipe() -> None:
+    with pytest.raises(SidaError) as caught:
+        catalog.recipe_for("edm2-xs-uncond", "sida")
+    assert str(caught.value) == (
+        "edm2-xs-uncond guides the sampling of other teachers and has no recipe. "
+        "Distill one with classes, such as edm2-xs."
+    )
+
+
+# ---- files ----
+
+
+@pytest.mark.parametrize(
+    ("name", "url"),
+    [
+        ("edm-cifar10-uncond", "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-uncond-vp.pkl"),
+        ("edm-imagenet64", "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-imagenet-64x64-cond-adm.pkl"),
+        (
+            "edm2-l",
+            "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/edm2-img512-l-1879048-0.085.pkl",
+        ),
+        (
+            "edm2-l-dino",
+            "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/edm2-img512-l-1879048-0.155.pkl",
+        ),
+        (
+            "edm2-img64-xl",
+            "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/edm2-img64-xl-0671088-0.040.pkl",
+        ),
+        (
+            "sid/cifar10-cond",
+            "https://huggingface.co/UT-Austin-PML/SiD/resolve/main/cifar10-cond/alpha1.2/"
+            "network-snapshot-1.200000-713312.pkl",
+        ),
+        (
+            "sid/afhqv2",
+            "https://huggingface.co/UT-Austin-PML/SiD/resolve/main/afhq64/alpha1/network-snapshot-1.000000-371712.pkl",
+        ),
+        (
+            "sid2a/cifar10-uncond",
+            "https://huggingface.co/UT-Austin-PML/SiDA/resolve/main/EDM_distillation/"
+            "cifar10_uncond_sid2a_alpha1-028160.pkl",
+        ),
+        (
+            "sid2a/imagenet64-alpha1.2",
+            "https://huggingface.co/UT-Austin-PML/SiDA/resolve/main/EDM_distillation/imgnet64_sid2a_alpha1.2-021471.pkl",
+        ),
+        (
+            "sida/edm2-xl",  # so listed, whatever the file says
+            "https://huggingface.co/UT-Austin-PML/SiDA/resolve/main/EDM2_distillation/"
+            "edm2_img512_xl_sid2a_alpha1-024578.pkl",
+        ),
+        (
+            "sid/edm2-xxl",
+            "https://huggingface.co/UT-Austin-PML/SiDA/resolve/main/EDM2_distillation/"
+            "edm2_img512_xxl_sida_alpha1-077932.pkl",
+        ),
+        (
+            "sid2a/edm2-xxl",
+            "https://huggingface.co/UT-Austin-PML/SiDA/resolve/main/EDM2_distillation/"
+            "edm2_img512_xxl_sid2a_alpha1-029812.pkl",
+        ),
+    ],
+)
+def test_network_comes_from_its_publisher(name: str, url: str) -> None:
+    source = {**TEACHERS, **GENERATORS}[name].source
+    assert source
+    assert source.url == url
+
+
+def test_every_network_and_statistic_has_its_own_file_over_https() -> None:
+    groups = (TEACHERS, GENERATORS, DETECTORS, REFERENCES)
+    urls = [e.source.url for group in groups for e in group.values() if e.source]
+    assert len(set(urls)) == len(urls)
+    assert all(url.startswith("https://") for url in urls)
+    builtin = [e.name for group in groups for e in group.values() if not e.source]
+    assert builtin == ["tiny-digits", "tiny-digits"]
+
+
+def test_known_digests_are_pinned_and_an_uncertain_one_is_marked() -> None:
+    dinov2, inception, teacher = (
+        e.source for e in (DETECTORS["dinov2"], DETECTORS["inception"], TEACHERS["edm-cifar10-uncond"])
+    )
+    assert dinov2
+    assert inception
+    assert teacher
+    assert (dinov2.sha256 or "")[:8] == "d5383ea8"
+    assert dinov2.size_bytes == 1_217_586_395
+    assert (inception.sha256 or "")[:8] == "f58cb9b6"
+    assert inception.size_bytes == 95_607_719
+    assert dinov2.is_certain
+    assert inception.is_certain
+    assert (teacher.sha256 or "")[:8] == "4d5dcc1f"
+    assert not teacher.is_certain
+
+
+# ---- scores ----
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "published"),
+    [
+        ("edm-cifar10-uncond", "FID", (1.97, None)),
+        ("edm-cifar10-uncond", "IS", (9.68, None)),
+        ("edm2-s", "FID", (2.56, None)),
+        ("edm2-s-dino", "FD-DINOv2", (68.64, None)),
+        ("edm2-img64-m", "FID", (1.43, None)),
+        ("sid/cifar10-uncond", "FID", (1.923, 0.017)),
+        ("sida/cifar10-uncond", "IS", (10.323, 0.048)),
+        ("sid2a/cifar10-cond-alpha1.2", "FID", (1.396, 0.014)),
+        ("sid/imagenet64", "recall", (0.63, None)),
+        ("sid2a/imagenet64-alpha1.2", "FID", (1.110, 0.018)),
+        ("sid2a/ffhq64", "FID", (1.040, 0.011)),
+        ("sid/afhqv2", "FID", (1.628, 0.017)),
+        ("sid/edm2-xs", "FID", (3.353, 0.041)),
+        ("sida/edm2-xl", "FD-DINOv2", (46.47, 0.27)),
+        ("sid2a/edm2-s", "FID", (1.669, 0.019)),
+        ("sid2a/edm2-xxl", "FID", (1.366, None)),
+    ],
+)
+def test_published_score(name: str, number: str, published: tuple[float, float | None]) -> None:
+    assert {**TEACHERS, **GENERATORS}[name].scores[number] == Published(*published)
+
+
+# ---- the whole ----
+
+
+def test_all_published_networks_are_there() -> None:
+    assert Counter(e.net.architecture for e in TEACHERS.values()) == {"SongUNet": 5, "DhariwalUNet": 1, "EDM2": 17}
+    assert Counter((e.mode, e.net.architecture == "EDM2") for e in GENERATORS.values()) == {
+        ("sid", False): 5,
+        ("sida", False): 5,
+        ("sid2a", False): 10,
+        ("sid", True): 6,
+        ("sida", True): 6,
+        ("sid2a", True): 6,
+    }
+
+
+def test_entries_name_datasets_and_detectors_that_exist() -> None:
+    for entry in (*TEACHERS.values(), *GENERATORS.values(), *REFERENCES.values()):
+        assert entry.dataset in DATASETS
+    for reference in REFERENCES.values():
+        assert set(reference.detectors) <= set(DETECTORS)
+    assert {d.detector for d in DATASETS.values()} <= set(DETECTORS)
+    assert all(entry.builtin != bool(entry.where) for entry in DATASETS.values())
+
+
+def test_datasets_are_the_built_in_one_and_the_presets() -> None:
+    from sidactl.prepare import PRESETS
+
+    assert list(DATASETS) == ["tiny-digits", *PRESETS]
+
+
+def test_rows_tell_name_kind_licence_size_and_score_of_every_entry() -> None:
+    rows = catalog.rows()
+    assert len({(row.kind, row.name) for row in rows}) == len(rows)
+    assert len(rows) == sum(map(len, (TEACHERS, GENERATORS, DATASETS, DETECTORS, REFERENCES)))
+    assert all(row.about and row.licence for row in rows)
+    by_name = {(row.kind, row.name): row for row in rows}
+    assert by_name["teacher", "edm2-s"].licence == "CC BY-NC-SA 4.0"
+    assert by_name["detector", "dinov2"].size_bytes == 1_217_586_395
+    assert by_name["generator", "sid2a/edm2-xs"].scores["FID"] == (2.156, 0.028)
+    assert by_name["generator", "sid2a/edm2-xs"].about == "SiD2A of edm2-xs, alpha 1, 28.7M images"
+
+
+def test_unknown_teacher_is_told_the_nearest_name() -> None:
+    with pytest.raises(SidaError) as caught:
+        catalog.teacher("edm2-xxll")
+    assert str(caught.value) == "unknown teacher 'edm2-xxll'. Did you mean 'edm2-xxl'?"
+
+
+def test_the_catalog_needs_the_standard_library_alone() -> None:
+    code = "import sidactl.catalog, sys; print(sorted({'torch', 'numpy', 'rich', 'safetensors'} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"
