@@ -1,13 +1,23 @@
-"""One-step generators from pretrained diffusion models, with Score identity Distillation. Names load when first used."""
+"""One-step generators from pretrained diffusion models by Score identity Distillation; names load when first used."""
 
 import importlib
 
 __version__ = "0.1.0"
 
-_OPS = ("load", "sample", "distill", "finetune_sid2a", "train_teacher", "fetch_teacher", "prepare_data", "fid", "prec_recall")
+_OPS = (
+    "load",
+    "sample",
+    "distill",
+    "finetune_sid2a",
+    "train_teacher",
+    "fetch_teacher",
+    "prepare_data",
+    "fid",
+    "prec_recall",
+)
 _MODULES = ("detectors", "diffusion", "losses", "metrics", "nets", "ops", "pickles", "recipe", "sampling", "store")
 
-__all__ = ["SidaError", "__version__", *_OPS, *_MODULES]  # noqa: PLE0604 (the names above are strings)
+__all__ = ["SidaError", "__version__", *_OPS, *_MODULES]
 
 
 def __getattr__(name: str) -> object:

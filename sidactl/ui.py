@@ -28,7 +28,8 @@ _CONTROL = re.compile(r"\s*[\x00-\x1f\x7f-\x9f\u2028\u2029]+\s*")
 
 def print_data(text: str) -> None:
     """One line on stdout: an oid or a number."""
-    assert text and "\n" not in text, f"not one line of data: {text!r}"
+    assert text, "data is not empty"
+    assert "\n" not in text, f"not one line of data: {text!r}"
     _write(sys.stdout, text)
 
 

@@ -97,7 +97,8 @@ def test_word_shaped_like_an_oid_reaches_show(tmp_path: Path) -> None:
 
 
 def test_unknown_option_is_one_line() -> None:
-    assert_one_line(sidactl("sample", "--nun", "3", check=None), "No such option '--nun'. Did you mean '--num' or '--run'?")
+    done = sidactl("sample", "--nun", "3", check=None)
+    assert_one_line(done, "No such option '--nun'. Did you mean '--num' or '--run'?")
 
 
 @pytest.mark.parametrize(
