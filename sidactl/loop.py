@@ -7,7 +7,8 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping
+import pickle
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.store import LiveDir
 
 CHECKPOINTS_KEPT = 2
+_GO_BACK = "The last checkpoint is kept; lower the learning rate or choose another precision."
 
 
 class Skipped(Protocol):
@@ -49,7 +51,10 @@ class Training(Protocol):
 
 @dataclass(frozen=True)
 class Event:
-    """Something worth showing or keeping: kind is resumed, progress, evaluation, checkpoint, warning or interrupted."""
+    """Something worth showing.
+
+    kind is started, resumed, progress, evaluation, checkpoint, warning, interrupted or note.
+    """
 
     kind: str
     nimg: int
@@ -77,14 +82,22 @@ class Schedule:
 
 @dataclass
 class History:
-    """Every evaluation so far as (images, score), and the best of them."""
+    """Every evaluation so far as (images, score), and the best of them, which is never one that is not finite."""
 
     scores: list[tuple[int, float]] = field(default_factory=list)
 
     @property
     def best(self) -> tuple[int, float] | None:
-        finite = [point for point in self.scores if math.isfinite(point[1])]
-        return min(finite, key=lambda point: point[1], default=None)
+        return self.best_up_to(math.inf)
+
+    def best_up_to(self, nimg: float) -> tuple[int, float] | None:
+        """The best of the evaluations up to this many images, the first of equals."""
+        fitting = [point for point in self.scores if point[0] <= nimg and math.isfinite(point[1])]
+        return min(fitting, key=lambda point: point[1], default=None)
+
+
+Evaluate = Callable[[Preconditioned, Callable[[], bool]], Evaluation | None]
+"""scores a net; told by its second argument that it should stop, it may give up and return None"""
 
 
 def run(
@@ -92,40 +105,53 @@ def run(
     schedule: Schedule,
     live: LiveDir,
     *,
-    evaluate: Callable[[Preconditioned], Evaluation] | None,
+    evaluate: Evaluate | None,
     should_stop: Callable[[], bool],
     history: History,
 ) -> Iterator[Event]:
     """Trains to the end of the schedule, or until should_stop() is true after a step; yields what happened.
 
-    Continues from the newest sound checkpoint in `live`. Leaves there: two checkpoints, `best.safetensors` (the EMA
-    net with the lowest score, if there are evaluations), `preview-<images>.png`, and `events.jsonl`. On a CPU a
-    continued run ends in the same bits as an uninterrupted one.
+    Continues from the newest sound checkpoint in `live`. Leaves there: two checkpoints, the EMA net with the lowest
+    score (`best_weights`), `preview-<images>.png`, and `events.jsonl`. On a CPU, with as many threads, a continued run
+    ends in the same bits as an uninterrupted one.
     Raises SidaError (exit code 1) when too many updates in a row had to be skipped or a weight is not finite.
     """
 
     def note(event: Event) -> Event:
-        line = {"event": event.kind, "nimg": event.nimg, **event.values}
-        live.append("events.jsonl", json.dumps(line).encode())
+        # JSON has no word for NaN and infinity.
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.values.items()}
+        live.append("events.jsonl", json.dumps({"event": event.kind, "nimg": event.nimg} | values).encode())
         return event
 
-    damaged = yield from _resume(training, history, live)
-    for problem in damaged:
-        yield note(Event("warning", training.nimg, {"message": problem}))
+    def awaits_evaluation() -> bool:
+        # Told from the history alone, so that an evaluation that was given up is made first after resuming.
+        seen = history.scores[-1][0] if history.scores else 0
+        is_last = seen < training.nimg >= schedule.duration_nimg
+        return evaluate is not None and (is_last or _passes(seen, training.nimg, schedule.evaluate_every_nimg))
+
+    warnings = _resume(training, history, live)
+    if training.nimg:
+        yield Event("resumed", training.nimg)
+    for warning in warnings:
+        yield note(warning)
     window: list[dict[str, Tensor]] = []
-    while training.nimg < schedule.duration_nimg:
-        before, stage = training.nimg, training.stage()
-        window.append(training.step())
-        _refuse_divergence(training, schedule.max_skipped_steps)
-        done = training.nimg >= schedule.duration_nimg
-        if done or training.step_index % schedule.report_every_steps == 0:
-            values = {"stage": stage, "skipped_steps": sum(training.skipped.total.values()), **_mean(window)}
-            window.clear()
-            yield note(Event("progress", training.nimg, values))
-        if evaluate and (done or _passes(before, training.nimg, schedule.evaluate_every_nimg)):
-            yield note(_evaluate(training, evaluate, history, live))
-        stopping = not done and should_stop()
-        if done or stopping or _passes(before, training.nimg, schedule.checkpoint_every_nimg):
+    while training.nimg < schedule.duration_nimg or awaits_evaluation():
+        before = training.nimg
+        if not awaits_evaluation():
+            stage = training.stage()
+            window.append(training.step())
+            _refuse_divergence(training, schedule.max_skipped_steps)
+            if training.nimg >= schedule.duration_nimg or training.step_index % schedule.report_every_steps == 0:
+                values = {"stage": stage, "skipped_steps": sum(training.skipped.total.values()), **_mean(window)}
+                window.clear()
+                yield note(Event("progress", training.nimg, values))
+        if evaluate and awaits_evaluation():
+            _refuse_non_finite_weights(training)
+            if evaluation := evaluate(training.ema, should_stop):
+                yield note(_keep(evaluation, training, history, live))
+        stopping = should_stop()
+        is_last = training.nimg >= schedule.duration_nimg and not awaits_evaluation()
+        if is_last or stopping or _passes(before, training.nimg, schedule.checkpoint_every_nimg):
             _refuse_non_finite_weights(training)
             save_checkpoint(training, history, live)
             yield note(Event("checkpoint", training.nimg))
@@ -134,18 +160,20 @@ def run(
             return
 
 
-def _evaluate(
-    training: Training, evaluate: Callable[[Preconditioned], Evaluation], history: History, live: LiveDir
-) -> Event:
-    _refuse_non_finite_weights(training)
-    result = evaluate(training.ema)
-    best_so_far = history.best
-    history.scores.append((training.nimg, result.score))
-    live.write(f"preview-{training.nimg:010d}.png", result.preview)
-    if math.isfinite(result.score) and (best_so_far is None or result.score < best_so_far[1]):
-        # One atomic replacement: the previous best goes only when the new one is safe.
-        live.write("best.safetensors", weights(training.ema))
-    return Event("evaluation", training.nimg, {"score": result.score})
+def _keep(evaluation: Evaluation, training: Training, history: History, live: LiveDir) -> Event:
+    """Enters an evaluation into the history; a new best is written beside the old one, which goes with a checkpoint."""
+    nimg, score = training.nimg, evaluation.score
+    history.scores.append((nimg, score))
+    live.write(f"preview-{nimg:010d}.png", evaluation.preview)
+    if history.best == (nimg, score):
+        live.write(_best_name(nimg), weights(training.ema))
+    return Event("evaluation", nimg, {"score": score})
+
+
+def best_weights(history: History, live: LiveDir) -> bytes:
+    """The state dict of the best EMA net, as safetensors bytes."""
+    assert history.best is not None
+    return (live.path / _best_name(history.best[0])).read_bytes()
 
 
 def weights(net: nn.Module) -> bytes:
@@ -167,8 +195,8 @@ def _refuse_divergence(training: Training, max_skipped_steps: int) -> None:
         if count >= max_skipped_steps:
             raise SidaError(
                 f"{count} updates in a row of the {name.replace('_', ' ')} had a gradient that is not finite, "
-                f"the last at step {training.step_index} ({training.nimg} images)",
-                "The last checkpoint is kept; lower the learning rate or choose another precision.",
+                f"the last at step {training.step_index} ({training.nimg:,} images)",
+                _GO_BACK,
                 exit_code=EXIT_FAILED,
             )
 
@@ -179,8 +207,9 @@ def _refuse_non_finite_weights(training: Training) -> None:
             for key, tensor in module.state_dict().items():
                 if not bool(torch.isfinite(tensor).all()):
                     raise SidaError(
-                        f"weight {key} of the {name.replace('_', ' ')} is not finite at step {training.step_index}",
-                        "The last checkpoint is kept; lower the learning rate or choose another precision.",
+                        f"weight {key} of the {name.replace('_', ' ')} is not finite at step {training.step_index} "
+                        f"({training.nimg:,} images)",
+                        _GO_BACK,
                         exit_code=EXIT_FAILED,
                     )
 
@@ -197,38 +226,65 @@ def save_checkpoint(training: Training, history: History, live: LiveDir) -> None
     }
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    name, data = f"checkpoint-{training.step_index:09d}.pt", buffer.getvalue()
+    name, data = f"checkpoint-{training.nimg:010d}.pt", buffer.getbuffer()
     live.write(name + ".sha256", hashlib.sha256(data).hexdigest().encode())
     live.write(name, data)
-    for old in _checkpoints(live)[:-CHECKPOINTS_KEPT]:
-        live.remove(old.name)
-        live.remove(old.name + ".sha256")
+    # What is newer is a damaged one that was passed over; it must not take the place of a sound one.
+    kept = [path for path in _checkpoints(live) if path.name <= name][-CHECKPOINTS_KEPT:]
+    for path in _checkpoints(live):
+        if path not in kept:
+            live.remove(path.name)
+            live.remove(path.name + ".sha256")
+    bests = {_best_name(best[0]) for path in kept if (best := history.best_up_to(int(path.stem[-10:])))}
+    for path in live.path.glob("best-*.safetensors"):
+        if path.name not in bests:
+            live.remove(path.name)
 
 
 def _checkpoints(live: LiveDir) -> list[Path]:
     return sorted(live.path.glob("checkpoint-*.pt"))
 
 
-def _resume(training: Training, history: History, live: LiveDir) -> Generator[Event, None, list[str]]:
-    """Loads the newest sound checkpoint, if any; returns what was wrong with the ones passed over."""
+def _best_name(nimg: int) -> str:
+    return f"best-{nimg:010d}.safetensors"
+
+
+def _resume(training: Training, history: History, live: LiveDir) -> list[Event]:
+    """Loads the newest sound checkpoint, if any; returns warnings about the ones passed over."""
     problems: list[str] = []
     for path in reversed(_checkpoints(live)):
-        digest = path.with_name(path.name + ".sha256")
-        data = path.read_bytes()
-        if not digest.exists() or hashlib.sha256(data).hexdigest() != digest.read_text():
-            problems.append(f"{path.name} is damaged; going on from the one before")
+        try:
+            state = _read_checkpoint(path)
+        except _DamagedError as error:
+            problems.append(f"{path.name} {error}")
             continue
-        state = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
         for name, module in training.modules().items():
             module.load_state_dict(state["modules"][name])
         training.nimg, training.step_index = state["nimg"], state["step_index"]
         training.skipped.total, training.skipped.in_a_row = state["skipped"], state["skipped_in_a_row"]
         history.scores[:] = [(int(nimg), float(score)) for nimg, score in state["scores"]]
-        _forget_events_after(training.nimg, live)
-        yield Event("resumed", training.nimg)
-        return problems
-    _forget_events_after(-1, live)
-    return problems
+        break
+    _forget_events_after(training.nimg, live)
+    what = f"the checkpoint at {training.nimg:,} images" if training.nimg else "the beginning"
+    return [Event("warning", training.nimg, {"message": f"{told}; going on from {what}"}) for told in problems]
+
+
+class _DamagedError(Exception):
+    """What is wrong with a checkpoint, to be read after its name."""
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    digest = path.with_name(path.name + ".sha256")
+    if not digest.exists():
+        raise _DamagedError("has lost its digest")
+    try:
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest().encode() != digest.read_bytes():
+                raise _DamagedError("is damaged")
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        raise _DamagedError(f"cannot be read ({type(error).__name__})") from error
+    return state
 
 
 def _forget_events_after(nimg: int, live: LiveDir) -> None:

@@ -4,23 +4,25 @@ torch and all that needs it are imported where they are used, so that a question
 """
 
 import dataclasses
+import math
 import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 from sidactl import catalog
-from sidactl.artifacts import NETS, Tick, answered, load_dataset, load_net, mapping, named, resolve
+from sidactl.artifacts import NET_FILES, NETS, Tick, answered, load_dataset, load_net, mapping, named, resolve
 from sidactl.artifacts import fetch_teacher as fetch_teacher
 from sidactl.artifacts import load as load
 from sidactl.artifacts import prepare_data as prepare_data
-from sidactl.errors import EXIT_INTERRUPTED, SidaError
+from sidactl.errors import EXIT_FAILED, EXIT_INTERRUPTED, SidaError
 from sidactl.recipe import MODES, HeunSpec, Mode, NetSpec, OneStepSpec, Recipe, TeacherRecipe, override
 from sidactl.scores import (
     SCORE_NAMES,
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sidactl.diffusion import Preconditioned
-    from sidactl.loop import Evaluation, Event, History, Schedule, Training
+    from sidactl.loop import Evaluate, Event, History, Schedule, Training
     from sidactl.trainer import MicroBatches
 
 Watch = Callable[["Event"], None]
@@ -55,7 +57,6 @@ def train_teacher(
     *,
     name: str,
     recipe: TeacherRecipe | None = None,
-    evaluate_every_nimg: int = 0,
     run: Path | str | None = None,
     device: str | None = None,
     force: bool = False,
@@ -70,28 +71,27 @@ def train_teacher(
     data = resolve(store, dataset, ["dataset"])
     recipe = _teacher_recipe(recipe, data, recipe_overrides)
     key = store.key("train-teacher", {"recipe": recipe.to_json()}, {"dataset": data.oid})
-    if not force and (known := store.asked(key)):
+    if not force and (known := _asked(store, key)):
         return named(store, known, [name])
+    with _at_work(store, key) as live:
+        import torch
 
-    import torch
+        from sidactl import loop, nets, trainer
+        from sidactl.engine import pick_device
 
-    from sidactl import loop, nets, trainer
-    from sidactl.engine import pick_device
-
-    chosen_device = pick_device(device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        net = nets.build(recipe.net).to(chosen_device)
-    batches = _batches(store, data, recipe.batch_size, 1, recipe.seed, chosen_device)
-    training = trainer.Pretraining(recipe, net, batches)
-    schedule = loop.Schedule(
-        duration_nimg=recipe.duration_nimg,
-        evaluate_every_nimg=evaluate_every_nimg or recipe.duration_nimg,
-        checkpoint_every_nimg=max(recipe.duration_nimg // 10, recipe.batch_size),
-        max_skipped_steps=recipe.max_skipped_steps,
-    )
-    with store.live(key) as live:
-        _train(training, schedule, live, None, force, watch, {"title": f"train-teacher {name}"})
+        chosen_device = pick_device(device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            net = nets.build(recipe.net).to(chosen_device)
+        batches = _batches(store, data, recipe.batch_size, 1, recipe.seed, chosen_device)
+        training = trainer.Pretraining(recipe, net, batches)
+        schedule = loop.Schedule(
+            duration_nimg=recipe.duration_nimg,
+            evaluate_every_nimg=recipe.duration_nimg,
+            checkpoint_every_nimg=max(recipe.duration_nimg // 10, recipe.batch_size),
+            max_skipped_steps=recipe.max_skipped_steps,
+        )
+        _train(training, schedule, live, None, watch, {"title": f"train-teacher {name}"})
         params = {
             "name": name,
             "net": recipe.net.to_json(),
@@ -103,25 +103,48 @@ def train_teacher(
         artifact = store.put(
             "teacher", {"model.safetensors": loop.weights(training.ema)}, inputs={"dataset": data.oid}, params=params
         )
-        answered(store, key, artifact, "train-teacher", refs=[name])
+        return answered(store, key, artifact, "train-teacher", refs=[name])
+
+
+def _asked(store: Store, key: str) -> Artifact | None:
+    """The answer to a question of training; tidies up after a process that was killed once it had given it."""
+    known = store.asked(key)
+    if known and (store.root / "live" / key).exists():
+        with suppress(SidaError), store.live(key) as live:
+            live.clear()
+    return known
+
+
+@contextmanager
+def _at_work(store: Store, key: str) -> Iterator[LiveDir]:
+    """The live directory of a question, emptied when all went well.
+
+    To answer anew (--force) has a place of its own, so that this, too, goes on after an interruption.
+    """
+    known = store.asked(key)
+    with store.live(store.key("again", {"key": key}, {"known": known.oid}) if known else key) as live:
+        yield live
         live.clear()
-    return artifact
 
 
 def _teacher_recipe(recipe: TeacherRecipe | None, data: Artifact, overrides: Mapping[str, Any]) -> TeacherRecipe:
     results: Mapping[str, Any] = data.results
+    shape = {
+        "img_resolution": results["resolution"],
+        "img_channels": results["num_channels"],
+        "label_dim": results["label_dim"],
+    }
+    net_fields = {f.name for f in dataclasses.fields(NetSpec)}
+    fields = {f.name for f in dataclasses.fields(TeacherRecipe)} - {"dataset", "net"}
+    if unknown := sorted(set(overrides) - net_fields - fields):
+        raise SidaError(f"unknown recipe field {unknown[0]!r}", f"Fields are {', '.join(sorted(fields | net_fields))}.")
     net = dataclasses.replace(
         recipe.net if recipe else catalog.TEACHERS["tiny-digits"].net,
-        img_resolution=results["resolution"],
-        img_channels=results["num_channels"],
-        label_dim=results["label_dim"],
-        **{k: v for k, v in overrides.items() if k in {f.name for f in dataclasses.fields(NetSpec)}},
+        **(shape | {k: v for k, v in overrides.items() if k in net_fields}),
     )
-    rest = {k: v for k, v in overrides.items() if k not in {f.name for f in dataclasses.fields(NetSpec)}}
-    known = {f.name for f in dataclasses.fields(TeacherRecipe)}
-    if unknown := sorted(set(rest) - known):
-        raise SidaError(f"unknown recipe field {unknown[0]!r}", f"Fields are {', '.join(sorted(known))}.")
-    base = recipe or TeacherRecipe(dataset=str(data.params["name"]), net=net)
+    _check_fit(data, net, "network")
+    base = recipe or TeacherRecipe(dataset="", net=net)
+    rest = {k: v for k, v in overrides.items() if k in fields}
     return dataclasses.replace(base, dataset=str(data.params["name"]), net=net, **rest)
 
 
@@ -146,18 +169,26 @@ def plan(
     if mode != "sid2a" and generator is not None:
         raise SidaError(f"mode {mode} starts from the teacher, got generator {generator!r}", "Use --mode sid2a for it.")
     chosen: Mode = next(m for m in MODES if m == mode)
-    name = teacher if teacher in catalog.TEACHERS else str(_stored_teacher(store, teacher).params["name"])
-    recipe = override(catalog.recipe_for(name, chosen), overrides)
-    if dataset is None and not recipe.dataset:
-        recipe = dataclasses.replace(recipe, dataset=str(_stored_teacher(store, teacher).params["dataset"]))
-    inputs = {"teacher": teacher, "dataset": dataset or recipe.dataset} | (
-        {"generator": generator} if generator else {}
-    )
-    return Plan(dataclasses.replace(recipe, dataset=dataset or recipe.dataset), inputs)
+    if teacher in catalog.TEACHERS:
+        recipe = catalog.recipe_for(teacher, chosen)
+        own_dataset: Any = catalog.TEACHERS[teacher].dataset
+    else:
+        stored = _stored_teacher(store, teacher)
+        recipe = catalog.recipe_for(
+            str(stored.params["name"]), chosen, str(mapping(stored.params["net"])["architecture"])
+        )
+        own_dataset = stored.params["dataset"]
+    if not (dataset or own_dataset):
+        raise SidaError(f"teacher {teacher} does not say what it was trained on", "Pass --dataset REF.")
+    recipe = dataclasses.replace(override(recipe, overrides), dataset=dataset or str(own_dataset))
+    inputs = {"teacher": teacher, "dataset": recipe.dataset}
+    return Plan(recipe, inputs | ({"generator": generator} if generator else {}))
 
 
 def _stored_teacher(store: Store, text: str) -> Artifact:
     """A stored teacher; for a word that is neither stored nor in the catalog the error has the nearest name."""
+    if _is_foreign(text):
+        raise SidaError(f"teacher {text} must be imported before it can be planned with", "Use fetch-teacher first.")
     try:
         return store.resolve(text, ["teacher"])
     except SidaError:
@@ -165,6 +196,10 @@ def _stored_teacher(store: Store, text: str) -> Artifact:
             raise
         catalog.teacher(text)
         raise
+
+
+def _is_foreign(text: str) -> bool:
+    return "://" in text or Path(text).suffix in NET_FILES
 
 
 def distill(
@@ -186,6 +221,8 @@ def distill(
     name fields of Recipe or Adversarial. Source: SiDA (2410.14919), Algorithms 1 and 2.
     """
     store = Store.open(run)
+    if _is_foreign(teacher):
+        teacher = resolve(store, teacher, ["teacher"]).oid
     planned = plan(
         teacher=teacher, mode=mode, generator=generator, dataset=dataset, store=store, overrides=recipe_overrides
     )
@@ -196,22 +233,45 @@ def distill(
     if generator is not None:
         inputs["generator"] = resolve(store, generator, ["generator"])
         _check_generator(inputs["generator"], teacher_artifact)
-    _check_dataset(data, teacher_artifact)
+    _check_fit(data, NetSpec.from_json(mapping(teacher_artifact.params["net"])), "teacher")
     oids = {role: artifact.oid for role, artifact in inputs.items()}
-    key = store.key("distill", {"recipe": recipe.to_json()}, oids)
-    if not force and (known := store.asked(key)):
-        return _name_generators(store, known, recipe, name)
+    keys = {
+        which: store.key("distill", {"recipe": recipe.to_json(), "which": which}, oids) for which in ("best", "last")
+    }
+    if force or not _asked(store, keys["best"]):
+        with _at_work(store, keys["best"]) as live:
+            _distill(store, live, keys, recipe, inputs, device, watch)
+    found = {which: store.asked(key) for which, key in keys.items()}
+    if found["last"]:
+        named(store, found["last"], ["last"])
+    assert found["best"]
+    mode_name = f"{recipe.teacher}-{recipe.mode}".replace("/", "-")
+    return named(store, found["best"], ["best", mode_name, *([name] if name else [])])
 
-    from sidactl import detectors, loop, trainer
+
+def _distill(
+    store: Store,
+    live: LiveDir,
+    keys: Mapping[str, str],
+    recipe: Recipe,
+    inputs: Mapping[str, Artifact],
+    device: str | None,
+    watch: Watch | None,
+) -> None:
+    """Trains, stores the last and the best generator under their keys, and a run that binds them."""
+    import safetensors.torch
+
+    from sidactl import detectors, loop, pictures, teachers, trainer
     from sidactl.engine import pick_device
 
     chosen_device = pick_device(device)
+    data = inputs["dataset"]
     detector = detectors.load(detector_name(data), device=chosen_device)
     reference = reference_stats(store, data, detector)
-    teacher_net = load_net(store, teacher_artifact, chosen_device)
-    start = load_net(store, inputs["generator"], chosen_device) if generator is not None else None
+    teacher = load_net(store, inputs["teacher"], chosen_device)
+    start = load_net(store, inputs["generator"], chosen_device) if "generator" in inputs else None
     batches = _batches(store, data, recipe.batch_size, recipe.num_accumulation_rounds, recipe.seed, chosen_device)
-    training = trainer.Distillation(recipe, teacher_net, start, batches)
+    training = trainer.Distillation(recipe, teacher, start, batches)
     schedule = loop.Schedule(
         duration_nimg=recipe.duration_nimg,
         evaluate_every_nimg=recipe.evaluate_every_nimg,
@@ -220,22 +280,75 @@ def distill(
     )
     sampler = OneStepSpec(sigma_init=recipe.sigma_init)
 
-    def evaluate(net: "Preconditioned") -> loop.Evaluation:
+    def evaluate(net: "Preconditioned", should_stop: Callable[[], bool]) -> loop.Evaluation | None:
         seeds = range(SELECTION_SEED, SELECTION_SEED + recipe.evaluate_num)
-        generated = detectors.stats_of(detector, generated_images(net, sampler, seeds, chosen_device))
-        return loop.Evaluation(frechet(generated, reference), _preview(net, sampler))
+        images = takewhile(lambda batch: not should_stop(), generated_images(net, sampler, seeds, chosen_device))
+        generated = detectors.stats_of(detector, images)
+        return None if should_stop() else loop.Evaluation(frechet(generated, reference), _preview(net, sampler))
 
-    with store.live(key) as live:
-        title = f"distill {recipe.teacher} {recipe.mode}"
-        facts = {"title": title, "teacher": recipe.teacher, "events": str(live.path / "events.jsonl")}
-        history = _train(training, schedule, live, evaluate, force, watch, facts)
-        teacher_score = fid(
-            teacher_artifact.oid, reference=data.oid, num=recipe.evaluate_num, run=store.root, device=device
-        ).value
-        best = _finish(store, live, training, history, recipe, oids, data, teacher_score, detector.name)
-        answered(store, key, best, "distill")
-        live.clear()
-    return _name_generators(store, best, recipe, name)
+    title = f"distill {recipe.teacher} {recipe.mode}"
+    facts = {"title": title, "teacher": recipe.teacher, "events": str(live.path / "events.jsonl")}
+    history = _train(training, schedule, live, evaluate, watch, facts)
+    if history.best is None:
+        raise SidaError("no evaluation gave a finite score", "Lower the learning rate.", exit_code=EXIT_FAILED)
+    teacher_score = _teacher_score(store, inputs["teacher"], data, recipe, device, watch)
+    curve = pictures.curve(
+        history.scores,
+        teacher_score=teacher_score,
+        title=f"{recipe.mode} of {recipe.teacher}, one step",
+        ylabel=SCORE_NAMES[detector.name],
+    )
+    net, made = training.ema, {}
+    for which, (nimg, score) in (("last", history.scores[-1]), ("best", history.best)):
+        if which == "best":
+            teachers.load_weights(net, safetensors.torch.load(loop.best_weights(history, live)))
+        made[which] = store.put(
+            "generator",
+            {"model.safetensors": loop.weights(net), "grid.png": _preview(net, sampler), "curve.png": curve},
+            inputs={role: artifact.oid for role, artifact in inputs.items()},
+            params={
+                "name": f"{recipe.teacher}-{recipe.mode}",
+                "net": net.spec.to_json(),
+                "sampler": sampler.to_json(),
+                "dataset": data.params["name"],
+                "recipe": recipe.to_json(),
+            },
+            results={
+                "images_seen": nimg,
+                "selection_score": _finite(score),
+                "teacher_score": teacher_score,
+                "detector": detector.name,
+                "scores": [[n, _finite(s)] for n, s in history.scores],
+                "skipped_updates": sum(training.skipped.total.values()),
+            },
+        )
+    record = store.put(
+        "run", {}, inputs={which: artifact.oid for which, artifact in made.items()}, params=recipe.to_json()
+    )
+    # A run keeps its generators reachable when a later run takes over the names best and last.
+    store.set_ref("run", f"{recipe.teacher}-{recipe.mode}-{record.oid[:8]}".replace("/", "-"), record.oid)
+    # The best comes last: once it is there, the question is answered.
+    for which, artifact in made.items():
+        answered(store, keys[which], artifact, "distill")
+
+
+def _finite(score: float) -> float | None:
+    """The score, or None for one that JSON has no word for."""
+    return score if math.isfinite(score) else None
+
+
+def _teacher_score(
+    store: Store, teacher: Artifact, data: Artifact, recipe: Recipe, device: str | None, watch: Watch | None
+) -> float:
+    from sidactl import loop
+
+    def tick(done: int, total: int) -> None:
+        if watch and done == 0:
+            nfe = sampler_of(teacher).nfe
+            message = f"scoring the teacher on {total:,} images ({nfe} evaluations each) for comparison"
+            watch(loop.Event("note", recipe.duration_nimg, {"message": message}))
+
+    return fid(teacher.oid, reference=data.oid, num=recipe.evaluate_num, run=store.root, device=device, tick=tick).value
 
 
 def finetune_sid2a(
@@ -266,7 +379,7 @@ def finetune_sid2a(
 
 
 def _check_generator(generator: Artifact, teacher: Artifact) -> None:
-    if generator.params["dataset"] != teacher.params["dataset"]:
+    if generator.params["dataset"] not in (None, teacher.params["dataset"]):
         raise SidaError(
             f"the generator must be of the teacher's dataset {teacher.params['dataset']!r}, "
             f"got one of {generator.params['dataset']!r}",
@@ -281,13 +394,12 @@ def _check_generator(generator: Artifact, teacher: Artifact) -> None:
         )
 
 
-def _check_dataset(data: Artifact, teacher: Artifact) -> None:
-    net = NetSpec.from_json(mapping(teacher.params["net"]))
+def _check_fit(data: Artifact, net: NetSpec, whose: str) -> None:
     wanted = (net.img_resolution, net.img_channels, net.label_dim)
     got = (data.results["resolution"], data.results["num_channels"], data.results["label_dim"])
-    if wanted[:2] != got[:2] or (net.label_dim and wanted[2] != got[2]):
+    if wanted[:2] != got[:2] or net.label_dim not in (0, got[2]):
         raise SidaError(
-            "the dataset must fit the teacher (resolution, channels, classes = "
+            f"the dataset must fit the {whose} (resolution, channels, classes = "
             f"{wanted[0]}, {wanted[1]}, {wanted[2]}), got {got[0]}, {got[1]}, {got[2]}",
             "Pass another --dataset, or prepare this one to fit.",
         )
@@ -310,29 +422,26 @@ def _train(
     training: "Training",
     schedule: "Schedule",
     live: LiveDir,
-    evaluate: "Callable[[Preconditioned], Evaluation] | None",
-    force: bool,
+    evaluate: "Evaluate | None",
     watch: Watch | None,
     facts: Mapping[str, Any],
 ) -> "History":
     """Runs the loop to its end, passing events on; an interruption leaves a checkpoint and raises, exit code 130."""
     from sidactl import loop
 
-    if force:
-        live.clear()
     history = loop.History()
     tell = watch or (lambda event: None)
-    tell(loop.Event("started", 0, {**facts, "duration_nimg": schedule.duration_nimg}))
     with _stop_on_signals() as should_stop:
+        tell(loop.Event("started", 0, {**facts, "duration_nimg": schedule.duration_nimg}))
         events = loop.run(training, schedule, live, evaluate=evaluate, should_stop=should_stop, history=history)
         for event in events:
             tell(event)
-            if event.kind == "interrupted":
-                raise SidaError(
-                    f"interrupted at {event.nimg:,} of {schedule.duration_nimg:,} images; the checkpoint is kept",
-                    "Repeat the same command to go on.",
-                    exit_code=EXIT_INTERRUPTED,
-                )
+        if should_stop():
+            raise SidaError(
+                f"interrupted at {training.nimg:,} of {schedule.duration_nimg:,} images; the checkpoint is kept",
+                "Repeat the same command to go on.",
+                exit_code=EXIT_INTERRUPTED,
+            )
     return history
 
 
@@ -357,69 +466,6 @@ def _stop_on_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in usual.items():
             signal.signal(number, handler)
-
-
-def _finish(
-    store: Store,
-    live: LiveDir,
-    training: "Training",
-    history: "History",
-    recipe: Recipe,
-    inputs: Mapping[str, str],
-    data: Artifact,
-    teacher_score: float,
-    detector: str,
-) -> Artifact:
-    """Stores the last and the best generator with their pictures, and a run that binds them; returns the best."""
-    import safetensors.torch
-
-    from sidactl import loop, pictures, teachers
-
-    sampler = OneStepSpec(sigma_init=recipe.sigma_init)
-    curve = pictures.curve(
-        history.scores,
-        teacher_score=teacher_score,
-        title=f"{recipe.mode} of {recipe.teacher}, one step",
-        ylabel=SCORE_NAMES[detector],
-    )
-    assert history.best is not None, "the loop evaluates at its end"
-    artifacts: dict[str, Artifact] = {}
-    for which, (nimg, score) in (("last", history.scores[-1]), ("best", history.best)):
-        net = training.ema
-        if which == "best":
-            teachers.load_weights(net, safetensors.torch.load((live.path / "best.safetensors").read_bytes()))
-        artifacts[which] = store.put(
-            "generator",
-            {"model.safetensors": loop.weights(net), "grid.png": _preview(net, sampler), "curve.png": curve},
-            inputs=inputs,
-            params={
-                "name": f"{recipe.teacher}-{recipe.mode}",
-                "net": training.ema.spec.to_json(),
-                "sampler": sampler.to_json(),
-                "dataset": data.params["name"],
-                "recipe": recipe.to_json(),
-            },
-            results={
-                "images_seen": nimg,
-                "selection_score": score,
-                "teacher_score": teacher_score,
-                "detector": detector,
-                "scores": [[n, s] for n, s in history.scores],
-                "skipped_updates": sum(training.skipped.total.values()),
-            },
-        )
-    record = store.put(
-        "run", {}, inputs={"best": artifacts["best"].oid, "last": artifacts["last"].oid}, params=recipe.to_json()
-    )
-    # A run keeps its generators reachable when a later run takes over the names best and last.
-    store.set_ref("run", f"{recipe.teacher}-{recipe.mode}-{record.oid[:8]}".replace("/", "-"), record.oid)
-    store.set_ref("generator", "last", artifacts["last"].oid)
-    return artifacts["best"]
-
-
-def _name_generators(store: Store, best: Artifact, recipe: Recipe, name: str | None) -> Artifact:
-    mode_name = f"{recipe.teacher}-{recipe.mode}".replace("/", "-")
-    return named(store, best, ["best", mode_name, *([name] if name else [])])
 
 
 def _preview(net: "Preconditioned", sampler: OneStepSpec | HeunSpec) -> bytes:

@@ -2,7 +2,7 @@
 
 import io
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,11 +22,14 @@ if TYPE_CHECKING:
     from sidactl.metrics import FeatureStats
 
 SCORED = (*NETS, "samples", "dataset")
-BATCH_SIZE = 500
+BATCH_SIZE = 1000
 SCORE_NAMES = {"tiny-digits": "FD tiny-digits", "inception": "FID", "dinov2": "FD-DINOv2"}
 """what a Fréchet distance is called by its detector; only Inception's is a FID"""
 
-Measure = Callable[["Detector", Iterator["torch.Tensor"], Artifact, Store], Mapping[str, float]]
+Images = Iterator["torch.Tensor"]
+"""batches of uint8 images"""
+Measure = Callable[["Detector", Artifact, Store], Callable[[Images], Mapping[str, float]]]
+"""what a detector and a dataset make of images"""
 
 
 @dataclass(frozen=True)
@@ -91,13 +94,11 @@ def fid(
     Source: Heusel et al. (1706.08500), eq. 6.
     """
 
-    def measure(
-        chosen: "Detector", images: Iterator["torch.Tensor"], data: Artifact, store: Store
-    ) -> Mapping[str, float]:
+    def measure(chosen: "Detector", data: Artifact, store: Store) -> Callable[[Images], Mapping[str, float]]:
         from sidactl import detectors
 
-        distance = frechet(detectors.stats_of(chosen, images), reference_stats(store, data, chosen))
-        return {SCORE_NAMES[chosen.name]: distance}
+        real = reference_stats(store, data, chosen)
+        return lambda images: {SCORE_NAMES[chosen.name]: frechet(detectors.stats_of(chosen, images), real)}
 
     return _score(
         "fid",
@@ -135,14 +136,16 @@ def prec_recall(
     Source: Kynkäänniemi et al. (1904.06991), eqs. 1-3.
     """
 
-    def measure(
-        chosen: "Detector", images: Iterator["torch.Tensor"], data: Artifact, store: Store
-    ) -> Mapping[str, float]:
+    def measure(chosen: "Detector", data: Artifact, store: Store) -> Callable[[Images], Mapping[str, float]]:
         from sidactl import detectors, metrics
 
         real = detectors.features_of(chosen, dataset_images(load_dataset(store, data)))
-        precision, recall = metrics.precision_recall(real, detectors.features_of(chosen, images), neighbours)
-        return {"precision": precision, "recall": recall}
+
+        def measured(images: Images) -> Mapping[str, float]:
+            precision, recall = metrics.precision_recall(real, detectors.features_of(chosen, images), neighbours)
+            return {"precision": precision, "recall": recall}
+
+        return measured
 
     return _score(
         f"prec-recall-{neighbours}",
@@ -204,7 +207,7 @@ def _score(
 
         loaded = detectors.load(chosen, device=pick_device(device))
         images = _images_by_trial(store, subject, seeds, num, loaded, tick)
-        results = [measure(loaded, trial, data, store) for trial in images]
+        results = [*map(measure(loaded, data, store), images)]
         values = {name: [result[name] for result in results] for name in results[0]}
         known = store.put(
             "score",
@@ -232,14 +235,15 @@ def score_of(artifact: Artifact) -> Score:
 def _fixed_count(subject: Artifact, num: int | None, trials: int) -> int:
     available = subject.results["num_images"]
     assert isinstance(available, int)
+    what = "samples" if subject.kind == "samples" else "images of a dataset"
     if trials > 1:
         raise SidaError(
-            f"trials need images drawn anew, got {trials} trials of fixed {subject.kind}",
+            f"trials need images drawn anew, got {trials} trials of fixed {what}",
             "Score the generator itself, or leave out --trials.",
         )
     if num is not None and num > available:
         raise SidaError(
-            f"the sample count must be <= {available}, which these {subject.kind} hold, got {num}",
+            f"sample count must be <= {available}, the number of these {what}, got {num}",
             "Pass a smaller --num, or sample more.",
         )
     return num or available
@@ -252,7 +256,7 @@ def _images_by_trial(
     num: int,
     detector: "Detector",
     tick: Tick | None,
-) -> Iterator[Iterator["torch.Tensor"]]:
+) -> Iterator[Images]:
     if subject.kind not in NETS:
         yield _ticking(dataset_images(load_dataset(store, subject), num), tick, 0, num)
         return
@@ -262,7 +266,9 @@ def _images_by_trial(
         yield _ticking(images, tick, trial * num, len(seeds) * num)
 
 
-def _ticking(images: Iterable["torch.Tensor"], tick: Tick | None, done: int, total: int) -> Iterator["torch.Tensor"]:
+def _ticking(images: Images, tick: Tick | None, done: int, total: int) -> Images:
+    if tick:
+        tick(done, total)
     for batch in images:
         yield batch
         done += len(batch)
@@ -272,7 +278,7 @@ def _ticking(images: Iterable["torch.Tensor"], tick: Tick | None, done: int, tot
 
 def generated_images(
     net: "Preconditioned", sampler: OneStepSpec | HeunSpec, seeds: Sequence[int], device: "torch.device"
-) -> Iterator["torch.Tensor"]:
+) -> Images:
     """Batches of uint8 images for these seeds, computed as they are read."""
     from sidactl import sampling
 
@@ -280,7 +286,7 @@ def generated_images(
         yield batch.images
 
 
-def dataset_images(dataset: "Dataset", count: int | None = None) -> Iterator["torch.Tensor"]:
+def dataset_images(dataset: "Dataset", count: int | None = None) -> Images:
     """Batches of the first `count` images (all by default), in order."""
     stop = dataset.num_images if count is None else count
     for start in range(0, stop, BATCH_SIZE):

@@ -1,0 +1,71 @@
+"""What several test files share: run directories with a very short distillation, or with all that one needs."""
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+# Before torch comes in: tiny nets gain nothing from threads, and every process must add up in the same order.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if TYPE_CHECKING:
+    from sidactl.loop import Event
+    from sidactl.store import Artifact
+
+SHORT: dict[str, Any] = {
+    "duration_nimg": 96,
+    "batch_size": 16,
+    "generator_from_nimg": None,
+    "adversarial_from_nimg": 32,
+    "evaluate_every_nimg": 32,
+    "evaluate_num": 64,
+    "checkpoint_every_nimg": 32,
+}
+"""recipe overrides that make a distillation of tiny-digits take a second: 6 steps, 3 evaluations and checkpoints"""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A distillation that ran undisturbed: its run directory, its best generator, its events."""
+
+    root: Path
+    best: "Artifact"
+    events: "list[Event]"
+
+
+def short_distill(
+    root: Path, watch: "Callable[[Event], None] | None" = None, *, force: bool = False, **overrides: Any
+) -> "Artifact":
+    """A very short distillation of tiny-digits in mode sida."""
+    from sidactl import ops
+
+    chosen = SHORT | overrides
+    return ops.distill(teacher="tiny-digits", mode="sida", run=root, force=force, watch=watch, device="cpu", **chosen)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory with teacher, dataset, statistics, and the teacher's score; to be copied."""
+    from sidactl import ops
+
+    root = tmp_path_factory.mktemp("prepared") / "run"
+    ops.fid("tiny-digits", num=SHORT["evaluate_num"], run=root, device="cpu")
+    return root
+
+
+@pytest.fixture
+def fresh_run(prepared: Path, tmp_path: Path) -> Path:
+    """A run directory of one's own in which nothing was distilled yet."""
+    return Path(shutil.copytree(prepared, tmp_path / "run"))
+
+
+@pytest.fixture(scope="session")
+def finished(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A finished distillation; tests may add to its run directory, but not take away."""
+    root = Path(shutil.copytree(prepared, tmp_path_factory.mktemp("finished") / "run"))
+    events: list[Event] = []
+    return Finished(root, short_distill(root, events.append), events)

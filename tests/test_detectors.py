@@ -1,0 +1,97 @@
+"""The built-in detector, and what every detector's features are made into."""
+
+import io
+import zipfile
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from sidactl import detectors
+from sidactl.errors import SidaError
+from sidactl.metrics import frechet_distance
+
+
+@pytest.fixture(scope="module")
+def detector() -> detectors.Detector:
+    return detectors.load("tiny-digits")
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[Tensor, Tensor]:
+    """The built-in images as the dataset holds them, uint8 [1797, 1, 8, 8] in 0..255, and their classes."""
+    with zipfile.ZipFile(io.BytesIO(detectors.asset("tiny-digits.npz"))) as archive:
+        counts, labels = (np.load(io.BytesIO(archive.read(f"{name}.npy"))) for name in ("images", "labels"))
+    pixels = np.rint(counts.astype(np.float64) * 255 / 16).astype(np.uint8)
+    return torch.from_numpy(pixels)[:, None], torch.from_numpy(labels.astype(np.int64))
+
+
+def test_the_built_in_detector_tells_digits_apart(detector: detectors.Detector, digits: tuple[Tensor, Tensor]) -> None:
+    images, labels = digits
+    with torch.no_grad():
+        found = detector.net(images.float() / 127.5 - 1).argmax(1)
+    assert float((found == labels).float().mean()) > 0.98
+
+
+def test_features_of_the_built_in_dataset_have_variance_one_on_average(
+    detector: detectors.Detector, digits: tuple[Tensor, Tensor]
+) -> None:
+    features = detector(digits[0])
+    assert features.shape == (1797, detector.num_features)
+    assert features.dtype == torch.float32
+    assert float(features.var(dim=0).mean()) == pytest.approx(1, abs=0.01)
+
+
+def test_statistics_do_not_depend_on_batches_and_are_those_of_the_features(
+    detector: detectors.Detector, digits: tuple[Tensor, Tensor]
+) -> None:
+    images = digits[0][:300]
+    features = detectors.features_of(detector, [images]).double().numpy()
+    for size in (7, 300):
+        stats = detectors.stats_of(detector, images.split(size))
+        assert stats.num_items == 300
+        np.testing.assert_allclose(stats.mean, features.mean(0), rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(stats.covariance(), np.cov(features, rowvar=False), rtol=1e-4, atol=1e-6)
+
+
+def test_noise_lies_further_from_the_digits_than_the_digits_from_each_other(
+    detector: detectors.Detector, digits: tuple[Tensor, Tensor]
+) -> None:
+    def moments(images: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        stats = detectors.stats_of(detector, [images])
+        return stats.mean, stats.covariance()
+
+    noise = torch.randint(256, (600, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    half, other = moments(digits[0][::2]), moments(digits[0][1::2])
+    assert frechet_distance(*half, *other) < 0.5
+    assert frechet_distance(*half, *moments(noise)) > 10
+
+
+def test_the_identity_is_that_of_the_weights_whatever_file_they_came_from(detector: detectors.Detector) -> None:
+    state = safetensors.torch.load(detectors.asset("tiny-digits-detector.safetensors"))
+    again = detectors.load("tiny-digits", dict(reversed(state.items())))
+    assert again.identity == detector.identity
+    assert detector.identity.startswith("tiny-digits@")
+    state["conv0.bias"][0] += 1e-6
+    assert detectors.load("tiny-digits", state).identity != detector.identity
+
+
+@pytest.mark.parametrize(
+    ("images", "got"),
+    [
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), r"torch\.uint8 \[2, 3, 8, 8\]"),
+        (torch.zeros(2, 1, 16, 16, dtype=torch.uint8), r"torch\.uint8 \[2, 1, 16, 16\]"),
+        (torch.zeros(2, 1, 8, 8), r"torch\.float32 \[2, 1, 8, 8\]"),
+    ],
+)
+def test_images_of_another_kind_are_refused(detector: detectors.Detector, images: Tensor, got: str) -> None:
+    message = rf"^detector tiny-digits needs grey uint8 images of 8x8 pixels, got {got}\. "
+    with pytest.raises(SidaError, match=message):
+        detector(images)
+
+
+def test_an_unknown_detector_is_refused_by_its_name() -> None:
+    with pytest.raises(SidaError, match=r"detector 'resnet'"):
+        detectors.load("resnet")

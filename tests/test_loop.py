@@ -1,0 +1,502 @@
+"""The loop around training steps, with a toy in the place of a trainer: what it keeps, and how it goes on."""
+
+import hashlib
+import json
+import math
+import resource
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from sidactl import loop, trainer
+from sidactl.errors import SidaError
+from sidactl.store import LiveDir, Store
+
+BATCH = 10
+SCHEDULE = loop.Schedule(
+    duration_nimg=120, evaluate_every_nimg=30, checkpoint_every_nimg=40, report_every_steps=3, max_skipped_steps=3
+)
+
+
+class Toy:
+    """Implements `Training`: a weight matrix, drawn to and fro by gradients that are functions of the step alone."""
+
+    def __init__(self, *, bad_gradients: range = range(0), poisoned: int | None = None) -> None:
+        torch.manual_seed(0)
+        self.net, self.average = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=0.1)
+        self.nimg = self.step_index = 0
+        self.skipped = trainer.SkippedSteps()
+        self.bad_gradients, self.poisoned = bad_gradients, poisoned
+
+    @property
+    def ema(self) -> Any:
+        return self.average
+
+    def stage(self) -> str:
+        return "toy"
+
+    def modules(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
+        return {"generator": self.net, "ema": self.average, "optimizer": self.optimizer}
+
+    def step(self) -> dict[str, Tensor]:
+        noise = torch.randn(3, 3, generator=torch.Generator().manual_seed(self.step_index))
+        loss = (self.net.weight * noise).sum() + self.net.bias.square().sum()
+        (loss * (math.nan if self.step_index in self.bad_gradients else 1)).backward()
+        self.skipped.count("generator", trainer.apply_gradients(self.optimizer, None))
+        with torch.no_grad():
+            for mean, parameter in zip(self.average.parameters(), self.net.parameters(), strict=True):
+                mean.lerp_(parameter, 0.3)
+            if self.step_index == self.poisoned:
+                self.net.bias[0] = math.inf
+        self.nimg += BATCH
+        self.step_index += 1
+        return {"loss": loss.detach()[None]}
+
+
+class Runner:
+    """Runs of one command in one live directory; every call is a process of its own, as it were."""
+
+    def __init__(self, live: LiveDir, scores: Mapping[int, float] | None = None) -> None:
+        self.live, self.scores = live, scores
+        self.toy, self.history = Toy(), loop.History()
+        self.evaluated: list[int] = []
+
+    def evaluate(self, net: Any, should_stop: Callable[[], bool]) -> loop.Evaluation | None:
+        if should_stop():
+            return None
+        nimg = self.toy.nimg
+        self.evaluated.append(nimg)
+        score = float(net.weight.detach().norm()) if self.scores is None else self.scores[nimg]
+        return loop.Evaluation(score, b"picture %d" % nimg)
+
+    def start(
+        self,
+        *,
+        schedule: loop.Schedule = SCHEDULE,
+        should_stop: Callable[[], bool] = lambda: False,
+        toy: Toy | None = None,
+    ) -> Iterator[loop.Event]:
+        self.toy, self.history = toy or Toy(), loop.History()
+        return loop.run(
+            cast(Any, self.toy),
+            schedule,
+            self.live,
+            evaluate=self.evaluate,
+            should_stop=should_stop,
+            history=self.history,
+        )
+
+    def run(self, **options: Any) -> list[loop.Event]:
+        return list(self.start(**options))
+
+    def state(self) -> dict[str, Any]:
+        """All that must be the same after an interruption as without one, bit for bit."""
+        lines = [json.loads(line) for line in (self.live.path / "events.jsonl").read_bytes().splitlines()]
+        return {
+            "net": loop.weights(self.toy.net),
+            "ema": loop.weights(self.toy.average),
+            "moments": self.toy.optimizer.state_dict()["state"][0]["exp_avg_sq"].numpy().tobytes(),
+            "skipped": (self.toy.skipped.total, self.toy.skipped.in_a_row),
+            "history": self.history.scores,
+            "best": loop.best_weights(self.history, self.live),
+            "previews": {p.name: p.read_bytes() for p in self.live.path.glob("preview-*")},
+            "evaluations": [(line["nimg"], line["score"]) for line in lines if line["event"] == "evaluation"],
+        }
+
+
+@pytest.fixture
+def live(tmp_path: Path) -> Iterator[LiveDir]:
+    with Store.open(tmp_path / "run").live("key") as directory:
+        yield directory
+
+
+@pytest.fixture
+def straight(tmp_path: Path) -> Iterator[dict[str, Any]]:
+    """What a run that nothing disturbs ends in."""
+    with Store.open(tmp_path / "straight").live("key") as directory:
+        runner = Runner(directory)
+        runner.run()
+        yield runner.state()
+
+
+def kinds(events: list[loop.Event], kind: str) -> list[int]:
+    return [event.nimg for event in events if event.kind == kind]
+
+
+def lines_of(live: LiveDir) -> list[dict[str, Any]]:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    text = (live.path / "events.jsonl").read_bytes()
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def test_evaluations_checkpoints_and_reports_come_when_their_images_are_passed_and_at_the_end(live: LiveDir) -> None:
+    events = Runner(live).run(
+        schedule=loop.Schedule(duration_nimg=105, evaluate_every_nimg=25, checkpoint_every_nimg=40)
+    )
+    assert kinds(events, "evaluation") == [30, 50, 80, 100, 110]
+    assert kinds(events, "checkpoint") == [40, 80, 110]
+    assert kinds(events, "progress") == [100, 110]
+    assert [(line["event"], line["nimg"]) for line in lines_of(live)] == [(e.kind, e.nimg) for e in events]
+
+
+def test_every_evaluation_leaves_a_preview_and_a_line_with_its_score(live: LiveDir) -> None:
+    scores = {30: 4.0, 60: 2.0, 90: 3.0, 120: 2.0}
+    Runner(live, scores).run()
+    assert [(e["nimg"], e["score"]) for e in lines_of(live) if e["event"] == "evaluation"] == [*scores.items()]
+    assert {p.name: p.read_bytes() for p in live.path.glob("preview-*")} == {
+        f"preview-0000000{nimg:03}.png": b"picture %d" % nimg for nimg in scores
+    }
+
+
+def test_a_report_holds_mean_losses_since_the_last_one(live: LiveDir) -> None:
+    events = Runner(live).run()
+    toy, losses = Toy(), []
+    for _ in range(12):
+        losses.append(float(toy.step()["loss"]))
+    told = [event.values["loss"] for event in events if event.kind == "progress"]
+    assert told == pytest.approx([sum(losses[i : i + 3]) / 3 for i in range(0, 12, 3)])
+    assert {event.values["stage"] for event in events if event.kind == "progress"} == {"toy"}
+
+
+def test_the_lowest_score_is_kept_the_first_of_equals_and_never_one_that_is_not_finite(live: LiveDir) -> None:
+    runner = Runner(live, {30: math.nan, 60: 2.0, 90: -math.inf, 120: 2.0})
+    runner.run()
+    assert runner.history.best == (60, 2.0)
+    toy = Toy()
+    for _ in range(6):
+        toy.step()
+    assert loop.best_weights(runner.history, live) == loop.weights(toy.average)
+    assert safetensors.torch.load(loop.best_weights(runner.history, live)).keys() == toy.average.state_dict().keys()
+    assert [e["score"] for e in lines_of(live) if e["event"] == "evaluation"] == [None, 2.0, None, 2.0]
+
+
+def test_two_checkpoints_with_digests_are_left_and_nothing_half_written(live: LiveDir) -> None:
+    Runner(live, {30: 2.0, 60: 1.0, 90: 3.0, 120: 4.0}).run()
+    assert sorted(path.name for path in live.path.iterdir()) == [
+        "best-0000000060.safetensors",
+        "checkpoint-0000000080.pt",
+        "checkpoint-0000000080.pt.sha256",
+        "checkpoint-0000000120.pt",
+        "checkpoint-0000000120.pt.sha256",
+        "events.jsonl",
+        "lock",
+        *(f"preview-0000000{nimg:03}.png" for nimg in (30, 60, 90, 120)),
+    ]
+
+
+def test_no_finite_score_means_no_best() -> None:
+    assert loop.History([(30, math.nan), (60, math.inf)]).best is None
+
+
+def test_the_previous_best_is_removed_only_once_no_checkpoint_can_need_it(live: LiveDir) -> None:
+    runner, seen = Runner(live, {30: 3.0, 60: 2.0, 90: 1.0, 120: 5.0}), {}
+    for event in runner.start():
+        if event.kind in ("evaluation", "checkpoint"):
+            seen[event.kind, event.nimg] = sorted(int(p.stem[-10:]) for p in live.path.glob("best-*"))
+    assert seen == {
+        ("evaluation", 30): [30],
+        ("checkpoint", 40): [30],
+        ("evaluation", 60): [30, 60],
+        ("checkpoint", 80): [30, 60],
+        ("evaluation", 90): [30, 60, 90],
+        ("evaluation", 120): [30, 60, 90],
+        ("checkpoint", 120): [60, 90],
+    }
+
+
+def test_best_weights_are_those_of_the_best_score_even_where_a_repeated_evaluation_differs(live: LiveDir) -> None:
+    first = Runner(live, {30: 2.0, 60: 1.0})
+    for event in first.start():
+        if event.kind == "evaluation" and event.nimg == 60:
+            break  # killed before the checkpoint at 80
+    weights_at_30 = (live.path / "best-0000000030.safetensors").read_bytes()
+    again = Runner(live, {60: 9.0, 90: 8.0, 120: 7.0})
+    again.run()
+    assert again.history.best == (30, 2.0)
+    assert loop.best_weights(again.history, live) == weights_at_30
+
+
+def test_how_often_is_evaluated_does_not_alter_training(live: LiveDir, straight: dict[str, Any]) -> None:
+    runner = Runner(live)
+    runner.run(schedule=loop.Schedule(duration_nimg=120, evaluate_every_nimg=10, checkpoint_every_nimg=120))
+    assert loop.weights(runner.toy.net) == straight["net"]
+    assert loop.weights(runner.toy.average) == straight["ema"]
+
+
+@pytest.mark.parametrize("nimg", [10, 30, 40, 70, 80, 120])
+def test_an_interrupted_run_goes_on_to_the_same_bits(live: LiveDir, straight: dict[str, Any], nimg: int) -> None:
+    runner = Runner(live)
+    events = runner.run(should_stop=lambda: runner.toy.nimg == nimg)
+    assert [(e.kind, e.nimg) for e in events[-2:]] == [("checkpoint", nimg), ("interrupted", nimg)]
+    events = runner.run()
+    assert (events[0].kind, events[0].nimg) == ("resumed", nimg)
+    assert runner.state() == straight
+
+
+class KilledError(Exception):
+    """Stands for the end of the process."""
+
+
+@dataclass(frozen=True)
+class Mortal(LiveDir):
+    """A live directory whose process dies when no operation is left to it."""
+
+    left: list[None]
+
+    def _count(self) -> None:
+        if not self.left:
+            raise KilledError
+        self.left.pop()
+
+    def write(self, name: str, data: Any) -> None:
+        self._count()
+        super().write(name, data)
+
+    def append(self, name: str, line: bytes) -> None:
+        self._count()
+        super().append(name, line)
+
+    def remove(self, name: str) -> None:
+        self._count()
+        super().remove(name)
+
+
+def test_killed_before_any_of_its_writes_a_run_goes_on_to_the_same_bits(
+    tmp_path: Path, straight: dict[str, Any]
+) -> None:
+    for num_operations in range(100):
+        with Store.open(tmp_path / "run").live(f"key{num_operations}") as live:
+            mortal = Runner(Mortal(live.path, [None] * num_operations))
+            with suppress(KilledError):
+                mortal.run()
+                break
+            checkpoints = {path.name for path in live.path.glob("checkpoint-*.pt")}
+            runner = Runner(live)
+            resumed_at = runner.run()[0].nimg if checkpoints else 0
+            runner.run()
+            assert resumed_at >= mortal.toy.nimg - SCHEDULE.checkpoint_every_nimg
+            assert runner.state() == straight
+            told = [(line["event"], line["nimg"]) for line in lines_of(live)]
+            assert len(told) == len(set(told))
+    assert num_operations > 20
+
+
+def test_half_a_line_that_a_killed_process_left_is_dropped(live: LiveDir, straight: dict[str, Any]) -> None:
+    runner = Runner(live)
+    runner.run(should_stop=lambda: runner.toy.nimg == 70)
+    with (live.path / "events.jsonl").open("ab") as file:
+        file.write(b'{"event": "progress", "nim')
+    runner.run()
+    assert runner.state() == straight
+
+
+def test_killed_over_and_over_it_still_arrives(live: LiveDir, straight: dict[str, Any]) -> None:
+    runner = Runner(live)
+    for length in (7, 3, 5, 4, 6):
+        events = runner.start()
+        for _ in range(length):
+            if next(events, None) is None:
+                break
+    runner.run()
+    assert runner.state() == straight
+
+
+def test_a_finished_run_asked_again_does_nothing(live: LiveDir, straight: dict[str, Any]) -> None:
+    runner = Runner(live)
+    runner.run()
+    assert [(e.kind, e.nimg) for e in runner.run()] == [("resumed", 120)]
+    assert runner.evaluated == [30, 60, 90, 120]
+    assert runner.state() == straight
+
+
+@pytest.mark.parametrize("nimg", [60, 120])
+def test_an_evaluation_that_was_given_up_is_made_first_when_the_run_goes_on(
+    live: LiveDir, straight: dict[str, Any], nimg: int
+) -> None:
+    runner = Runner(live)
+    calls: list[int] = []
+
+    def stops_during_evaluation() -> bool:
+        calls.append(runner.toy.nimg)
+        return runner.toy.nimg == nimg
+
+    events = runner.run(should_stop=stops_during_evaluation)
+    assert kinds(events, "evaluation") == [n for n in (30, 60, 90) if n < nimg]
+    assert events[-1].kind == "interrupted"
+    events = runner.run()
+    assert [e.kind for e in events[:2]] == ["resumed", "evaluation"]
+    assert runner.state() == straight
+
+
+def flip_a_byte(path: Path, digest: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path: Path, digest: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def empty(path: Path, digest: Path) -> None:
+    path.write_bytes(b"")
+
+
+def lose_the_digest(path: Path, digest: Path) -> None:
+    digest.unlink()
+
+
+def damage_the_digest(path: Path, digest: Path) -> None:
+    digest.write_bytes(b"\xff" * 64)
+
+
+def replace_with(content: bytes) -> Callable[[Path, Path], None]:
+    def damage(path: Path, digest: Path) -> None:
+        path.write_bytes(content)
+        digest.write_text(hashlib.sha256(content).hexdigest())
+
+    return damage
+
+
+DAMAGES = [
+    (flip_a_byte, "is damaged"),
+    (truncate, "is damaged"),
+    (empty, "is damaged"),
+    (lose_the_digest, "has lost its digest"),
+    (damage_the_digest, "is damaged"),
+    (replace_with(b""), "cannot be read (EOFError)"),
+    (replace_with(b"not a file of torch's"), "cannot be read (UnpicklingError)"),
+    (replace_with(b"PK\x03\x04" + b"\0" * 1000), "cannot be read (RuntimeError)"),
+]
+
+
+@pytest.mark.parametrize(("damage", "told"), DAMAGES)
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_says_so(
+    live: LiveDir, straight: dict[str, Any], damage: Callable[[Path, Path], None], told: str
+) -> None:
+    runner = Runner(live)
+    for event in runner.start():
+        if event.kind == "checkpoint" and event.nimg == 80:
+            break
+    newest = live.path / "checkpoint-0000000080.pt"
+    damage(newest, newest.with_name(newest.name + ".sha256"))
+    events = runner.run()
+    assert events[:2] == [
+        loop.Event("resumed", 40),
+        loop.Event(
+            "warning", 40, {"message": f"checkpoint-0000000080.pt {told}; going on from the checkpoint at 40 images"}
+        ),
+    ]
+    assert runner.state() == straight
+
+
+def test_with_both_checkpoints_damaged_it_begins_again_and_says_so(live: LiveDir, straight: dict[str, Any]) -> None:
+    runner = Runner(live)
+    for event in runner.start():
+        if event.kind == "checkpoint" and event.nimg == 80:
+            break
+    for path in live.path.glob("checkpoint-*.pt"):
+        truncate(path, path)
+    events = runner.run()
+    assert [event.values["message"] for event in events if event.kind == "warning"] == [
+        "checkpoint-0000000080.pt is damaged; going on from the beginning",
+        "checkpoint-0000000040.pt is damaged; going on from the beginning",
+    ]
+    assert kinds(events, "resumed") == []
+    assert runner.state() == straight
+
+
+def test_a_damaged_checkpoint_does_not_take_the_place_of_a_sound_one(live: LiveDir) -> None:
+    runner = Runner(live)
+    for event in runner.start():
+        if event.kind == "checkpoint" and event.nimg == 80:
+            break
+    truncate(live.path / "checkpoint-0000000080.pt", live.path)
+    runner.run(should_stop=lambda: runner.toy.nimg == 50)
+    assert sorted(p.name for p in live.path.glob("checkpoint-*")) == [
+        "checkpoint-0000000040.pt",
+        "checkpoint-0000000040.pt.sha256",
+        "checkpoint-0000000050.pt",
+        "checkpoint-0000000050.pt.sha256",
+    ]
+
+
+def test_updates_with_a_gradient_that_is_not_finite_are_skipped_counted_and_reported(live: LiveDir) -> None:
+    runner = Runner(live)
+    events = runner.run(toy=Toy(bad_gradients=range(4, 6)))
+    assert [e.values["skipped_steps"] for e in events if e.kind == "progress"] == [0, 2, 2, 2]
+    assert runner.toy.skipped.in_a_row == {"generator": 0}
+    (report,) = [e for e in lines_of(live) if e["event"] == "progress" and e["nimg"] == 60]
+    assert report["skipped_steps"] == 2
+    assert all(bool(tensor.isfinite().all()) for tensor in runner.toy.net.state_dict().values())
+
+
+def test_too_many_skipped_updates_in_a_row_stop_the_run_and_keep_the_last_checkpoint(live: LiveDir) -> None:
+    runner = Runner(live)
+    with pytest.raises(SidaError) as caught:
+        runner.run(toy=Toy(bad_gradients=range(6, 100)))
+    assert str(caught.value) == (
+        "3 updates in a row of the generator had a gradient that is not finite, the last at step 9 (90 images). "
+        "The last checkpoint is kept; lower the learning rate or choose another precision."
+    )
+    assert caught.value.exit_code == 1
+    assert runner.run()[0] == loop.Event("resumed", 80)
+
+
+def test_skipped_updates_in_a_row_are_counted_across_an_interruption(live: LiveDir) -> None:
+    runner = Runner(live)
+    runner.run(toy=Toy(bad_gradients=range(6, 100)), should_stop=lambda: runner.toy.nimg == 80)
+    with pytest.raises(SidaError, match=r"^3 updates in a row of the generator .* the last at step 9 \(90 images\)"):
+        runner.run(toy=Toy(bad_gradients=range(6, 100)))
+
+
+@pytest.mark.parametrize(("poisoned", "found_at"), [(4, 60), (6, 80)])
+def test_a_weight_that_is_not_finite_stops_the_run_before_anything_is_kept_of_it(
+    live: LiveDir, poisoned: int, found_at: int
+) -> None:
+    runner = Runner(live)
+    with pytest.raises(SidaError) as caught:
+        runner.run(toy=Toy(poisoned=poisoned))
+    assert str(caught.value) == (
+        f"weight bias of the generator is not finite at step {found_at // 10} ({found_at} images). "
+        "The last checkpoint is kept; lower the learning rate or choose another precision."
+    )
+    assert caught.value.exit_code == 1
+    assert runner.evaluated == [n for n in (30, 60) if n < found_at]
+    assert runner.run()[0] == loop.Event("resumed", 40)
+
+
+@pytest.mark.parametrize("kind", ["progress", "evaluation", "checkpoint"])
+def test_on_a_full_disk_the_run_ends_in_one_line_and_goes_on_once_there_is_space(
+    live: LiveDir, straight: dict[str, Any], kind: str
+) -> None:
+    runner = Runner(live)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    events = runner.start()
+    while next(events).nimg < 60:
+        pass
+    try:
+        # 2 kB hold a digest, not a checkpoint; 0 bytes not even a line.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0 if kind == "progress" else 2000, limits[1]))
+        if kind == "evaluation":
+            (live.path / "best-0000000060.safetensors").unlink(missing_ok=True)
+        with pytest.raises(SidaError) as caught:
+            list(events)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(caught.value) == (
+        f"the run directory {live.path.parents[1]} cannot be written: File too large. "
+        "Free some space or choose another with --run DIR."
+    )
+    assert runner.run()[0] == loop.Event("resumed", 40)
+    assert runner.state() == straight

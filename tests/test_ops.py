@@ -1,0 +1,736 @@
+"""Operations by name: what they leave in the run directory, that they go on, and the exact text of errors."""
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sidactl import loop, ops
+from sidactl.artifacts import mapping
+from sidactl.errors import SidaError
+from sidactl.store import Artifact, Store, digest
+from tests.conftest import SHORT, Finished, short_distill
+
+
+def nothing_is_wrong(root: Path) -> bool:
+    return list(Store.open(root).verify()) == [] and os.listdir(root / "live") == []
+
+
+def refs(root: Path) -> dict[str, str]:
+    return Store.open(root).refs()
+
+
+# Distillation: what it leaves
+
+
+def test_a_distillation_leaves_its_best_and_its_last_generator_under_their_names(finished: Finished) -> None:
+    store, best = Store.open(finished.root), finished.best
+    last = store.resolve("generator/last")
+    assert refs(finished.root)["generator/best"] == refs(finished.root)["generator/tiny-digits-sida"] == best.oid
+    history = best.results["scores"]
+    assert isinstance(history, list)
+    assert [nimg for nimg, _ in history] == [32, 64, 96]
+    assert [best.results["images_seen"], best.results["selection_score"]] == min(history, key=lambda point: point[1])
+    assert [last.results["images_seen"], last.results["selection_score"]] == history[-1]
+    assert best.inputs == last.inputs
+    assert {role: store.get(oid).kind for role, oid in best.inputs.items()} == {
+        "teacher": "teacher",
+        "dataset": "dataset",
+    }
+    (record,) = [a for a in store.artifacts() if a.kind == "run"]
+    assert record.inputs == {"best": best.oid, "last": last.oid}
+    assert nothing_is_wrong(finished.root)
+
+
+def test_the_score_of_the_best_is_that_of_its_weights_on_the_selection_seeds(finished: Finished) -> None:
+    score = ops.fid(
+        finished.best.oid, num=SHORT["evaluate_num"], first_seed=ops.SELECTION_SEED, run=finished.root, device="cpu"
+    )
+    assert score.value == finished.best.results["selection_score"]
+    teacher = ops.fid("tiny-digits", num=SHORT["evaluate_num"], run=finished.root)
+    assert teacher.value == finished.best.results["teacher_score"]
+
+
+def test_a_generator_carries_its_pictures(finished: Finished) -> None:
+    store = Store.open(finished.root)
+    assert sorted(finished.best.files) == ["curve.png", "grid.png", "model.safetensors"]
+    for name in ("curve.png", "grid.png"):
+        with Image.open(store.path(finished.best, name)) as picture:
+            assert picture.format == "PNG"
+    drawn = ops.sample(finished.best.oid, seeds=ops.PREVIEW_SEEDS, run=finished.root, device="cpu")
+    assert store.read(drawn.artifact, "grid.png") == store.read(finished.best, "grid.png")
+
+
+def test_events_tell_the_story_in_order(finished: Finished) -> None:
+    assert [(event.kind, event.nimg) for event in finished.events] == [
+        ("started", 0),
+        ("evaluation", 32),
+        ("checkpoint", 32),
+        ("evaluation", 64),
+        ("checkpoint", 64),
+        ("progress", 96),
+        ("evaluation", 96),
+        ("checkpoint", 96),
+    ]
+    assert finished.events[0].values["title"] == "distill tiny-digits sida"
+    assert finished.events[0].values["duration_nimg"] == 96
+    assert set(finished.events[-3].values) == {
+        "stage",
+        "skipped_steps",
+        "fake_score_loss",
+        "discriminator_loss",
+        "generator_sid_loss",
+        "generator_adversarial_loss",
+    }
+
+
+def test_the_same_distillation_in_another_run_directory_has_the_same_oid(finished: Finished, fresh_run: Path) -> None:
+    assert short_distill(fresh_run).oid == finished.best.oid
+
+
+def test_how_often_is_evaluated_does_not_alter_the_last_weights(finished: Finished, fresh_run: Path) -> None:
+    best = short_distill(fresh_run, evaluate_every_nimg=10**6, checkpoint_every_nimg=10**6)
+    assert best.oid != finished.best.oid
+    last = Store.open(finished.root).resolve("generator/last")
+    assert best.files["model.safetensors"] == last.files["model.safetensors"]
+
+
+def test_teacher_by_name_oid_or_ref_is_one_question(finished: Finished) -> None:
+    oid = refs(finished.root)["teacher/tiny-digits"]
+    for teacher in (oid, oid[:12], "teacher/tiny-digits"):
+        again = ops.distill(teacher=teacher, mode="sida", run=finished.root, watch=never, **SHORT)
+        assert again == finished.best
+
+
+def never(event: loop.Event) -> None:
+    raise AssertionError(f"nothing must run, got {event}")
+
+
+def test_a_finished_command_is_answered_at_once_and_without_torch(finished: Finished) -> None:
+    code = f"""
+import sys, time
+started = time.process_time()
+from sidactl import ops
+short, run = {SHORT!r}, {str(finished.root)!r}
+oid = ops.distill(teacher="tiny-digits", mode="sida", run=run, **short).oid
+ops.fid("tiny-digits", num={SHORT["evaluate_num"]}, run=run)
+print(oid, time.process_time() - started, *sorted({{"torch", "numpy", "scipy", "PIL", "safetensors"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    oid, duration_sec, *heavy = done.stdout.split()
+    assert (oid, heavy) == (finished.best.oid, [])
+    assert float(duration_sec) < 1
+
+
+def test_of_two_runs_both_stay_and_the_one_asked_last_has_the_names_best_and_last(
+    finished: Finished, fresh_run: Path
+) -> None:
+    shutil.copytree(finished.root, fresh_run, dirs_exist_ok=True)
+    before = refs(fresh_run)
+    other = short_distill(fresh_run, seed=1)
+    assert refs(fresh_run)["generator/best"] == other.oid != finished.best.oid
+    assert short_distill(fresh_run, never, name="mine") == finished.best
+    (second_run,) = refs(fresh_run).keys() - before.keys() - {"generator/mine"}
+    added = {"generator/mine": finished.best.oid, second_run: refs(fresh_run)[second_run]}
+    assert refs(fresh_run) == before | added
+    Store.open(fresh_run).gc(grace_sec=-1)
+    assert short_distill(fresh_run, never, seed=1) == other
+    assert nothing_is_wrong(fresh_run)
+
+
+def test_an_answer_that_lost_a_file_is_worked_out_again(finished: Finished, fresh_run: Path) -> None:
+    shutil.copytree(finished.root, fresh_run, dirs_exist_ok=True)
+    store = Store.open(fresh_run)
+    store.path(finished.best, "model.safetensors").unlink()
+    assert short_distill(fresh_run) == finished.best
+    assert nothing_is_wrong(fresh_run)
+
+
+# Distillation: --force, interruptions, kills
+
+
+def test_force_asks_again_and_gets_the_same(finished: Finished, fresh_run: Path) -> None:
+    shutil.copytree(finished.root, fresh_run, dirs_exist_ok=True)
+    events: list[loop.Event] = []
+    assert short_distill(fresh_run, events.append, force=True) == finished.best
+    assert [e.kind for e in events] == [e.kind for e in finished.events]
+    assert nothing_is_wrong(fresh_run)
+
+
+def interrupting(number: int, kind: str, nimg: int, seen: list[loop.Event]) -> Callable[[loop.Event], None]:
+    """A watcher that sends this process a signal once, at an event."""
+
+    def watch(event: loop.Event) -> None:
+        seen.append(event)
+        if (event.kind, event.nimg) == (kind, nimg):
+            os.kill(os.getpid(), number)
+
+    return watch
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "nimg", "stops_at"),
+    [
+        (signal.SIGINT, "started", 0, 16),
+        (signal.SIGTERM, "checkpoint", 32, 48),
+        (signal.SIGINT, "evaluation", 64, 64),
+        (signal.SIGTERM, "progress", 96, 96),
+        (signal.SIGINT, "checkpoint", 96, 96),
+    ],
+)
+def test_a_signal_ends_the_run_after_the_step_and_the_same_call_goes_on(
+    finished: Finished, fresh_run: Path, number: int, kind: str, nimg: int, stops_at: int
+) -> None:
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    seen: list[loop.Event] = []
+    with pytest.raises(SidaError) as caught:
+        short_distill(fresh_run, interrupting(number, kind, nimg, seen))
+    assert caught.value.exit_code == 130
+    assert str(caught.value) == (
+        f"interrupted at {stops_at} of 96 images; the checkpoint is kept. Repeat the same command to go on."
+    )
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert list(Store.open(fresh_run).verify()) == []
+    again: list[loop.Event] = []
+    assert short_distill(fresh_run, again.append) == finished.best
+    assert [(e.kind, e.nimg) for e in again[:2]] == [("started", 0), ("resumed", stops_at)]
+    assert nothing_is_wrong(fresh_run)
+
+
+def test_a_second_signal_acts_as_usual(fresh_run: Path) -> None:
+    def watch(event: loop.Event) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):  # the second one comes with the second event
+        short_distill(fresh_run, watch, evaluate_every_nimg=16)
+
+
+def test_a_signal_during_an_evaluation_acts_at_once_and_the_evaluation_is_made_later(
+    finished: Finished, fresh_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generated, batches = ops.generated_images, []
+
+    def interrupted(*arguments: Any) -> Any:
+        for batch in generated(*arguments):
+            batches.append(batch)
+            os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+            raise AssertionError("the evaluation goes on")
+
+    seen: list[loop.Event] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(ops, "generated_images", interrupted)
+        with pytest.raises(SidaError, match=r"^interrupted at 32 of 96 images; the checkpoint is kept\."):
+            short_distill(fresh_run, seen.append)
+    assert len(batches) == 1
+    assert "evaluation" not in {event.kind for event in seen}
+    assert short_distill(fresh_run) == finished.best
+
+
+def test_an_interrupted_force_goes_on_too_and_the_old_answer_stays_meanwhile(
+    finished: Finished, fresh_run: Path
+) -> None:
+    shutil.copytree(finished.root, fresh_run, dirs_exist_ok=True)
+    with pytest.raises(SidaError):
+        short_distill(fresh_run, interrupting(signal.SIGINT, "checkpoint", 64, []), force=True)
+    assert short_distill(fresh_run, never) == finished.best
+    seen: list[loop.Event] = []
+    assert short_distill(fresh_run, seen.append, force=True) == finished.best
+    assert (seen[1].kind, seen[1].nimg) == ("resumed", 80)
+    assert nothing_is_wrong(fresh_run)
+
+
+def test_a_signal_while_the_teacher_is_scored_loses_nothing(fresh_run: Path) -> None:
+    seen: list[loop.Event] = []
+    with pytest.raises(KeyboardInterrupt):
+        short_distill(fresh_run, interrupting(signal.SIGINT, "note", 96, seen), evaluate_num=50)
+    assert seen[-1].values == {"message": "scoring the teacher on 50 images (35 evaluations each) for comparison"}
+    again: list[loop.Event] = []
+    short_distill(fresh_run, again.append, evaluate_num=50)
+    assert [(e.kind, e.nimg) for e in again] == [("started", 0), ("resumed", 96), ("note", 96)]
+    assert nothing_is_wrong(fresh_run)
+
+
+def test_other_recipe_values_are_another_question_and_leave_an_interrupted_run_alone(
+    finished: Finished, fresh_run: Path
+) -> None:
+    with pytest.raises(SidaError):
+        short_distill(fresh_run, interrupting(signal.SIGINT, "checkpoint", 32, []))
+    (key,) = os.listdir(fresh_run / "live")
+    before = sorted(path.name for path in (fresh_run / "live" / key).iterdir())
+    seen: list[loop.Event] = []
+    other = short_distill(fresh_run, seen.append, generator_lr=1e-4)
+    assert other.oid != finished.best.oid
+    assert "resumed" not in {event.kind for event in seen}
+    assert sorted(path.name for path in (fresh_run / "live" / key).iterdir()) == before
+    assert short_distill(fresh_run) == finished.best
+
+
+def test_the_same_distillation_twice_at_once_is_refused(fresh_run: Path) -> None:
+    told: list[str] = []
+
+    def watch(event: loop.Event) -> None:
+        with pytest.raises(SidaError) as caught:
+            short_distill(fresh_run, never)
+        key = Path(event.values["events"]).parent.name
+        assert caught.value.exit_code == 1
+        told.append(str(caught.value).replace(key[:12], "KEY"))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        short_distill(fresh_run, watch)
+    assert told == [f"run KEY is already being worked on by process {os.getpid()}. Wait for it, or stop it first."]
+
+
+def test_a_run_whose_gradients_are_not_finite_stops_and_names_the_step(fresh_run: Path) -> None:
+    with pytest.raises(SidaError) as caught:
+        short_distill(fresh_run, fake_score_lr=1e30, max_skipped_steps=3)
+    assert str(caught.value) == (
+        "3 updates in a row of the generator had a gradient that is not finite, the last at step 3 (48 images). "
+        "The last checkpoint is kept; lower the learning rate or choose another precision."
+    )
+    assert caught.value.exit_code == 1
+
+
+def test_a_score_that_is_not_finite_is_written_as_null_and_never_the_best(
+    fresh_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([3.0, 2.0, float("nan")])
+    monkeypatch.setattr(ops, "frechet", lambda generated, reference: next(scores))
+    best = short_distill(fresh_run)
+    last = Store.open(fresh_run).resolve("generator/last")
+    assert best.results["scores"] == last.results["scores"] == [[32, 3.0], [64, 2.0], [96, None]]
+    assert (best.results["images_seen"], best.results["selection_score"]) == (64, 2.0)
+    assert (last.results["images_seen"], last.results["selection_score"]) == (96, None)
+
+
+def test_a_run_without_a_finite_score_is_told_in_one_line(fresh_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "frechet", lambda generated, reference: float("inf"))
+    with pytest.raises(SidaError) as caught:
+        short_distill(fresh_run)
+    assert str(caught.value) == "no evaluation gave a finite score. Lower the learning rate."
+    assert caught.value.exit_code == 1
+
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["pytest", "PIL.Image", "sidactl.trainer", "sidactl.detectors", "tests.test_ops"])
+
+
+def die_before(num_operations: int, root: Path) -> None:
+    """Distills; dies by SIGKILL before it moves or removes its n-th file."""
+    left = iter(range(num_operations))
+
+    def mortal(operation: Callable[..., Any]) -> Callable[..., Any]:
+        def operate(*arguments: Any, **options: Any) -> Any:
+            if next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return operation(*arguments, **options)
+
+        return operate
+
+    for name in ("replace", "unlink", "rmdir"):
+        setattr(os, name, mortal(getattr(os, name)))
+    short_distill(root)
+
+
+@pytest.fixture(scope="module")
+def trained(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory with a distillation that was trained to its end, but of which nothing is stored yet."""
+    root = Path(shutil.copytree(prepared, tmp_path_factory.mktemp("trained") / "run"))
+    with pytest.raises(SidaError):
+        short_distill(root, interrupting(signal.SIGINT, "checkpoint", 96, []))
+    return root
+
+
+def assert_finishes_although_killed(finished: Finished, trained: Path, root: Path, num_operations: int) -> bool:
+    """Kills one process in the last part of its work and repeats it; False once there was nothing left to kill."""
+    shutil.copytree(trained, root)
+    process = FORKS.Process(target=die_before, args=(num_operations, root))
+    process.start()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    assert list(Store.open(root).verify()) == []
+    assert short_distill(root) == finished.best
+    assert {k: v for k, v in refs(root).items() if k != "run"} == refs(finished.root)
+    assert nothing_is_wrong(root)
+    return process.exitcode != 0
+
+
+@pytest.mark.parametrize("first", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_anywhere_between_training_and_its_end_the_same_call_finishes(
+    finished: Finished, trained: Path, tmp_path: Path, first: int
+) -> None:
+    step = 11 if first == 0 else 1
+    n = first
+    while assert_finishes_although_killed(finished, trained, tmp_path / str(n), n):
+        n += step
+    assert n > 30
+
+
+def distill_quietly(root: Path) -> None:
+    short_distill(root)
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 15))])
+def test_killed_at_random_moments_the_same_call_goes_on_to_the_same_oid(
+    finished: Finished, fresh_run: Path, seed: int
+) -> None:
+    moments = random.Random(seed)
+    for _ in range(6):
+        process = FORKS.Process(target=distill_quietly, args=(fresh_run,))
+        process.start()
+        process.join(moments.uniform(0.1, 2))
+        process.kill()
+        process.join()
+        assert list(Store.open(fresh_run).verify()) == []
+    assert short_distill(fresh_run) == finished.best
+    assert nothing_is_wrong(fresh_run)
+
+
+# Distillation from a generator, and what cannot be distilled
+
+
+def test_sid2a_starts_from_a_generator_and_says_so(finished: Finished, fresh_run: Path) -> None:
+    shutil.copytree(finished.root, fresh_run, dirs_exist_ok=True)
+    options = SHORT | {"duration_nimg": 16, "generator_lr": 1e-12}
+    tuned = ops.finetune_sid2a(
+        teacher="tiny-digits", generator="generator/last", name="tuned", run=fresh_run, device="cpu", **options
+    )
+    store = Store.open(fresh_run)
+    start = store.resolve("generator/tuned")
+    assert tuned == start
+    assert set(tuned.inputs) == {"teacher", "dataset", "generator"}
+    assert tuned.params["name"] == "tiny-digits-sid2a"
+    before, after = (ops.load(oid, fresh_run).state_dict() for oid in (tuned.inputs["generator"], tuned.oid))
+    assert all(bool((before[name] - after[name]).abs().max() < 1e-6) for name in before)
+
+
+def changed(root: Path, artifact: Artifact, **params: Any) -> str:
+    """The oid of a copy of an artifact with other parameters."""
+    store = Store.open(root)
+    files = {name: store.read(artifact, name) for name in artifact.files}
+    return store.put(artifact.kind, files, inputs=artifact.inputs, params={**artifact.params, **params}).oid
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"teacher": "tiny-digit", "mode": "sid"},
+            "unknown teacher 'tiny-digit'. Did you mean 'tiny-digits'?",
+        ),
+        (
+            {"mode": "sad"},
+            "mode must be one of sid, sida, sid2a, got 'sad'. Pass --mode sida.",
+        ),
+        (
+            {"mode": "sid2a"},
+            "mode sid2a starts from a generator, got none. Pass --generator REF: distill one with --mode sid first.",
+        ),
+        (
+            {"mode": "sid", "generator": "generator/best"},
+            "mode sid starts from the teacher, got generator 'generator/best'. Use --mode sid2a for it.",
+        ),
+        (
+            {"mode": "sid", "lambda_adv": 0.1},
+            "lambda_adv belongs to the adversarial loss, which mode sid does not have. "
+            "Use --mode sida, or leave it out.",
+        ),
+        (
+            {"duration_nimg": 0},
+            "duration_nimg must be at least 1, got 0. Pass another --duration.",
+        ),
+        (
+            {"mode": "sid2a", "generator": "generator/none"},
+            "no ref 'generator/none' in {root}. See what there is with: sidactl ls",
+        ),
+        (
+            {"mode": "sid2a", "generator": "dataset/tiny-digits"},
+            "'dataset/tiny-digits' must be of kind generator, got dataset. See what there is with: sidactl ls",
+        ),
+        (
+            {"device": "cuda:99"},
+            "device cuda:99 is not there: torch sees {gpus} GPUs. Pass --device cpu.",
+        ),
+        (
+            {"device": "abacus"},
+            "device must be cpu, cuda or cuda:N, got 'abacus'. Pass --device cpu.",
+        ),
+    ],
+)
+def test_distill_refuses_what_it_cannot_do(fresh_run: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SidaError) as caught:
+        ops.distill(**({"teacher": "tiny-digits", "mode": "sida", "run": fresh_run} | options))
+    assert str(caught.value) == message.format(root=fresh_run, gpus=torch.cuda.device_count())
+    assert caught.value.exit_code == 2
+    assert nothing_is_wrong(fresh_run)
+
+
+def test_an_unknown_recipe_field_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
+    with pytest.raises(SidaError, match=r"^unknown recipe field 'learning_rate'\. Fields are P_mean, .*tmax\.$"):
+        ops.distill(teacher="tiny-digits", mode="sida", run=tmp_path / "run", learning_rate=1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_generator_must_fit_the_teacher(finished: Finished, fresh_run: Path) -> None:
+    shutil.copytree(finished.root, fresh_run, dirs_exist_ok=True)
+    hint = "Give a generator that was distilled from this teacher."
+    net = mapping(finished.best.params["net"])
+    for params, message in (
+        ({"dataset": "cifar10"}, "the generator must be of the teacher's dataset 'tiny-digits', got one of 'cifar10'"),
+        (
+            {"net": net | {"model_channels": 32}},
+            "the generator must have the teacher's network, got model_channels 32 for 16",
+        ),
+    ):
+        with pytest.raises(SidaError) as caught:
+            ops.finetune_sid2a(
+                teacher="tiny-digits", generator=changed(fresh_run, finished.best, **params), run=fresh_run
+            )
+        assert str(caught.value) == f"{message}. {hint}"
+
+
+def test_a_dataset_must_fit_the_teacher(fresh_run: Path) -> None:
+    store = Store.open(fresh_run)
+    data = store.resolve("dataset/tiny-digits")
+    files = {"images.zip": store.path(data, "images.zip")}
+    results = dict(data.results)
+    for wrong in ({"resolution": 16}, {"num_channels": 3}, {"label_dim": 5}):
+        other = store.put("dataset", files, params={"name": "other"}, results=results | wrong)
+        got = results | wrong
+        with pytest.raises(SidaError) as caught:
+            ops.distill(teacher="tiny-digits", mode="sid", dataset=other.oid, run=fresh_run)
+        assert str(caught.value) == (
+            "the dataset must fit the teacher (resolution, channels, classes = 8, 1, 10), "
+            f"got {got['resolution']}, {got['num_channels']}, {got['label_dim']}. "
+            "Pass another --dataset, or prepare this one to fit."
+        )
+
+
+def test_a_teacher_of_unknown_dataset_needs_one(fresh_run: Path) -> None:
+    teacher = changed(fresh_run, Store.open(fresh_run).resolve("teacher/tiny-digits"), dataset=None)
+    with pytest.raises(SidaError) as caught:
+        ops.distill(teacher=teacher, mode="sid", run=fresh_run)
+    assert str(caught.value) == f"teacher {teacher} does not say what it was trained on. Pass --dataset REF."
+
+
+def test_a_prefix_of_two_artifacts_is_ambiguous(tmp_path: Path) -> None:
+    def oid(number: int) -> str:
+        """What the run directory will name the run with this number."""
+        return digest(
+            {"files": {}, "inputs": {}, "kind": "generator", "params": {"n": number}, "results": {}, "schema": 1}
+        )
+
+    seen: dict[str, int] = {}
+    number = next(n for n in range(10**4) if seen.setdefault(oid(n)[:4], n) != n)
+    twins = [seen[oid(number)[:4]], number]
+    store = Store.open(tmp_path / "run")
+    oids = sorted(store.put("generator", {}, params={"n": n}).oid for n in twins)
+    with pytest.raises(SidaError) as caught:
+        ops.sample(oids[0][:4], seeds=[0], run=store.root)
+    assert str(caught.value) == (
+        f"'{oids[0][:4]}' fits 2 artifacts: {oids[0][:12]} (generator), {oids[1][:12]} (generator). Give more digits."
+    )
+
+
+def test_a_plan_writes_nothing_and_needs_no_run_directory(tmp_path: Path) -> None:
+    planned = ops.plan(
+        teacher="tiny-digits",
+        mode="sida",
+        generator=None,
+        dataset=None,
+        store=Store.open(tmp_path / "run"),
+        overrides={"tmax": 700},
+    )
+    assert planned.inputs == {"teacher": "tiny-digits", "dataset": "tiny-digits"}
+    assert (planned.recipe.tmax, planned.recipe.dataset) == (700, "tiny-digits")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_for_a_foreign_file_asks_to_import_it_first(tmp_path: Path) -> None:
+    with pytest.raises(SidaError) as caught:
+        ops.plan(
+            teacher="net.pkl",
+            mode="sid",
+            generator=None,
+            dataset=None,
+            store=Store.open(tmp_path / "run"),
+            overrides={},
+        )
+    assert (
+        str(caught.value) == "teacher net.pkl must be imported before it can be planned with. Use fetch-teacher first."
+    )
+
+
+# Teachers of one's own
+
+TEACHER = {"duration_nimg": 96, "batch_size": 32, "model_channels": 4, "channel_mult": (1,), "attn_resolutions": ()}
+
+
+def test_a_trained_teacher_can_be_sampled_scored_and_distilled(fresh_run: Path) -> None:
+    teacher = ops.train_teacher("tiny-digits", name="mine", run=fresh_run, device="cpu", **TEACHER)
+    assert refs(fresh_run)["teacher/mine"] == teacher.oid
+    assert mapping(teacher.params["net"])["label_dim"] == 10
+    assert ops.sample("mine", seeds=range(2), steps=2, run=fresh_run).images.shape == (2, 8, 8, 1)
+    generator = ops.distill(teacher="mine", mode="sid", run=fresh_run, device="cpu", **one_step(SHORT))
+    assert (generator.params["name"], generator.inputs["teacher"]) == ("mine-sid", teacher.oid)
+    assert refs(fresh_run)["generator/mine-sid"] == generator.oid
+
+
+def one_step(options: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in options.items() if k != "adversarial_from_nimg"} | {"duration_nimg": 16}
+
+
+def test_an_interrupted_teacher_goes_on_to_the_same_oid(fresh_run: Path, tmp_path: Path) -> None:
+    straight = ops.train_teacher("tiny-digits", name="mine", run=tmp_path / "other", device="cpu", **TEACHER)
+    with pytest.raises(SidaError, match=r"^interrupted at 64 of 96 images"):
+        ops.train_teacher(
+            "tiny-digits",
+            name="mine",
+            run=fresh_run,
+            device="cpu",
+            watch=interrupting(signal.SIGINT, "checkpoint", 32, []),
+            **TEACHER,
+        )
+    assert ops.train_teacher("tiny-digits", name="mine", run=fresh_run, device="cpu", **TEACHER) == straight
+    again = ops.train_teacher("tiny-digits", name="mine", run=fresh_run, watch=never, **TEACHER)
+    assert again == straight
+    assert nothing_is_wrong(fresh_run)
+
+
+def test_a_teacher_may_leave_classes_out_but_not_differ_in_size(fresh_run: Path) -> None:
+    teacher = ops.train_teacher("tiny-digits", name="plain", run=fresh_run, device="cpu", label_dim=0, **TEACHER)
+    assert mapping(teacher.params["net"])["label_dim"] == 0
+    assert ops.sample("plain", seeds=range(2), steps=1, run=fresh_run).labels is None
+    with pytest.raises(SidaError) as caught:
+        ops.train_teacher("tiny-digits", name="mine", run=fresh_run, img_resolution=16)
+    assert str(caught.value) == (
+        "the dataset must fit the network (resolution, channels, classes = 16, 1, 10), got 8, 1, 10. "
+        "Pass another --dataset, or prepare this one to fit."
+    )
+    with pytest.raises(SidaError, match=r"^unknown recipe field 'colour'\. Fields are P_mean, "):
+        ops.train_teacher("tiny-digits", name="mine", run=fresh_run, colour=1)
+
+
+# Sampling
+
+
+def test_an_image_depends_on_its_seed_alone(finished: Finished) -> None:
+    many = ops.sample("generator/best", seeds=range(600), run=finished.root, device="cpu")
+    few = ops.sample("generator/best", seeds=[599, 3, 501], run=finished.root, device="cpu")
+    assert many.images.dtype == np.uint8
+    assert many.images.shape == (600, 8, 8, 1)
+    assert np.array_equal(few.images, many.images[[599, 3, 501]])
+    assert many.labels is not None
+    assert few.labels is not None
+    assert few.labels.tolist() == many.labels[[599, 3, 501]].tolist()
+    assert (list(many.seeds), list(few.seeds)) == (list(range(600)), [599, 3, 501])
+    assert many.artifact.results == {"num_images": 600, "nfe": 1}
+
+
+def test_a_class_can_be_chosen_and_leaves_the_noise_alone(finished: Finished) -> None:
+    free = ops.sample("generator/best", seeds=range(40), run=finished.root)
+    assert free.labels is not None
+    fixed = ops.sample("generator/best", seeds=range(40), class_index=3, run=finished.root)
+    assert fixed.labels is not None
+    assert set(fixed.labels) == {3}
+    same = free.labels == 3
+    assert same.any()
+    assert np.array_equal(free.images[same], fixed.images[same])
+
+
+def test_a_repeated_sample_is_answered_from_the_run_directory(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = ops.sample("generator/best", seeds=range(10), run=finished.root)
+    monkeypatch.setattr(ops, "load_net", None)
+    again = ops.sample("generator/best", seeds=range(10), name="ten", run=finished.root)
+    assert again.artifact == first.artifact
+    assert refs(finished.root)["samples/ten"] == first.artifact.oid
+
+
+def test_force_samples_again_and_gets_the_same(finished: Finished) -> None:
+    ticks: list[tuple[int, int]] = []
+    first = ops.sample("generator/best", seeds=[5, 9], run=finished.root)
+    again = ops.sample(
+        "generator/best", seeds=[5, 9], force=True, run=finished.root, tick=lambda *done: ticks.append(done)
+    )
+    assert again.artifact == first.artifact
+    assert ticks == [(2, 2)]
+
+
+def test_steps_and_sampler_are_those_of_the_net_unless_asked_for(finished: Finished) -> None:
+    def nfe(ref: str, **options: Any) -> object:
+        return ops.sample(ref, seeds=[0], run=finished.root, **options).artifact.results["nfe"]
+
+    assert nfe("tiny-digits") == 35
+    assert nfe("tiny-digits", steps=4) == 7
+    assert nfe("tiny-digits", sampler="heun", steps=1) == 1
+    assert nfe("tiny-digits", sampler="one-step") == 1
+    assert nfe("generator/best") == 1
+    assert nfe("generator/best", steps=3) == 3
+
+
+@pytest.mark.parametrize(
+    ("ref", "options", "message"),
+    [
+        ("generator/best", {"seeds": []}, "sample count must be >= 1, got 0. Pass --num 1 or more."),
+        (
+            "generator/best",
+            {"class_index": 10},
+            "the class must be between 0 and 9, got 10. Pass another --class, or none.",
+        ),
+        (
+            "generator/best",
+            {"class_index": -1},
+            "the class must be between 0 and 9, got -1. Pass another --class, or none.",
+        ),
+        ("generator/best", {"steps": 0}, "the number of steps must be >= 1, got 0. Pass --steps 1 or more."),
+        (
+            "generator/best",
+            {"sampler": "heun"},
+            "the heun sampler needs a teacher, got a one-step generator. Leave out --sampler, or pass --steps.",
+        ),
+        (
+            "tiny-digits",
+            {"sampler": "ddim"},
+            "the sampler must be one-step or heun, got 'ddim'. Pass --sampler heun for a teacher.",
+        ),
+        ("generator/none", {}, "no ref 'generator/none' in {root}. See what there is with: sidactl ls"),
+        (
+            "dataset/tiny-digits",
+            {},
+            "'dataset/tiny-digits' must be of kind teacher or generator, got dataset. "
+            "See what there is with: sidactl ls",
+        ),
+        (
+            "generator/best",
+            {"device": "cuda:99"},
+            "device cuda:99 is not there: torch sees {gpus} GPUs. Pass --device cpu.",
+        ),
+    ],
+)
+def test_sample_refuses_what_it_cannot_do(finished: Finished, ref: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SidaError) as caught:
+        ops.sample(ref, **({"seeds": range(3), "run": finished.root, "force": True} | options))
+    assert str(caught.value) == message.format(root=finished.root, gpus=torch.cuda.device_count())
+    assert caught.value.exit_code == 2
+
+
+def test_load_gives_the_denoiser_ready_for_use(finished: Finished) -> None:
+    net = ops.load("generator/best", finished.root)
+    assert not net.training
+    assert not any(parameter.requires_grad for parameter in net.parameters())
+    assert {parameter.dtype for parameter in net.parameters()} == {torch.float32}
+    assert net(torch.zeros(2, 1, 8, 8), 2.5, torch.tensor([0, 9])).shape == (2, 1, 8, 8)

@@ -1,0 +1,184 @@
+"""Recipes and other plain descriptions: there and back through JSON, overrides, and what they refuse."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+import typer
+
+from sidactl import catalog
+from sidactl.cli import app
+from sidactl.errors import SidaError
+from sidactl.recipe import MODES, Adversarial, HeunSpec, NetSpec, OneStepSpec, Plain, Recipe, TeacherRecipe, override
+
+SID, SIDA = (catalog.TEACHERS["tiny-digits"].recipes[mode] for mode in ("sid", "sida"))
+PLAIN: list[Plain] = [
+    OneStepSpec(num_steps=4),
+    HeunSpec(),
+    HeunSpec(S_churn=40.0, S_max=50.0, convention="edm2"),
+    TeacherRecipe(dataset="mine", net=catalog.TEACHERS["tiny-digits"].net),
+    *(teacher.net for teacher in catalog.TEACHERS.values()),
+    *(recipe for teacher in catalog.TEACHERS.values() for recipe in teacher.recipes.values()),
+]
+
+
+@pytest.mark.parametrize("value", PLAIN, ids=lambda value: f"{type(value).__name__}")
+def test_there_and_back_through_json_nothing_changes(value: Plain) -> None:
+    text = json.dumps(value.to_json(), allow_nan=False)
+    assert type(value).from_json(json.loads(text)) == value
+
+
+def test_an_infinite_level_is_null_in_json() -> None:
+    assert HeunSpec().to_json()["S_max"] is None
+    assert HeunSpec.from_json({"S_max": None}).S_max == math.inf
+
+
+def test_nested_parts_are_objects_in_json() -> None:
+    told = SIDA.to_json()
+    assert told["adversarial"]["lambda_adv"] == SIDA.adversarial.lambda_adv if SIDA.adversarial else False
+    assert SID.to_json()["adversarial"] is None
+    assert TeacherRecipe(dataset="mine", net=catalog.TEACHERS["tiny-digits"].net).to_json()["net"]["channel_mult"] == [
+        1,
+        2,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cls", "fields"), [(OneStepSpec, "num_steps, sigma_init"), (Adversarial, "adversarial_from_nimg")]
+)
+def test_an_unknown_name_in_json_is_refused_with_those_that_there_are(cls: type[Plain], fields: str) -> None:
+    with pytest.raises(SidaError) as caught:
+        cls.from_json({"colour": 1})
+    assert str(caught.value).startswith(f"unknown {cls.__name__} field 'colour'. It has {fields}")
+
+
+def test_overrides_reach_the_recipe_and_its_adversarial_part_and_nothing_else() -> None:
+    changed = override(SIDA, {"tmax": 700, "lambda_adv": 0.5, "generator_from_nimg": None})
+    assert (changed.tmax, changed.generator_from_nimg) == (700, None)
+    assert changed.adversarial is not None
+    assert changed.adversarial.lambda_adv == 0.5
+    back = {"tmax": SIDA.tmax, "lambda_adv": 0.1, "generator_from_nimg": SIDA.generator_from_nimg}
+    assert override(changed, back) == SIDA
+    assert override(SIDA, {}) == SIDA
+
+
+def test_an_unknown_field_is_refused_with_those_that_there_are() -> None:
+    with pytest.raises(SidaError) as caught:
+        override(SIDA, {"learning_rate": 1})
+    message, _, hint = str(caught.value).partition(". ")
+    assert message == "unknown recipe field 'learning_rate'"
+    names = hint.removeprefix("Fields are ").removesuffix(".").split(", ")
+    assert {"generator_lr", "lambda_adv", "duration_nimg"} <= set(names)
+    assert "adversarial" not in names
+    assert names == sorted(names)
+
+
+def test_an_adversarial_field_is_refused_in_mode_sid() -> None:
+    with pytest.raises(SidaError) as caught:
+        override(SID, {"lambda_adv": 0.1})
+    assert str(caught.value) == (
+        "lambda_adv belongs to the adversarial loss, which mode sid does not have. Use --mode sida, or leave it out."
+    )
+
+
+def flags_of(command: str) -> set[str]:
+    group: Any = typer.main.get_command(app)
+    return {flag for parameter in group.commands[command].params for flag in parameter.opts}
+
+
+BAD: list[tuple[str, Any, str, str]] = [
+    ("batch_size", 0, "at least 1", "--batch-size"),
+    ("duration_nimg", -1, "at least 1", "--duration"),
+    ("num_accumulation_rounds", 0, "at least 1", "--num-accumulation-rounds"),
+    ("evaluate_every_nimg", 0, "at least 1", "--evaluate-every"),
+    ("evaluate_num", 0, "at least 1", "--evaluate-num"),
+    ("fake_score_lr", 0.0, "positive and finite", "--fake-score-lr"),
+    ("generator_lr", math.inf, "positive and finite", "--generator-lr"),
+    ("lambda_sid", math.nan, "positive and finite", "--lambda-sid"),
+    ("sigma_init", -2.5, "positive and finite", "--sigma-init"),
+    ("P_std", 0, "positive and finite", "--p-std"),
+    ("fake_score_beta1", 1.0, "in [0, 1)", "--fake-score-beta1"),
+    ("generator_beta1", -0.1, "in [0, 1)", "--generator-beta1"),
+    ("beta2", 1, "in [0, 1)", "--beta2"),
+    ("dropout", math.nan, "in [0, 1)", "--dropout"),
+    ("augment_p", 1.1, "in [0, 1]", "--augment-p"),
+    ("tmax", 1001, "in (0, 1000]", "--tmax"),
+    ("alpha", math.nan, "finite", "--alpha"),
+    ("seed", -1, "at least 0", "--seed"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "what", "flag"), BAD)
+def test_a_value_out_of_range_is_refused_with_the_flag_to_pass(name: str, value: Any, what: str, flag: str) -> None:
+    with pytest.raises(SidaError) as caught:
+        override(SIDA, {name: value})
+    assert str(caught.value) == f"{name} must be {what}, got {value}. Pass another {flag}."
+    assert caught.value.exit_code == 2
+    assert flag in flags_of("distill")
+
+
+def test_a_batch_must_split_into_its_rounds() -> None:
+    with pytest.raises(SidaError) as caught:
+        override(SIDA, {"batch_size": 100, "num_accumulation_rounds": 3})
+    assert str(caught.value) == (
+        "batch_size must be divisible by num_accumulation_rounds, got 100 and 3. Change one of the two."
+    )
+    assert override(SIDA, {"batch_size": 99, "num_accumulation_rounds": 3}).num_accumulation_rounds == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "what", "flag"),
+    [
+        ("batch_size", 0, "at least 1", "--batch-size"),
+        ("duration_nimg", 0, "at least 1", "--duration"),
+        ("lr", math.nan, "positive and finite", "--lr"),
+        ("seed", -1, "at least 0", "--seed"),
+    ],
+)
+def test_a_teacher_recipe_refuses_likewise(name: str, value: Any, what: str, flag: str) -> None:
+    with pytest.raises(SidaError) as caught:
+        TeacherRecipe(dataset="mine", net=catalog.TEACHERS["tiny-digits"].net, **{name: value})
+    assert str(caught.value) == f"{name} must be {what}, got {value}. Pass another {flag}."
+    assert flag in flags_of("train-teacher")
+
+
+def net(**changed: Any) -> NetSpec:
+    base = {
+        "architecture": "SongUNet",
+        "img_resolution": 32,
+        "img_channels": 3,
+        "model_channels": 32,
+        "channel_mult": (1, 2),
+        "num_blocks": 1,
+        "attn_resolutions": (),
+    }
+    return NetSpec(**(base | changed))
+
+
+def test_a_network_must_halve_evenly_and_have_channels_for_its_group_norm() -> None:
+    with pytest.raises(SidaError) as caught:
+        net(img_resolution=30, channel_mult=(1, 2, 2))
+    assert str(caught.value) == "img_resolution must be divisible by 4, got 30. Use fewer entries in channel_mult."
+    with pytest.raises(SidaError) as caught:
+        net(model_channels=130, channel_mult=(1,))
+    assert str(caught.value) == (
+        "channel counts must be divisible by their GroupNorm groups, got 130 channels. "
+        "Choose model_channels such as 16, 32, 64 or 128."
+    )
+
+
+def test_evaluations_per_image_follow_from_steps() -> None:
+    assert [HeunSpec(num_steps=n).nfe for n in (1, 18, 40)] == [1, 35, 79]
+    assert [OneStepSpec(num_steps=n).nfe for n in (1, 4)] == [1, 4]
+
+
+def test_every_mode_of_the_tiny_teacher_has_the_parts_that_it_needs() -> None:
+    recipes = catalog.TEACHERS["tiny-digits"].recipes
+    assert set(recipes) == set(MODES)
+    assert {mode: recipe.adversarial is None for mode, recipe in recipes.items()} == {
+        "sid": True,
+        "sida": False,
+        "sid2a": False,
+    }
+    assert all(isinstance(recipe, Recipe) and recipe.mode == mode for mode, recipe in recipes.items())

@@ -1,0 +1,233 @@
+"""Scores of artifacts: what they are of, that they repeat, and the exact text of errors."""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from sidactl import detectors, metrics, ops, scores
+from sidactl.artifacts import load_dataset
+from sidactl.errors import SidaError
+from sidactl.store import Store
+from tests.conftest import Finished
+
+FD = "FD tiny-digits"
+
+
+@pytest.fixture(scope="module")
+def collapsed(finished: Finished) -> str:
+    """Samples of a generator that draws one class alone, in the run directory of `finished`."""
+    return ops.sample("tiny-digits", seeds=range(200), class_index=0, steps=10, run=finished.root).artifact.oid
+
+
+@pytest.fixture(scope="module")
+def diverse(finished: Finished) -> str:
+    """Samples of all classes, as good as those of `collapsed`."""
+    return ops.sample("tiny-digits", seeds=range(200), steps=10, run=finished.root).artifact.oid
+
+
+def features(finished: Finished, ref: str) -> NDArray[np.float64]:
+    store = Store.open(finished.root)
+    dataset = load_dataset(store, store.resolve(ref))
+    return detectors.features_of(detectors.load("tiny-digits"), scores.dataset_images(dataset)).double().numpy()
+
+
+def test_a_dataset_against_itself_scores_zero(finished: Finished) -> None:
+    score = scores.fid("dataset/tiny-digits", run=finished.root)
+    assert score.value == pytest.approx(0, abs=1e-9)
+    assert (score.num, score.seeds, score.subject) == (1797, [], score.reference)
+
+
+def test_fid_is_the_frechet_distance_of_the_moments_of_both_sets(finished: Finished, collapsed: str) -> None:
+    score = scores.fid(collapsed, run=finished.root)
+    ours, theirs = features(finished, collapsed), features(finished, "dataset/tiny-digits")
+    expected = metrics.frechet_distance(
+        ours.mean(0), np.cov(ours, rowvar=False), theirs.mean(0), np.cov(theirs, rowvar=False)
+    )
+    assert score.values == {FD: [pytest.approx(expected, rel=1e-9)]}
+    assert score.detector == detectors.load("tiny-digits").identity
+
+
+@pytest.mark.parametrize("ref", ["generator/best", "tiny-digits"])
+def test_scoring_a_net_equals_scoring_its_samples(finished: Finished, ref: str) -> None:
+    drawn = ops.sample(ref, seeds=range(7, 67), run=finished.root).artifact
+    direct = scores.fid(ref, num=60, first_seed=7, run=finished.root)
+    assert scores.fid(drawn.oid, run=finished.root).value == pytest.approx(direct.value, rel=1e-9)
+    assert direct.seeds == [[7, 67]]
+
+
+def test_the_reference_is_the_dataset_that_the_subject_descends_from(finished: Finished, collapsed: str) -> None:
+    store = Store.open(finished.root)
+    dataset = store.resolve("dataset/tiny-digits").oid
+    for ref in ("dataset/tiny-digits", "teacher/tiny-digits", "generator/best", collapsed):
+        assert scores.dataset_of(store, store.resolve(ref)).oid == dataset
+
+
+def test_trials_take_fresh_seeds_and_are_told_by_mean_deviation_and_minimum(finished: Finished) -> None:
+    score = scores.fid("generator/best", num=30, trials=10, first_seed=100, run=finished.root)
+    assert score.seeds == [[100 + 30 * t, 130 + 30 * t] for t in range(10)]
+    values = score.values[FD]
+    assert len(set(values)) == 10
+    for t in (0, 9):
+        single = scores.fid("generator/best", num=30, first_seed=100 + 30 * t, run=finished.root)
+        assert single.value == pytest.approx(values[t], rel=1e-9)
+    told = score.to_json()
+    assert told["scores"] == {
+        FD: {
+            "value": statistics.fmean(values),
+            "std": statistics.stdev(values),
+            "minimum": min(values),
+            "trials": list(values),
+        }
+    }
+    assert score.value == told["scores"][FD]["value"]
+    assert (told["num"], told["subject"], told["oid"]) == (30, finished.best.oid, score.oid)
+    assert single.to_json()["scores"][FD]["std"] is None
+
+
+def test_a_repeated_score_is_answered_from_the_run_directory_and_force_gives_the_same(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = scores.fid("generator/best", num=40, run=finished.root)
+    ticks: list[tuple[int, int]] = []
+    again = scores.fid("generator/best", num=40, force=True, run=finished.root, tick=lambda *t: ticks.append(t))
+    assert again == first
+    assert ticks == [(0, 40), (40, 40)]
+    monkeypatch.setattr(detectors, "load", None)
+    assert scores.fid("generator/best", num=40, run=finished.root) == first
+    assert scores.score_of(Store.open(finished.root).get(first.oid)) == first
+
+
+def test_a_score_does_not_depend_on_the_batch_size(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured() -> list[float]:
+        found = [
+            scores.fid("generator/best", num=90, force=True, run=finished.root).value,
+            *scores.prec_recall("generator/best", num=90, force=True, run=finished.root).values.values(),
+        ]
+        return [float(np.ravel(value)[0]) for value in found]
+
+    whole = measured()
+    monkeypatch.setattr(scores, "BATCH_SIZE", 17)
+    assert measured() == pytest.approx(whole, rel=1e-6)
+
+
+def test_a_collapsed_generator_has_high_precision_and_low_recall_in_this_order(
+    finished: Finished, collapsed: str, diverse: str
+) -> None:
+    def measured(ref: str) -> list[float]:
+        score = scores.prec_recall(ref, run=finished.root)
+        assert list(score.values) == ["precision", "recall"]
+        return [values[0] for values in score.values.values()]
+
+    (precision, recall), (diverse_precision, diverse_recall) = measured(collapsed), measured(diverse)
+    assert abs(precision - diverse_precision) < 0.1
+    assert min(precision, diverse_precision) > 0.5
+    assert recall < 0.2
+    assert diverse_recall > 0.9
+
+
+def test_precision_and_recall_are_those_of_the_features(finished: Finished, diverse: str) -> None:
+    real, ours = features(finished, "dataset/tiny-digits"), features(finished, diverse)
+    for neighbours in (1, 3):
+        score = scores.prec_recall(diverse, neighbours=neighbours, run=finished.root)
+        expected = metrics.precision_recall(real, ours, neighbours, precision="float64")
+        assert [score.values["precision"][0], score.values["recall"][0]] == pytest.approx(expected, abs=2e-3)
+
+
+def test_real_features_are_taken_once_for_all_trials(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+    taken = scores.load_dataset
+    monkeypatch.setattr(scores, "load_dataset", lambda *arguments: calls.append(arguments) or taken(*arguments))
+    scores.prec_recall("generator/best", num=20, trials=3, run=finished.root)
+    assert len(calls) == 1
+
+
+def test_statistics_of_a_dataset_are_taken_once(finished: Finished) -> None:
+    store = Store.open(finished.root)
+    data = store.resolve("dataset/tiny-digits")
+    scores.fid("dataset/tiny-digits", run=finished.root)
+    stats = [artifact for artifact in store.artifacts() if artifact.kind == "stats"]
+    assert [artifact.inputs for artifact in stats] == [{"dataset": data.oid}]
+    kept = scores.reference_stats(store, data, detectors.load("tiny-digits"))
+    expected = features(finished, "dataset/tiny-digits")
+    np.testing.assert_allclose(kept.mean, expected.mean(0), rtol=1e-9)
+    np.testing.assert_allclose(kept.covariance(), np.cov(expected, rowvar=False), rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("ref", "options", "message"),
+    [
+        ("generator/best", {"num": 0}, "sample count must be >= 2, got 0. Pass --num 2 or more."),
+        ("generator/best", {"num": 1}, "sample count must be >= 2, got 1. Pass --num 2 or more."),
+        ("generator/best", {"trials": 0}, "the number of trials must be >= 1, got 0. Pass --trials 1 or more."),
+        (
+            "samples",
+            {"num": 201},
+            "sample count must be <= 200, the number of these samples, got 201. Pass a smaller --num, or sample more.",
+        ),
+        (
+            "samples",
+            {"trials": 2},
+            "trials need images drawn anew, got 2 trials of fixed samples. "
+            "Score the generator itself, or leave out --trials.",
+        ),
+        (
+            "dataset/tiny-digits",
+            {"trials": 10},
+            "trials need images drawn anew, got 10 trials of fixed images of a dataset. "
+            "Score the generator itself, or leave out --trials.",
+        ),
+        (
+            "score",
+            {},
+            "'{score}' must be of kind teacher or generator or dataset or samples, got score. "
+            "See what there is with: sidactl ls",
+        ),
+        (
+            "generator/best",
+            {"reference": "generator/best"},
+            "'generator/best' must be of kind dataset, got generator. See what there is with: sidactl ls",
+        ),
+        (
+            "generator/best",
+            {"num": 9, "device": "cuda:99"},
+            "device cuda:99 is not there: torch sees {gpus} GPUs. Pass --device cpu.",
+        ),
+    ],
+)
+def test_fid_and_prec_recall_refuse_what_they_cannot_do(
+    finished: Finished, collapsed: str, ref: str, options: dict[str, Any], message: str
+) -> None:
+    score = scores.fid("dataset/tiny-digits", run=finished.root).oid
+    subject = {"samples": collapsed, "score": score}.get(ref, ref)
+    for command in (scores.fid, scores.prec_recall):
+        with pytest.raises(SidaError) as caught:
+            command(subject, **({"run": finished.root} | options))
+        assert str(caught.value) == message.format(score=score, gpus=torch.cuda.device_count())
+        assert caught.value.exit_code == 2
+
+
+def test_one_image_is_too_few_for_a_covariance(finished: Finished) -> None:
+    single = ops.sample("generator/best", seeds=[0], run=finished.root).artifact.oid
+    with pytest.raises(SidaError) as caught:
+        scores.fid(single, run=finished.root)
+    assert str(caught.value) == "a covariance needs >= 2 images, got 1. Score more images."
+
+
+def test_a_score_is_kept_with_what_it_was_made_from(finished: Finished, tmp_path: Path) -> None:
+    store = Store.open(finished.root)
+    score = scores.fid("generator/best", num=25, first_seed=3, run=finished.root)
+    kept = store.get(score.oid)
+    assert kept.kind == "score"
+    assert kept.params == {
+        "command": "fid",
+        "num": 25,
+        "seeds": [[3, 28]],
+        "detector": detectors.load("tiny-digits").identity,
+    }
+    assert kept.inputs == {"subject": finished.best.oid, "reference": finished.best.inputs["dataset"]}
+    assert kept.results == {"values": {FD: list(score.values[FD])}}
