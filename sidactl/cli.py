@@ -130,18 +130,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @app.command("fetch-teacher")
 def fetch_teacher(
-    teacher: Annotated[str, typer.Argument(help="a name from ls --catalog")],
+    source: Annotated[str, typer.Argument(help="a name from ls --catalog, a URL, or a .pkl or .safetensors file")],
+    kind: Annotated[str | None, typer.Option("--as", metavar="KIND", help="teacher or generator, for a file")] = None,
+    dataset: Annotated[str | None, typer.Option(metavar="NAME", help="what a file's network was trained on")] = None,
+    name: Name = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", envvar="SIDACTL_OFFLINE", help="never touch the network")
+    ] = False,
+    mirror: Annotated[
+        str | None, typer.Option(metavar="URL", envvar="SIDACTL_MIRROR", help="base URL or folder to fetch from")
+    ] = None,
     run: Run = None,
     as_json: Json = False,
     force: Force = False,
 ) -> None:
-    """Fetch a teacher by name; prints its oid.
+    """Fetch a network by name; prints its oid.
 
     Example: sidactl fetch-teacher tiny-digits
     """
     from sidactl import ops
 
-    _print_artifact(ops.fetch_teacher(teacher, run=run, force=force), as_json)
+    if kind not in (None, "teacher", "generator"):
+        raise SidaError(f"--as must be teacher or generator, got {kind!r}", "Leave it out to go by the file.")
+    artifact = ops.fetch_teacher(
+        source,
+        kind=kind,  # type: ignore[arg-type]  # checked above
+        dataset=dataset,
+        name=name,
+        offline=offline,
+        mirror=mirror,
+        run=run,
+        force=force,
+    )
+    _print_artifact(artifact, as_json)
 
 
 @app.command("prepare-data")
@@ -640,17 +661,14 @@ def _size(artifact: "Artifact") -> str:
 def _print_catalog(as_json: bool) -> None:
     from sidactl import catalog
 
-    entries = [
-        {"name": e.name, "kind": kind, "licence": e.licence, "about": e.about}
-        for kind, group in (("teacher", catalog.TEACHERS), ("dataset", catalog.DATASETS))
-        for e in group.values()
-    ]
+    rows = catalog.rows()
     if as_json:
-        ui.print_json(entries)
-    else:
-        ui.table(
-            ["name", "kind", "about", "licence"], [[e["name"], e["kind"], e["about"], e["licence"]] for e in entries]
-        )
+        ui.print_json([r._asdict() | {"scores": {n: s._asdict() for n, s in r.scores.items()}} for r in rows])
+        return
+    cells = [
+        [r.kind, r.name, ", ".join(f"{n} {s.value:g}" for n, s in r.scores.items()), r.about, r.licence] for r in rows
+    ]
+    ui.table(["kind", "name", "published", "about", "licence"], cells)
 
 
 @app.command()

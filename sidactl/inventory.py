@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sidactl import __version__
-from sidactl.artifacts import NETS, load_dataset, load_net, resolve
+from sidactl.artifacts import NETS, load_dataset, load_net
 from sidactl.errors import SidaError
 from sidactl.scores import Score, score_of
 from sidactl.store import KINDS, Artifact, GcReport, Store
@@ -58,7 +58,7 @@ class Described:
 def show(ref: str, *, run: Path | str | None = None) -> Described:
     """An artifact, the graph behind it, and its scores."""
     store = Store.open(run)
-    artifact = resolve(store, ref, KINDS)
+    artifact = store.resolve(ref, KINDS)
     return Described(
         artifact,
         store.names_of(artifact.oid),
@@ -117,7 +117,7 @@ def export(
     if form not in EXPORT_FORMS:
         raise SidaError(f"--to must be one of {', '.join(EXPORT_FORMS)}, got {form!r}", "Leave it out for the files.")
     store, path = Store.open(run), Path(destination)
-    artifact = resolve(store, ref, _FORM_KINDS[form])
+    artifact = store.resolve(ref, _FORM_KINDS[form])
     with _whole(path, force) as temporary:
         if form == "files":
             _export_files(store, artifact, temporary)

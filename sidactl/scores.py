@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from sidactl.metrics import FeatureStats
 
 SCORED = (*NETS, "samples", "dataset")
-BATCH_SIZE = 1000
+MAX_BATCH_SIZE, BATCH_VALUES = 1000, 1 << 20
+"""images per batch: few enough that all their pixels are at most BATCH_VALUES values"""
 SCORE_NAMES = {"tiny-digits": "FD tiny-digits", "inception": "FID", "dinov2": "FD-DINOv2"}
 """what a Fréchet distance is called by its detector; only Inception's is a FID"""
 
@@ -282,15 +283,21 @@ def generated_images(
     """Batches of uint8 images for these seeds, computed as they are read."""
     from sidactl import sampling
 
-    for batch in sampling.generate(net, seeds, sampler, device=device, batch_size=BATCH_SIZE):
+    size = _batch_size(net.spec.img_channels, net.spec.img_resolution)
+    for batch in sampling.generate(net, seeds, sampler, device=device, batch_size=size):
         yield batch.images
 
 
 def dataset_images(dataset: "Dataset", count: int | None = None) -> Images:
     """Batches of the first `count` images (all by default), in order."""
     stop = dataset.num_images if count is None else count
-    for start in range(0, stop, BATCH_SIZE):
-        yield dataset.images(range(start, min(start + BATCH_SIZE, stop)))
+    size = _batch_size(dataset.num_channels, dataset.resolution)
+    for start in range(0, stop, size):
+        yield dataset.images(range(start, min(start + size, stop)))
+
+
+def _batch_size(num_channels: int, resolution: int) -> int:
+    return max(1, min(MAX_BATCH_SIZE, BATCH_VALUES // (num_channels * resolution**2)))
 
 
 def dataset_of(store: Store, subject: Artifact) -> Artifact:
