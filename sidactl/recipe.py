@@ -199,6 +199,10 @@ class Recipe(Plain):
     augment_p: float = 0.0
     """probability of EDM's augmentation of the fake score's inputs"""
     dropout: float = 0.0
+    forced_normalization: Literal["off", "published", "intended"] = "off"
+    """EDM2: overwrite weights by their normalised values before training passes, as published or of both nets"""
+    logvar: bool = True
+    """EDM2: whether the fake score keeps the teacher's uncertainty head, and the losses divide by exp(u)"""
     seed: int = 0
     precision: Literal["fp32"] = "fp32"
     evaluate_every_nimg: int = 500_000
@@ -218,6 +222,9 @@ class Recipe(Plain):
         _must_be("augment_p", 0 <= self.augment_p <= 1, "in [0, 1]", self.augment_p)
         _must_be("tmax", 0 < self.tmax <= 1000, "in (0, 1000]", self.tmax)
         _must_be("mode", self.mode in MODES, f"one of {', '.join(MODES)}", self.mode)
+        forced = self.forced_normalization
+        is_known = forced in ("off", "published", "intended")
+        _must_be("forced_normalization", is_known, "one of off, published, intended", forced)
         _must_be("alpha", math.isfinite(self.alpha), "finite", self.alpha)
         _must_be("seed", self.seed >= 0, "at least 0", self.seed)
         if self.batch_size % self.num_accumulation_rounds:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sidactl.codec import Codec, codec_for
 from sidactl.diffusion import Denoiser, as_one_hot, karras_sigmas
 from sidactl.errors import SidaError
 from sidactl.recipe import HeunSpec, OneStepSpec
@@ -49,7 +50,10 @@ class Samples:
     sampler: OneStepSpec | HeunSpec
     seeds: Sequence[int]
     device: torch.device
+    codec: Codec
     class_index: int | None = None
+    guide: Denoiser | None = None
+    guidance: float = 1.0
     batch_size: int = 256
 
     def __len__(self) -> int:
@@ -58,8 +62,18 @@ class Samples:
     def __iter__(self) -> Iterator[SampleBatch]:
         for start in range(0, len(self.seeds), self.batch_size):
             seeds = self.seeds[start : start + self.batch_size]
-            images, labels = sample_batch(self.net, self.sampler, seeds, self.device, self.class_index)
-            yield SampleBatch(to_uint8(images).cpu(), None if labels is None else labels.cpu(), seeds)
+            images, labels = sample_batch(
+                self.net,
+                self.sampler,
+                seeds,
+                self.device,
+                class_index=self.class_index,
+                guide=self.guide,
+                guidance=self.guidance,
+            )
+            with torch.inference_mode():
+                pixels = self.codec.decode(images).cpu()
+            yield SampleBatch(pixels, None if labels is None else labels.cpu(), seeds)
 
 
 def generate(
@@ -69,15 +83,40 @@ def generate(
     *,
     device: torch.device,
     class_index: int | None = None,
+    guide: Denoiser | None = None,
+    guidance: float = 1.0,
+    codec: Codec | None = None,
     batch_size: int = 256,
 ) -> Samples:
-    """Images for these seeds. Raises SidaError for a class that the net does not have, and for no step at all."""
+    """Images for these seeds.
+
+    guide, guidance: a weaker net and how far to move away from it (1 = not at all), for Heun's sampler alone.
+    codec: by default that of the net's channels, where four are latents that the VAE decodes.
+    Raises SidaError for a class that the net does not have, for no step at all, and for a guide that does not fit.
+    """
     if class_index is not None and not 0 <= class_index < net.spec.label_dim:
         what = f"between 0 and {net.spec.label_dim - 1}" if net.spec.label_dim else "left out: the net has no classes"
         raise SidaError(f"the class must be {what}, got {class_index}", "Pass another --class, or none.")
     if sampler.num_steps < 1:
         raise SidaError(f"the number of steps must be >= 1, got {sampler.num_steps}", "Pass --steps 1 or more.")
-    return Samples(net, sampler, seeds, device, class_index, batch_size)
+    if guide is not None:
+        _check_guide(guide, net, sampler)
+    codec = codec or codec_for(net.spec.img_channels)
+    return Samples(net, sampler, seeds, device, codec, class_index, guide, guidance, batch_size)
+
+
+def _check_guide(guide: Denoiser, net: Denoiser, sampler: OneStepSpec | HeunSpec) -> None:
+    if isinstance(sampler, OneStepSpec):
+        raise SidaError(
+            "guidance needs the heun sampler, got a one-step generator", "Leave out --guide, or sample a teacher."
+        )
+    wanted, got = ((n.spec.img_channels, n.spec.img_resolution, n.spec.label_dim) for n in (net, guide))
+    if wanted[:2] != got[:2] or got[2] not in (0, wanted[2]):
+        raise SidaError(
+            f"the guide must fit the net (channels, resolution, classes = {wanted[0]}, {wanted[1]}, {wanted[2]}), "
+            f"got {got[0]}, {got[1]}, {got[2]}",
+            "Pass another --guide; one without classes fits as well.",
+        )
 
 
 @torch.inference_mode()
@@ -86,9 +125,15 @@ def sample_batch(
     sampler: OneStepSpec | HeunSpec,
     seeds: Sequence[int],
     device: torch.device,
+    *,
     class_index: int | None = None,
+    guide: Denoiser | None = None,
+    guidance: float = 1.0,
 ) -> tuple[Tensor, Tensor | None]:
-    """Images in [-1, 1] ([B, C, H, W]; float64 from an EDM-style Heun sampler) and class indices for these seeds."""
+    """Images in [-1, 1], or latents, and class indices for these seeds.
+
+    Images are [B, C, H, W]; float64 from an EDM-style Heun sampler, else float32.
+    """
     spec = net.spec
     noise = SeededNoise(seeds, device)
     latents = noise.normal((spec.img_channels, spec.img_resolution, spec.img_resolution))
@@ -98,7 +143,7 @@ def sample_batch(
     one_hot = as_one_hot(labels, spec.label_dim, device)
     if isinstance(sampler, OneStepSpec):
         return few_steps(net, latents, one_hot, sampler, noise), labels
-    return heun(net, latents, one_hot, sampler, noise), labels
+    return heun(net, latents, one_hot, sampler, noise, guide=guide, guidance=guidance), labels
 
 
 def few_steps(
@@ -154,8 +199,3 @@ def heun(
             ahead = x + (sigma_next - sigma) * (slope + slope_ahead) / 2
         x = ahead
     return x
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Pixels of images in [-1, 1]: x * 127.5 + 128, clipped to 0..255, truncated, as EDM writes them."""
-    return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)

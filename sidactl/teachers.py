@@ -10,6 +10,7 @@ from torch import Tensor
 from sidactl import nets, pickles
 from sidactl.diffusion import Preconditioned
 from sidactl.errors import SidaError
+from sidactl.nets.edm2 import force_normalize_
 from sidactl.recipe import NetSpec
 
 # Options that a checkpoint leaves out have these values. Source: EDM (2206.00364), table 7; EDM2 (2312.02696), table 6.
@@ -30,7 +31,18 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "attn_resolutions": (32, 16, 8),
         "dropout": 0.10,
     },
+    "EDM2": {
+        "model_channels": 192,
+        "channel_mult": (1, 2, 3, 4),
+        "channel_mult_emb": None,
+        "channel_mult_noise": None,
+        "num_blocks": 3,
+        "attn_resolutions": (16, 8),
+        "logvar_channels": 128,
+    },
 }
+_EDM_CLASSES = ("EDMPrecond", "EDMPrecond_EncoderDecoder")
+_EDM2_CLASSES = ("Precond", "EDM_2_Precond_EncoderDecoder", "EDM_2_Precond_Generator")
 # Options of the published classes that say how a net runs, not what it is.
 _IGNORED = {"use_fp16", "model_type", "sigma_min", "sigma_max", "force_normalization", "use_gan", "label_dropout"}
 
@@ -41,16 +53,22 @@ def spec_of(record: pickles.Record) -> NetSpec:
     Raises SidaError for a class that is not one of the published ones, and for an option that we do not know.
     """
     options = dict(record.init_kwargs)
-    if record.class_name in ("EDMPrecond", "EDMPrecond_EncoderDecoder"):
+    if record.class_name in _EDM2_CLASSES:
+        architecture = "EDM2"
+        if record.class_name.endswith("_Generator"):  # it has no uncertainty head
+            options["logvar_channels"] = 0
+    elif record.class_name in _EDM_CLASSES:
         architecture = str(options.get("model_type", "DhariwalUNet")).removesuffix("_EncoderDecoder")
+        if architecture not in _DEFAULTS:
+            raise SidaError(f"networks of type {architecture} are not supported", "SongUNet and DhariwalUNet are.")
     else:
         raise SidaError(
             f"networks of class {record.class_name} are not supported",
-            "EDM, SiD and SiDA networks of the EDM family are.",
+            "Those of EDM, EDM2, SiD and SiDA are.",
         )
-    if architecture not in _DEFAULTS:
-        raise SidaError(f"networks of type {architecture} are not supported", "SongUNet and DhariwalUNet are.")
     fields = _DEFAULTS[architecture] | {k: v for k, v in options.items() if k not in _IGNORED}
+    # Blocks tell their dropout probability from other options by its type.
+    fields["dropout"] = float(fields.get("dropout", 0))
     return NetSpec.from_json({"architecture": architecture} | {k: _jsonable(v) for k, v in fields.items()})
 
 
@@ -58,6 +76,8 @@ def load_record(record: pickles.Record) -> Preconditioned:
     """The denoiser that a record describes, with its weights, in eval mode and float32."""
     net = nets.build(spec_of(record))
     load_weights(net, pickles.state_dict(record))
+    if record.forced_normalization_hook:
+        force_normalize_(net)
     return net.eval().requires_grad_(False)
 
 

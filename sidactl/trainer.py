@@ -15,10 +15,13 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sidactl import losses
 from sidactl.augment import AugmentPipe
+from sidactl.codec import LatentCodec, PixelCodec
 from sidactl.diffusion import Draws, Preconditioned, sigma_of_time
+from sidactl.errors import SidaError
+from sidactl.nets.edm2 import drop_logvar_, force_normalize_
 from sidactl.recipe import Recipe, TeacherRecipe
 
-STREAMS = {"latent": 0, "diffusion": 1, "augment": 2, "dropout": 3}
+STREAMS = {"latent": 0, "diffusion": 1, "augment": 2, "dropout": 3, "posterior": 4}
 
 
 class SeededDraws:
@@ -45,9 +48,8 @@ def stream_seed(seed: int, stream: str, index: int) -> int:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Real images [b, C, H, W] in [-1, 1], labels one-hot [b, K], and where their random numbers come from."""
+    """Labels, one-hot [b, K], and where their random numbers come from."""
 
-    images: Tensor
     labels: Tensor
     latent: Draws
     diffusion: Draws
@@ -60,11 +62,16 @@ class MicroBatches(Protocol):
 
     def get(self, batch: int, round: int) -> MicroBatch: ...
 
+    def images(self, batch: int, round: int) -> Tensor:
+        """The real images of the micro-batch as networks see them, [b, C, H, W]; only fetched where they are needed."""
+        ...
+
 
 class ImageSource(Protocol):
     """What training needs of a dataset; `data.Dataset` is one."""
 
     num_images: int
+    is_latents: bool
 
     def images(self, indices: Any) -> Tensor: ...
 
@@ -75,6 +82,22 @@ class IndexOrder(Protocol):
     """The order in which a dataset is read; `data.DataOrder` is one."""
 
     def indices(self, start: int, count: int) -> Any: ...
+
+
+class ClassesAlone:
+    """Every class once, without images: all that mode sid needs of a dataset. Implements `ImageSource`."""
+
+    is_latents = False
+
+    def __init__(self, label_dim: int) -> None:
+        self._one_hot = torch.eye(label_dim) if label_dim else torch.zeros(1, 0)
+        self.num_images = len(self._one_hot)
+
+    def images(self, indices: Any) -> Tensor:
+        raise SidaError("modes sida and sid2a need real images, got classes alone", "Pass --dataset REF.")
+
+    def one_hot(self, indices: Any) -> Tensor:
+        return self._one_hot[torch.as_tensor(indices)]
 
 
 class DatasetBatches:
@@ -92,23 +115,27 @@ class DatasetBatches:
     ) -> None:
         self._dataset, self._order, self._seed, self._device = dataset, order, seed, device
         self._num_rounds, self._size = num_rounds, batch_size // num_rounds
+        self._codec = LatentCodec() if dataset.is_latents else PixelCodec()
 
     def get(self, batch: int, round: int) -> MicroBatch:
-        index = batch * self._num_rounds + round
-        chosen = self._order.indices(index * self._size, self._size)
-        images = self._dataset.images(chosen).to(self._device, non_blocking=True).to(torch.float32) / 127.5 - 1
-
-        def draws(stream: str) -> Draws:
-            return SeededDraws(stream_seed(self._seed, stream, index), self._device)
-
         return MicroBatch(
-            images,
-            self._dataset.one_hot(chosen).to(self._device, non_blocking=True),
-            draws("latent"),
-            draws("diffusion"),
-            draws("augment"),
-            stream_seed(self._seed, "dropout", index),
+            self._dataset.one_hot(self._chosen(batch, round)).to(self._device, non_blocking=True),
+            self._draws("latent", batch, round),
+            self._draws("diffusion", batch, round),
+            self._draws("augment", batch, round),
+            stream_seed(self._seed, "dropout", batch * self._num_rounds + round),
         )
+
+    def images(self, batch: int, round: int) -> Tensor:
+        """Real images in [-1, 1]; of a dataset of latents, samples of their posterior that every visit draws anew."""
+        items = self._dataset.images(self._chosen(batch, round)).to(self._device, non_blocking=True)
+        return self._codec.encode(items, self._draws("posterior", batch, round))
+
+    def _chosen(self, batch: int, round: int) -> Any:
+        return self._order.indices((batch * self._num_rounds + round) * self._size, self._size)
+
+    def _draws(self, stream: str, batch: int, round: int) -> Draws:
+        return SeededDraws(stream_seed(self._seed, stream, batch * self._num_rounds + round), self._device)
 
 
 def update_ema(
@@ -177,8 +204,13 @@ class DropoutSeed:
 class Distillation:
     """SiD, SiDA and SiD2A: fake score and generator trained in turn. Source: SiDA (2410.14919), Algorithms 1 and 2.
 
-    The fake score starts from the teacher; generator and EMA start from `generator`, or from the teacher. Follows the
-    published code where it departs from the algorithm as printed: fresh noise for either update, strict gates.
+    The fake score starts from the teacher; generator and EMA start from `generator`, or from the teacher, without an
+    uncertainty head. Follows the published code where it departs from the algorithm as printed: fresh noise for either
+    update, strict gates.
+
+    EDM2's weights are normalised as recipe.forced_normalization says. In the published code a net does so in its own
+    training passes in mode sid; with the adversarial part it is a hook that copies of a net inherit as it was when
+    they were made: the fake score never does, the generator does, the EMA net does whenever it is evaluated.
     """
 
     def __init__(
@@ -186,9 +218,15 @@ class Distillation:
     ) -> None:
         self.recipe = recipe
         self.teacher = teacher.eval().requires_grad_(False)
-        self.fake_score = _trainable_copy(teacher, recipe.dropout)
-        self.generator = _trainable_copy(generator or teacher, recipe.dropout)
+        self.fake_score = _trainable_copy(teacher, recipe.dropout, keep_logvar=recipe.logvar)
+        self.generator = _trainable_copy(generator or teacher, recipe.dropout, keep_logvar=False)
         self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
+        forced, is_adversarial = recipe.forced_normalization, recipe.adversarial is not None
+        self._normalizes_fake_score = forced == "intended" or (forced == "published" and not is_adversarial)
+        self._normalizes_generator = forced != "off"
+        self._normalizes_ema = forced == "published" and is_adversarial
+        if self._normalizes_ema:
+            force_normalize_(self.ema)
         self._batches = batches
         self._augment = AugmentPipe(p=recipe.augment_p) if recipe.augment_p and teacher.spec.augment_dim else None
         self._fake_score_optimizer = adam(
@@ -253,8 +291,11 @@ class Distillation:
             nimg=self.nimg,
             batch_size=self.recipe.batch_size,
         )
+        evaluations = self.nimg // self.recipe.evaluate_every_nimg
         self.nimg += self.recipe.batch_size
         self.step_index += 1
+        if self._normalizes_ema and self.nimg // self.recipe.evaluate_every_nimg > evaluations:
+            force_normalize_(self.ema)
         return stats
 
     def _fake_score_gradients(self) -> dict[str, Tensor]:
@@ -263,7 +304,10 @@ class Distillation:
         self.generator.eval()
         rounds: list[dict[str, Tensor]] = []
         for index in range(recipe.num_accumulation_rounds):
-            batch = self._batches.get(2 * self.step_index, index)
+            position = 2 * self.step_index, index
+            batch = self._batches.get(*position)
+            if self._normalizes_fake_score:
+                force_normalize_(psi)
             with torch.no_grad():
                 fakes = self._generate(batch)
             sigma = (recipe.P_std * batch.diffusion.normal((len(fakes), 1, 1, 1)) + recipe.P_mean).exp()
@@ -273,7 +317,7 @@ class Distillation:
                 score = losses.fake_score_loss(psi, fakes, noise, sigma, batch.labels, fake_augment)
                 stats = {"fake_score_loss": score.per_pixel.sum() / recipe.batch_size}
                 if part is not None:
-                    reals, real_augment = self._augmented(batch.images, batch)
+                    reals, real_augment = self._augmented(self._batches.images(*position), batch)
                     per_image = losses.discriminator_loss(psi, reals, score, noise, sigma, batch.labels, real_augment)
                     stats["discriminator_loss"] = per_image.sum() * (part.discriminator_scale / recipe.batch_size)
                 torch.stack(list(stats.values())).sum().backward()
@@ -287,6 +331,8 @@ class Distillation:
         rounds: list[dict[str, Tensor]] = []
         for index in range(recipe.num_accumulation_rounds):
             batch = self._batches.get(2 * self.step_index + 1, index)
+            if self._normalizes_generator:
+                force_normalize_(self.generator)
             with DropoutSeed(batch.dropout_seed, self.generator):
                 fakes = self._generate(batch)
             sigma = sigma_of_time(batch.diffusion.uniform((len(fakes), 1, 1, 1)) * (recipe.tmax / 1000))
@@ -305,8 +351,9 @@ class Distillation:
         return _stack(rounds)
 
     def _generate(self, batch: MicroBatch) -> Tensor:
-        z = batch.latent.normal(batch.images.shape)
-        images: Tensor = self.generator(self.recipe.sigma_init * z, self.recipe.sigma_init, batch.labels)
+        spec, sigma_init = self.generator.spec, self.recipe.sigma_init
+        z = batch.latent.normal((len(batch.labels), spec.img_channels, spec.img_resolution, spec.img_resolution))
+        images: Tensor = self.generator(sigma_init * z, sigma_init, batch.labels)
         return images
 
     def _augmented(self, images: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
@@ -337,7 +384,7 @@ class Pretraining:
         recipe = self.recipe
         self.net.train()
         batch = self._batches.get(self.step_index, 0)
-        images, augment_labels = batch.images, None
+        images, augment_labels = self._batches.images(self.step_index, 0), None
         if self._augment is not None:
             images, augment_labels = self._augment(images, batch.augment)
         sigma = (recipe.P_std * batch.diffusion.normal((len(images), 1, 1, 1)) + recipe.P_mean).exp()
@@ -361,9 +408,11 @@ class Pretraining:
         return {"denoising_loss": loss.detach().mean()[None]}
 
 
-def _trainable_copy(net: Preconditioned, dropout: float) -> Preconditioned:
+def _trainable_copy(net: Preconditioned, dropout: float, *, keep_logvar: bool) -> Preconditioned:
     copied = copy.deepcopy(net).requires_grad_(True)
     copied.set_dropout(dropout)
+    if not keep_logvar:
+        drop_logvar_(copied)
     return copied
 
 

@@ -1,5 +1,6 @@
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,29 +13,62 @@ from sidactl import losses, nets, pickles, teachers
 from sidactl.augment import AugmentPipe
 from sidactl.diffusion import Preconditioned, sigma_of_time
 from sidactl.errors import SidaError
+from sidactl.nets.edm2 import drop_logvar_
 from sidactl.recipe import NetSpec
 from tests.golden import golden
 from tests.playback import Playback
 
-LOSS_FILES = {"edm": "losses/edm.npz", "edm_uncond_rgb": "losses/edm_uncond_rgb.npz"}
-P_MEAN, P_STD = -1.2, 1.2
+LOSS_FILES = {
+    "edm": "losses/edm.npz",
+    "edm_uncond_rgb": "losses/edm_uncond_rgb.npz",
+    "edm2_logvar": "losses/edm2.npz",
+    "edm2_nologvar": "losses/edm2.npz",
+}
 
 
 @pytest.fixture(scope="module", params=LOSS_FILES)
 def case(request: pytest.FixtureRequest) -> SimpleNamespace:
-    """A golden loss file with its teacher and its fake score."""
-    name = request.param
-    arrays = np.load(golden(LOSS_FILES[name]))
-    summary = json.loads(golden("losses/summary.json").read_text())[name]
+    """A golden loss file with its teacher, its fake score, and how the file names its arrays."""
+    file = LOSS_FILES[request.param]
+    arrays = np.load(golden(file))
+    summary = json.loads(golden("losses/summary.json").read_text())[Path(file).stem]
     record = pickles.read(golden(summary["teacher"]))["ema"]
-    teacher = teachers.load_record(record)
     fake_score = nets.build(teachers.spec_of(record))
     teachers.load_weights(
         fake_score,
         pickles.state_dict(record) | {k[10:]: tensor(arrays, k) for k in arrays if k.startswith("psi_param/")},
     )
     fake_score.set_dropout(0.0)
-    return SimpleNamespace(name=name, arrays=arrays, teacher=teacher, fake_score=fake_score, summary=summary)
+    if request.param == "edm2_nologvar":
+        drop_logvar_(fake_score)
+    names: dict[str, Any] = {
+        "gen": "gen_",
+        "nan": "nan_",
+        "draws": "psi_{variant}_{mode}_draw",
+        "psi": {"noaug": "psi_noaug", "aug": "psi_aug"},
+        "scaled": "",
+    }
+    is_edm2 = Path(file).stem == "edm2"
+    if is_edm2:
+        head = request.param.removeprefix("edm2_")
+        names = {
+            "gen": f"gen_{head}_",
+            "nan": f"nan_{head}_",
+            "draws": "psi_draw",
+            "psi": {"noaug": f"psi_{head}"},
+            "scaled": "_lsd100",
+        }
+    return SimpleNamespace(
+        arrays=arrays,
+        teacher=teachers.load_record(record),
+        fake_score=fake_score,
+        parameter_order=summary["grad_param_order"],
+        P_mean=summary.get("P_mean", -1.2),
+        P_std=summary.get("P_std", 1.2),
+        is_edm2=is_edm2,
+        discriminator_scale=100 if is_edm2 else 1,
+        **names,
+    )
 
 
 def tensor(arrays: Any, name: str) -> Tensor:
@@ -54,106 +88,127 @@ def test_sigma_of_time_matches_losses_sigma_of_t_json() -> None:
     torch.testing.assert_close(ours, torch.tensor(table["sigma"], dtype=torch.float64), rtol=1e-12, atol=0)
 
 
-def generator_losses(case: SimpleNamespace, x_g: Tensor, alpha: float) -> losses.SidLoss:
+def generator_losses(case: SimpleNamespace, x_g: Tensor, alpha: float, kept: slice | list[int]) -> losses.SidLoss:
     sigma = sigma_of_time(tensor(case.arrays, "gen_draw_rand") * 0.8)
     labels = tensor(case.arrays, "class_labels")
     case.fake_score.eval().requires_grad_(False)
     noise = tensor(case.arrays, "gen_draw_randn")
-    return losses.sid_generator_loss(case.teacher, case.fake_score, x_g, noise, sigma, labels, alpha=alpha)
+    return losses.sid_generator_loss(
+        case.teacher, case.fake_score, x_g[kept], noise[kept], sigma[kept], labels[kept], alpha=alpha
+    )
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.2])
 def test_generator_losses_match_golden(case: SimpleNamespace, alpha: float) -> None:
     x_g = tensor(case.arrays, "x_g").requires_grad_()
-    sid = generator_losses(case, x_g, alpha)
-    assert_golden(sid.logits, case.arrays, "gen_logits")
+    sid = generator_losses(case, x_g, alpha, slice(None))
+    if "gen_logits" in case.arrays:
+        assert_golden(sid.logits, case.arrays, "gen_logits")
     for mode in ("sid", "sida"):
-        assert_golden(sid.per_pixel, case.arrays, f"gen_{mode}_alpha{alpha}_loss")
+        assert_golden(sid.per_pixel, case.arrays, f"{case.gen}{mode}_alpha{alpha}_loss")
     (gradient,) = torch.autograd.grad(sid.per_pixel.sum(), x_g, retain_graph=True)
     for mode in ("sid", "sida"):
-        assert_golden(gradient, case.arrays, f"gen_{mode}_alpha{alpha}_dsum_dx")
+        assert_golden(gradient, case.arrays, f"{case.gen}{mode}_alpha{alpha}_dsum_dx")
 
     adversarial = losses.adversarial_generator_loss(sid)
-    assert_golden(adversarial, case.arrays, f"gen_sida_alpha{alpha}_loss_gan")
+    assert_golden(adversarial, case.arrays, f"{case.gen}sida_alpha{alpha}_loss_gan")
     (gradient,) = torch.autograd.grad(adversarial.sum(), x_g, retain_graph=True)
-    assert_golden(gradient, case.arrays, f"gen_sida_alpha{alpha}_gan_rawsum_dx")
+    assert_golden(gradient, case.arrays, f"{case.gen}sida_alpha{alpha}_gan_rawsum_dx")
 
     batch_size, num_pixels = len(x_g), x_g[0].numel()
     scaled = 100 / batch_size * sid.per_pixel.sum() + 0.01 / batch_size * num_pixels * adversarial.sum()
     (gradient,) = torch.autograd.grad(0.5 * scaled, x_g)
-    assert_golden(gradient, case.arrays, f"gen_sida_alpha{alpha}_combined_dx")
+    assert_golden(gradient, case.arrays, f"{case.gen}sida_alpha{alpha}_combined_dx")
 
 
-def recorded_draws(case: SimpleNamespace, prefix: str) -> Playback:
-    return Playback([case.arrays[name] for name in sorted(case.arrays.files) if name.startswith(prefix + "_draw")])
+def recorded_draws(case: SimpleNamespace, variant: str, mode: str) -> Playback:
+    prefix = case.draws.format(variant=variant, mode=mode)
+    return Playback([case.arrays[name] for name in sorted(case.arrays.files) if name.startswith(prefix)])
 
 
 def psi_losses(
-    case: SimpleNamespace, variant: str, y: Tensor, *, adversarial: bool
+    case: SimpleNamespace, variant: str, y: Tensor, *, adversarial: bool, kept: slice | list[int] = slice(None)
 ) -> tuple[losses.ScoreLoss, Tensor | None]:
-    """The fake score's losses with the recorded draws, in the reference's order of drawing."""
-    draws = recorded_draws(case, f"psi_{variant}_{'sida' if adversarial else 'sid'}")
-    labels, reals = tensor(case.arrays, "class_labels"), tensor(case.arrays, "real_images")
+    """The losses of the samples `kept` with the recorded draws, in the reference's order of drawing."""
+    draws = recorded_draws(case, variant, "sida" if adversarial else "sid")
+    labels, reals = tensor(case.arrays, "class_labels")[kept], tensor(case.arrays, "real_images")
     pipe = AugmentPipe(p=0.6) if variant == "aug" else None
     case.fake_score.train().requires_grad_(True)
-    sigma = (P_STD * draws.normal((len(y), 1, 1, 1)) + P_MEAN).exp()
+    sigma = (case.P_std * draws.normal((len(y), 1, 1, 1)) + case.P_mean).exp()[kept]
     y, y_augment = pipe(y, draws) if pipe else (y, None)
-    noise = draws.normal(y.shape)
-    score = losses.fake_score_loss(case.fake_score, y, noise, sigma, labels, y_augment)
+    noise = draws.normal(y.shape)[kept]
+    score = losses.fake_score_loss(case.fake_score, y[kept], noise, sigma, labels, y_augment)
     if not adversarial:
         assert draws.exhausted()
         return score, None
     reals, r_augment = pipe(reals, draws) if pipe else (reals, None)
     assert draws.exhausted()
-    return score, losses.discriminator_loss(case.fake_score, reals, score, noise, sigma, labels, r_augment)
+    return score, losses.discriminator_loss(case.fake_score, reals[kept], score, noise, sigma, labels, r_augment)
 
 
 @pytest.mark.parametrize("variant", ["noaug", "aug"])
 def test_fake_score_and_discriminator_losses_match_golden(case: SimpleNamespace, variant: str) -> None:
-    if f"psi_{variant}_sid_loss" not in case.arrays:
+    prefix = case.psi.get(variant)
+    if f"{prefix}_sid_loss" not in case.arrays:
         assert variant == "aug", "only the augmented variant may be absent, for a net without augment_dim"
         return
     x_g = tensor(case.arrays, "x_g")
     batch_size = len(x_g)
     score, _ = psi_losses(case, variant, x_g, adversarial=False)
-    assert_golden(score.per_pixel, case.arrays, f"psi_{variant}_sid_loss")
-    assert_gradients(case, f"psi_{variant}_sid", score.per_pixel.sum() / batch_size)
+    assert_golden(score.per_pixel, case.arrays, f"{prefix}_sid_loss")
+    assert_gradients(case, f"{prefix}_sid", score.per_pixel.sum() / batch_size)
 
     score, discriminator = psi_losses(case, variant, x_g, adversarial=True)
     assert discriminator is not None
-    assert_golden(score.per_pixel, case.arrays, f"psi_{variant}_sida_loss")
-    assert_golden(discriminator, case.arrays, f"psi_{variant}_sida_loss_D")
-    score_term, discriminator_term = score.per_pixel.sum() / batch_size, discriminator.sum() / batch_size
-    assert_gradients(case, f"psi_{variant}_sida_score", score_term)
-    assert_gradients(case, f"psi_{variant}_sida_D", discriminator_term)
-    assert_gradients(case, f"psi_{variant}_sida_total", score_term + discriminator_term)
+    assert_golden(score.per_pixel, case.arrays, f"{prefix}_sida_loss")
+    assert_golden(discriminator, case.arrays, f"{prefix}_sida_loss_D")
+    score_term = score.per_pixel.sum() / batch_size
+    discriminator_term = discriminator.sum() * (case.discriminator_scale / batch_size)
+    assert_gradients(case, f"{prefix}_sida_score", score_term)
+    assert_gradients(case, f"{prefix}_sida_D{case.scaled}", discriminator_term)
+    assert_gradients(case, f"{prefix}_sida_total{case.scaled}", score_term + discriminator_term)
 
 
 def assert_gradients(case: SimpleNamespace, prefix: str, loss: Tensor) -> None:
     parameters = dict(case.fake_score.named_parameters())
     gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, retain_graph=True)
-    by_name = {n: torch.zeros(()) if g is None else g for n, g in zip(parameters, gradients, strict=True)}
-    names = case.summary["grad_param_order"]
-    norms = torch.stack([by_name[name].double().norm() for name in names])
+    found = {n: g for n, g in zip(parameters, gradients, strict=True) if g is not None}
+    assert set(found) <= set(case.parameter_order)
+    norms = torch.stack([found.get(name, torch.zeros(())).double().norm() for name in case.parameter_order])
     expected = tensor(case.arrays, f"{prefix}_gradnorm").double()
     torch.testing.assert_close(norms, expected, rtol=1e-3, atol=1e-4 * float(expected.max()))
     for key in case.arrays.files:
         if key.startswith(f"{prefix}_grad/"):
-            assert_golden(by_name[key.split("/")[1]], case.arrays, key)
+            assert_golden(found[key.split("/")[1]], case.arrays, key)
 
 
 def test_nan_sample_spoils_its_own_rows_only_and_the_others_equal_golden(case: SimpleNamespace) -> None:
-    """The published code drops the sample (golden nan_*: three rows are left); here it stays, visibly not finite."""
+    """The published code drops the sample (golden nan_*: three rows are left); here it stays, visibly not finite.
+
+    Its cross-entropies are means over the samples that are left, real ones too (but in the generator step of EDM).
+    """
     kept = [0, 1, 3]
     x_g = tensor(case.arrays, "x_g").clone()
     x_g[2, 0, 1, 1] = math.nan
-    sid = generator_losses(case, x_g, alpha=1.2)
+    alpha, mode = (1.2, "sid") if f"{case.nan}gen_sid_loss" in case.arrays else (1.0, "sida")
+    sid = generator_losses(case, x_g, alpha, slice(None))
     assert bool(sid.per_pixel[2].isnan().all())
-    assert_golden(sid.per_pixel[kept], case.arrays, "nan_gen_sid_loss")
+    assert bool(losses.adversarial_generator_loss(sid).isnan().all()), "the cross-entropy is a mean over the batch"
+    assert_golden(sid.per_pixel[kept], case.arrays, f"{case.nan}gen_{mode}_loss")
+    adversarial = tensor(case.arrays, f"{case.nan}gen_sida_loss_gan")
+    assert len(adversarial) == len(kept)
+    if case.is_edm2:
+        alone = losses.adversarial_generator_loss(generator_losses(case, x_g, alpha, kept))
+        assert_golden(alone, case.arrays, f"{case.nan}gen_sida_loss_gan")
+    else:
+        assert bool(adversarial.isnan().all())
     score, discriminator = psi_losses(case, "noaug", x_g, adversarial=True)
     assert discriminator is not None
-    assert_golden(score.per_pixel[kept], case.arrays, "nan_psi_sida_loss")
-    assert bool(discriminator.isnan().all()), "the cross-entropy is a mean over the batch"
+    assert_golden(score.per_pixel[kept], case.arrays, f"{case.nan}psi_sida_loss")
+    assert bool(discriminator.isnan().all())
+    _, discriminator = psi_losses(case, "noaug", x_g, adversarial=True, kept=kept)
+    assert discriminator is not None
+    assert_golden(discriminator, case.arrays, f"{case.nan}psi_sida_loss_D")
 
 
 class Shift(Preconditioned):

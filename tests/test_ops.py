@@ -125,7 +125,8 @@ from sidactl import ops
 short, run = {SHORT!r}, {str(finished.root)!r}
 oid = ops.distill(teacher="tiny-digits", mode="sida", run=run, **short).oid
 ops.fid("tiny-digits", num={SHORT["evaluate_num"]}, run=run)
-print(oid, time.process_time() - started, *sorted({{"torch", "numpy", "scipy", "PIL", "safetensors"}} & set(sys.modules)))
+duration_sec = time.process_time() - started
+print(oid, duration_sec, *sorted({{"torch", "numpy", "scipy", "PIL", "safetensors"}} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     oid, duration_sec, *heavy = done.stdout.split()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sidactl import nets, sampling, teachers
+from sidactl.codec import PixelCodec
 from sidactl.diffusion import Preconditioned, karras_sigmas
 from sidactl.errors import SidaError
 from sidactl.recipe import HeunSpec, NetSpec, OneStepSpec
@@ -35,7 +36,7 @@ TINY = NetSpec(
 def assert_same_images(images: Tensor, arrays: Any) -> None:
     expected = torch.from_numpy(arrays["images"])
     torch.testing.assert_close(images.to(expected.dtype), expected, rtol=0, atol=1e-4)
-    levels = sampling.to_uint8(images).permute(0, 2, 3, 1).numpy().astype(int) - arrays["images_uint8"].astype(int)
+    levels = PixelCodec().decode(images).permute(0, 2, 3, 1).numpy().astype(int) - arrays["images_uint8"].astype(int)
     assert np.abs(levels).max() <= 1
     assert (levels != 0).mean() <= 1e-3
 
@@ -58,7 +59,7 @@ def test_heun_sampler_matches_golden(name: str) -> None:
     class_index = settings.get("class_idx")
     assert_same_start(net, arrays, class_index)
     seeds = [int(seed) for seed in arrays["seeds"]]
-    images, _ = sampling.sample_batch(net, sampler, seeds, CPU, class_index)
+    images, _ = sampling.sample_batch(net, sampler, seeds, CPU, class_index=class_index)
     assert images.dtype == torch.float64
     assert_same_images(images, arrays)
     sigmas = karras_sigmas(sampler.num_steps, sampler.sigma_min, sampler.sigma_max, sampler.rho)
@@ -72,7 +73,9 @@ def test_one_step_generation_matches_golden(name: str) -> None:
     net = teachers.read_network(golden(f"networks/{network}.pkl"))
     class_index = 1 if "class1" in name else None
     assert_same_start(net, arrays, class_index)
-    images, labels = sampling.sample_batch(net, ONE_STEP[name], [int(s) for s in arrays["seeds"]], CPU, class_index)
+    images, labels = sampling.sample_batch(
+        net, ONE_STEP[name], [int(s) for s in arrays["seeds"]], CPU, class_index=class_index
+    )
     assert labels is not None
     np.testing.assert_array_equal(labels.numpy(), arrays["class_labels"].argmax(1))
     assert_same_images(images, arrays)
@@ -165,7 +168,7 @@ def test_number_of_function_evaluations_counts_two_per_step_but_the_last() -> No
 
 def test_uint8_conversion_truncates_and_clips() -> None:
     images = torch.tensor([-2.0, -1.0, 0.0, 0.999, 1.0, 2.0])
-    assert sampling.to_uint8(images).tolist() == [0, 0, 128, 255, 255, 255]
+    assert PixelCodec().decode(images).tolist() == [0, 0, 128, 255, 255, 255]
 
 
 @pytest.mark.parametrize(

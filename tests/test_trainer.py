@@ -3,150 +3,16 @@ import json
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from sidactl import losses, nets, pickles, teachers, trainer
-from sidactl.diffusion import Preconditioned
+from sidactl import losses, nets, trainer
+from sidactl.codec import decode_affine
+from sidactl.errors import SidaError
 from sidactl.recipe import Adversarial, NetSpec, Recipe, TeacherRecipe
 from tests.golden import golden
 from tests.playback import Playback
-
-TRAJECTORIES = [
-    "edm_sid_fresh_start",
-    "edm_sid_from_states",
-    "edm_sida_above_200k",
-    "edm_sida_gate_100k",
-    "edm_sida_gate_200k",
-    "edm_sida_dropout_accum_beta09",
-]
-PRINTED = {
-    "fake_score_loss": "fake_score_Loss",
-    "discriminator_loss": "D_Loss",
-    "generator_sid_loss": "G_Loss",
-    "generator_adversarial_loss": "G_gan_Loss",
-}
-
-
-class GoldenBatches:
-    """The recorded batches and draws of a trajectory. Implements `MicroBatches`."""
-
-    def __init__(self, arrays: Any, num_rounds: int) -> None:
-        self._arrays, self._num_rounds = arrays, num_rounds
-        self.masks: list[Tensor] = []
-        self.playbacks: list[Playback] = []
-
-    def get(self, batch: int, round: int) -> trainer.MicroBatch:
-        phase = "psi" if batch % 2 == 0 else "g"
-        prefix = f"it{batch // 2}_{phase}" + (f"_round{round}" if self._num_rounds > 1 else "")
-        names = sorted(n for n in self._arrays.files if n.startswith(f"{prefix}_draw"))
-        self.masks += [torch.from_numpy(self._arrays[n]) for n in names if n.endswith("dropoutmask")]
-        draws = Playback([self._arrays[n] for n in names if not n.endswith("dropoutmask")])
-        self.playbacks.append(draws)
-        images = torch.from_numpy(self._arrays[f"{prefix}_batch_images"]).float() / 127.5 - 1
-        labels = torch.from_numpy(self._arrays[f"{prefix}_labels"])
-        return trainer.MicroBatch(images, labels, draws, draws, draws, dropout_seed=0)
-
-
-def start_state(path: str) -> dict[str, Tensor]:
-    """Weights of a start state such as "losses/edm.npz psi_param/*" or "networks/sida_gen_edm.pkl"."""
-    if path.endswith(".pkl"):
-        return pickles.state_dict(pickles.read(golden(path))["ema"])
-    file, prefix = path.split()
-    arrays, prefix = np.load(golden(file)), prefix.removesuffix("*")
-    return {k.removeprefix(prefix): torch.from_numpy(arrays[k]) for k in arrays.files if k.startswith(prefix)}
-
-
-def golden_distillation(tag: str) -> tuple[trainer.Distillation, Any, dict[str, Any], GoldenBatches]:
-    settings = json.loads(golden(f"trajectory/{tag}.json").read_text())
-    arrays = np.load(golden(f"trajectory/{tag}.npz"))
-    batch_size, batch_gpu = 4, settings.get("batch_gpu", 4)
-    recipe = Recipe(
-        teacher=settings["teacher"],
-        mode="sida" if settings["use_gan"] else "sid",
-        dataset="recorded",
-        alpha=settings["alpha"],
-        batch_size=batch_size,
-        num_accumulation_rounds=batch_size // batch_gpu,
-        duration_nimg=10**9,
-        fake_score_lr=settings["lr"],
-        generator_lr=settings["glr"],
-        generator_beta1=settings.get("g_beta1", 0.0),
-        ema_halflife_nimg=round(settings.get("ema_halflife_kimg", 500) * 1000),
-        ema_rampup_ratio=settings.get("ema_rampup_ratio", 0.05),
-        generator_from_nimg=100_000 if settings["use_gan"] else None,
-        adversarial=Adversarial() if settings["use_gan"] else None,
-        augment_p=settings["aug_p"],
-        dropout=settings.get("dropout", 0.0),
-    )
-    teacher = teachers.read_network(golden(f"networks/{settings['teacher']}.pkl"))
-    batches = GoldenBatches(arrays, recipe.num_accumulation_rounds)
-    run = trainer.Distillation(recipe, teacher, None, batches)
-    files = settings["init_files"]
-    if files:
-        for net, name in ((run.fake_score, "psi"), (run.generator, "G"), (run.ema, "G_ema")):
-            teachers.load_weights(net, net.state_dict() | start_state(files[name]))
-    run.nimg = settings["cur_kimg"] * 1000
-    return run, arrays, settings, batches
-
-
-def is_key_bias(name: str, tensor: Tensor) -> Tensor:
-    """True where an element's true gradient is zero: reference moves those by rounding noise (golden/README.md, 4)."""
-    mask = torch.zeros(tensor.shape, dtype=torch.bool)
-    if name.endswith("qkv.bias"):
-        mask[1::3] = True
-    return mask
-
-
-@pytest.mark.parametrize("tag", TRAJECTORIES)
-def test_training_steps_follow_the_golden_trajectory(tag: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, arrays, settings, batches = golden_distillation(tag)
-
-    def recorded_dropout(x: Tensor, p: float, training: bool) -> Tensor:
-        return x * batches.masks.pop(0) / (1 - p) if training else x
-
-    monkeypatch.setattr(F, "dropout", recorded_dropout)
-    start = {name: {k: v.clone() for k, v in net.state_dict().items()} for name, net in nets_of(run).items()}
-    for i in range(settings["iters"]):
-        stats = run.step()
-        # A gradient is recorded where a step happened; a loss is printed even where nothing came of it.
-        assert ("generator_sid_loss" in stats) == (f"it{i}_g_gradmax" in arrays)
-        for name, loss in stats.items():
-            recorded = arrays[f"it{i}_stat_{PRINTED[name]}"]
-            assert float(loss[-1]) == pytest.approx(float(recorded), rel=1e-3)
-    assert all(draws.exhausted() for draws in batches.playbacks)
-    assert not batches.masks
-    for name, net in nets_of(run).items():
-        assert_same_update(name, net, start[name], arrays, settings)
-
-
-def nets_of(run: trainer.Distillation) -> dict[str, Preconditioned]:
-    return {"psi": run.fake_score, "G": run.generator, "G_ema": run.ema}
-
-
-def assert_same_update(
-    name: str, net: Preconditioned, start: dict[str, Tensor], arrays: Any, settings: dict[str, Any]
-) -> None:
-    final = {k: torch.from_numpy(arrays[f"final_{name}/{k}"]) for k in start if f"final_{name}/{k}" in arrays}
-    lr = settings["lr"] if name == "psi" else settings["glr"]
-    if final:
-        kept = {k: ~is_key_bias(k, v) for k, v in final.items()}
-        ours, theirs = (
-            torch.cat([(tensors[k] - start[k])[kept[k]].flatten() for k in final])
-            for tensors in (net.state_dict(), final)
-        )
-        # Adam with beta1 = 0 steps by lr * sign(g): where g is rounding noise an element may jump by 2 lr.
-        jumped = (ours - theirs).abs() > lr / 2
-        assert float(jumped.float().mean()) <= 1e-3
-        assert float((ours - theirs)[~jumped].norm()) <= 1e-3 * float(theirs.norm())
-    names = settings["tolerance"][name]["names"]
-    norms = torch.stack([net.state_dict()[k].double().norm() for k in names])
-    expected = torch.from_numpy(arrays[f"final_{name}_paramnorm"]).double()
-    without_key_biases = torch.tensor([not k.endswith("qkv.bias") for k in names])
-    torch.testing.assert_close(norms[without_key_biases], expected[without_key_biases], rtol=1e-4, atol=1e-5)
 
 
 def test_ema_follows_the_golden_table_of_decays() -> None:
@@ -175,6 +41,20 @@ TINY = NetSpec(
     num_blocks=1,
     attn_resolutions=(4,),
 )
+TINY_EDM2 = NetSpec(
+    architecture="EDM2",
+    img_resolution=8,
+    img_channels=4,
+    label_dim=10,
+    model_channels=8,
+    channel_mult=(1, 2),
+    channel_mult_emb=None,
+    channel_mult_noise=None,
+    num_blocks=1,
+    attn_resolutions=(4,),
+    channels_per_head=8,
+    logvar_channels=16,
+)
 RECIPE = Recipe(
     teacher="tiny",
     mode="sida",
@@ -194,6 +74,7 @@ class MadeUp:
     """Forty images of noise with classes, as a dataset."""
 
     num_images = 40
+    is_latents = False
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(3)
@@ -207,20 +88,35 @@ class MadeUp:
 
 
 class InOrder:
+    def __init__(self, num_images: int = MadeUp.num_images) -> None:
+        self._num_images = num_images
+
     def indices(self, start: int, count: int) -> Tensor:
-        return torch.arange(start, start + count) % MadeUp.num_images
+        return torch.arange(start, start + count) % self._num_images
 
 
-def distillation(**changed: Any) -> trainer.Distillation:
+class MadeUpLatents(MadeUp):
+    """The same classes with means and standard deviations of a VAE's posterior."""
+
+    is_latents = True
+
+    def __init__(self) -> None:
+        self._images = torch.rand(40, 8, 8, 8, generator=torch.Generator().manual_seed(4))
+
+
+def distillation(
+    spec: NetSpec = TINY, source: trainer.ImageSource | None = None, **changed: Any
+) -> trainer.Distillation:
     recipe = dataclasses.replace(RECIPE, **changed)
     torch.manual_seed(0)
-    teacher = nets.build(TINY)
+    teacher = nets.build(spec)
     with torch.no_grad():
         for parameter in teacher.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
+    dataset = source or (MadeUpLatents() if spec.img_channels == 4 else MadeUp())
     batches = trainer.DatasetBatches(
-        MadeUp(),
-        InOrder(),
+        dataset,
+        InOrder(dataset.num_images),
         batch_size=recipe.batch_size,
         num_rounds=recipe.num_accumulation_rounds,
         seed=recipe.seed,
@@ -315,7 +211,7 @@ def test_micro_batches_depend_on_their_position_alone() -> None:
         )
 
     first, again, other = source().get(3, 1), source().get(3, 1), source().get(3, 0)
-    assert torch.equal(first.images, again.images)
+    assert torch.equal(source().images(3, 1), source().images(3, 1))
     assert torch.equal(first.latent.normal((4, 2)), again.latent.normal((4, 2)))
     assert not torch.equal(other.latent.normal((4, 2)), source().get(3, 1).latent.normal((4, 2)))
     streams = [first.latent, first.diffusion, first.augment]
@@ -331,12 +227,15 @@ def test_two_rounds_without_adversarial_loss_add_up_to_one_large_batch() -> None
 
         def get(self, batch: int, round: int) -> trainer.MicroBatch:
             generator = torch.Generator().manual_seed(batch)
-            whole = {n: torch.randn(8, 1, 8, 8, generator=generator) for n in ("image", "z", "noise")}
+            whole = {n: torch.randn(8, 1, 8, 8, generator=generator) for n in ("z", "noise")}
             level = torch.rand(8, 1, 1, 1, generator=generator)
             part = slice(round * 8 // self._rounds, (round + 1) * 8 // self._rounds)
             latent = Playback([whole["z"][part].numpy()])
             diffusion = Playback([level[part].numpy(), whole["noise"][part].numpy()])
-            return trainer.MicroBatch(whole["image"][part], torch.eye(10)[:8][part], latent, diffusion, latent, 0)
+            return trainer.MicroBatch(torch.eye(10)[:8][part], latent, diffusion, latent, 0)
+
+        def images(self, batch: int, round: int) -> Tensor:
+            raise AssertionError("mode sid needs no images")
 
     gradients = []
     for num_rounds in (1, 2):
@@ -345,6 +244,132 @@ def test_two_rounds_without_adversarial_loss_add_up_to_one_large_batch() -> None
         run._fake_score_gradients()
         gradients.append(torch.cat([p.grad.flatten() for p in run.fake_score.parameters() if p.grad is not None]))
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5 * float(gradients[0].abs().max()))
+
+
+def test_latents_are_drawn_anew_from_a_stream_of_their_own() -> None:
+    def source(dataset: trainer.ImageSource) -> trainer.DatasetBatches:
+        return trainer.DatasetBatches(
+            dataset, InOrder(), batch_size=40, num_rounds=1, seed=1, device=torch.device("cpu")
+        )
+
+    latents = source(MadeUpLatents())
+    first, later = latents.images(0, 0), latents.images(1, 0)
+    assert first.shape == (40, 4, 8, 8)
+    assert torch.equal(first, source(MadeUpLatents()).images(0, 0))
+    mean, std = MadeUpLatents().images(range(40)).chunk(2, dim=1)
+    draws = [(decode_affine(x) - mean) / std.clamp(min=1e-3) for x in (first, later)]
+    for draw in draws:
+        assert float(draw[std > 1e-2].mean()) == pytest.approx(0, abs=0.05)
+        assert float(draw[std > 1e-2].std()) == pytest.approx(1, abs=0.05)
+    assert not torch.equal(*draws)
+    pixels = source(MadeUp()).get(0, 0)
+    assert torch.equal(latents.get(0, 0).latent.normal((8,)), pixels.latent.normal((8,)))
+
+
+def test_classes_alone_are_enough_for_mode_sid_and_not_for_the_others() -> None:
+    classes = trainer.ClassesAlone(10)
+    run = distillation(TINY_EDM2, classes, mode="sid", adversarial=None, generator_from_nimg=None)
+    stats = run.step()
+    assert sorted(stats) == ["fake_score_loss", "generator_sid_loss"]
+    assert all(bool(loss.isfinite().all()) for loss in stats.values())
+    with pytest.raises(SidaError) as error:
+        distillation(TINY_EDM2, classes).step()
+    assert str(error.value) == "modes sida and sid2a need real images, got classes alone. Pass --dataset REF."
+
+
+@pytest.mark.parametrize(("label_dim", "num_images"), [(3, 3), (0, 1)])
+def test_classes_alone_hold_every_class_once(label_dim: int, num_images: int) -> None:
+    classes = trainer.ClassesAlone(label_dim)
+    assert classes.num_images == num_images
+    one_hot = classes.one_hot([0] * 2)
+    assert one_hot.shape == (2, label_dim)
+    assert torch.equal(classes.one_hot(range(num_images)), torch.eye(label_dim).reshape(num_images, label_dim))
+
+
+def test_mode_sid_never_fetches_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MadeUp, "images", None)
+    distillation(mode="sid", adversarial=None, generator_from_nimg=None).step()
+
+
+NORMALISED = [
+    ("off", "sid", []),
+    ("off", "sida", []),
+    ("published", "sid", ["fake_score", "generator"]),
+    ("published", "sida", ["generator"]),
+    ("intended", "sid", ["fake_score", "generator"]),
+    ("intended", "sida", ["fake_score", "generator"]),
+]
+
+
+@pytest.mark.parametrize(("forced", "mode", "expected"), NORMALISED)
+def test_forced_normalization_touches_the_nets_that_the_recipe_says(
+    forced: str, mode: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = distillation(
+        TINY_EDM2,
+        mode=mode,
+        adversarial=None if mode == "sid" else RECIPE.adversarial,
+        generator_from_nimg=None,
+        forced_normalization=forced,
+        num_accumulation_rounds=2,
+        fake_score_lr=1e-30,
+        generator_lr=1e-30,
+    )
+    with torch.no_grad():
+        for net in (run.fake_score, run.generator, run.ema):
+            for parameter in net.parameters():
+                parameter.mul_(0.5)
+    touched: list[torch.nn.Module] = []
+    force_normalize = trainer.force_normalize_
+    monkeypatch.setattr(trainer, "force_normalize_", lambda net: (touched.append(net), force_normalize(net)))
+    run.step()
+    names = {id(net): name for name, net in run.modules().items()}
+    assert [names[id(net)] for net in touched] == [name for name in expected for _ in range(2)]
+    for name in ("fake_score", "generator"):
+        weight = run.modules()[name].get_parameter("unet.out_conv.weight")  # type: ignore[union-attr]
+        rms = float(weight.detach().square().mean().sqrt())
+        assert rms == pytest.approx(1 if name in expected else 0.5, abs=0.05)
+
+
+def test_published_normalization_reaches_the_ema_net_before_the_first_step_and_each_evaluation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    touched: list[torch.nn.Module] = []
+    monkeypatch.setattr(trainer, "force_normalize_", touched.append)
+    run = distillation(TINY_EDM2, forced_normalization="published", evaluate_every_nimg=12, generator_from_nimg=10**6)
+    counts = []
+    for _ in range(4):
+        counts.append((run.nimg, touched.count(run.ema)))
+        run.step()
+    assert counts == [(0, 1), (8, 1), (16, 2), (24, 3)]
+    assert not any(net is run.generator for net in touched)
+
+
+def test_uncertainty_head_belongs_to_the_fake_score_and_only_where_the_recipe_says() -> None:
+    for logvar in (True, False):
+        run = distillation(TINY_EDM2, logvar=logvar, generator_from_nimg=None)
+        has_head = {name: "logvar_linear.weight" in net.state_dict() for name, net in run.modules().items()}
+        assert has_head["fake_score"] == logvar
+        assert not has_head["generator"]
+        assert not has_head["ema"]
+        assert run.generator.spec.logvar_channels == run.ema.spec.logvar_channels == 0
+        assert run.teacher.spec.logvar_channels == 16
+        assert all(bool(loss.isfinite().all()) for loss in run.step().values())
+
+
+def test_real_image_that_is_not_finite_skips_the_update_of_the_fake_score_alone() -> None:
+    latents = MadeUpLatents()
+    latents._images[3, 0, 0, 0] = math.nan
+    run = distillation(TINY_EDM2, latents, generator_from_nimg=None)
+    before = weights(run.fake_score)
+    run.step()
+    assert run.skipped.total == {"fake_score": 1, "generator": 0}
+    assert torch.equal(weights(run.fake_score), before)
+    run.step()
+    run.step()
+    run.step()
+    assert run.skipped.in_a_row == {"fake_score": 0, "generator": 0}
+    assert run.skipped.total == {"fake_score": 1, "generator": 0}
 
 
 def parameter_with_gradient(gradient: list[float]) -> tuple[torch.nn.Linear, torch.optim.Adam]:

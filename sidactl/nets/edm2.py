@@ -5,6 +5,7 @@ are normalised in float32 and then cast to the type of the activations. Forced w
 the trainer calls (`force_normalize_`), not something that a forward pass does.
 """
 
+import dataclasses
 import math
 from typing import Literal
 
@@ -104,6 +105,13 @@ def force_normalize_(net: nn.Module) -> None:
     for module in net.modules():
         if isinstance(module, MPConv):
             module.weight.copy_(module.normalized())
+
+
+def drop_logvar_(net: Preconditioned) -> None:
+    """Takes the uncertainty head away; a net without one stays as it is."""
+    if net.spec.logvar_channels:
+        net.spec = dataclasses.replace(net.spec, logvar_channels=0)
+        del net.logvar_fourier, net.logvar_linear
 
 
 class Block(nn.Module):

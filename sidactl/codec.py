@@ -1,0 +1,140 @@
+"""Between what a dataset stores and what a network sees: pixels, or the latents of the Stable Diffusion VAE."""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sidactl.diffusion import Draws
+from sidactl.errors import EXIT_FAILED, SidaError
+
+LATENT_CHANNELS = 4
+VAE_NAME = "stabilityai/sd-vae-ft-mse"
+_LATENT_MEAN, _LATENT_STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)
+"""per channel, of ImageNet's raw latents; networks see them with mean 0 and standard deviation 0.5"""
+_VAE_BATCH = 8  # images at a time: those of 512x512 pixels take a gigabyte or so in the decoder
+
+
+class Codec(Protocol):
+    """How items of a dataset become what a network is trained on, and how its images become pixels."""
+
+    def encode(self, items: Tensor, draws: Draws) -> Tensor:
+        """What a network sees, float32 [B, C, H, W], of dataset items [B, ...]."""
+        ...
+
+    def decode(self, images: Tensor) -> Tensor:
+        """Pixels, uint8 [B, C, H, W], of a network's images."""
+        ...
+
+
+class PixelCodec:
+    """Pixels as float32 in [-1, 1]. Implements `Codec`; draws nothing."""
+
+    def encode(self, items: Tensor, draws: Draws) -> Tensor:
+        """uint8 [B, C, H, W] as x / 127.5 - 1."""
+        return items.to(torch.float32) / 127.5 - 1
+
+    def decode(self, images: Tensor) -> Tensor:
+        """x * 127.5 + 128, clipped to 0..255, truncated. Source: the sample writers of EDM and EDM2."""
+        return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
+
+
+class LatentCodec:
+    """Latents of the Stable Diffusion VAE, normalised per channel. Implements `Codec`.
+
+    Datasets hold mean and standard deviation of the VAE's posterior, which are sampled anew every time.
+    `load_vae` is called at the first need: an object with `encode` and `decode` as diffusers' AutoencoderKL has them.
+    Source: EDM2 (2312.02696), appendix A.
+    """
+
+    def __init__(self, load_vae: Callable[[], Any] | None = None) -> None:
+        self._load_vae = load_vae or stable_diffusion_vae
+        self._vae: Any = None
+
+    def encode(self, items: Tensor, draws: Draws) -> Tensor:
+        """(mean + std * normal) * scale + bias of float32 [B, 8, h, w], 4 channels of mean and 4 of std."""
+        mean, std = items.to(torch.float32).chunk(2, dim=1)
+        return encode_affine(mean + std * draws.normal(mean.shape))
+
+    def decode(self, images: Tensor) -> Tensor:
+        """The VAE's output, clipped to 0..1, times 255, truncated: uint8 [B, 3, 8h, 8w]."""
+        vae = self._on(images)
+        decoded = (vae.decode(part).sample for part in decode_affine(images.to(torch.float32)).split(_VAE_BATCH))
+        return torch.cat([(part.clamp(0, 1) * 255).to(torch.uint8) for part in decoded])
+
+    def mean_and_std(self, pixels: Tensor) -> Tensor:
+        """What a dataset of latents holds: float32 [B, 8, h, w] of uint8 pixels [B, 3, 8h, 8w].
+
+        The VAE takes pixels in 0..1 here, as the published latents were made.
+        """
+        vae = self._on(pixels)
+        posteriors = [vae.encode(part.to(torch.float32) / 255).latent_dist for part in pixels.split(_VAE_BATCH)]
+        return torch.cat([torch.cat([posterior.mean, posterior.std], dim=1) for posterior in posteriors])
+
+    def _on(self, like: Tensor) -> Any:
+        if self._vae is None:
+            self._vae = self._load_vae()
+        return self._vae.to(like.device)
+
+
+def encode_affine(raw: Tensor) -> Tensor:
+    """Normalised latents [B, 4, h, w] of the VAE's own: raw * scale + bias."""
+    scale, bias = _scale_and_bias(raw)
+    return raw * scale + bias
+
+
+def decode_affine(latents: Tensor) -> Tensor:
+    """The VAE's own latents [B, 4, h, w] of normalised ones: (x - bias) / scale."""
+    scale, bias = _scale_and_bias(latents)
+    return (latents - bias) / scale
+
+
+def _scale_and_bias(like: Tensor) -> tuple[Tensor, Tensor]:
+    mean, std = like.new_tensor([_LATENT_MEAN, _LATENT_STD]).reshape(2, 1, LATENT_CHANNELS, 1, 1)
+    scale = 0.5 / std
+    return scale, -mean * scale
+
+
+def codec_for(img_channels: int) -> Codec:
+    """The codec of a network with so many channels: four are latents, others are pixels."""
+    return LatentCodec() if img_channels == LATENT_CHANNELS else PixelCodec()
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def stable_diffusion_vae(*, offline: bool = False, say: Callable[[str], None] = _to_stderr) -> Any:
+    """The VAE as diffusers' AutoencoderKL, frozen, float32; downloaded unless diffusers has it already.
+
+    offline: no download, also if $SIDACTL_OFFLINE is set (and not 0). `say` gets one line before a download.
+    Raises SidaError without diffusers, and where the VAE cannot be had.
+    """
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise SidaError(
+            "decoding latents needs the VAE of diffusers, which is not installed",
+            "Install it with: pip install 'sidactl[vae]'.",
+        ) from error
+    try:
+        vae = AutoencoderKL.from_pretrained(VAE_NAME, local_files_only=True)
+    except OSError:
+        if offline or os.environ.get("SIDACTL_OFFLINE", "0") not in ("", "0"):
+            raise SidaError(
+                f"decoding latents needs the VAE {VAE_NAME}, which offline forbids to download",
+                "Allow it once; diffusers keeps the VAE in its cache.",
+            ) from None
+        say(f"downloading the VAE {VAE_NAME} (335 MB, MIT licence) from huggingface.co")
+        try:
+            vae = AutoencoderKL.from_pretrained(VAE_NAME)
+        except OSError as error:
+            raise SidaError(
+                f"the VAE {VAE_NAME} could not be downloaded ({(str(error).splitlines() or ['no reason given'])[0]})",
+                "Try again when huggingface.co can be reached.",
+                exit_code=EXIT_FAILED,
+            ) from error
+    return vae.eval().requires_grad_(False)
