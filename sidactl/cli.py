@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import signal
 import sys
 import textwrap
 import traceback
@@ -100,6 +101,8 @@ def root(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits with its code: 0 done, 1 failed, 2 wrong usage or input, 130 interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    # Training has handlers of its own; everything else ends on SIGTERM as it does on Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = app(given, standalone_mode=False, prog_name="sidactl") or 0
     except SidaError as error:

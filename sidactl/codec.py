@@ -120,8 +120,10 @@ def stable_diffusion_vae(*, offline: bool = False, say: Callable[[str], None] = 
             "decoding latents needs the VAE of diffusers, which is not installed",
             "Install it with: pip install 'sidactl[vae]'.",
         ) from error
+    # The option only saves memory, needs another package, and warns where that is missing.
+    options = {"low_cpu_mem_usage": False}
     try:
-        vae = AutoencoderKL.from_pretrained(VAE_NAME, local_files_only=True)
+        vae = AutoencoderKL.from_pretrained(VAE_NAME, local_files_only=True, **options)
     except OSError:
         if offline or os.environ.get("SIDACTL_OFFLINE", "0") not in ("", "0"):
             raise SidaError(
@@ -130,7 +132,7 @@ def stable_diffusion_vae(*, offline: bool = False, say: Callable[[str], None] = 
             ) from None
         say(f"downloading the VAE {VAE_NAME} (335 MB, MIT licence) from huggingface.co")
         try:
-            vae = AutoencoderKL.from_pretrained(VAE_NAME)
+            vae = AutoencoderKL.from_pretrained(VAE_NAME, **options)
         except OSError as error:
             raise SidaError(
                 f"the VAE {VAE_NAME} could not be downloaded ({(str(error).splitlines() or ['no reason given'])[0]})",

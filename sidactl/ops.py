@@ -68,6 +68,7 @@ def train_teacher(
     Without a recipe: the net of tiny-digits, shaped to the dataset. Overrides name fields of TeacherRecipe or NetSpec.
     """
     store = Store.open(run)
+    store.check_name("teacher", name)
     data = resolve(store, dataset, ["dataset"])
     recipe = _teacher_recipe(recipe, data, recipe_overrides)
     key = store.key("train-teacher", {"recipe": recipe.to_json()}, {"dataset": data.oid})
@@ -221,6 +222,8 @@ def distill(
     name fields of Recipe or Adversarial. Source: SiDA (2410.14919), Algorithms 1 and 2.
     """
     store = Store.open(run)
+    if name:
+        store.check_name("generator", name)
     if _is_foreign(teacher):
         teacher = resolve(store, teacher, ["teacher"]).oid
     planned = plan(
@@ -518,6 +521,8 @@ def sample(
     if not seeds:
         raise SidaError("sample count must be >= 1, got 0", "Pass --num 1 or more.")
     store = Store.open(run)
+    if name:
+        store.check_name("samples", name)
     subject = resolve(store, ref, NETS)
     chosen = _sampler(subject, sampler, steps)
     params = {

@@ -156,6 +156,12 @@ class Adversarial(Plain):
     clip_gradient_value: float | None = 1.0
     """each element of the fake score's gradient is clipped to +- this; EDM runs only, not in the paper"""
 
+    def __post_init__(self) -> None:
+        for name in ("lambda_adv", "discriminator_scale", "joint_weight"):
+            _must_be(name, 0 <= getattr(self, name) < math.inf, "at least 0 and finite", getattr(self, name))
+        clip_value = self.clip_gradient_value
+        _must_be("clip_gradient_value", clip_value is None or clip_value > 0, "positive or none", clip_value)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Plain):
@@ -213,8 +219,12 @@ class Recipe(Plain):
     """so many updates in a row with a non-finite gradient stop the run"""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "duration_nimg", "num_accumulation_rounds", "evaluate_every_nimg", "evaluate_num"):
+        for name in ("batch_size", "duration_nimg", "num_accumulation_rounds", "evaluate_every_nimg"):
             _must_be(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
+        for name in ("checkpoint_every_nimg", "max_skipped_steps"):
+            _must_be(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
+        _must_be("evaluate_num", self.evaluate_num >= 2, "at least 2", self.evaluate_num)
+        _must_be("ema_halflife_nimg", self.ema_halflife_nimg >= 0, "at least 0", self.ema_halflife_nimg)
         for name in ("fake_score_lr", "generator_lr", "lambda_sid", "sigma_init", "P_std"):
             _must_be(name, 0 < getattr(self, name) < math.inf, "positive and finite", getattr(self, name))
         for name in ("fake_score_beta1", "generator_beta1", "beta2", "dropout"):

@@ -386,6 +386,10 @@ class Store:
         oids = {name.replace("%2F", "/"): self._text(f"refs/{name}") for name in files}
         return {name: oid for name, oid in oids.items() if oid is not None}
 
+    def check_name(self, kind: str, name: str) -> None:
+        """Raises SidaError where `name` cannot be a ref, so that long work need not end in that."""
+        self._ref_path(kind, name)
+
     def names_of(self, oid: str) -> list[str]:
         """The refs, as "kind/name", that name this artifact."""
         return [name for name, ref_oid in self.refs().items() if ref_oid == oid]

@@ -1,6 +1,7 @@
-"""Recorded random draws, handed out in the order in which the reference made them."""
+"""Stand-ins: recorded random draws in the order in which the reference made them, and a VAE that does nothing."""
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -29,3 +30,22 @@ class Playback:
 
     def exhausted(self) -> bool:
         return not self._recorded
+
+
+class IdentityVae:
+    """In place of diffusers' AutoencoderKL: decodes to what it is given, or to the recorded output."""
+
+    def __init__(self, output: np.ndarray | None = None) -> None:
+        self._output = None if output is None else torch.from_numpy(output)
+        self.seen: list[Tensor] = []
+
+    def to(self, device: torch.device) -> "IdentityVae":
+        return self
+
+    def decode(self, latents: Tensor) -> SimpleNamespace:
+        self.seen.append(latents)
+        return SimpleNamespace(sample=latents if self._output is None else self._output)
+
+    def encode(self, pixels: Tensor) -> SimpleNamespace:
+        self.seen.append(pixels)
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=pixels, std=pixels + 1))

@@ -133,6 +133,18 @@ def test_unknown_option_is_one_line() -> None:
             ["sample", "tiny-digits", "--num", "1", "--seeds", "0-3"],
             "--num and --seeds cannot both be given. Pass one of them.",
         ),
+        (
+            ["distill", "--teacher", "tiny-digits", "--checkpoint-every", "0"],
+            "checkpoint_every_nimg must be at least 1, got 0. Pass another --checkpoint-every.",
+        ),
+        (
+            ["distill", "--teacher", "tiny-digits", "--lambda-adv", "nan"],
+            "lambda_adv must be at least 0 and finite, got nan. Pass another --lambda-adv.",
+        ),
+        (
+            ["distill", "--teacher", "tiny-digits", "--name", "beef"],
+            "a ref name must not be 4 or more hex digits, which would read as an oid, got 'beef'. Add another letter.",
+        ),
         (["fd-dinov2", "tiny-digits"], None),
         (["ls", "pictures"], None),
         (["prepare-data", "tiny-digits", "--resolution", "64"], None),
@@ -240,7 +252,7 @@ def test_pipeline_whose_first_command_fails_ends_in_one_line_each(tmp_path: Path
     python, run = sys.executable, tmp_path / "run"
     command = f"{python} -m sidactl distill --teacher nobody | {python} -m sidactl sample | {python} -m sidactl fid"
     done = subprocess.run(
-        command, shell=True, capture_output=True, text=True, env=os.environ | {"SIDACTL_RUN": str(run)}, timeout=60
+        command, shell=True, capture_output=True, text=True, env=os.environ | {"SIDACTL_RUN": str(run)}, timeout=300
     )
     assert done.returncode == 2
     assert done.stdout == ""

@@ -711,7 +711,7 @@ def sweep(files: Iterator[bytes]) -> None:
         path = Path(folder) / "file.pkl"
         for number, data in enumerate(files):
             path.write_bytes(data)
-            started = time.perf_counter()
+            started = time.process_time()
             refused = ""
             try:
                 for value in pickles.read(path).values():
@@ -721,7 +721,7 @@ def sweep(files: Iterator[bytes]) -> None:
             except SidaError as error:
                 refused = str(error)
             assert not refused or refused.isprintable(), f"file {number}: {refused!r}"
-            assert time.perf_counter() - started < 5, f"file {number} took too long"
+            assert time.process_time() - started < 5, f"file {number} took too long"
             assert not lit, f"file {number} was executed"
             assert os.listdir(folder) == ["file.pkl"]
 

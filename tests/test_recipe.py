@@ -92,7 +92,7 @@ BAD: list[tuple[str, Any, str, str]] = [
     ("duration_nimg", -1, "at least 1", "--duration"),
     ("num_accumulation_rounds", 0, "at least 1", "--num-accumulation-rounds"),
     ("evaluate_every_nimg", 0, "at least 1", "--evaluate-every"),
-    ("evaluate_num", 0, "at least 1", "--evaluate-num"),
+    ("evaluate_num", 1, "at least 2", "--evaluate-num"),
     ("fake_score_lr", 0.0, "positive and finite", "--fake-score-lr"),
     ("generator_lr", math.inf, "positive and finite", "--generator-lr"),
     ("lambda_sid", math.nan, "positive and finite", "--lambda-sid"),

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from typing import Any
 
@@ -7,20 +8,34 @@ import torch
 from torch import Tensor
 
 from sidactl import nets, sampling, teachers
-from sidactl.codec import PixelCodec
+from sidactl.codec import LatentCodec, PixelCodec, decode_affine
 from sidactl.diffusion import Preconditioned, karras_sigmas
 from sidactl.errors import SidaError
 from sidactl.recipe import HeunSpec, NetSpec, OneStepSpec
-from tests.golden import golden
+from tests.golden import golden, golden_metrics
+from tests.playback import IdentityVae
 
 CPU = torch.device("cpu")
 HEUN = ["edm_heun18_ddpmpp_uncond", "edm_heun18_ddpmpp_cond", "edm_churn_adm_cond"]
-ONE_STEP = {
-    "onestep_sida_gen_edm": OneStepSpec(),
-    "onestep_sida_gen_edm_class1_sigma1.75": OneStepSpec(sigma_init=1.75),
-    "onestep_sid_v1_gen_edm": OneStepSpec(),
-    "onestep_sid_v1_gen_edm_class1_sigma1.75": OneStepSpec(sigma_init=1.75),
-}
+HEUN_EDM2 = [
+    "edm2_heun32_cond",
+    "edm2_heun32_cond_fp16params",
+    "edm2_heun32_uncond_rgb",
+    "edm2_guided_heun18",
+    "edm2_guided_churn_class2",
+]
+ONE_STEP = [
+    "onestep_sida_gen_edm",
+    "onestep_sida_gen_edm_class1_sigma1.75",
+    "onestep_sid_v1_gen_edm",
+    "onestep_sid_v1_gen_edm_class1_sigma1.75",
+]
+ONE_STEP_EDM2 = [
+    "onestep_sid_gen_edm2_nogan",
+    "onestep_sid_gen_edm2_nogan_class1_sigma1.75",
+    "onestep_sida_gen_edm2_gan_forcenorm",
+    "onestep_sida_gen_edm2_gan_forcenorm_class1_sigma1.75",
+]
 TINY = NetSpec(
     architecture="SongUNet",
     img_resolution=8,
@@ -33,20 +48,38 @@ TINY = NetSpec(
 )
 
 
-def assert_same_images(images: Tensor, arrays: Any) -> None:
-    expected = torch.from_numpy(arrays["images"])
-    torch.testing.assert_close(images.to(expected.dtype), expected, rtol=0, atol=1e-4)
-    levels = PixelCodec().decode(images).permute(0, 2, 3, 1).numpy().astype(int) - arrays["images_uint8"].astype(int)
+def assert_close(images: Tensor, expected: np.ndarray, atol: float = 1e-4) -> None:
+    torch.testing.assert_close(images.to(torch.float64), torch.from_numpy(expected).double(), rtol=0, atol=atol)
+
+
+def assert_same_pixels(pixels: Tensor, expected: np.ndarray) -> None:
+    assert pixels.dtype == torch.uint8
+    levels = pixels.numpy().astype(int) - expected.astype(int)
     assert np.abs(levels).max() <= 1
     assert (levels != 0).mean() <= 1e-3
 
 
 def assert_same_start(net: Preconditioned, arrays: Any, class_index: int | None) -> None:
-    """Noise and labels of these seeds are the recorded ones, bit for bit."""
-    noise = sampling.SeededNoise([int(seed) for seed in arrays["seeds"]], CPU)
-    np.testing.assert_array_equal(noise.normal(arrays["latents"].shape[1:]).numpy(), arrays["latents"])
-    if net.spec.label_dim and class_index is None:
-        np.testing.assert_array_equal(noise.integers(net.spec.label_dim).numpy(), arrays["class_labels"].argmax(1))
+    """Noise and labels of these seeds, and the noise of later steps, are the recorded ones, bit for bit."""
+    noise = sampling.SeededNoise(seeds_of(arrays), CPU)
+    latents = arrays["noise" if "noise" in arrays else "latents"]
+    np.testing.assert_array_equal(noise.normal(latents.shape[1:]).numpy(), latents)
+    drawn = noise.integers(net.spec.label_dim).numpy() if net.spec.label_dim else None
+    if drawn is not None and class_index is None:
+        np.testing.assert_array_equal(drawn, arrays["class_labels"].argmax(1))
+    for recorded in arrays.get("step_noise", []):
+        again = noise.normal(latents.shape[1:], torch.from_numpy(recorded).dtype)
+        np.testing.assert_array_equal(again.numpy(), recorded)
+
+
+def assert_same_labels(labels: Tensor | None, arrays: Any) -> None:
+    assert (labels is not None) == ("class_labels" in arrays)
+    if labels is not None:
+        np.testing.assert_array_equal(labels.numpy(), arrays["class_labels"].argmax(1))
+
+
+def seeds_of(arrays: Any) -> list[int]:
+    return [int(seed) for seed in arrays["seeds"]]
 
 
 @pytest.mark.parametrize("name", HEUN)
@@ -58,27 +91,98 @@ def test_heun_sampler_matches_golden(name: str) -> None:
     sampler = HeunSpec.from_json({k: float(v) if k.startswith("S_") else v for k, v in options.items()})
     class_index = settings.get("class_idx")
     assert_same_start(net, arrays, class_index)
-    seeds = [int(seed) for seed in arrays["seeds"]]
-    images, _ = sampling.sample_batch(net, sampler, seeds, CPU, class_index=class_index)
+    images, labels = sampling.sample_batch(net, sampler, seeds_of(arrays), CPU, class_index=class_index)
     assert images.dtype == torch.float64
-    assert_same_images(images, arrays)
+    assert_same_labels(labels, arrays)
+    assert_close(images, arrays["images"])
+    assert_same_pixels(PixelCodec().decode(images).permute(0, 2, 3, 1), arrays["images_uint8"])
     sigmas = karras_sigmas(sampler.num_steps, sampler.sigma_min, sampler.sigma_max, sampler.rho)
     np.testing.assert_allclose(sigmas.numpy(), arrays["t_steps"], rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ONE_STEP)
-def test_one_step_generation_matches_golden(name: str) -> None:
+@pytest.mark.parametrize("name", HEUN_EDM2)
+def test_edm2_heun_sampler_matches_golden(name: str) -> None:
+    settings = json.loads(golden(f"samplers/{name}.json").read_text())
+    arrays = np.load(golden(f"samplers/{name}.npz"))
+    net = teachers.read_network(golden(settings["net"]))
+    if settings["params"] == "as stored (fp16)":
+        net.half()
+    guide = teachers.read_network(golden(settings["gnet"])) if settings["gnet"] else None
+    options = settings["sampler_kwargs"]
+    guidance = options.pop("guidance", 1.0)
+    sampler, class_index = HeunSpec.from_json({"convention": "edm2"} | options), settings["class_idx"]
+    assert_same_start(net, arrays, class_index)
+    images, labels = sampling.sample_batch(
+        net, sampler, seeds_of(arrays), CPU, class_index=class_index, guide=guide, guidance=guidance
+    )
+    assert images.dtype == torch.float32
+    assert_same_labels(labels, arrays)
+    assert_close(images, arrays["latents"])
+    if net.spec.img_channels == 3:
+        assert_same_pixels(PixelCodec().decode(images), arrays["images_uint8"])
+    else:
+        assert_close(decode_affine(images), arrays["raw_vae_latents"], atol=1e-3)
+
+
+def one_step(name: str) -> tuple[Preconditioned, OneStepSpec, int | None, Any]:
+    """Generator, sampler settings, fixed class and arrays of a golden file, its draws checked."""
     arrays = np.load(golden(f"samplers/{name}.npz"))
     network = name.removeprefix("onestep_").removesuffix("_class1_sigma1.75")
     net = teachers.read_network(golden(f"networks/{network}.pkl"))
     class_index = 1 if "class1" in name else None
     assert_same_start(net, arrays, class_index)
-    images, labels = sampling.sample_batch(
-        net, ONE_STEP[name], [int(s) for s in arrays["seeds"]], CPU, class_index=class_index
+    return net, OneStepSpec(sigma_init=float(arrays["sigma_G"])), class_index, arrays
+
+
+@pytest.mark.parametrize("name", ONE_STEP)
+def test_one_step_generation_matches_golden(name: str) -> None:
+    net, sampler, class_index, arrays = one_step(name)
+    images, labels = sampling.sample_batch(net, sampler, seeds_of(arrays), CPU, class_index=class_index)
+    assert_same_labels(labels, arrays)
+    assert_close(images, arrays["images"])
+    assert_same_pixels(PixelCodec().decode(images).permute(0, 2, 3, 1), arrays["images_uint8"])
+
+
+@pytest.mark.parametrize("name", ONE_STEP_EDM2)
+def test_edm2_one_step_generation_matches_golden(name: str) -> None:
+    net, sampler, class_index, arrays = one_step(name)
+    images, labels = sampling.sample_batch(net, sampler, seeds_of(arrays), CPU, class_index=class_index)
+    assert_same_labels(labels, arrays)
+    for output in ("generator_output", "generator_output_second_call"):
+        assert_close(images, arrays[output], atol=2e-5)
+    assert_close(decode_affine(images), arrays["vae_input"], atol=2e-4)
+    (batch,) = sampling.generate(
+        net, seeds_of(arrays), sampler, device=CPU, class_index=class_index, codec=LatentCodec(IdentityVae)
     )
-    assert labels is not None
-    np.testing.assert_array_equal(labels.numpy(), arrays["class_labels"].argmax(1))
-    assert_same_images(images, arrays)
+    assert_same_labels(batch.labels, arrays)
+    assert_same_pixels(batch.images, arrays["uint8_identity_vae"])
+
+
+class Recorded:
+    """Noise of later steps as recorded, in place of `SeededNoise`."""
+
+    def __init__(self, draws: np.ndarray) -> None:
+        self._draws = list(torch.from_numpy(draws))
+
+    def normal(self, shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self._draws.pop(0)
+
+
+@pytest.mark.parametrize("name", ONE_STEP_EDM2)
+def test_three_step_generation_matches_golden(name: str) -> None:
+    net, sampler, _, arrays = one_step(name)
+    latents, labels = (torch.from_numpy(arrays[k]) for k in ("latents", "class_labels"))
+    noise: Any = Recorded(arrays["multistep3_draws"])
+    images = sampling.few_steps(net, latents, labels, dataclasses.replace(sampler, num_steps=3), noise)
+    assert_close(images, arrays["multistep3"], atol=2e-5)
+
+
+def test_draws_of_a_seed_match_golden_generation_inputs() -> None:
+    arrays = np.load(golden_metrics("generation_inputs/arrays.npz"))
+    noise = sampling.SeededNoise([int(seed) for seed in arrays["edm_seeds"]], CPU)
+    np.testing.assert_array_equal(noise.normal((3, 4, 4)).numpy(), arrays["edm_noise"])
+    np.testing.assert_array_equal(noise.integers(10).numpy(), arrays["edm_labels_after_noise_10"])
+    np.testing.assert_array_equal(noise.normal((2, 2)).numpy(), arrays["edm_randn_like_after"])
 
 
 @pytest.fixture(scope="module")
@@ -97,13 +201,22 @@ def drawn(net: Preconditioned, seeds: range | list[int], batch_size: int, **opti
 
 
 def test_image_depends_on_its_seed_alone(net: Preconditioned) -> None:
-    together = drawn(net, range(12), 12)
-    # Another batch size may choose another convolution kernel, so that a value on an edge falls to the next level.
-    difference = (together.int() - drawn(net, range(12), 5).int()).abs()
-    assert int(difference.max()) <= 1
-    assert float((difference > 0).float().mean()) < 1e-2
+    together, labels = sampling.sample_batch(net, OneStepSpec(), range(12), CPU)
+    assert labels is not None
+    for size in (1, 5):
+        parts = [sampling.sample_batch(net, OneStepSpec(), range(12)[i : i + size], CPU) for i in range(0, 12, size)]
+        assert torch.equal(torch.cat([part[1] for part in parts if part[1] is not None]), labels)
+        # Another batch size may make torch choose another convolution kernel: that is the last bits of a float.
+        torch.testing.assert_close(torch.cat([part[0] for part in parts]), together, rtol=0, atol=1e-5)
     assert torch.equal(drawn(net, [7], 1), drawn(net, [7], 1))
-    assert (together[7].int() - drawn(net, [7], 1)[0].int()).abs().max() <= 1
+
+
+def test_noise_of_a_seed_is_the_same_bits_in_any_batch() -> None:
+    together = sampling.SeededNoise(range(6), CPU)
+    alone = [sampling.SeededNoise([seed], CPU) for seed in range(6)]
+    for _ in range(2):
+        assert torch.equal(together.normal((3, 4)), torch.cat([noise.normal((3, 4)) for noise in alone]))
+        assert torch.equal(together.integers(9), torch.cat([noise.integers(9) for noise in alone]))
 
 
 def test_batches_are_sized_and_cover_all_seeds(net: Preconditioned) -> None:
@@ -166,9 +279,41 @@ def test_number_of_function_evaluations_counts_two_per_step_but_the_last() -> No
     assert OneStepSpec().nfe == 1
 
 
-def test_uint8_conversion_truncates_and_clips() -> None:
-    images = torch.tensor([-2.0, -1.0, 0.0, 0.999, 1.0, 2.0])
-    assert PixelCodec().decode(images).tolist() == [0, 0, 128, 255, 255, 255]
+def test_guidance_extrapolates_away_from_the_guide_and_is_off_at_one() -> None:
+    class Constant(Gaussian):
+        def __init__(self, value: float) -> None:
+            self._value = value
+
+        def __call__(self, x: Tensor, sigma: Any, labels: Tensor | None = None) -> Tensor:
+            return torch.full_like(x, self._value)
+
+    def level(guidance: float) -> set[float]:
+        net: Any = Constant(0.25)
+        guide: Any = Constant(0.125)
+        images, _ = sampling.sample_batch(net, HeunSpec(num_steps=2), [0], CPU, guide=guide, guidance=guidance)
+        (batch,) = sampling.generate(net, [0], HeunSpec(num_steps=2), device=CPU, guide=guide, guidance=guidance)
+        assert torch.equal(batch.images, PixelCodec().decode(images))
+        return set(images.flatten().tolist())
+
+    assert level(1.0) == {0.25}
+    assert level(3.0) == {0.5}
+
+
+class OtherClasses(Gaussian):
+    spec = dataclasses.replace(TINY, label_dim=4)
+
+
+class Unconditional(Gaussian):
+    spec = dataclasses.replace(TINY, label_dim=0)
+
+
+def test_class_of_an_unconditional_net_is_one_line() -> None:
+    unconditional: Any = Unconditional()
+    with pytest.raises(SidaError) as error:
+        sampling.generate(unconditional, [0], HeunSpec(), device=CPU, class_index=0)
+    assert str(error.value) == (
+        "the class must be left out: the net has no classes, got 0. Pass another --class, or none."
+    )
 
 
 @pytest.mark.parametrize(
@@ -178,6 +323,15 @@ def test_uint8_conversion_truncates_and_clips() -> None:
         (
             {"sampler": OneStepSpec(num_steps=0)},
             "the number of steps must be >= 1, got 0. Pass --steps 1 or more.",
+        ),
+        (
+            {"guide": Gaussian(), "guidance": 2.0},
+            "guidance needs the heun sampler, got a one-step generator. Leave out --guide, or sample a teacher.",
+        ),
+        (
+            {"sampler": HeunSpec(), "guide": OtherClasses()},
+            "the guide must fit the net (channels, resolution, classes = 1, 8, 10), got 1, 8, 4. "
+            "Pass another --guide; one without classes fits as well.",
         ),
     ],
 )

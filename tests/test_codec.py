@@ -1,0 +1,160 @@
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sidactl import codec
+from sidactl.codec import LatentCodec, PixelCodec, codec_for, decode_affine, encode_affine, stable_diffusion_vae
+from sidactl.errors import SidaError
+from tests.golden import golden, golden_metrics
+from tests.playback import IdentityVae, Playback
+
+NO_DRAWS = Playback([])
+
+
+def numbers() -> Any:
+    arrays = np.load(golden_metrics("latents/latents.npz"))
+    return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+
+
+def close(ours: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+
+
+def test_posterior_sample_matches_golden_losses_vae_latent_affine() -> None:
+    arrays = np.load(golden("losses/vae_latent_affine.npz"))
+    encoded = LatentCodec().encode(torch.from_numpy(arrays["raw_mean_std"]), Playback([arrays["draw_randn"]]))
+    close(encoded, torch.from_numpy(arrays["encoded"]))
+    scale, bias = (torch.from_numpy(arrays[name]).reshape(1, 4, 1, 1) for name in ("scale", "bias"))
+    close(encode_affine(torch.ones(1, 4, 1, 1)), scale + bias)
+    close(encode_affine(torch.zeros(1, 4, 1, 1)), bias)
+
+
+def test_latents_match_golden_metrics_latents() -> None:
+    n = numbers()
+    raw = n["raw_latents"]
+    close(LatentCodec().encode(raw, Playback([n["noise_manual_seed123"].numpy()])), n["final_with_noise"])
+    without_std = torch.cat([raw[:, :4], torch.zeros_like(raw[:, 4:])], dim=1)
+    close(LatentCodec().encode(without_std, Playback([n["noise_manual_seed123"].numpy()])), n["final_std_zero"])
+    close(decode_affine(n["final_with_noise"]), n["vae_decoder_input"])
+    vae = IdentityVae(n["stub_vae_output"].numpy())
+    assert torch.equal(LatentCodec(lambda: vae).decode(n["final_with_noise"]), n["decoded_uint8"])
+    close(vae.seen[0], n["vae_decoder_input"])
+    vae = IdentityVae()
+    LatentCodec(lambda: vae).mean_and_std(n["pixels_uint8"])
+    assert torch.equal(vae.seen[0], n["vae_encoder_input"])
+
+
+def test_pixels_match_golden_metrics_latents() -> None:
+    n = numbers()
+    assert torch.equal(PixelCodec().encode(torch.arange(256, dtype=torch.uint8), NO_DRAWS), n["rgb_encode_all_uint8"])
+    assert torch.equal(PixelCodec().decode(n["rgb_decode_input"]), n["rgb_decode_output"])
+    values = n["unit_decode_input"]
+    latents = encode_affine(values.reshape(-1, 1, 1, 1).expand(-1, 4, 1, 1))
+    exact = IdentityVae(values.numpy())
+    assert torch.equal(LatentCodec(lambda: exact).decode(latents[:4]), n["unit_decode_output"])
+
+
+def test_affine_there_and_back_is_the_identity() -> None:
+    raw = torch.randn(3, 4, 5, 5, generator=torch.Generator().manual_seed(0)) * 4
+    torch.testing.assert_close(decode_affine(encode_affine(raw)), raw, rtol=1e-5, atol=1e-5)
+
+
+def test_large_batches_go_through_the_vae_in_parts_and_it_is_loaded_once() -> None:
+    loaded: list[IdentityVae] = []
+
+    def load() -> IdentityVae:
+        loaded.append(IdentityVae())
+        return loaded[-1]
+
+    latents = LatentCodec(load)
+    assert not loaded
+    assert latents.decode(torch.zeros(19, 4, 2, 2)).shape == (19, 4, 2, 2)
+    statistics = latents.mean_and_std(torch.full((9, 3, 2, 2), 255, dtype=torch.uint8))
+    assert torch.equal(statistics, torch.tensor([1.0, 2.0]).repeat_interleave(3).reshape(1, 6, 1, 1).expand(9, 6, 2, 2))
+    (vae,) = loaded
+    assert [len(part) for part in vae.seen] == [8, 8, 3, 8, 1]
+
+
+def test_four_channels_are_latents_and_others_pixels() -> None:
+    assert [type(codec_for(channels)) for channels in (1, 3, 4)] == [PixelCodec, PixelCodec, LatentCodec]
+
+
+def test_missing_diffusers_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(SidaError) as error:
+        LatentCodec().decode(torch.zeros(1, 4, 2, 2))
+    assert str(error.value) == (
+        "decoding latents needs the VAE of diffusers, which is not installed. "
+        "Install it with: pip install 'sidactl[vae]'."
+    )
+
+
+class Hub:
+    """In place of diffusers' AutoencoderKL, with what is in its cache and whether the network can be reached."""
+
+    def __init__(self, *, cached: bool, reachable: bool) -> None:
+        self.cached, self.reachable = cached, reachable
+        self.asked: list[bool] = []
+
+    def from_pretrained(self, name: str, *, low_cpu_mem_usage: bool, local_files_only: bool = False) -> torch.nn.Module:
+        assert name == codec.VAE_NAME
+        self.asked.append(local_files_only)
+        if not (self.cached if local_files_only else self.reachable):
+            raise OSError("no such file\nand more")
+        return torch.nn.Linear(1, 1)
+
+
+def test_cached_vae_is_loaded_frozen_and_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(cached=True, reachable=False)
+    monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace(AutoencoderKL=hub))
+    vae = stable_diffusion_vae(offline=True, say=lambda line: pytest.fail(line))
+    assert not vae.training
+    assert not any(p.requires_grad for p in vae.parameters())
+    assert hub.asked == [True]
+
+
+def test_vae_is_downloaded_with_a_line_that_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("SIDACTL_OFFLINE", raising=False)
+    hub = Hub(cached=False, reachable=True)
+    monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace(AutoencoderKL=hub))
+    stable_diffusion_vae()
+    assert hub.asked == [True, False]
+    told = "downloading the VAE stabilityai/sd-vae-ft-mse (335 MB, MIT licence) from huggingface.co\n"
+    assert capsys.readouterr() == ("", told)
+
+
+@pytest.mark.parametrize(
+    ("offline", "text", "exit_code"),
+    [
+        (
+            True,
+            "decoding latents needs the VAE stabilityai/sd-vae-ft-mse, which offline forbids to download. "
+            "Allow it once; diffusers keeps the VAE in its cache.",
+            2,
+        ),
+        (
+            False,
+            "the VAE stabilityai/sd-vae-ft-mse could not be downloaded (no such file). "
+            "Try again when huggingface.co can be reached.",
+            1,
+        ),
+    ],
+)
+def test_vae_that_cannot_be_had_is_one_line(
+    offline: bool, text: str, exit_code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SIDACTL_OFFLINE", raising=False)
+    hub = Hub(cached=False, reachable=False)
+    monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace(AutoencoderKL=hub))
+    if offline:
+        monkeypatch.setenv("SIDACTL_OFFLINE", "1")
+    with pytest.raises(SidaError) as error:
+        stable_diffusion_vae(say=lambda line: None)
+    assert (str(error.value), error.value.exit_code) == (text, exit_code)
