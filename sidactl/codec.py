@@ -134,8 +134,9 @@ def stable_diffusion_vae(*, offline: bool = False, say: Callable[[str], None] = 
         try:
             vae = AutoencoderKL.from_pretrained(VAE_NAME, **options)
         except OSError as error:
+            reason = (str(error).splitlines() or ["no reason given"])[0].rstrip(".")
             raise SidaError(
-                f"the VAE {VAE_NAME} could not be downloaded ({(str(error).splitlines() or ['no reason given'])[0]})",
+                f"the VAE {VAE_NAME} could not be downloaded ({reason})",
                 "Try again when huggingface.co can be reached.",
                 exit_code=EXIT_FAILED,
             ) from error

@@ -111,7 +111,7 @@ def test_a_score_does_not_depend_on_the_batch_size(finished: Finished, monkeypat
         return [float(np.ravel(value)[0]) for value in found]
 
     whole = measured()
-    monkeypatch.setattr(scores, "BATCH_SIZE", 17)
+    monkeypatch.setattr(scores, "MAX_BATCH_SIZE", 17)
     assert measured() == pytest.approx(whole, rel=1e-6)
 
 

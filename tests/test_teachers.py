@@ -44,6 +44,7 @@ def test_spec_has_the_options_that_the_golden_config_states(config: str, name: s
     stated = {k: v for k, v in settings["init_kwargs"].items() if k not in ("use_fp16", "model_type")}
     told = net.spec.to_json()
     assert {k: told[k] for k in stated} == stated
+    assert sum(p.numel() for p in net.parameters()) == settings["num_params"]
     assert not net.training
     assert not any(p.requires_grad for p in net.parameters())
     assert {t.dtype for t in net.state_dict().values()} == {torch.float32}
@@ -54,6 +55,7 @@ def test_snapshots_of_generators_load(name: str) -> None:
     net = teachers.read_network(golden(f"networks/{name}.pkl"))
     assert net.spec.logvar_channels == 0
     assert net.spec.architecture == ("EDM2" if "edm2" in name else "SongUNet")
+    assert sum(p.numel() for p in net.parameters()) == (45811 if "edm2" in name else 43825)
 
 
 @pytest.mark.parametrize("name", EDM2_LAYOUTS)

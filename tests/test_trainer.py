@@ -262,6 +262,8 @@ def test_latents_are_drawn_anew_from_a_stream_of_their_own() -> None:
         assert float(draw[std > 1e-2].mean()) == pytest.approx(0, abs=0.05)
         assert float(draw[std > 1e-2].std()) == pytest.approx(1, abs=0.05)
     assert not torch.equal(*draws)
+    z = latents.get(0, 0).latent.normal(first.shape)
+    assert float((draws[0] - z)[std > 1e-2].abs().mean()) > 0.5, "noise of the real latents is not the generator's"
     pixels = source(MadeUp()).get(0, 0)
     assert torch.equal(latents.get(0, 0).latent.normal((8,)), pixels.latent.normal((8,)))
 
