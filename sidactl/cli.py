@@ -246,6 +246,10 @@ def _parser(field: dataclasses.Field[Any]) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         if allows_none and text.lower() == "none":
             return _NONE
+        if field.type is bool:
+            if text not in ("true", "false"):
+                raise ValueError(text)
+            return text == "true"
         if "tuple" in str(field.type):
             return tuple(int(part) for part in text.split(","))
         if field.name.endswith("_nimg"):

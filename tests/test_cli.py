@@ -202,10 +202,11 @@ def test_dry_run_prints_the_recipe_and_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_flag_takes_none_where_the_recipe_does(tmp_path: Path) -> None:
-    arguments = ["--generator-from", "none", "--ema-rampup-ratio", "none"]
+    arguments = ["--generator-from", "none", "--ema-rampup-ratio", "none", "--logvar", "false"]
     done = sidactl("distill", "--teacher", "tiny-digits", "--dry-run", *arguments, run=tmp_path / "r")
     recipe = json.loads(done.stdout)["recipe"]
     assert (recipe["generator_from_nimg"], recipe["ema_rampup_ratio"]) == (None, None)
+    assert recipe["logvar"] is False
 
 
 def test_distill_prints_one_oid_and_people_read_stderr(distilled: tuple[Path, str]) -> None:
