@@ -15,7 +15,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
-from sidactl import artifacts, detectors, ops
+from sidactl import catalog, detectors, ops
 from sidactl.store import Store
 
 NUM_HELD_OUT = 360
@@ -68,7 +68,7 @@ def build_teacher(run: Path) -> bytes:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--assets", type=Path, default=artifacts.ASSETS, help="folder to write to")
+    parser.add_argument("--assets", type=Path, default=catalog.ASSETS, help="folder to write to")
     parser.add_argument("--run", type=Path, default=Path("sida-run"), help="run directory for the teacher's training")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # sums in another order would change the last bits

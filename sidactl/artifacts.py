@@ -31,7 +31,6 @@ NetKind = Literal["teacher", "generator"]
 NETS: tuple[NetKind, ...] = ("teacher", "generator")
 NET_FILES = (".pkl", ".safetensors")
 DATA_FILES = (".zip", ".npz")
-ASSETS = Path(__file__).parent / "assets"
 
 
 def resolve(store: Store, text: str, kinds: Sequence[str]) -> Artifact:
@@ -343,7 +342,7 @@ def _fetch_asset(store: Store, entry: catalog.Teacher, asset: str, force: bool) 
     key = store.key("fetch-teacher", {"entry": _teacher_params(entry), "asset_version": asset_digest(asset)}, {})
     if not force and (known := store.asked(key)):
         return known
-    artifact = store.put("teacher", {"model.safetensors": asset_bytes(asset)}, params=_teacher_params(entry))
+    artifact = store.put("teacher", {"model.safetensors": catalog.ASSETS / asset}, params=_teacher_params(entry))
     return answered(store, key, artifact, "fetch-teacher", refs=[entry.name])
 
 
@@ -357,15 +356,9 @@ def _teacher_params(entry: catalog.Teacher) -> dict[str, Any]:
     }
 
 
-def asset_bytes(name: str) -> bytes:
-    """A file that ships with the package."""
-    return (ASSETS / name).read_bytes()
-
-
 def asset_digest(name: str) -> str | None:
     """SHA-256 of a file that ships with the package; None where there is no such file."""
-
-    path = ASSETS / name
+    path = catalog.ASSETS / name
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
 from sidactl.errors import SidaError
@@ -29,6 +30,10 @@ class Published(NamedTuple):
 
     value: float
     std: float | None = None
+
+
+ASSETS = Path(__file__).parent / "assets"
+"""where the files of the built-in entries are"""
 
 
 @dataclass(frozen=True, kw_only=True)

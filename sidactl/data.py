@@ -12,7 +12,6 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from sidactl.catalog import ASSETS
 from sidactl.errors import SidaError
 
 MAX_MEMBER_BYTES = 1 << 29
@@ -329,7 +329,6 @@ def tiny_digits_arrays() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     The stored ink counts v = 0..16 become round(255 v / 16), so that pixel / 127.5 - 1 is v / 8 - 1 within 1/255.
     Source: UCI Optical Recognition of Handwritten Digits (CC BY 4.0), test part.
     """
-    data = (resources.files("sidactl") / "assets" / "tiny-digits.npz").read_bytes()
-    with np.load(io.BytesIO(data), allow_pickle=False) as stored:
+    with np.load(ASSETS / "tiny-digits.npz", allow_pickle=False) as stored:
         pixels = np.rint(stored["images"] * (255 / 16)).astype(np.uint8)
         return pixels[:, None], stored["labels"].astype(np.int64)

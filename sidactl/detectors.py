@@ -3,13 +3,13 @@
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib import resources
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sidactl.catalog import ASSETS
 from sidactl.errors import SidaError
 from sidactl.metrics import FeatureStats
 
@@ -78,15 +78,10 @@ def load(name: str, state_dict: Mapping[str, Tensor] | None = None, *, device: t
     if name != BUILT_IN:
         raise SidaError(f"detector {name!r} is not there yet", f"Use --detector {BUILT_IN}.")
     if state_dict is None:
-        state_dict = safetensors.torch.load(asset("tiny-digits-detector.safetensors"))
+        state_dict = safetensors.torch.load_file(ASSETS / "tiny-digits-detector.safetensors")
     net = DigitsClassifier()
     net.load_state_dict(dict(state_dict))
     return Detector(name, 64, f"{name}@{weights_digest(state_dict)[:16]}", net.to(device).eval(), torch.device(device))
-
-
-def asset(name: str) -> bytes:
-    """A file that ships with the package."""
-    return resources.files("sidactl").joinpath("assets", name).read_bytes()
 
 
 def weights_digest(state_dict: Mapping[str, Tensor]) -> str:

@@ -29,6 +29,7 @@ from sidactl.scores import (
     detector_name,
     frechet,
     generated_images,
+    images_per_batch,
     reference_stats,
     sampler_of,
 )
@@ -540,7 +541,8 @@ def sample(
 
     chosen_device = pick_device(device)
     net = load_net(store, subject, chosen_device)
-    batches = sampling.generate(net, seeds, chosen, device=chosen_device, class_index=class_index, batch_size=500)
+    size = images_per_batch(net.spec.img_channels, net.spec.img_resolution)
+    batches = sampling.generate(net, seeds, chosen, device=chosen_device, class_index=class_index, batch_size=size)
     with tempfile.TemporaryDirectory(prefix="sidactl-") as folder:
         path = Path(folder) / "images.zip"
         first: NDArray[np.uint8] | None = None

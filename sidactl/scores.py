@@ -283,7 +283,7 @@ def generated_images(
     """Batches of uint8 images for these seeds, computed as they are read."""
     from sidactl import sampling
 
-    size = _batch_size(net.spec.img_channels, net.spec.img_resolution)
+    size = images_per_batch(net.spec.img_channels, net.spec.img_resolution)
     for batch in sampling.generate(net, seeds, sampler, device=device, batch_size=size):
         yield batch.images
 
@@ -291,12 +291,13 @@ def generated_images(
 def dataset_images(dataset: "Dataset", count: int | None = None) -> Images:
     """Batches of the first `count` images (all by default), in order."""
     stop = dataset.num_images if count is None else count
-    size = _batch_size(dataset.num_channels, dataset.resolution)
+    size = images_per_batch(dataset.num_channels, dataset.resolution)
     for start in range(0, stop, size):
         yield dataset.images(range(start, min(start + size, stop)))
 
 
-def _batch_size(num_channels: int, resolution: int) -> int:
+def images_per_batch(num_channels: int, resolution: int) -> int:
+    """How many images of this size are held at once."""
     return max(1, min(MAX_BATCH_SIZE, BATCH_VALUES // (num_channels * resolution**2)))
 
 

@@ -4,7 +4,7 @@ Every draw is a function of the seed and a position. The loop around the steps, 
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from sidactl.codec import LatentCodec, PixelCodec
 from sidactl.diffusion import Draws, Preconditioned, sigma_of_time
 from sidactl.errors import SidaError
 from sidactl.nets.edm2 import drop_logvar_, force_normalize_
-from sidactl.recipe import Recipe, TeacherRecipe
+from sidactl.recipe import NetSpec, Recipe, TeacherRecipe
 
 STREAMS = {"latent": 0, "diffusion": 1, "augment": 2, "dropout": 3, "posterior": 4}
 
@@ -228,7 +228,7 @@ class Distillation:
         if self._normalizes_ema:
             force_normalize_(self.ema)
         self._batches = batches
-        self._augment = AugmentPipe(p=recipe.augment_p) if recipe.augment_p and teacher.spec.augment_dim else None
+        self._augmented = _augmentation(recipe.augment_p, teacher.spec)
         self._fake_score_optimizer = adam(
             self.fake_score,
             lr=recipe.fake_score_lr,
@@ -311,13 +311,13 @@ class Distillation:
             with torch.no_grad():
                 fakes = self._generate(batch)
             sigma = (recipe.P_std * batch.diffusion.normal((len(fakes), 1, 1, 1)) + recipe.P_mean).exp()
-            fakes, fake_augment = self._augmented(fakes, batch)
+            fakes, fake_augment = self._augmented(fakes, batch.augment)
             noise = batch.diffusion.normal(fakes.shape)
             with DropoutSeed(batch.dropout_seed, psi):
                 score = losses.fake_score_loss(psi, fakes, noise, sigma, batch.labels, fake_augment)
                 stats = {"fake_score_loss": score.per_pixel.sum() / recipe.batch_size}
                 if part is not None:
-                    reals, real_augment = self._augmented(self._batches.images(*position), batch)
+                    reals, real_augment = self._augmented(self._batches.images(*position), batch.augment)
                     per_image = losses.discriminator_loss(psi, reals, score, noise, sigma, batch.labels, real_augment)
                     stats["discriminator_loss"] = per_image.sum() * (part.discriminator_scale / recipe.batch_size)
                 torch.stack(list(stats.values())).sum().backward()
@@ -356,9 +356,6 @@ class Distillation:
         images: Tensor = self.generator(sigma_init * z, sigma_init, batch.labels)
         return images
 
-    def _augmented(self, images: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
-        return (images, None) if self._augment is None else self._augment(images, batch.augment)
-
 
 class Pretraining:
     """A teacher trained from scratch with the EDM loss. Source: EDM (2206.00364), section 5."""
@@ -367,7 +364,7 @@ class Pretraining:
         self.recipe, self.net = recipe, net
         self.ema = copy.deepcopy(net).eval().requires_grad_(False)
         self._batches = batches
-        self._augment = AugmentPipe(p=recipe.augment_p) if recipe.augment_p and net.spec.augment_dim else None
+        self._augmented = _augmentation(recipe.augment_p, net.spec)
         self._optimizer = adam(net, lr=recipe.lr, beta1=recipe.beta1, beta2=recipe.beta2, eps=recipe.adam_eps)
         self.nimg = self.step_index = 0
         self.skipped = SkippedSteps()
@@ -384,9 +381,7 @@ class Pretraining:
         recipe = self.recipe
         self.net.train()
         batch = self._batches.get(self.step_index, 0)
-        images, augment_labels = self._batches.images(self.step_index, 0), None
-        if self._augment is not None:
-            images, augment_labels = self._augment(images, batch.augment)
+        images, augment_labels = self._augmented(self._batches.images(self.step_index, 0), batch.augment)
         sigma = (recipe.P_std * batch.diffusion.normal((len(images), 1, 1, 1)) + recipe.P_mean).exp()
         noise = batch.diffusion.normal(images.shape)
         with DropoutSeed(batch.dropout_seed, self.net):
@@ -406,6 +401,13 @@ class Pretraining:
         self.nimg += recipe.batch_size
         self.step_index += 1
         return {"denoising_loss": loss.detach().mean()[None]}
+
+
+def _augmentation(probability: float, spec: NetSpec) -> Callable[[Tensor, Draws], tuple[Tensor, Tensor | None]]:
+    """What gives a net's inputs their augmentation and its labels: nothing, where the net takes no such labels."""
+    if probability and spec.augment_dim:
+        return AugmentPipe(p=probability)
+    return lambda images, draws: (images, None)
 
 
 def _trainable_copy(net: Preconditioned, dropout: float, *, keep_logvar: bool) -> Preconditioned:

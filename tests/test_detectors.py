@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from sidactl import detectors
+from sidactl import catalog, detectors
 from sidactl.errors import SidaError
 from sidactl.metrics import frechet_distance
 
@@ -22,7 +22,7 @@ def detector() -> detectors.Detector:
 @pytest.fixture(scope="module")
 def digits() -> tuple[Tensor, Tensor]:
     """The built-in images as the dataset holds them, uint8 [1797, 1, 8, 8] in 0..255, and their classes."""
-    with zipfile.ZipFile(io.BytesIO(detectors.asset("tiny-digits.npz"))) as archive:
+    with zipfile.ZipFile(catalog.ASSETS / "tiny-digits.npz") as archive:
         counts, labels = (np.load(io.BytesIO(archive.read(f"{name}.npy"))) for name in ("images", "labels"))
     pixels = np.rint(counts.astype(np.float64) * 255 / 16).astype(np.uint8)
     return torch.from_numpy(pixels)[:, None], torch.from_numpy(labels.astype(np.int64))
@@ -70,7 +70,7 @@ def test_noise_lies_further_from_the_digits_than_the_digits_from_each_other(
 
 
 def test_the_identity_is_that_of_the_weights_whatever_file_they_came_from(detector: detectors.Detector) -> None:
-    state = safetensors.torch.load(detectors.asset("tiny-digits-detector.safetensors"))
+    state = safetensors.torch.load_file(catalog.ASSETS / "tiny-digits-detector.safetensors")
     again = detectors.load("tiny-digits", dict(reversed(state.items())))
     assert again.identity == detector.identity
     assert detector.identity.startswith("tiny-digits@")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sidactl import nets, pickles, teachers
+from sidactl import catalog, nets, pickles, teachers
 from sidactl.diffusion import Preconditioned
 from sidactl.errors import SidaError
 from sidactl.recipe import NetSpec
@@ -152,16 +152,7 @@ def test_state_dict_has_the_names_and_shapes_of_the_published_checkpoint(name: s
     assert sum(p.numel() for p in net.parameters()) == layout["num_parameters"]
 
 
-TINY = NetSpec(
-    architecture="SongUNet",
-    img_resolution=8,
-    img_channels=1,
-    label_dim=10,
-    model_channels=16,
-    channel_mult=(1, 2),
-    num_blocks=1,
-    attn_resolutions=(4,),
-)
+TINY = catalog.TEACHERS["tiny-digits"].net
 
 
 def test_spec_survives_the_way_through_json() -> None:

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sidactl import nets, sampling, teachers
+from sidactl import catalog, nets, sampling, teachers
 from sidactl.codec import LatentCodec, PixelCodec, decode_affine
 from sidactl.diffusion import Preconditioned, karras_sigmas
 from sidactl.errors import SidaError
-from sidactl.recipe import HeunSpec, NetSpec, OneStepSpec
+from sidactl.recipe import HeunSpec, OneStepSpec
 from tests.golden import golden, golden_metrics
 from tests.playback import IdentityVae
 
@@ -36,16 +36,7 @@ ONE_STEP_EDM2 = [
     "onestep_sida_gen_edm2_gan_forcenorm",
     "onestep_sida_gen_edm2_gan_forcenorm_class1_sigma1.75",
 ]
-TINY = NetSpec(
-    architecture="SongUNet",
-    img_resolution=8,
-    img_channels=1,
-    label_dim=10,
-    model_channels=16,
-    channel_mult=(1, 2),
-    num_blocks=1,
-    attn_resolutions=(4,),
-)
+TINY = catalog.TEACHERS["tiny-digits"].net
 
 
 def assert_close(images: Tensor, expected: np.ndarray, atol: float = 1e-4) -> None:

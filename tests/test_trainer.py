@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sidactl import losses, nets, trainer
+from sidactl import catalog, losses, nets, trainer
 from sidactl.codec import decode_affine
 from sidactl.errors import SidaError
 from sidactl.recipe import Adversarial, NetSpec, Recipe, TeacherRecipe
@@ -31,16 +31,7 @@ def test_ema_follows_the_golden_table_of_decays() -> None:
         assert ema.weight.item() == pytest.approx(row["ema_beta"], rel=1e-9, abs=1e-12)
 
 
-TINY = NetSpec(
-    architecture="SongUNet",
-    img_resolution=8,
-    img_channels=1,
-    label_dim=10,
-    model_channels=16,
-    channel_mult=(1, 2),
-    num_blocks=1,
-    attn_resolutions=(4,),
-)
+TINY = catalog.TEACHERS["tiny-digits"].net
 TINY_EDM2 = NetSpec(
     architecture="EDM2",
     img_resolution=8,
