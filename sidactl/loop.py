@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sidactl.diffusion import Preconditioned
+from sidactl.engine import fitting_threads
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.store import LiveDir
 
@@ -139,7 +140,8 @@ def run(
         before = training.nimg
         if not awaits_evaluation():
             stage = training.stage()
-            window.append(training.step())
+            with fitting_threads(training.ema):
+                window.append(training.step())
             _refuse_divergence(training, schedule.max_skipped_steps)
             if training.nimg >= schedule.duration_nimg or training.step_index % schedule.report_every_steps == 0:
                 values = {"stage": stage, "skipped_steps": sum(training.skipped.total.values()), **_mean(window)}

@@ -7,9 +7,7 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +21,7 @@ from PIL import Image, UnidentifiedImageError
 
 from sidactl import pictures
 from sidactl.data import LABEL_FILE, Dataset, decode_latents, decode_pixels, first_line
+from sidactl.engine import in_order
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.sources import Convention, Item, Pixels, open_source
 
@@ -125,10 +124,8 @@ def prepare(
         with ExitStack() as stack:
             stack.enter_context(_quiet_pillow())
             archive = stack.enter_context(zipfile.ZipFile(temporary, "w"))
-            results = stack.enter_context(
-                closing(_in_order(encode, itertools.islice(opened.items, total), num_threads))
-            )
-            for index, (item, member) in enumerate(results):
+            results = in_order(lambda item: (item, encode(item)), itertools.islice(opened.items, total), num_threads)
+            for index, (item, member) in enumerate(stack.enter_context(closing(results))):
                 if progress is not None:
                     progress(index + 1, total)
                 if isinstance(member, str):
@@ -378,29 +375,6 @@ def _write(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
     member.create_system = 3
     member.external_attr = 0o644 << 16
     archive.writestr(member, data)
-
-
-def _in_order(
-    encode: Callable[[Item], _Member | SidaError | str], items: Iterable[Item], num_threads: int
-) -> Generator[tuple[Item, _Member | SidaError | str]]:
-    """Each item with its encoding, in the order of `items`, a few of them ahead in other threads."""
-    if num_threads == 1:
-        for item in items:
-            yield item, encode(item)
-        return
-    with ThreadPoolExecutor(num_threads) as pool:
-        pending: deque[tuple[Item, Future[_Member | SidaError | str]]] = deque()
-        try:
-            for item in items:
-                pending.append((item, pool.submit(encode, item)))
-                if len(pending) > 4 * num_threads:
-                    oldest, future = pending.popleft()
-                    yield oldest, future.result()
-            for oldest, future in pending:
-                yield oldest, future.result()
-        finally:
-            for _, future in pending:
-                future.cancel()
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sidactl.codec import Codec, codec_for
 from sidactl.diffusion import Denoiser, as_one_hot, karras_sigmas
+from sidactl.engine import batches_of
 from sidactl.errors import SidaError
 from sidactl.recipe import HeunSpec, OneStepSpec
 
@@ -60,20 +61,21 @@ class Samples:
         return -(-len(self.seeds) // self.batch_size)
 
     def __iter__(self) -> Iterator[SampleBatch]:
-        for start in range(0, len(self.seeds), self.batch_size):
-            seeds = self.seeds[start : start + self.batch_size]
-            images, labels = sample_batch(
-                self.net,
-                self.sampler,
-                seeds,
-                self.device,
-                class_index=self.class_index,
-                guide=self.guide,
-                guidance=self.guidance,
-            )
-            with torch.inference_mode():
-                pixels = self.codec.decode(images).cpu()
-            yield SampleBatch(pixels, None if labels is None else labels.cpu(), seeds)
+        return batches_of(self.net, self._batch, range(0, len(self.seeds), self.batch_size))
+
+    @torch.inference_mode()
+    def _batch(self, start: int) -> SampleBatch:
+        seeds = self.seeds[start : start + self.batch_size]
+        images, labels = sample_batch(
+            self.net,
+            self.sampler,
+            seeds,
+            self.device,
+            class_index=self.class_index,
+            guide=self.guide,
+            guidance=self.guidance,
+        )
+        return SampleBatch(self.codec.decode(images).cpu(), None if labels is None else labels.cpu(), seeds)
 
 
 def generate(

@@ -1,9 +1,17 @@
-"""Devices by name."""
+"""Devices by name, and how many threads work for a net."""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
-from sidactl.engine import pick_device
+from sidactl import catalog, nets
+from sidactl.diffusion import Preconditioned
+from sidactl.engine import batches_of, fitting_threads, in_order, pick_device
 from sidactl.errors import SidaError
 
 
@@ -34,3 +42,53 @@ def test_what_is_no_device_of_ours_is_refused(name: str) -> None:
     with pytest.raises(SidaError) as caught:
         pick_device(name)
     assert str(caught.value) == f"device must be cpu, cuda or cuda:N, got {name!r}. Pass --device cpu."
+
+
+def tiny_net(**changes: Any) -> Preconditioned:
+    return nets.build(dataclasses.replace(catalog.TEACHERS["tiny-digits"].net, **changes))
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    usual = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(usual)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_small_net_is_run_by_one_thread_and_a_large_one_by_all() -> None:
+    with fitting_threads(tiny_net()):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+    with fitting_threads(tiny_net(model_channels=256)):
+        assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+def test_results_come_in_order_from_any_number_of_threads(num_threads: int) -> None:
+    def slow_if_even(item: int) -> int:
+        time.sleep(0.002 * (item % 2 == 0))
+        return item * item
+
+    assert list(in_order(slow_if_even, range(60), num_threads)) == [i * i for i in range(60)]
+
+
+def test_work_ahead_is_bounded_and_ends_with_its_reader() -> None:
+    started: list[int] = []
+    results = in_order(started.append, itertools.count(), 2)
+    next(results)
+    results.close()
+    assert len(started) <= 10
+
+
+def test_an_error_in_a_thread_reaches_the_reader() -> None:
+    with pytest.raises(ZeroDivisionError):
+        list(in_order(lambda item: 1 // item, [1, 0, 1], 2))
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_batches_of_a_small_net_are_made_by_threads_of_one_and_leave_no_trace() -> None:
+    seen = list(batches_of(tiny_net(), lambda item: torch.get_num_threads(), range(8)))
+    assert seen == [1] * 8
+    assert torch.get_num_threads() == 2

@@ -11,6 +11,7 @@ FLOORS = [
     ["errors", "recipe", "catalog", "store"],
     ["diffusion", "losses", "augment", "codec", "metrics", "pictures", "nets"],
     [
+        "engine",
         "data",
         "sources",
         "prepare",
@@ -21,7 +22,6 @@ FLOORS = [
         "trainer",
         "sampling",
         "detectors",
-        "engine",
     ],
     ["artifacts", "scores", "ops", "inventory"],
     ["ui", "cli"],
