@@ -13,7 +13,10 @@ _OPS = (
     "fetch_teacher",
     "prepare_data",
     "fid",
+    "fd_dinov2",
     "prec_recall",
+    "inception_score",
+    "evaluate",
 )
 _MODULES = ("detectors", "diffusion", "losses", "metrics", "nets", "ops", "pickles", "recipe", "sampling", "store")
 

@@ -8,7 +8,8 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -354,6 +355,84 @@ def _teacher_params(entry: catalog.Teacher) -> dict[str, Any]:
         "dataset": entry.dataset,
         "licence": entry.licence,
     }
+
+
+def fetch_detector(name: str, *, run: Path | str | None = None, progress: download.Progress | None = None) -> Artifact:
+    """The detector artifact of a catalog name: its weights as safetensors, downloaded once and checked.
+
+    Raises SidaError for an unknown name, with the nearest one, and for a file that is not that network.
+    """
+    if name not in catalog.DETECTORS:
+        near = catalog.did_you_mean(name, catalog.DETECTORS, "See sidactl ls --catalog, or give a file.")
+        raise SidaError(f"unknown detector {name!r}", near)
+    entry, store = catalog.DETECTORS[name], Store.open(run)
+    source = entry.source.url if entry.source else asset_digest(str(entry.asset))
+    key = store.key("fetch-detector", {"source": source}, {})
+    if known := store.asked(key):
+        return known
+    params: dict[str, Any] = {"name": name, "licence": entry.licence}
+    files: dict[str, Path | bytes]
+    if entry.source is None:
+        files = {"model.safetensors": catalog.ASSETS / str(entry.asset)}
+        return answered(store, key, store.put("detector", files, params=params), "fetch-detector", refs=[name])
+    with fetched_file(store, entry.source.url, name, entry, progress) as (path, sha256):
+        if known := store.asked(key):
+            return known
+        import safetensors.torch
+
+        from sidactl import detectors
+
+        # Loading refuses what is another network.
+        if path.suffix == ".pt":
+            detectors.load_torchscript(path)
+            files = {"model.pt": path}
+        else:
+            weights = read_state_dict(path)
+            detectors.load(name, weights)
+            files = {"model.safetensors": safetensors.torch.save(weights)}
+        artifact = store.put("detector", files, params=params | {"source_url": source, "source_sha256": sha256})
+        return answered(store, key, artifact, "fetch-detector", refs=[name])
+
+
+def read_state_dict(path: Path | str) -> "dict[str, Tensor]":
+    """The tensors by name of a .safetensors or .pth file; the latter by torch's reader for weights alone."""
+    import pickle
+
+    import safetensors.torch
+    import torch
+
+    try:
+        if Path(path).suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
+        told = str(error).strip().partition("\n")[0]
+        raise SidaError(f"{path} is damaged or holds more than weights ({told})", "Download it again.") from error
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise SidaError(f"{path} must hold tensors by name, got something else", "Give a state dict.")
+    return {str(name): tensor.contiguous() for name, tensor in state.items()}
+
+
+@contextmanager
+def fetched_file(
+    store: Store,
+    source: str,
+    what: str,
+    entry: catalog.Entry | None = None,
+    progress: download.Progress | None = None,
+) -> Iterator[tuple[Path, str]]:
+    """Within the block: the local path of a file or URL, and its SHA-256; what was downloaded is removed afterwards."""
+    if "://" not in source:
+        yield Path(source), _file_digest(Path(source))
+        return
+    name = Path(source.partition("?")[0]).name
+    path = store.root / "tmp" / f"file-{store.key('download', {'source': source}, {})[:16]}-{name}"
+    say = download.to_stderr
+    with download.exclusive(path.with_suffix(".lock"), lambda: say(f"waiting for another process: {what}")):
+        try:
+            yield path, _download(entry, source, path, what, False, None, progress, say)
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def asset_digest(name: str) -> str | None:

@@ -572,22 +572,22 @@ DETECTORS: Mapping[str, Detector] = {
         ),
         Detector(
             name="inception",
-            about="Inception v3 of 2015-12-05, TorchScript: the one behind the published FIDs",
-            licence=SEE_PUBLISHER,
-            source=Download(
-                url="https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt",
-                sha256="f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
-                size_bytes=95_607_719,
-            ),
-        ),
-        Detector(
-            name="inception-state-dict",
-            about="the same network as a state dict, as pytorch-fid has it",
+            about="Inception v3 of 2015-12-05, for FID",
             licence=SEE_PUBLISHER,
             source=Download(
                 url="https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
                 sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
                 size_bytes=95_628_359,
+            ),
+        ),
+        Detector(
+            name="inception-torchscript",
+            about="the same network in TorchScript, behind the published FIDs; give the file as --detector FILE",
+            licence=SEE_PUBLISHER,
+            source=Download(
+                url="https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt",
+                sha256="f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
+                size_bytes=95_607_719,
             ),
         ),
         Detector(

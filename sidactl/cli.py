@@ -70,16 +70,6 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and writ
 Ref = Annotated[
     str | None, typer.Argument(metavar="[REF]", help="oid, prefix, ref or name; read from a pipe if left out")
 ]
-Reference = Annotated[
-    str | None,
-    typer.Option("--ref", metavar="DATASET", help="what to score against; the subject's own dataset if not given"),
-]
-Num = Annotated[str | None, typer.Option(metavar="COUNT", help="images per trial, such as 10k")]
-Trials = Annotated[int, typer.Option(help="repetitions with fresh seeds")]
-FirstSeed = Annotated[int, typer.Option(help="seed of the first image of the first trial")]
-DetectorName = Annotated[
-    str | None, typer.Option("--detector", metavar="NAME", help="feature detector; the dataset's own")
-]
 
 
 def _print_version(asked: bool) -> None:
@@ -517,85 +507,126 @@ def sample(
     _print_artifact(result.artifact, as_json)
 
 
+def score_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a scoring command the options that all of them share; it gets them as `options`, for `scores.evaluate`."""
+
+    def shared(
+        ref: Ref = None,
+        reference: Annotated[
+            str | None, typer.Option("--ref", metavar="REF", help="dataset or statistics: oid, name, URL or file")
+        ] = None,
+        num: Annotated[str | None, typer.Option(metavar="COUNT", help="images per trial; 50k")] = None,
+        trials: Annotated[int, typer.Option(help="repetitions with fresh seeds")] = 1,
+        first_seed: Annotated[int, typer.Option(help="seed of the first image of the first trial")] = 0,
+        labels: Annotated[
+            str, typer.Option(metavar="NAME", help="classes drawn uniform, or as in the dataset")
+        ] = "uniform",
+        detector: Annotated[
+            str | None,
+            typer.Option(metavar="NAME", help="inception, dinov2, tiny-digits or a file; the reference's own"),
+        ] = None,
+        convention: Annotated[
+            str, typer.Option(metavar="NAME", help="whose arithmetic: edm, sid or guided-diffusion")
+        ] = "edm",
+        run: Run = None,
+        device: Device = None,
+        as_json: Json = False,
+        force: Force = False,
+    ) -> None: ...
+
+    own = [p for p in inspect.signature(command).parameters.values() if p.name not in ("ref", "as_json", "options")]
+
+    def with_flags(ref: str | None, as_json: bool, **arguments: Any) -> None:
+        special = {p.name: arguments.pop(p.name) for p in own}
+        arguments["num"] = _count(arguments["num"], "--num", least=2)
+        with _ticking(command.__name__.replace("_", "-")) as tick:
+            command(_from_pipe(ref), as_json, arguments | {"tick": tick}, **special)
+
+    parameters = [*inspect.signature(shared).parameters.values(), *own]
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+    with_flags.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    with_flags.__annotations__ = {p.name: p.annotation for p in parameters}
+    with_flags.__name__, with_flags.__doc__ = command.__name__, command.__doc__
+    return with_flags
+
+
+Resize = Annotated[str, typer.Option(metavar="NAME", help="of dinov2: torch, as in published statistics, or pil")]
+Neighbours = Annotated[int, typer.Option(help="k of the k-nearest-neighbour manifolds")]
+NumSplits = Annotated[int, typer.Option(help="parts that the inception score is averaged over")]
+
+
 @app.command()
-def fid(
-    ref: Ref = None,
-    reference: Reference = None,
-    num: Num = None,
-    trials: Trials = 1,
-    first_seed: FirstSeed = 0,
-    detector: DetectorName = None,
-    run: Run = None,
-    device: Device = None,
-    as_json: Json = False,
-    force: Force = False,
-) -> None:
+@score_flags
+def fid(ref: str, as_json: bool, options: Mapping[str, Any]) -> None:
     """Print the Frechet distance to a dataset.
 
     Example: sidactl fid generator/best --num 10k --trials 10
     """
     from sidactl import ops
 
-    with _ticking("fid") as tick:
-        score = ops.fid(
-            _from_pipe(ref),
-            reference=reference,
-            num=_count(num, "--num", least=2),
-            trials=trials,
-            first_seed=first_seed,
-            detector=detector,
-            run=run,
-            device=device,
-            force=force,
-            tick=tick,
-        )
-    _print_score(score, as_json)
+    _print_score(ops.fid(ref, **options), as_json)
+
+
+@app.command("fd-dinov2")
+@score_flags
+def fd_dinov2(ref: str, as_json: bool, options: Mapping[str, Any], resize: Resize = "torch") -> None:
+    """Print FD-DINOv2.
+
+    Example: sidactl fd-dinov2 generator/best --ref imagenet512
+    """
+    from sidactl import ops
+
+    _print_score(ops.fd_dinov2(ref, resize=resize, **options), as_json)
 
 
 @app.command("prec-recall")
-def prec_recall(
-    ref: Ref = None,
-    reference: Reference = None,
-    num: Num = None,
-    trials: Trials = 1,
-    first_seed: FirstSeed = 0,
-    detector: DetectorName = None,
-    neighbours: Annotated[int, typer.Option(help="k of the k-nearest-neighbour manifolds")] = 3,
-    run: Run = None,
-    device: Device = None,
-    as_json: Json = False,
-    force: Force = False,
-) -> None:
+@score_flags
+def prec_recall(ref: str, as_json: bool, options: Mapping[str, Any], neighbours: Neighbours = 3) -> None:
     """Print precision and recall, in this order.
 
     Example: sidactl prec-recall generator/best --num 10k
     """
     from sidactl import ops
 
-    with _ticking("prec-recall") as tick:
-        score = ops.prec_recall(
-            _from_pipe(ref),
-            reference=reference,
-            num=_count(num, "--num", least=2),
-            trials=trials,
-            first_seed=first_seed,
-            detector=detector,
-            neighbours=neighbours,
-            run=run,
-            device=device,
-            force=force,
-            tick=tick,
-        )
-    _print_score(score, as_json)
+    _print_score(ops.prec_recall(ref, neighbours=neighbours, **options), as_json)
 
 
-@app.command("fd-dinov2")
-def fd_dinov2(ref: Ref = None, run: Run = None) -> None:
-    """Print FD-DINOv2 (not there yet).
+@app.command("inception-score")
+@score_flags
+def inception_score(ref: str, as_json: bool, options: Mapping[str, Any], num_splits: NumSplits = 10) -> None:
+    """Print the inception score.
 
-    Example: sidactl fd-dinov2 generator/best
+    Example: sidactl inception-score generator/best --num 10k
     """
-    raise SidaError("fd-dinov2 is not there yet", "Use sidactl fid, which scores with the dataset's own detector.")
+    from sidactl import ops
+
+    _print_score(ops.inception_score(ref, num_splits=num_splits, **options), as_json)
+
+
+@app.command()
+@score_flags
+def evaluate(
+    ref: str,
+    as_json: bool,
+    options: Mapping[str, Any],
+    resize: Resize = "torch",
+    neighbours: Neighbours = 3,
+    num_splits: NumSplits = 10,
+) -> None:
+    """Print all scores that apply, in one pass over the images.
+
+    Example: sidactl evaluate generator/best --num 10k --trials 10
+    """
+    from sidactl import ops
+
+    score = ops.evaluate(ref, resize=resize, neighbours=neighbours, num_splits=num_splits, **options)
+    for warning in score.warnings:
+        ui.warn(warning)
+    if as_json:
+        ui.print_json(score.to_json())
+        return
+    for line in _score_lines(score):
+        ui.print_data(line)
 
 
 # The run directory
@@ -629,7 +660,11 @@ def show(
         for key, value in values.items():
             ui.print_data(f"  {title:8} {key}: {_short(value)}")
     for score in described.scores:
-        ui.print_data(f"  {'score':8} {_score_line(score)}")
+        for line in _score_lines(score):
+            ui.print_data(f"  {'score':8} {line}")
+    for name, number in described.published.items():
+        spread = "" if number.std is None else f" +- {number.std:g}"
+        ui.print_data(f"  {'paper':8} {name} {number.value:g}{spread}; 50,000 images")
 
 
 def _short(value: object) -> str:
@@ -806,18 +841,23 @@ def _print_generator(artifact: "Artifact", as_json: bool) -> None:
 
 
 def _print_score(score: "Score", as_json: bool) -> None:
+    for warning in score.warnings:
+        ui.warn(warning)
     if as_json:
         ui.print_json(score.to_json())
         return
-    ui.note(_score_line(score))
+    for line in _score_lines(score):
+        ui.note(line)
     ui.print_data(" ".join(f"{numbers['value']:.6g}" for numbers in score.to_json()["scores"].values()))
 
 
-def _score_line(score: "Score") -> str:
+def _score_lines(score: "Score") -> list[str]:
+    """One line per number: mean, standard deviation, minimum, and how it was made."""
     told = score.to_json()
-    numbers = [
-        f"{name} {n['value']:.4g}" + ("" if n["std"] is None else f" +- {n['std']:.2g} (minimum {n['minimum']:.4g})")
-        for name, n in told["scores"].items()
-    ]
     trials = f"{len(told['seeds'])} x {score.num:,} images" if told["seeds"] else f"{score.num:,} images"
-    return f"{', '.join(numbers)}; {trials}, {score.detector}"
+
+    def line(name: str, n: Mapping[str, Any]) -> str:
+        spread = "" if n["std"] is None else f" +- {n['std']:.2g} (minimum {n['minimum']:.4g})"
+        return f"{name} {n['value']:.4g}{spread}; {trials}, {n['detector']}"
+
+    return [line(name, n) for name, n in told["scores"].items()]

@@ -1,8 +1,12 @@
 """Feature detectors: uint8 images in, float32 features out, under an identity that every statistic carries."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import safetensors.torch
 import torch
@@ -12,8 +16,14 @@ from torch.nn import functional as F
 from sidactl.catalog import ASSETS
 from sidactl.errors import SidaError
 from sidactl.metrics import FeatureStats
+from sidactl.nets import inception, vit
 
+Resize = Literal["torch", "pil"]
+RESIZES: tuple[Resize, ...] = ("torch", "pil")
 BUILT_IN = "tiny-digits"
+NAMES = (BUILT_IN, "inception", "dinov2")
+IMAGES_AT_ONCE = 64
+"""images that a large network sees at a time"""
 
 
 class DigitsClassifier(nn.Module):
@@ -49,46 +59,144 @@ class DigitsClassifier(nn.Module):
 class Detector:
     """Maps uint8 images [N, C, H, W] to float32 features [N, num_features].
 
-    Scores under two identities do not compare.
+    Scores under two identities do not compare. `shape`: the one [C, H, W] that it takes; None where any size does, grey
+    or RGB. `classify`: class logits without bias of features, for the inception score; None where there is no class.
     """
 
     name: str
     num_features: int
     identity: str
-    net: nn.Module
     device: torch.device
+    extract: Callable[[Tensor], Tensor]
+    classify: Callable[[Tensor], Tensor] | None = None
+    shape: tuple[int, int, int] | None = None
+    images_at_once: int = IMAGES_AT_ONCE
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
-        if images.dtype != torch.uint8 or images.shape[1:] != (1, 8, 8):
+        got = f"{images.dtype} {list(images.shape)}"
+        if self.shape and (images.dtype != torch.uint8 or images.shape[1:] != self.shape):
+            grey, (_, height, width) = self.shape[0] == 1, self.shape
+            what = f"{'grey' if grey else 'RGB'} uint8 images of {width}x{height} pixels"
             raise SidaError(
-                f"detector {self.name} needs grey uint8 images of 8x8 pixels, got {images.dtype} {list(images.shape)}",
-                "Score these images with another --detector.",
+                f"detector {self.name} needs {what}, got {got}", "Score these images with another --detector."
             )
-        assert isinstance(self.net, DigitsClassifier)
-        pixels = images.to(self.device).to(torch.float32) / 127.5 - 1
-        return (self.net.raw_features(pixels) * self.net.feature_scale).cpu()
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise SidaError(
+                f"detector {self.name} needs grey or RGB uint8 images, got {got}", "Convert them with prepare-data."
+            )
+        with exact_float32():
+            parts = [self.extract(part.to(self.device)).cpu() for part in images.split(self.images_at_once)]
+        return torch.cat(parts)
+
+    @torch.inference_mode()
+    def logits(self, features: Tensor) -> Tensor:
+        """Class logits [N, classes] without bias, on the CPU. Raises SidaError for a detector without classes."""
+        if self.classify is None:
+            raise SidaError(f"the inception score needs classes, detector {self.name} has none", "Use inception.")
+        with exact_float32():
+            return self.classify(features.to(self.device)).cpu()
 
 
-def load(name: str, state_dict: Mapping[str, Tensor] | None = None, *, device: torch.device | str = "cpu") -> Detector:
-    """The named detector, with the weights it is known by or those of `state_dict`.
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Within the block a GPU computes in float32 all through: TF32 would move features by more than they may."""
+    flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = flags
 
-    Raises SidaError for a name that is not known, and for weights that do not fit.
+
+def load(
+    name: str,
+    state_dict: Mapping[str, Tensor] | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    resize: Resize = "torch",
+) -> Detector:
+    """The detector `tiny-digits`, `inception` (FID) or `dinov2` (FD-DINOv2) with the weights of `state_dict`.
+
+    Only tiny-digits ships with its weights. resize: of dinov2; "torch" is behind the published statistics, "pil" rounds
+    and clips as dgm-eval does. Raises SidaError for a name that is not known, and for weights that do not fit.
     """
-    if name != BUILT_IN:
-        raise SidaError(f"detector {name!r} is not there yet", f"Use --detector {BUILT_IN}.")
+    if name not in NAMES:
+        raise SidaError(f"unknown detector {name!r}", f"Use one of {', '.join(NAMES)}, or a TorchScript file.")
+    if resize not in RESIZES:
+        raise SidaError(f"the resize must be one of {', '.join(RESIZES)}, got {resize!r}", "Pass --resize torch.")
     if state_dict is None:
+        if name != BUILT_IN:
+            raise SidaError(f"detector {name} does not ship with its weights, got none", "Pass its state_dict.")
         state_dict = safetensors.torch.load_file(ASSETS / "tiny-digits-detector.safetensors")
-    net = DigitsClassifier()
-    net.load_state_dict(dict(state_dict))
-    return Detector(name, 64, f"{name}@{weights_digest(state_dict)[:16]}", net.to(device).eval(), torch.device(device))
+    identity, chosen = f"{name}@{weights_digest(state_dict)[:16]}", torch.device(device)
+    if name == BUILT_IN:
+        digits = DigitsClassifier()
+        digits.load_state_dict(dict(state_dict))
+        return _digits_detector(digits.to(chosen).eval(), identity, chosen)
+    if name == "inception":
+        net = inception.FIDInception()
+        inception.load_weights(net, state_dict)
+        # Half as fast again in this order of memory.
+        net = net.to(chosen).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        return Detector(name, inception.NUM_FEATURES, identity, chosen, net, net.logits)
+    transformer = vit.VisionTransformer()
+    inception.load_weights(transformer, state_dict)
+    transformer = transformer.to(chosen).eval()
+    return Detector(
+        name,
+        transformer.cls_token.shape[2],
+        f"{identity}-{resize}",
+        chosen,
+        lambda images: transformer(vit.preprocess(images, resize)),
+    )
+
+
+def _digits_detector(net: DigitsClassifier, identity: str, device: torch.device) -> Detector:
+    def extract(images: Tensor) -> Tensor:
+        return net.raw_features(images.to(torch.float32) / 127.5 - 1) * net.feature_scale
+
+    def classify(features: Tensor) -> Tensor:
+        return F.linear(features / net.feature_scale, net.classifier.weight)
+
+    return Detector(BUILT_IN, 64, identity, device, extract, classify, shape=(1, 8, 8), images_at_once=1000)
+
+
+def load_torchscript(path: Path | str, *, device: torch.device | str = "cpu") -> Detector:
+    """An Inception in TorchScript, as `inception-2015-12-05.pt` of the published evaluations; it resizes by itself.
+
+    Called as net(images, return_features=True). Raises SidaError for a file that is not such a network.
+    """
+    try:
+        with warnings.catch_warnings(), torch.inference_mode():
+            # torch would rather have another format; this one is what was published.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            net = torch.jit.load(path, map_location=torch.device(device)).eval()
+            features = net(torch.zeros(2, 3, 32, 32, dtype=torch.uint8, device=device), return_features=True)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise SidaError(
+            f"{path} is not a detector in TorchScript ({str(error).strip().splitlines()[0]})",
+            "Give inception-2015-12-05.pt, or use --detector inception.",
+        ) from error
+    if features.ndim != 2 or features.dtype != torch.float32:
+        raise SidaError(f"{path} must give features [N, F], got {features.dtype} {list(features.shape)}")
+    with Path(path).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+
+    def extract(images: Tensor) -> Tensor:
+        found: Tensor = net(images.expand(-1, 3, -1, -1), return_features=True)
+        return found
+
+    identity = f"inception-torchscript@{digest[:16]}"
+    return Detector("inception", features.shape[1], identity, torch.device(device), extract)
 
 
 def weights_digest(state_dict: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names and values, whatever file they came from."""
+    """SHA-256 over names and values, whatever file they came from, without batch norm's counters."""
     total = hashlib.sha256()
     for name in sorted(state_dict):
-        total.update(name.encode() + state_dict[name].detach().cpu().contiguous().numpy().tobytes())
+        if not name.endswith(".num_batches_tracked"):
+            total.update(name.encode() + state_dict[name].detach().cpu().contiguous().numpy().tobytes())
     return total.hexdigest()
 
 

@@ -1,13 +1,16 @@
-"""Devices: where the arithmetic happens. Several processes and other precisions get their room here."""
+"""Where the arithmetic happens: devices, threads, and the processes that torchrun starts."""
 
+import atexit
+import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 
 from sidactl.diffusion import Denoiser, Preconditioned
 from sidactl.errors import SidaError
@@ -86,3 +89,48 @@ def in_order(
         finally:
             for future in pending:
                 future.cancel()
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process's number and how many there are; joins those that torchrun started. (0, 1) without torchrun."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return 0, 1
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend)
+        atexit.register(dist.destroy_process_group)
+    return dist.get_rank(), dist.get_world_size()
+
+
+def share(items: Sequence[In]) -> Sequence[In]:
+    """The items that fall to this process: every n-th of n processes."""
+    rank, size = rank_and_size()
+    return items[rank::size]
+
+
+def joined(shared: Iterable[Out], num_items: int) -> Iterator[Out]:
+    """What all processes made of their shares of `num_items` items, in order, on rank 0; on the others nothing.
+
+    Every process must read it to its end.
+    """
+    rank, size = rank_and_size()
+    if size == 1:
+        yield from shared
+        return
+    mine = iter(shared)
+    for start in range(0, num_items, size):
+        made = next(mine) if start + rank < num_items else None
+        everyone: list[Out] | None = [made] * size if rank == 0 else None  # type: ignore[list-item]  # filled below
+        dist.gather_object(made, everyone)
+        yield from (everyone or [])[: num_items - start]
+
+
+def agreed(make: Callable[[], str]) -> str:
+    """What rank 0 makes, on all processes; an error of rank 0 ends the others, too."""
+    rank, size = rank_and_size()
+    told: list[str | None] = [make() if rank == 0 else None]
+    if size > 1:
+        dist.broadcast_object_list(told)
+    assert told[0] is not None
+    return told[0]

@@ -7,13 +7,13 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sidactl import __version__
+from sidactl import __version__, catalog
 from sidactl.artifacts import NETS, load_dataset, load_net
 from sidactl.errors import SidaError
 from sidactl.scores import Score, score_of
@@ -32,13 +32,17 @@ _FORM_KINDS: dict[ExportForm, Sequence[str]] = {
 
 @dataclass(frozen=True)
 class Described:
-    """An artifact with its names, the artifacts behind it (role path, artifact), and the scores about it."""
+    """An artifact with its names, the artifacts behind it (role path, artifact), and the scores about it.
+
+    `published`: those of the paper, by name, for a network of the catalog.
+    """
 
     artifact: Artifact
     names: Sequence[str]
     ancestors: Sequence[tuple[str, Artifact]]
     scores: Sequence[Score]
     paths: dict[str, Path]
+    published: Mapping[str, catalog.Published]
 
     def to_json(self) -> dict[str, Any]:
         """The manifest, and what surrounds it."""
@@ -52,6 +56,7 @@ class Described:
             "params": dict(artifact.params),
             "results": dict(artifact.results),
             "scores": [score.to_json() for score in self.scores],
+            "published": {name: number._asdict() for name, number in self.published.items()},
         }
 
 
@@ -65,7 +70,15 @@ def show(ref: str, *, run: Path | str | None = None) -> Described:
         list(_ancestors(store, artifact, "")),
         [score_of(a) for a in store.artifacts() if a.kind == "score" and a.inputs.get("subject") == artifact.oid],
         {name: store.path(artifact, name) for name in artifact.files},
+        _published(artifact),
     )
+
+
+def _published(artifact: Artifact) -> Mapping[str, catalog.Published]:
+    name = str(artifact.params.get("name"))
+    entries: Mapping[str, Mapping[str, catalog.Entry]] = {"teacher": catalog.TEACHERS, "generator": catalog.GENERATORS}
+    entry = entries.get(artifact.kind, {}).get(name)
+    return entry.scores if entry else {}
 
 
 def _ancestors(store: Store, artifact: Artifact, path: str) -> Iterator[tuple[str, Artifact]]:

@@ -24,16 +24,12 @@ from sidactl.artifacts import load as load
 from sidactl.artifacts import prepare_data as prepare_data
 from sidactl.errors import EXIT_FAILED, EXIT_INTERRUPTED, SidaError
 from sidactl.recipe import MODES, HeunSpec, Mode, NetSpec, OneStepSpec, Recipe, TeacherRecipe, override
-from sidactl.scores import (
-    SCORE_NAMES,
-    detector_name,
-    frechet,
-    generated_images,
-    images_per_batch,
-    reference_stats,
-    sampler_of,
-)
+from sidactl.references import dataset_stats, detector_name, images_per_batch
+from sidactl.scores import SCORE_NAMES, frechet, generated_images, load_detector, sampler_of
+from sidactl.scores import evaluate as evaluate
+from sidactl.scores import fd_dinov2 as fd_dinov2
 from sidactl.scores import fid as fid
+from sidactl.scores import inception_score as inception_score
 from sidactl.scores import prec_recall as prec_recall
 from sidactl.store import Artifact, LiveDir, Store
 
@@ -270,8 +266,8 @@ def _distill(
 
     chosen_device = pick_device(device)
     data = inputs["dataset"]
-    detector = detectors.load(detector_name(data), device=chosen_device)
-    reference = reference_stats(store, data, detector)
+    detector = load_detector(store, detector_name(data), chosen_device)
+    reference = dataset_stats(store, data, detector)
     teacher = load_net(store, inputs["teacher"], chosen_device)
     start = load_net(store, inputs["generator"], chosen_device) if "generator" in inputs else None
     batches = _batches(store, data, recipe.batch_size, recipe.num_accumulation_rounds, recipe.seed, chosen_device)
@@ -352,7 +348,8 @@ def _teacher_score(
             message = f"scoring the teacher on {total:,} images ({nfe} evaluations each) for comparison"
             watch(loop.Event("note", recipe.duration_nimg, {"message": message}))
 
-    return fid(teacher.oid, reference=data.oid, num=recipe.evaluate_num, run=store.root, device=device, tick=tick).value
+    score = fid(teacher.oid, reference=data.oid, num=recipe.evaluate_num, run=store.root, device=device, tick=tick)
+    return score.value
 
 
 def finetune_sid2a(

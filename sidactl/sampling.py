@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sidactl.codec import Codec, codec_for
 from sidactl.diffusion import Denoiser, as_one_hot, karras_sigmas
-from sidactl.engine import batches_of
+from sidactl.engine import batches_of, share
 from sidactl.errors import SidaError
 from sidactl.recipe import HeunSpec, OneStepSpec
 
@@ -53,6 +53,7 @@ class Samples:
     device: torch.device
     codec: Codec
     class_index: int | None = None
+    class_counts: Sequence[int] | None = None
     guide: Denoiser | None = None
     guidance: float = 1.0
     batch_size: int = 256
@@ -61,7 +62,15 @@ class Samples:
         return -(-len(self.seeds) // self.batch_size)
 
     def __iter__(self) -> Iterator[SampleBatch]:
-        return batches_of(self.net, self._batch, range(0, len(self.seeds), self.batch_size))
+        return batches_of(self.net, self._batch, self._starts)
+
+    def shared(self) -> Iterator[SampleBatch]:
+        """This process's share of the batches, see `engine.share`; an image depends on its seed all the same."""
+        return batches_of(self.net, self._batch, share(self._starts))
+
+    @property
+    def _starts(self) -> range:
+        return range(0, len(self.seeds), self.batch_size)
 
     @torch.inference_mode()
     def _batch(self, start: int) -> SampleBatch:
@@ -72,6 +81,7 @@ class Samples:
             seeds,
             self.device,
             class_index=self.class_index,
+            class_counts=self.class_counts,
             guide=self.guide,
             guidance=self.guidance,
         )
@@ -85,6 +95,7 @@ def generate(
     *,
     device: torch.device,
     class_index: int | None = None,
+    class_counts: Sequence[int] | None = None,
     guide: Denoiser | None = None,
     guidance: float = 1.0,
     codec: Codec | None = None,
@@ -92,6 +103,7 @@ def generate(
 ) -> Samples:
     """Images for these seeds.
 
+    class_counts: images of each class in a dataset; then classes are drawn by their share of it, else uniformly.
     guide, guidance: a weaker net and how far to move away from it (1 = not at all), for Heun's sampler alone.
     codec: by default that of the net's channels, where four are latents that the VAE decodes.
     Raises SidaError for a class that the net does not have, for no step at all, and for a guide that does not fit.
@@ -104,7 +116,7 @@ def generate(
     if guide is not None:
         _check_guide(guide, net, sampler)
     codec = codec or codec_for(net.spec.img_channels)
-    return Samples(net, sampler, seeds, device, codec, class_index, guide, guidance, batch_size)
+    return Samples(net, sampler, seeds, device, codec, class_index, class_counts, guide, guidance, batch_size)
 
 
 def _check_guide(guide: Denoiser, net: Denoiser, sampler: OneStepSpec | HeunSpec) -> None:
@@ -129,6 +141,7 @@ def sample_batch(
     device: torch.device,
     *,
     class_index: int | None = None,
+    class_counts: Sequence[int] | None = None,
     guide: Denoiser | None = None,
     guidance: float = 1.0,
 ) -> tuple[Tensor, Tensor | None]:
@@ -139,7 +152,12 @@ def sample_batch(
     spec = net.spec
     noise = SeededNoise(seeds, device)
     latents = noise.normal((spec.img_channels, spec.img_resolution, spec.img_resolution))
-    labels = noise.integers(spec.label_dim) if spec.label_dim else None
+    labels = None
+    if spec.label_dim and class_counts is not None:
+        last = torch.tensor(class_counts, device=device).cumsum(0)
+        labels = torch.searchsorted(last, noise.integers(int(last[-1])), right=True)
+    elif spec.label_dim:
+        labels = noise.integers(spec.label_dim)
     if labels is not None and class_index is not None:
         labels = torch.full_like(labels, class_index)
     one_hot = as_one_hot(labels, spec.label_dim, device)

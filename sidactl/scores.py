@@ -1,51 +1,114 @@
-"""Scores of artifacts against a dataset, by trials over fresh seed ranges, kept as score artifacts."""
+"""Scores of images against a reference, by trials over fresh seed ranges, kept as score artifacts."""
 
-import io
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
-from sidactl import catalog
-from sidactl.artifacts import NETS, Tick, answered, asset_digest, load_dataset, load_net, mapping, resolve
+from sidactl import __version__, references
+from sidactl.artifacts import (
+    NETS,
+    Tick,
+    answered,
+    fetch_detector,
+    load_dataset,
+    load_net,
+    mapping,
+    read_state_dict,
+    resolve,
+)
 from sidactl.errors import SidaError
 from sidactl.recipe import HeunSpec, OneStepSpec
+from sidactl.references import Moments, Need, detector_name, images_per_batch
 from sidactl.store import Artifact, Store
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
-    from sidactl.data import Dataset
-    from sidactl.detectors import Detector
+    from sidactl.detectors import Detector, Resize
     from sidactl.diffusion import Preconditioned
     from sidactl.metrics import FeatureStats
 
 SCORED = (*NETS, "samples", "dataset")
-MAX_BATCH_SIZE, BATCH_VALUES = 1000, 1 << 20
-"""images per batch: few enough that all their pixels are at most BATCH_VALUES values"""
 SCORE_NAMES = {"tiny-digits": "FD tiny-digits", "inception": "FID", "dinov2": "FD-DINOv2"}
 """what a Fréchet distance is called by its detector; only Inception's is a FID"""
+Convention = Literal["edm", "sid", "guided-diffusion"]
+CONVENTIONS: tuple[Convention, ...] = ("edm", "sid", "guided-diffusion")
+Labels = Literal["uniform", "dataset"]
+LABELS: tuple[Labels, ...] = ("uniform", "dataset")
+MAX_REAL_IMAGES = 200_000
+"""so many images of a dataset, drawn by a fixed seed, stand for it in precision, recall and KID, as in SiD"""
+ENOUGH = 1.1
+"""images per feature below which a Fréchet distance is warned of: the covariance has not its full rank"""
 
-Images = Iterator["torch.Tensor"]
-"""batches of uint8 images"""
-Measure = Callable[["Detector", Artifact, Store], Callable[[Images], Mapping[str, float]]]
-"""what a detector and a dataset make of images"""
+
+@dataclass(frozen=True)
+class Metric:
+    """A number or two about images: by which detector (None = the reference's own), and what it compares with."""
+
+    detector: str | None = None
+    need: Need | None = "moments"
+
+
+METRICS: Mapping[str, Metric] = {
+    "fid": Metric(),
+    "fd-dinov2": Metric(detector="dinov2"),
+    "prec-recall": Metric(need="images"),
+    "kid": Metric(need="images"),
+    "inception-score": Metric(need=None),
+}
+
+
+class ScoreOptions(TypedDict, total=False):
+    """What every scoring function takes, by name.
+
+    reference: a dataset or statistics by oid, name, file or URL; by default the published statistics of the dataset
+        that the subject was made from, or that dataset.
+    num, trials, first_seed: images per trial (50,000), trials, and the first one's first seed; the next go on from it.
+    labels: classes drawn uniformly for each seed, as EDM does, or by their share of the dataset, as SiD does.
+    detector: inception, dinov2, tiny-digits, or a file: Inception in TorchScript, or a state dict of Inception's.
+    resize: of dinov2: torch, as in the published statistics, or pil.
+    convention: whose arithmetic: edm (N - 1 in covariances, float32 distances), sid (N for generated images, float16
+        distances) or guided-diffusion (its precision and recall).
+    neighbours: k of precision and recall. num_splits: parts of the inception score.
+    tick: called with images done and in all.
+    """
+
+    reference: str | None
+    num: int | None
+    trials: int
+    first_seed: int
+    labels: str
+    detector: str | None
+    resize: str
+    convention: str
+    neighbours: int
+    num_splits: int
+    run: Path | str | None
+    device: str | None
+    force: bool
+    tick: Tick | None
 
 
 @dataclass(frozen=True)
 class Score:
-    """One or more numbers about one artifact: by name, the value of every trial.
+    """Numbers about one artifact: by name, the value of every trial, and how they were made.
 
-    `seeds`: [first, last + 1] of each trial, empty for a fixed set of images; `num`: images per trial.
+    `seeds`: [first, last + 1] of each trial, empty for a fixed set of images; `num`: images per trial; `detectors` and
+    `references`: by the number's name, the detector's identity and the reference's oid.
     """
 
     values: Mapping[str, Sequence[float]]
     num: int
     seeds: Sequence[Sequence[int]]
-    detector: str
+    detectors: Mapping[str, str]
+    references: Mapping[str, str]
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    warnings: Sequence[str]
     subject: str
-    reference: str
     oid: str
 
     @property
@@ -61,6 +124,8 @@ class Score:
                 "std": statistics.stdev(values) if len(values) > 1 else None,
                 "minimum": min(values),
                 "trials": list(values),
+                "detector": self.detectors[name],
+                "reference": self.references.get(name),
             }
             for name, values in self.values.items()
         }
@@ -68,168 +133,440 @@ class Score:
             "scores": numbers,
             "num": self.num,
             "seeds": [list(pair) for pair in self.seeds],
-            "detector": self.detector,
             "subject": self.subject,
-            "reference": self.reference,
+            "settings": dict(self.settings),
+            "versions": dict(self.versions),
+            "warnings": list(self.warnings),
             "oid": self.oid,
         }
 
 
-def fid(
-    ref: str,
-    *,
-    reference: str | None = None,
-    num: int | None = None,
-    trials: int = 1,
-    first_seed: int = 0,
-    detector: str | None = None,
-    run: Path | str | None = None,
-    device: str | None = None,
-    force: bool = False,
-    tick: Tick | None = None,
-) -> Score:
-    """Fréchet distance of generated images to a dataset: called FID only with Inception's features.
+def fid(ref: str, **options: Unpack[ScoreOptions]) -> Score:
+    """Fréchet distance of images to a reference: called FID only with Inception's features.
 
-    A generator or teacher is sampled anew in each trial (`num` images, default 50,000, from seed first_seed on, by its
-    own sampler); samples are taken as they are. `reference` defaults to the dataset that the subject was made from.
-    Source: Heusel et al. (1706.08500), eq. 6.
+    A generator or teacher is sampled anew in each trial by its own sampler; samples, folders, zips and npz files are
+    taken as they are. Source: Heusel et al. (1706.08500), eq. 6.
     """
-
-    def measure(chosen: "Detector", data: Artifact, store: Store) -> Callable[[Images], Mapping[str, float]]:
-        from sidactl import detectors
-
-        real = reference_stats(store, data, chosen)
-        return lambda images: {SCORE_NAMES[chosen.name]: frechet(detectors.stats_of(chosen, images), real)}
-
-    return _score(
-        "fid",
-        measure,
-        ref,
-        reference,
-        num,
-        50_000,
-        trials,
-        first_seed,
-        detector,
-        run,
-        device,
-        force,
-        tick,
-    )
+    return evaluate(ref, ["fid"], **options)
 
 
-def prec_recall(
-    ref: str,
-    *,
-    reference: str | None = None,
-    num: int | None = None,
-    trials: int = 1,
-    first_seed: int = 0,
-    detector: str | None = None,
-    neighbours: int = 3,
-    run: Path | str | None = None,
-    device: str | None = None,
-    force: bool = False,
-    tick: Tick | None = None,
-) -> Score:
-    """Improved precision and recall, in this order; arguments as in `fid`, but 10,000 images by default.
+def fd_dinov2(ref: str, **options: Unpack[ScoreOptions]) -> Score:
+    """Fréchet distance of DINOv2's features. Source: Stein et al. (2306.04675), as EDM2 (2312.02696) computes it."""
+    return evaluate(ref, ["fd-dinov2"], **options)
 
-    Source: Kynkäänniemi et al. (1904.06991), eqs. 1-3.
+
+def prec_recall(ref: str, **options: Unpack[ScoreOptions]) -> Score:
+    """Improved precision and recall, in this order. Source: Kynkäänniemi et al. (1904.06991), eqs. 1-3."""
+    return evaluate(ref, ["prec-recall"], **options)
+
+
+def inception_score(ref: str, **options: Unpack[ScoreOptions]) -> Score:
+    """Inception score, the mean over parts of the images. Source: Salimans et al. (1606.03498), section 4."""
+    return evaluate(ref, ["inception-score"], **options)
+
+
+def evaluate(ref: str, metrics: Sequence[str] | None = None, **options: Unpack[ScoreOptions]) -> Score:
+    """Several metrics in one pass over the images; all that apply to the reference if none is named.
+
+    Source: those of `fid`, `prec_recall` and `inception_score`; KID is Bińkowski et al. (1801.01401), section 4.
     """
-
-    def measure(chosen: "Detector", data: Artifact, store: Store) -> Callable[[Images], Mapping[str, float]]:
-        from sidactl import detectors, metrics
-
-        real = detectors.features_of(chosen, dataset_images(load_dataset(store, data)))
-
-        def measured(images: Images) -> Mapping[str, float]:
-            precision, recall = metrics.precision_recall(real, detectors.features_of(chosen, images), neighbours)
-            return {"precision": precision, "recall": recall}
-
-        return measured
-
-    return _score(
-        f"prec-recall-{neighbours}",
-        measure,
-        ref,
-        reference,
-        num,
-        10_000,
-        trials,
-        first_seed,
-        detector,
-        run,
-        device,
-        force,
-        tick,
-    )
-
-
-def _score(
-    command: str,
-    measure: Measure,
-    ref: str,
-    reference: str | None,
-    num: int | None,
-    default_num: int,
-    trials: int,
-    first_seed: int,
-    detector: str | None,
-    run: Path | str | None,
-    device: str | None,
-    force: bool,
-    tick: Tick | None,
-) -> Score:
-    if num is not None and num < 2:
-        raise SidaError(f"sample count must be >= 2, got {num}", "Pass --num 2 or more.")
-    if trials < 1:
-        raise SidaError(f"the number of trials must be >= 1, got {trials}", "Pass --trials 1 or more.")
-    store = Store.open(run)
-    subject = resolve(store, ref, SCORED)
-    data = resolve(store, reference, ["dataset"]) if reference else dataset_of(store, subject)
-    seeds: list[list[int]] = []
-    if subject.kind in NETS:
-        num = num or default_num
-        seeds = [[first_seed + t * num, first_seed + (t + 1) * num] for t in range(trials)]
-    else:
-        num = _fixed_count(subject, num, trials)
-    chosen = detector or detector_name(data)
-    params: dict[str, Any] = {
-        "num": num,
-        "seeds": seeds,
-        "detector": chosen,
-        "weights": asset_digest(f"{chosen}-detector.safetensors"),
-    }
-    key = store.key(command, params, {"subject": subject.oid, "reference": data.oid})
-    known = None if force else store.asked(key)
+    asked = _Question.parse(ref, metrics, options)
+    known = None if asked.force else asked.store.asked(asked.key)
     if known is None:
-        from sidactl import detectors
-        from sidactl.engine import pick_device
+        from sidactl import engine
 
-        loaded = detectors.load(chosen, device=pick_device(device))
-        images = _images_by_trial(store, subject, seeds, num, loaded, tick)
-        results = [*map(measure(loaded, data, store), images)]
-        values = {name: [result[name] for result in results] for name in results[0]}
-        known = store.put(
-            "score",
-            {},
-            inputs={"subject": subject.oid, "reference": data.oid},
-            params={"command": command, "num": num, "seeds": seeds, "detector": loaded.identity},
-            results={"values": values},
-        )
-        answered(store, key, known, command)
+        measured = _measure(asked)
+        known = asked.store.get(engine.agreed(lambda: _keep(asked, measured).oid))
     return score_of(known)
+
+
+@dataclass(frozen=True)
+class _Question:
+    """All that shapes a score, with every word resolved and checked."""
+
+    store: Store
+    subject: Artifact
+    metrics: Sequence[str]
+    detectors: Mapping[str, str]
+    """by metric"""
+    references: Mapping[str, Artifact]
+    """by metric"""
+    num: int
+    seeds: Sequence[Sequence[int]]
+    settings: Mapping[str, Any]
+    key: str
+    device: str | None
+    force: bool
+    tick: Tick | None
+
+    @classmethod
+    def parse(cls, ref: str, metrics: Sequence[str] | None, options: ScoreOptions) -> "_Question":
+        num, trials = options.get("num"), options.get("trials", 1)
+        if num is not None and num < 2:
+            raise SidaError(f"sample count must be >= 2, got {num}", "Pass --num 2 or more.")
+        if trials < 1:
+            raise SidaError(f"the number of trials must be >= 1, got {trials}", "Pass --trials 1 or more.")
+        settings = {
+            "labels": options.get("labels", "uniform"),
+            "convention": options.get("convention", "edm"),
+            "resize": options.get("resize", "torch"),
+            "neighbours": options.get("neighbours", 3),
+            "num_splits": options.get("num_splits", 10),
+        }
+        for name, known in (("labels", LABELS), ("convention", CONVENTIONS), ("resize", ("torch", "pil"))):
+            if settings[name] not in known:
+                raise SidaError(f"{name} must be one of {', '.join(known)}, got {settings[name]!r}", "Pass another.")
+        for name in metrics or ():
+            if name not in METRICS:
+                raise SidaError(f"unknown metric {name!r}", f"Metrics are {', '.join(METRICS)}.")
+        store = Store.open(options.get("run"))
+        subject = resolve(store, ref, SCORED)
+        seeds: list[list[int]] = []
+        if subject.kind in NETS:
+            num, first = num or 50_000, options.get("first_seed", 0)
+            seeds = [[first + t * num, first + (t + 1) * num] for t in range(trials)]
+        else:
+            num = _fixed_count(subject, num, trials)
+        chosen = list(metrics or _applicable(store, subject, options))
+        found = {
+            name: references.find(store, options.get("reference"), subject, need)
+            for name in chosen
+            if (need := METRICS[name].need)
+        }
+        detectors = {name: _detector_of(name, options.get("detector"), found, store, subject) for name in chosen}
+        weights = {name: _weights_digest(store, name) for name in set(detectors.values())}
+        key = store.key(
+            "score",
+            {"metrics": chosen, "num": num, "seeds": seeds, "settings": settings, "detectors": detectors, **weights},
+            {"subject": subject.oid} | {name: artifact.oid for name, artifact in found.items()},
+        )
+        return cls(
+            store,
+            subject,
+            chosen,
+            detectors,
+            found,
+            num,
+            seeds,
+            settings,
+            key,
+            options.get("device"),
+            options.get("force", False),
+            options.get("tick"),
+        )
+
+
+def _applicable(store: Store, subject: Artifact, options: ScoreOptions) -> list[str]:
+    """The metrics of an evaluation: all with the reference's own detector, and FD-DINOv2 where Inception is used."""
+    reference = references.find(store, options.get("reference"), subject, "moments")
+    detector = options.get("detector") or detector_name(reference)
+    try:
+        references.find(store, options.get("reference"), subject, "images")
+        has_images = detector != "dinov2"
+    except SidaError:  # statistics alone, or a dataset that is not here
+        has_images = False
+    wanted = ["fid"]
+    if detector == "inception" and (reference.kind == "dataset" or "dinov2.npz" in reference.files):
+        wanted.append("fd-dinov2")
+    if has_images:
+        wanted += ["prec-recall", "kid"]
+    return wanted + ([] if detector == "dinov2" else ["inception-score"])
+
+
+def _detector_of(metric: str, asked: str | None, found: Mapping[str, Artifact], store: Store, subject: Artifact) -> str:
+    fixed = METRICS[metric].detector
+    if fixed and asked not in (None, fixed):
+        raise SidaError(f"{metric} is by detector {fixed}, got {asked!r}", "Leave out --detector.")
+    if fixed or asked:
+        return str(fixed or asked)
+    if metric in found:
+        return detector_name(found[metric])
+    name = references.dataset_name(store, subject)
+    return "tiny-digits" if name == "tiny-digits" else "inception"
+
+
+def _weights_digest(store: Store, detector: str) -> str:
+    """What stands for a detector's weights in a question, without reading more than it must."""
+    if _is_file(detector):
+        path = Path(detector)
+        if not path.is_file():
+            raise SidaError(f"{path}: no such file", "Check the path, or use --detector inception.")
+        return f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}"
+    return fetch_detector(detector, run=store.root).oid
+
+
+def _is_file(detector: str) -> bool:
+    return Path(detector).suffix in (".pt", ".pth", ".safetensors")
+
+
+def load_detector(store: Store, name: str, device: "torch.device", resize: "Resize" = "torch") -> "Detector":
+    """The named detector, downloaded if need be; or Inception from a file, in TorchScript (.pt) or as a state dict."""
+    from sidactl import detectors
+
+    if _is_file(name):
+        if Path(name).suffix == ".pt":
+            return detectors.load_torchscript(name, device=device)
+        return detectors.load("inception", read_state_dict(name), device=device)
+    artifact = fetch_detector(name, run=store.root)
+    if "model.pt" in artifact.files:
+        return detectors.load_torchscript(store.path(artifact, "model.pt"), device=device)
+    import safetensors.torch
+
+    weights = safetensors.torch.load(store.read(artifact, "model.safetensors"))
+    return detectors.load(name, weights, device=device, resize=resize)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    values: Mapping[str, Sequence[float]]
+    detectors: Mapping[str, str]
+    references: Mapping[str, str]
+    warnings: Sequence[str]
+
+
+def _measure(asked: _Question) -> _Measured:
+    """Runs all trials; every process computes its share of the images, rank 0 the numbers."""
+    from sidactl import engine
+    from sidactl.engine import pick_device
+
+    device = pick_device(asked.device)
+    resize = asked.settings["resize"]
+    loaded = {name: load_detector(asked.store, name, device, resize) for name in set(asked.detectors.values())}
+    by_metric = {metric: loaded[name] for metric, name in asked.detectors.items()}
+    keeps = {asked.detectors[m] for m in asked.metrics if METRICS[m].need != "moments"}
+    warnings = [w for a in asked.references.values() if (w := references.warning(a))]
+    for detector in {id(d): d for m, d in by_metric.items() if METRICS[m].need == "moments"}.values():
+        if asked.num < ENOUGH * detector.num_features:
+            warnings.append(
+                f"{asked.num:,} images are few for {detector.num_features:,} features: the distance is far too high by "
+                f"their number alone; compare only with scores of as many, better of 50,000"
+            )
+    is_first = engine.rank_and_size()[0] == 0
+    against = {m: _against(asked, m, by_metric[m]) for m in asked.metrics} if is_first else {}
+    values: dict[str, list[float]] = {}
+    made_by: dict[str, str] = {}
+    made_against: dict[str, str] = {}
+    for trial in range(max(1, len(asked.seeds))):
+        seen = _features(asked, trial, loaded, keeps)
+        for metric in asked.metrics if is_first else ():
+            detector = by_metric[metric]
+            numbers = _numbers(asked, metric, detector, seen[asked.detectors[metric]], against[metric])
+            for name, value in numbers.items():
+                values.setdefault(name, []).append(value)
+                made_by[name] = detector.identity
+                if metric in asked.references:
+                    made_against[name] = asked.references[metric].oid
+    return _Measured(values, made_by, made_against, sorted(set(warnings)))
+
+
+@dataclass
+class _Seen:
+    """What is kept of a trial's images under one detector: moments, and where they are needed the features."""
+
+    stats: "FeatureStats"
+    features: "Tensor | None"
+
+
+def _features(asked: _Question, trial: int, loaded: Mapping[str, "Detector"], keeps: set[str]) -> Mapping[str, _Seen]:
+    """One trial's features by detector; kept as features artifacts where they are kept in memory, and read again."""
+    import torch
+
+    from sidactl import engine
+    from sidactl.metrics import FeatureStats
+
+    store, seeds = asked.store, range(*asked.seeds[trial]) if asked.seeds else None
+    params = {
+        "num": asked.num,
+        "seeds": asked.seeds[trial] if asked.seeds else None,
+        "labels": asked.settings["labels"],
+    }
+    keys = {
+        name: store.key("features", params | {"detector": d.identity}, {"subject": asked.subject.oid})
+        for name, d in loaded.items()
+    }
+    known = {name: None if asked.force else store.asked(key) for name, key in keys.items()}
+    parts: dict[str, list[Tensor]] = {name: [] for name in loaded}
+    seen = {name: _Seen(FeatureStats(), None) for name in loaded}
+    done, total = trial * asked.num, asked.num * max(1, len(asked.seeds))
+    if asked.tick:
+        asked.tick(done, total)
+    if all(known.values()):
+        for name, artifact in known.items():
+            assert artifact
+            parts[name] = [_read_features(store, artifact)]
+            seen[name].stats.add(parts[name][0])
+        if asked.tick:
+            asked.tick(done + asked.num, total)
+    else:
+        num_batches, images = _images(asked, seeds, next(iter(loaded.values())).device)
+        computed = ({name: d(batch) for name, d in loaded.items()} for batch in images)
+        count = 0
+        for batch in engine.joined(computed, num_batches):
+            for name, rows in batch.items():
+                _refuse_bad(rows, count, seeds, loaded[name])
+                seen[name].stats.add(rows)
+                if name in keeps:
+                    parts[name].append(rows)
+            count += len(rows)
+            if asked.tick:
+                asked.tick(done + count, total)
+    for name in loaded:
+        if name in keeps and parts[name]:
+            seen[name].features = torch.cat(parts[name])
+            if not known[name]:
+                _keep_features(store, keys[name], asked.subject, params, loaded[name], torch.cat(parts[name]))
+    return seen
+
+
+def _refuse_bad(rows: "Tensor", offset: int, seeds: range | None, detector: "Detector") -> None:
+    bad = (~rows.isfinite().all(1)).nonzero()
+    if len(bad):
+        index = offset + int(bad[0])
+        which = f"the image of seed {seeds[index]}" if seeds else f"image {index}"
+        raise SidaError(f"features by {detector.name} must be finite, those of {which} are not", "Look at that image.")
+
+
+def _images(asked: _Question, seeds: range | None, device: "torch.device") -> tuple[int, Iterator["Tensor"]]:
+    """How many batches there are, and this process's share of them."""
+    from sidactl import engine
+
+    if seeds is None:
+        dataset = load_dataset(asked.store, asked.subject)
+        size = images_per_batch(dataset.num_channels, dataset.resolution)
+        starts = range(0, asked.num, size)
+        mine = engine.share(starts)
+        return len(starts), (dataset.images(range(s, min(s + size, asked.num))) for s in mine)
+    from sidactl import sampling
+
+    net = load_net(asked.store, asked.subject, device)
+    counts: Sequence[int] | None = None
+    if asked.settings["labels"] == "dataset" and net.spec.label_dim:
+        held = references.dataset_of(asked.store, asked.subject).results["class_counts"]
+        assert isinstance(held, list)
+        counts = held
+    size = images_per_batch(net.spec.img_channels, net.spec.img_resolution)
+    sampler = sampler_of(asked.subject)
+    samples = sampling.generate(net, seeds, sampler, device=device, class_counts=counts, batch_size=size)
+    return len(samples), (batch.images for batch in samples.shared())
+
+
+def _keep_features(
+    store: Store, key: str, subject: Artifact, params: Mapping[str, Any], detector: "Detector", features: "Tensor"
+) -> None:
+    import safetensors.torch
+
+    files = {"features.safetensors": safetensors.torch.save({"features": features.contiguous()})}
+    params = dict(params) | {"detector": detector.identity}
+    artifact = store.put("features", files, inputs={"subject": subject.oid}, params=params)
+    answered(store, key, artifact, "features")
+
+
+def _read_features(store: Store, artifact: Artifact) -> "Tensor":
+    import safetensors.torch
+
+    return safetensors.torch.load(store.read(artifact, "features.safetensors"))["features"]
+
+
+def _against(asked: _Question, metric: str, detector: "Detector") -> "Moments | Tensor | None":
+    """What a metric compares with: moments, features of real images, or nothing."""
+    if METRICS[metric].need == "moments":
+        return references.moments(asked.store, asked.references[metric], detector)
+    return _real_features(asked.store, asked.references[metric], detector) if METRICS[metric].need else None
+
+
+def _real_features(store: Store, data: Artifact, detector: "Detector") -> "Tensor":
+    import numpy as np
+
+    from sidactl import detectors
+
+    params: dict[str, Any] = {"detector": detector.identity, "at_most": MAX_REAL_IMAGES}
+    key = store.key("features", params, {"subject": data.oid})
+    if known := store.asked(key):
+        return _read_features(store, known)
+    dataset = load_dataset(store, data)
+    chosen = np.arange(dataset.num_images)
+    if len(chosen) > MAX_REAL_IMAGES:
+        chosen = np.sort(np.random.RandomState(0).permutation(chosen)[:MAX_REAL_IMAGES])
+    size = images_per_batch(dataset.num_channels, dataset.resolution)
+    batches = (dataset.images(chosen[start : start + size]) for start in range(0, len(chosen), size))
+    features = detectors.features_of(detector, batches)
+    _keep_features(store, key, data, params, detector, features)
+    return features
+
+
+def _numbers(
+    asked: _Question, metric: str, detector: "Detector", seen: _Seen, against: "Moments | Tensor | None"
+) -> Mapping[str, float]:
+    from sidactl import metrics
+
+    suffix = "" if detector.name == "inception" else f" {detector.name}"
+    convention = asked.settings["convention"]
+    if isinstance(against, Moments):
+        covariance = seen.stats.covariance(ddof=0 if convention == "sid" else 1)
+        return {SCORE_NAMES[detector.name]: metrics.frechet_distance(seen.stats.mean, covariance, *against)}
+    assert seen.features is not None
+    if against is None:
+        score, _ = metrics.inception_score(detector.logits(seen.features), asked.settings["num_splits"])
+        return {f"IS{suffix}": score}
+    if metric == "kid":
+        size = min(1000, len(against), len(seen.features))
+        distance, _ = metrics.kernel_distance(against, seen.features, subset_size=size, seed=0)
+        return {f"KID{suffix}": distance}
+    real, generated = against.to(detector.device), seen.features.to(detector.device)
+    k = asked.settings["neighbours"]
+    if convention == "guided-diffusion":
+        precision, recall = metrics.guided_diffusion_precision_recall(real, generated, k)
+    else:
+        dtype: Literal["float16", "float32"] = "float16" if convention == "sid" else "float32"
+        precision, recall = metrics.precision_recall(real, generated, k, precision=dtype)
+    return {"precision": precision, "recall": recall}
+
+
+def _keep(asked: _Question, measured: _Measured) -> Artifact:
+    inputs = {"subject": asked.subject.oid} | {f"reference {n}": oid for n, oid in measured.references.items()}
+    artifact = asked.store.put(
+        "score",
+        {},
+        inputs=inputs,
+        params={
+            "metrics": list(asked.metrics),
+            "num": asked.num,
+            "seeds": [list(pair) for pair in asked.seeds],
+            "detectors": dict(measured.detectors),
+            "settings": dict(asked.settings),
+        },
+        results={
+            "values": {name: list(values) for name, values in measured.values.items()},
+            "versions": _versions(),
+            "warnings": list(measured.warnings),
+        },
+    )
+    return answered(asked.store, asked.key, artifact, "score")
+
+
+def _versions() -> dict[str, str]:
+    import numpy as np
+    import scipy
+    import torch
+
+    return {"sidactl": __version__, "torch": torch.__version__, "numpy": np.__version__, "scipy": scipy.__version__}
 
 
 def score_of(artifact: Artifact) -> Score:
     """The Score that a score artifact holds."""
-    params, inputs = artifact.params, artifact.inputs
-    assert isinstance(params["num"], int)
-    assert isinstance(params["seeds"], list)
-    values: Any = artifact.results["values"]
-    seeds: Any = params["seeds"]
+    params: Mapping[str, Any] = artifact.params
+    results: Mapping[str, Any] = artifact.results
     return Score(
-        values, params["num"], seeds, str(params["detector"]), inputs["subject"], inputs["reference"], artifact.oid
+        values=results["values"],
+        num=params["num"],
+        seeds=params["seeds"],
+        detectors=params["detectors"],
+        references={name.removeprefix("reference "): oid for name, oid in artifact.inputs.items() if name != "subject"},
+        settings=params["settings"],
+        versions=results["versions"],
+        warnings=results["warnings"],
+        subject=artifact.inputs["subject"],
+        oid=artifact.oid,
     )
 
 
@@ -250,36 +587,9 @@ def _fixed_count(subject: Artifact, num: int | None, trials: int) -> int:
     return num or available
 
 
-def _images_by_trial(
-    store: Store,
-    subject: Artifact,
-    seeds: Sequence[Sequence[int]],
-    num: int,
-    detector: "Detector",
-    tick: Tick | None,
-) -> Iterator[Images]:
-    if subject.kind not in NETS:
-        yield _ticking(dataset_images(load_dataset(store, subject), num), tick, 0, num)
-        return
-    net, sampler = load_net(store, subject, detector.device), sampler_of(subject)
-    for trial, (start, stop) in enumerate(seeds):
-        images = generated_images(net, sampler, range(start, stop), detector.device)
-        yield _ticking(images, tick, trial * num, len(seeds) * num)
-
-
-def _ticking(images: Images, tick: Tick | None, done: int, total: int) -> Images:
-    if tick:
-        tick(done, total)
-    for batch in images:
-        yield batch
-        done += len(batch)
-        if tick:
-            tick(done, total)
-
-
 def generated_images(
     net: "Preconditioned", sampler: OneStepSpec | HeunSpec, seeds: Sequence[int], device: "torch.device"
-) -> Images:
+) -> Iterator["Tensor"]:
     """Batches of uint8 images for these seeds, computed as they are read."""
     from sidactl import sampling
 
@@ -288,61 +598,10 @@ def generated_images(
         yield batch.images
 
 
-def dataset_images(dataset: "Dataset", count: int | None = None) -> Images:
-    """Batches of the first `count` images (all by default), in order."""
-    stop = dataset.num_images if count is None else count
-    size = images_per_batch(dataset.num_channels, dataset.resolution)
-    for start in range(0, stop, size):
-        yield dataset.images(range(start, min(start + size, stop)))
-
-
-def images_per_batch(num_channels: int, resolution: int) -> int:
-    """How many images of this size are held at once."""
-    return max(1, min(MAX_BATCH_SIZE, BATCH_VALUES // (num_channels * resolution**2)))
-
-
-def dataset_of(store: Store, subject: Artifact) -> Artifact:
-    """The dataset that an artifact descends from."""
-    if subject.kind == "dataset":
-        return subject
-    if "dataset" in subject.inputs:
-        return store.get(subject.inputs["dataset"])
-    if "net" in subject.inputs:
-        return dataset_of(store, store.get(subject.inputs["net"]))
-    return resolve(store, str(subject.params["dataset"]), ["dataset"])
-
-
-def detector_name(data: Artifact) -> str:
-    """The detector that a dataset is scored with unless another is asked for."""
-    entry = catalog.DATASETS.get(str(data.params["name"]))
-    is_tiny = data.results["resolution"] == 8 and data.results["num_channels"] == 1
-    return entry.detector if entry else "tiny-digits" if is_tiny else "inception"
-
-
 def sampler_of(subject: Artifact) -> OneStepSpec | HeunSpec:
     """The sampler that a teacher or generator artifact names as its own."""
     settings = mapping(subject.params["sampler"])
     return HeunSpec.from_json(settings) if "S_churn" in settings else OneStepSpec.from_json(settings)
-
-
-def reference_stats(store: Store, data: Artifact, detector: "Detector") -> "FeatureStats":
-    """Feature statistics of all images of a dataset; computed once, then kept as a stats artifact."""
-    import numpy as np
-
-    from sidactl import detectors
-    from sidactl.metrics import FeatureStats
-
-    key = store.key("stats", {"detector": detector.identity}, {"dataset": data.oid})
-    known = store.asked(key)
-    if known is None:
-        stats = detectors.stats_of(detector, dataset_images(load_dataset(store, data)))
-        buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, **stats.arrays())
-        params = {"detector": detector.identity}
-        known = store.put("stats", {"stats.npz": buffer.getvalue()}, inputs={"dataset": data.oid}, params=params)
-        answered(store, key, known, "stats")
-    with np.load(io.BytesIO(store.read(known, "stats.npz")), allow_pickle=False) as arrays:
-        return FeatureStats.from_arrays(dict(arrays))
 
 
 def frechet(generated: "FeatureStats", reference: "FeatureStats") -> float:

@@ -94,8 +94,9 @@ def warn(message: str) -> None:
 
 
 def fail(error: SidaError) -> int:
-    """Tells the error in one line on stderr and returns the exit code it asks for."""
-    note(f"error: {error}")
+    """Tells the error in one line on stderr and returns the exit code it asks for; any of several processes does."""
+    who = "" if _speaks() else f"process {os.environ['RANK']}: "
+    _print(sys.stderr, _folded(f"{who}error: {error}"))
     return error.exit_code
 
 
@@ -290,12 +291,22 @@ def _folded(text: str) -> str:
     return _CONTROL.sub(" ", text).strip()
 
 
+def _speaks() -> bool:
+    """Of the processes that torchrun starts the first one alone speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _is_terminal(file: TextIO) -> bool:
     """Whether displays can be drawn; NO_COLOR does not matter here, rich draws without colours then."""
-    return file.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
+    return _speaks() and file.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
 
 
 def _write(file: TextIO, text: str) -> None:
+    if _speaks():
+        _print(file, text)
+
+
+def _print(file: TextIO, text: str) -> None:
     """A line, at once; a reader that has gone away (`| head -1`) is no error."""
     try:
         print(text, file=file, flush=True)

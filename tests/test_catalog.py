@@ -278,7 +278,7 @@ def test_every_network_and_statistic_has_its_own_file_over_https() -> None:
 
 def test_known_digests_are_pinned_and_an_uncertain_one_is_marked() -> None:
     dinov2, inception, teacher = (
-        e.source for e in (DETECTORS["dinov2"], DETECTORS["inception"], TEACHERS["edm-cifar10-uncond"])
+        e.source for e in (DETECTORS["dinov2"], DETECTORS["inception-torchscript"], TEACHERS["edm-cifar10-uncond"])
     )
     assert dinov2
     assert inception

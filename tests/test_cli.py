@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -145,7 +147,11 @@ def test_unknown_option_is_one_line() -> None:
             ["distill", "--teacher", "tiny-digits", "--name", "beef"],
             "a ref name must not be 4 or more hex digits, which would read as an oid, got 'beef'. Add another letter.",
         ),
-        (["fd-dinov2", "tiny-digits"], None),
+        (
+            ["fid", "tiny-digits", "--detector", "incepton"],
+            "unknown detector 'incepton'. Did you mean 'inception'?",
+        ),
+        (["fid", "tiny-digits", "--convention", "tf"], None),
         (["ls", "pictures"], None),
         (["prepare-data", "tiny-digits", "--resolution", "64"], None),
     ],
@@ -283,8 +289,22 @@ def test_fid_json_says_how_the_score_was_made(distilled: tuple[Path, str]) -> No
     assert told["seeds"] == [[0, 100], [100, 200]]
     assert score["value"] == pytest.approx(sum(score["trials"]) / 2)
     assert score["minimum"] == min(score["trials"])
-    assert told["detector"].startswith("tiny-digits@")
+    assert score["detector"].startswith("tiny-digits@")
     assert "score" in sidactl("show", oid, run=run).stdout
+
+
+def test_scores_of_two_processes_are_those_of_one_bit_for_bit(distilled: tuple[Path, str], tmp_path: Path) -> None:
+    def measured(*launcher: str) -> dict[str, Any]:
+        run = shutil.copytree(distilled[0], tmp_path / f"run{len(launcher)}")
+        command = [sys.executable, "-m", *launcher, "evaluate", distilled[1], "--num", "2500", "--json"]
+        environment = os.environ | {"SIDACTL_RUN": str(run)}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, done.stderr
+        told: dict[str, Any] = json.loads(done.stdout)["scores"]
+        return told
+
+    torchrun = ("torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "--", "sidactl")
+    assert measured(*torchrun) == measured("sidactl")
 
 
 def test_prec_recall_prints_two_numbers_between_0_and_1(distilled: tuple[Path, str]) -> None:

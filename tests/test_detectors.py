@@ -1,7 +1,9 @@
 """The built-in detector, and what every detector's features are made into."""
 
 import io
+import warnings
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor
 from sidactl import catalog, detectors
 from sidactl.errors import SidaError
 from sidactl.metrics import frechet_distance
+from sidactl.nets import inception
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,7 @@ def digits() -> tuple[Tensor, Tensor]:
 def test_the_built_in_detector_tells_digits_apart(detector: detectors.Detector, digits: tuple[Tensor, Tensor]) -> None:
     images, labels = digits
     with torch.no_grad():
-        found = detector.net(images.float() / 127.5 - 1).argmax(1)
+        found = detector.logits(detector(images)).argmax(1)
     assert float((found == labels).float().mean()) > 0.98
 
 
@@ -93,5 +96,56 @@ def test_images_of_another_kind_are_refused(detector: detectors.Detector, images
 
 
 def test_an_unknown_detector_is_refused_by_its_name() -> None:
-    with pytest.raises(SidaError, match=r"detector 'resnet'"):
+    with pytest.raises(SidaError) as caught:
         detectors.load("resnet")
+    assert str(caught.value) == (
+        "unknown detector 'resnet'. Use one of tiny-digits, inception, dinov2, or a TorchScript file."
+    )
+
+
+def test_inception_and_its_features_have_one_identity_with_or_without_batch_norms_counters() -> None:
+    torch.manual_seed(0)
+    state = inception.FIDInception().state_dict()
+    detector = detectors.load("inception", state)
+    bare = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    assert detectors.load("inception", bare).identity == detector.identity
+    images = torch.randint(0, 256, (3, 1, 20, 24), dtype=torch.uint8)
+    features = detector(images)
+    assert features.shape == (3, 2048)
+    torch.testing.assert_close(detector(images.expand(-1, 3, -1, -1)), features, atol=1e-5, rtol=1e-5)
+    assert detector.logits(features).shape == (3, 1008)
+    with pytest.raises(
+        SidaError, match=r"^detector inception needs grey or RGB uint8 images, got torch\.uint8 \[1, 4,"
+    ):
+        detector(torch.zeros(1, 4, 8, 8, dtype=torch.uint8))
+
+
+class Scripted(torch.nn.Module):
+    """Called as the published TorchScript detector is."""
+
+    def forward(self, images: Tensor, return_features: bool = False) -> Tensor:
+        x = images.to(torch.float32)
+        return torch.stack([x.mean(dim=[1, 2, 3]), x.std(dim=[1, 2, 3])], 1)
+
+
+def test_a_detector_in_torchscript_is_called_as_the_published_one(tmp_path: Path) -> None:
+    path = tmp_path / "inception-2015-12-05.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(Scripted()).save(path)
+    detector = detectors.load_torchscript(path)
+    images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
+    torch.testing.assert_close(detector(images), Scripted()(images))
+    assert (detector.name, detector.num_features) == ("inception", 2)
+    assert detector.identity.startswith("inception-torchscript@")
+    with pytest.raises(SidaError, match=r"^the inception score needs classes, detector inception has none\."):
+        detector.logits(detector(images))
+
+
+def test_what_is_no_torchscript_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    path.write_bytes(b"not a network")
+    with pytest.raises(SidaError) as caught:
+        detectors.load_torchscript(path)
+    assert str(caught.value).startswith(f"{path} is not a detector in TorchScript (")
+    assert "\n" not in str(caught.value)

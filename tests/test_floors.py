@@ -23,7 +23,7 @@ FLOORS = [
         "sampling",
         "detectors",
     ],
-    ["artifacts", "scores", "ops", "inventory"],
+    ["artifacts", "references", "scores", "ops", "inventory"],
     ["ui", "cli"],
 ]
 ORDER = [module for floor in FLOORS for module in floor]

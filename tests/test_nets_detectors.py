@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sidactl import detectors
 from sidactl.data import Dataset
 from sidactl.errors import SidaError
 from sidactl.metrics import FeatureStats, frechet_distance
@@ -91,6 +92,17 @@ def net(inception_state: dict[str, Tensor]) -> FIDInception:
     # Values are shared between tests, which run the net but do not train it.
     net.load_state_dict(inception_state, assign=True)
     return net
+
+
+def test_the_inception_detector_gives_the_golden_features_and_logits(
+    inception_state: dict[str, Tensor], inception_golden: Arrays
+) -> None:
+    detector = detectors.load("inception", inception_state)
+    for name in ("a32", "b64", "rect48x80"):
+        features = detector(nchw(inception_golden[f"image_{name}"]))
+        close(features, inception_golden[f"feat2048_{name}"].reshape(1, -1), FEATURES)
+        logits = inception_golden[f"logits_unbiased_{name}"].reshape(1, -1)
+        close(detector.logits(features), logits, LOGITS)
 
 
 def test_inception_keys_and_shapes_are_the_published_ones() -> None:

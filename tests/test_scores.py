@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from sidactl import detectors, metrics, ops, scores
+from sidactl import detectors, metrics, ops, references, scores
 from sidactl.artifacts import load_dataset
 from sidactl.errors import SidaError
 from sidactl.store import Store
@@ -33,13 +33,13 @@ def diverse(finished: Finished) -> str:
 def features(finished: Finished, ref: str) -> NDArray[np.float64]:
     store = Store.open(finished.root)
     dataset = load_dataset(store, store.resolve(ref))
-    return detectors.features_of(detectors.load("tiny-digits"), scores.dataset_images(dataset)).double().numpy()
+    return detectors.features_of(detectors.load("tiny-digits"), references.dataset_images(dataset)).double().numpy()
 
 
 def test_a_dataset_against_itself_scores_zero(finished: Finished) -> None:
-    score = scores.fid("dataset/tiny-digits", run=finished.root)
+    score = scores.fid("dataset/tiny-digits", reference="dataset/tiny-digits", run=finished.root)
     assert score.value == pytest.approx(0, abs=1e-9)
-    assert (score.num, score.seeds, score.subject) == (1797, [], score.reference)
+    assert (score.num, score.seeds, {FD: score.subject}) == (1797, [], score.references)
 
 
 def test_fid_is_the_frechet_distance_of_the_moments_of_both_sets(finished: Finished, collapsed: str) -> None:
@@ -49,7 +49,7 @@ def test_fid_is_the_frechet_distance_of_the_moments_of_both_sets(finished: Finis
         ours.mean(0), np.cov(ours, rowvar=False), theirs.mean(0), np.cov(theirs, rowvar=False)
     )
     assert score.values == {FD: [pytest.approx(expected, rel=1e-9)]}
-    assert score.detector == detectors.load("tiny-digits").identity
+    assert score.detectors == {FD: detectors.load("tiny-digits").identity}
 
 
 @pytest.mark.parametrize("ref", ["generator/best", "tiny-digits"])
@@ -64,7 +64,7 @@ def test_the_reference_is_the_dataset_that_the_subject_descends_from(finished: F
     store = Store.open(finished.root)
     dataset = store.resolve("dataset/tiny-digits").oid
     for ref in ("dataset/tiny-digits", "teacher/tiny-digits", "generator/best", collapsed):
-        assert scores.dataset_of(store, store.resolve(ref)).oid == dataset
+        assert references.dataset_of(store, store.resolve(ref)).oid == dataset
 
 
 def test_trials_take_fresh_seeds_and_are_told_by_mean_deviation_and_minimum(finished: Finished) -> None:
@@ -82,6 +82,8 @@ def test_trials_take_fresh_seeds_and_are_told_by_mean_deviation_and_minimum(fini
             "std": statistics.stdev(values),
             "minimum": min(values),
             "trials": list(values),
+            "detector": detectors.load("tiny-digits").identity,
+            "reference": score.references[FD],
         }
     }
     assert score.value == told["scores"][FD]["value"]
@@ -111,7 +113,7 @@ def test_a_score_does_not_depend_on_the_batch_size(finished: Finished, monkeypat
         return [float(np.ravel(value)[0]) for value in found]
 
     whole = measured()
-    monkeypatch.setattr(scores, "MAX_BATCH_SIZE", 17)
+    monkeypatch.setattr(references, "MAX_BATCH_SIZE", 17)
     assert measured() == pytest.approx(whole, rel=1e-6)
 
 
@@ -138,21 +140,23 @@ def test_precision_and_recall_are_those_of_the_features(finished: Finished, dive
         assert [score.values["precision"][0], score.values["recall"][0]] == pytest.approx(expected, abs=2e-3)
 
 
-def test_real_features_are_taken_once_for_all_trials(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[object] = []
-    taken = scores.load_dataset
-    monkeypatch.setattr(scores, "load_dataset", lambda *arguments: calls.append(arguments) or taken(*arguments))
-    scores.prec_recall("generator/best", num=20, trials=3, run=finished.root)
-    assert len(calls) == 1
+def test_features_are_taken_once_for_all_trials_and_metrics(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores.prec_recall("generator/best", num=20, trials=3, first_seed=900, run=finished.root)
+    monkeypatch.setattr(scores, "load_net", None)
+    monkeypatch.setattr(scores, "load_dataset", None)
+    known = scores.evaluate("generator/best", num=20, trials=2, first_seed=900, run=finished.root)
+    assert list(known.values) == [FD, "IS tiny-digits", "KID tiny-digits", "precision", "recall"]
 
 
 def test_statistics_of_a_dataset_are_taken_once(finished: Finished) -> None:
     store = Store.open(finished.root)
     data = store.resolve("dataset/tiny-digits")
-    scores.fid("dataset/tiny-digits", run=finished.root)
+    scores.fid("dataset/tiny-digits", reference="dataset/tiny-digits", run=finished.root)
     stats = [artifact for artifact in store.artifacts() if artifact.kind == "stats"]
     assert [artifact.inputs for artifact in stats] == [{"dataset": data.oid}]
-    kept = scores.reference_stats(store, data, detectors.load("tiny-digits"))
+    kept = references.dataset_stats(store, data, detectors.load("tiny-digits"))
     expected = features(finished, "dataset/tiny-digits")
     np.testing.assert_allclose(kept.mean, expected.mean(0), rtol=1e-9)
     np.testing.assert_allclose(kept.covariance(), np.cov(expected, rowvar=False), rtol=1e-7, atol=1e-12)
@@ -190,7 +194,7 @@ def test_statistics_of_a_dataset_are_taken_once(finished: Finished) -> None:
         (
             "generator/best",
             {"reference": "generator/best"},
-            "'generator/best' must be of kind dataset, got generator. See what there is with: sidactl ls",
+            "a reference must be a dataset or statistics, got generator/best, which is a network. Swap the two.",
         ),
         (
             "generator/best",
@@ -202,7 +206,7 @@ def test_statistics_of_a_dataset_are_taken_once(finished: Finished) -> None:
 def test_fid_and_prec_recall_refuse_what_they_cannot_do(
     finished: Finished, collapsed: str, ref: str, options: dict[str, Any], message: str
 ) -> None:
-    score = scores.fid("dataset/tiny-digits", run=finished.root).oid
+    score = scores.fid("dataset/tiny-digits", reference="dataset/tiny-digits", run=finished.root).oid
     subject = {"samples": collapsed, "score": score}.get(ref, ref)
     for command in (scores.fid, scores.prec_recall):
         with pytest.raises(SidaError) as caught:
@@ -223,11 +227,9 @@ def test_a_score_is_kept_with_what_it_was_made_from(finished: Finished, tmp_path
     score = scores.fid("generator/best", num=25, first_seed=3, run=finished.root)
     kept = store.get(score.oid)
     assert kept.kind == "score"
-    assert kept.params == {
-        "command": "fid",
-        "num": 25,
-        "seeds": [[3, 28]],
-        "detector": detectors.load("tiny-digits").identity,
-    }
-    assert kept.inputs == {"subject": finished.best.oid, "reference": finished.best.inputs["dataset"]}
-    assert kept.results == {"values": {FD: list(score.values[FD])}}
+    identity = detectors.load("tiny-digits").identity
+    assert kept.params["metrics"] == ["fid"]
+    assert (kept.params["num"], kept.params["seeds"], kept.params["detectors"]) == (25, [[3, 28]], {FD: identity})
+    assert kept.inputs == {"subject": finished.best.oid, f"reference {FD}": finished.best.inputs["dataset"]}
+    assert kept.results["values"] == {FD: list(score.values[FD])}
+    assert scores.score_of(kept) == score

@@ -1,0 +1,307 @@
+"""What images are scored against: datasets and their statistics, and the statistics that others published."""
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from sidactl import catalog
+from sidactl.artifacts import NETS, answered, fetched_file, load_dataset, mapping, prepare_data, resolve
+from sidactl.errors import SidaError
+from sidactl.store import Artifact, Store
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+    from sidactl.data import Dataset
+    from sidactl.detectors import Detector
+    from sidactl.metrics import FeatureStats
+
+Need = Literal["moments", "images"]
+"""what a metric compares with: mean and covariance of features, or the features of single images"""
+MAX_BATCH_SIZE, BATCH_VALUES = 1000, 1 << 20
+"""images per batch: few enough that all their pixels are at most BATCH_VALUES values"""
+_PUBLISHED_NAMES = {"inception": "fid", "dinov2": "fd_dinov2"}
+"""what EDM2's reference files call the statistics by a detector"""
+
+
+class Moments(NamedTuple):
+    """Mean [F] and covariance [F, F] of features."""
+
+    mean: "NDArray[np.float64]"
+    covariance: "NDArray[np.float64]"
+
+
+def find(store: Store, text: str | None, subject: Artifact, need: Need) -> Artifact:
+    """The dataset or stats artifact to score `subject` against.
+
+    text: a dataset or stats artifact, a catalog name, a URL or a file; None = that of the subject's own dataset. A name
+    of published statistics means them; `dataset/NAME` means the images. Raises SidaError for what has no images where
+    those are needed.
+    """
+    if text is None:
+        return _own(store, subject, need)
+    published = catalog.REFERENCES.get(text) or _by_url(text)
+    if published:
+        return _published(store, published, need)
+    suffix = Path(text.partition("?")[0]).suffix
+    if suffix == ".pkl" or (suffix == ".npz" and ("://" in text or _has_moments(text))):
+        if need == "moments":
+            return _imported(store, text, None)
+        if suffix == ".pkl" or not _has(text, "arr_0"):
+            raise SidaError(
+                f"precision, recall and KID need images, got the statistics {text}",
+                "Pass --ref with a dataset or a folder.",
+            )
+    try:
+        return resolve(store, text, ["dataset", "stats"])
+    except SidaError as error:
+        try:
+            store.resolve(text, NETS)
+        except SidaError:
+            raise error from None
+        raise SidaError(
+            f"a reference must be a dataset or statistics, got {text}, which is a network", "Swap the two."
+        ) from None
+
+
+def _by_url(text: str) -> catalog.Reference | None:
+    return next((e for e in catalog.REFERENCES.values() if e.source and e.source.url == text), None)
+
+
+def _own(store: Store, subject: Artifact, need: Need) -> Artifact:
+    if subject.kind == "dataset":
+        raise SidaError("a dataset needs another to be compared with, got none", "Pass --ref DATASET.")
+    name = dataset_name(store, subject)
+    if name in catalog.REFERENCES:
+        spec = mapping(subject.params["net"]) if subject.kind in NETS else {}
+        by_edm2 = catalog.REFERENCES.get(f"{name}-edm2") if spec.get("architecture") == "EDM2" else None
+        if need == "moments":
+            return _published(store, by_edm2 or catalog.REFERENCES[name], need)
+        if images := catalog.REFERENCES.get(f"{name}-images"):
+            return _published(store, images, need)
+    return dataset_of(store, subject)
+
+
+def dataset_name(store: Store, subject: Artifact) -> str:
+    """The name of the dataset that an artifact is of, as far as it is known."""
+    if subject.kind == "dataset":
+        return str(subject.params["name"])
+    if "dataset" in subject.inputs:
+        return str(store.get(subject.inputs["dataset"]).params["name"])
+    return str(subject.params.get("dataset"))
+
+
+def dataset_of(store: Store, subject: Artifact) -> Artifact:
+    """The dataset that an artifact descends from."""
+    if subject.kind == "dataset":
+        return subject
+    if "dataset" in subject.inputs:
+        return store.get(subject.inputs["dataset"])
+    if "net" in subject.inputs:
+        return dataset_of(store, store.get(subject.inputs["net"]))
+    if subject.params["dataset"] is None:
+        raise SidaError("it is not known which dataset this network is of", "Pass --ref DATASET.")
+    return resolve(store, str(subject.params["dataset"]), ["dataset"])
+
+
+def _published(store: Store, entry: catalog.Reference, need: Need) -> Artifact:
+    assert entry.source
+    if entry.holds == "images" and need == "images":
+        key = store.key("fetch-reference", {"source": entry.source.url}, {})
+        if known := store.asked(key):
+            return known
+        with fetched_file(store, entry.source.url, entry.name, entry) as (path, _):
+            artifact = prepare_data(str(path), name=entry.name, run=store.root)
+        return answered(store, key, artifact, "fetch-reference")
+    if need == "images":
+        return resolve(store, entry.dataset, ["dataset"])
+    return _imported(store, entry.source.url, entry)
+
+
+def warning(artifact: Artifact) -> str | None:
+    """What a user should know of published statistics before they believe a FID against them."""
+    source = str(artifact.params.get("source", ""))
+    if artifact.kind == "stats" and "VIRTUAL_imagenet64" in source:
+        return "the published FIDs of ImageNet 64 are against --ref imagenet64; this file is for precision and recall"
+    return None
+
+
+def _has_moments(path: str) -> bool:
+    return _has(path, "mu") and _has(path, "sigma")
+
+
+def _has(path: str, name: str) -> bool:
+    import zipfile
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return f"{name}.npy" in archive.namelist()
+    except OSError as error:
+        raise SidaError(f"{path} cannot be read: {error.strerror or error}", "Check the path.") from error
+    except zipfile.BadZipFile as error:
+        raise SidaError(f"{path} is damaged or not an npz file", "Download it again.") from error
+
+
+def _imported(store: Store, source: str, entry: catalog.Reference | None) -> Artifact:
+    """Published statistics as a stats artifact: one `<detector>.npz` with mu and sigma for each detector."""
+    what: Any = source
+    if "://" not in source:
+        stat = Path(source).stat() if Path(source).is_file() else None
+        if stat is None:
+            raise SidaError(f"{source}: no such file", "Check the path.")
+        what = [str(Path(source).resolve()), stat.st_size, stat.st_mtime_ns]
+    key = store.key("import-stats", {"source": what}, {})
+    if known := store.asked(key):
+        return known
+    import numpy as np
+
+    with fetched_file(store, source, entry.name if entry else source, entry) as (path, sha256):
+        found = _read_pickle(path) if path.suffix == ".pkl" else {"inception": _read_npz(path)}
+    files: dict[str, Path | bytes] = {}
+    for name, moments in found.items():
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, mu=moments.mean, sigma=moments.covariance)
+        files[f"{name}.npz"] = buffer.getvalue()
+    called = entry.name if entry else Path(source.partition("?")[0]).name
+    params = {"name": called, "source": source, "source_sha256": sha256, "licence": entry.licence if entry else None}
+    artifact = store.put("stats", files, params=params)
+    return answered(store, key, artifact, "import-stats", refs=[entry.name] if entry else [])
+
+
+def _read_npz(path: Path) -> Moments:
+    import zipfile
+
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            missing = [name for name in ("mu", "sigma") if name not in arrays]
+            if missing:
+                raise SidaError(
+                    f"{path} must hold arrays mu and sigma, {' and '.join(missing)} missing",
+                    "Give the statistics that EDM or guided-diffusion published, or a dataset.",
+                )
+            return _moments(arrays["mu"], arrays["sigma"], str(path))
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise SidaError(f"{path} is damaged or not an npz file", "Download it again.") from error
+
+
+def _read_pickle(path: Path) -> dict[str, Moments]:
+    from sidactl import pickles
+
+    contents = pickles.read(path)
+    found = {}
+    for detector, name in _PUBLISHED_NAMES.items():
+        part = contents.get(name)
+        if isinstance(part, dict) and {"mu", "sigma"} <= set(part):
+            found[detector] = _moments(part["mu"], part["sigma"], f"{name} in {path}")
+    if not found:
+        raise SidaError(
+            f"{path} must hold fid or fd_dinov2 with mu and sigma, got {', '.join(sorted(contents)) or 'nothing'}",
+            "Give a reference file that EDM2 published.",
+        )
+    return found
+
+
+def _moments(mu: Any, sigma: Any, where: str) -> Moments:
+    import numpy as np
+
+    mean, covariance = np.asarray(mu, np.float64), np.asarray(sigma, np.float64)
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        got = f"{list(mean.shape)} and {list(covariance.shape)}"
+        raise SidaError(f"mu and sigma in {where} must be [F] and [F, F], got {got}", "Download the file again.")
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise SidaError(f"mu and sigma in {where} must be finite", "Download the file again.")
+    return Moments(mean, covariance)
+
+
+def moments(store: Store, reference: Artifact, detector: "Detector") -> Moments:
+    """Mean and covariance of the reference's features by this detector.
+
+    Raises SidaError where statistics were made by another detector, by other weights, or with another resize.
+    """
+    if reference.kind == "dataset":
+        stats = dataset_stats(store, reference, detector)
+        return Moments(stats.mean, stats.covariance())
+    import numpy as np
+
+    if "detector" in reference.params:
+        if reference.params["detector"] != detector.identity:
+            raise SidaError(
+                f"statistics compare under one detector alone, these are by {reference.params['detector']}, "
+                f"the images are measured by {detector.identity}",
+                "Score with that --detector, or against the dataset itself.",
+            )
+        with np.load(io.BytesIO(store.read(reference, "stats.npz")), allow_pickle=False) as arrays:
+            from sidactl.metrics import FeatureStats
+
+            stats = FeatureStats.from_arrays(dict(arrays))
+            return Moments(stats.mean, stats.covariance())
+    file = f"{detector.name}.npz"
+    if file not in reference.files:
+        held = ", ".join(sorted(name.removesuffix(".npz") for name in reference.files))
+        raise SidaError(
+            f"{reference.params['name']} holds statistics by {held}, not by {detector.name}",
+            "Pass another --ref, or --detector.",
+        )
+    if detector.identity.endswith("-pil"):
+        raise SidaError(
+            "published statistics by dinov2 hold for --resize torch, got pil", "Score against the dataset itself."
+        )
+    with np.load(io.BytesIO(store.read(reference, file)), allow_pickle=False) as arrays:
+        found = Moments(arrays["mu"], arrays["sigma"])
+    if len(found.mean) != detector.num_features:
+        raise SidaError(
+            f"{reference.params['name']} holds {len(found.mean)} features, {detector.name} gives "
+            f"{detector.num_features}",
+            "Pass another --ref, or --detector.",
+        )
+    return found
+
+
+def dataset_stats(store: Store, data: Artifact, detector: "Detector") -> "FeatureStats":
+    """Feature statistics of all images of a dataset; computed once, then kept as a stats artifact."""
+    import numpy as np
+
+    from sidactl import detectors
+    from sidactl.metrics import FeatureStats
+
+    key = store.key("stats", {"detector": detector.identity}, {"dataset": data.oid})
+    known = store.asked(key)
+    if known is None:
+        stats = detectors.stats_of(detector, dataset_images(load_dataset(store, data)))
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, **stats.arrays())
+        params = {"detector": detector.identity}
+        known = store.put("stats", {"stats.npz": buffer.getvalue()}, inputs={"dataset": data.oid}, params=params)
+        answered(store, key, known, "stats")
+    with np.load(io.BytesIO(store.read(known, "stats.npz")), allow_pickle=False) as arrays:
+        return FeatureStats.from_arrays(dict(arrays))
+
+
+def dataset_images(dataset: "Dataset", count: int | None = None) -> "Iterator[torch.Tensor]":
+    """Batches of the first `count` images (all by default), in order."""
+    stop = dataset.num_images if count is None else count
+    size = images_per_batch(dataset.num_channels, dataset.resolution)
+    for start in range(0, stop, size):
+        yield dataset.images(range(start, min(start + size, stop)))
+
+
+def images_per_batch(num_channels: int, resolution: int) -> int:
+    """How many images of this size are held at once."""
+    return max(1, min(MAX_BATCH_SIZE, BATCH_VALUES // (num_channels * resolution**2)))
+
+
+def detector_name(reference: Artifact) -> str:
+    """The detector that goes with a reference unless another is asked for."""
+    if reference.kind == "stats":
+        if "detector" in reference.params:
+            return str(reference.params["detector"]).partition("@")[0].removesuffix("-torchscript")
+        return "inception" if "inception.npz" in reference.files else "dinov2"
+    entry = catalog.DATASETS.get(str(reference.params["name"]))
+    is_tiny = reference.results["resolution"] == 8 and reference.results["num_channels"] == 1
+    return entry.detector if entry else "tiny-digits" if is_tiny else "inception"

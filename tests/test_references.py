@@ -1,0 +1,306 @@
+"""What images are scored against: published statistics in every format, datasets, and what is refused."""
+
+import dataclasses
+import io
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from sidactl import artifacts, catalog, detectors, ops, references, scores
+from sidactl.errors import SidaError
+from sidactl.nets import inception
+from sidactl.store import Store
+from tests.golden import golden_metrics
+
+CPU = torch.device("cpu")
+
+
+def by_rows(name: str, rows: np.ndarray[Any, Any], identity: str = "") -> detectors.Detector:
+    """A detector whose features of an image are the row that the image's first pixel names."""
+    table = torch.from_numpy(rows)
+
+    def extract(images: Tensor) -> Tensor:
+        return table[images[:, 0, 0, 0].long() % len(table)]
+
+    return detectors.Detector(name, rows.shape[1], identity or f"{name}@golden", CPU, extract)
+
+
+@pytest.fixture(scope="module")
+def features() -> dict[str, np.ndarray[Any, Any]]:
+    with np.load(golden_metrics("stats_formats/features.npz")) as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture
+def fifty(tmp_path: Path) -> Path:
+    """50 generated images; the first pixel of image i is i."""
+    path = tmp_path / "generated.npz"
+    images = np.zeros((50, 8, 8, 3), np.uint8)
+    images[:] = np.arange(50)[:, None, None, None]
+    np.savez(path, arr_0=images)
+    return path
+
+
+@pytest.fixture
+def by_golden_features(features: dict[str, np.ndarray[Any, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {"inception": features["gen_fid"], "dinov2": features["gen_fd_dinov2"]}
+    monkeypatch.setattr(scores, "_weights_digest", lambda store, name: name)
+    monkeypatch.setattr(
+        scores,
+        "load_detector",
+        lambda store, name, device, resize: by_rows(name, rows[name], f"{name}@golden{'-pil' * (resize == 'pil')}"),
+    )
+
+
+@pytest.mark.usefixtures("by_golden_features")
+@pytest.mark.parametrize(
+    ("file", "command", "convention", "expected", "tolerance"),
+    [
+        ("ref_edm.npz", "fid", "edm", ["edm"], 1e-8),
+        ("ref_edm.npz", "fid", "sid", ["sid_npz"], 1e-8),
+        ("ref_edm2.pkl", "fid", "edm", ["edm2_from_pkl", "fid"], 1e-8),
+        ("ref_edm2.pkl", "fd_dinov2", "edm", ["edm2_from_pkl", "fd_dinov2"], 1e-8),
+        ("ref_edm2.pkl", "fid", "sid", ["sid_edm2_pkl_fid_only"], 1e-8),
+        ("ref_edm2.pkl", "fd_dinov2", "sid", ["sid_edm2_pkl_fid_and_dinov2", 1], 1e-8),
+        ("ref_edm2_numpy1_paths.pkl", "fid", "edm", ["edm2_from_pkl", "fid"], 1e-8),
+        ("ref_edm2_numpy1_paths.pkl", "fd_dinov2", "edm", ["edm2_from_pkl", "fd_dinov2"], 1e-8),
+        ("VIRTUAL_standin.npz", "fid", "sid", ["sid_VIRTUAL_npz"], 1e-8),
+        ("VIRTUAL_standin.npz", "fid", "edm", ["guided_diffusion_fid"], 1e-5),
+    ],
+)
+def test_scores_against_published_files_are_the_golden_ones(
+    fifty: Path, tmp_path: Path, file: str, command: str, convention: str, expected: list[Any], tolerance: float
+) -> None:
+    value = json.loads(golden_metrics("stats_formats/expected.json").read_text())
+    for key in expected:
+        value = value[key]
+    path = str(golden_metrics(f"stats_formats/{file}"))
+    score = getattr(scores, command)(str(fifty), reference=path, convention=convention, run=tmp_path / "run")
+    assert score.value == pytest.approx(value, rel=tolerance)
+    name = {"fid": "FID", "fd_dinov2": "FD-DINOv2"}[command]
+    assert list(score.values) == [name]
+    stats = Store.open(tmp_path / "run").get(score.references[name])
+    assert (stats.kind, stats.params["source"]) == ("stats", path)
+
+
+@pytest.mark.usefixtures("by_golden_features")
+def test_an_evaluation_takes_all_that_a_reference_allows_in_one_pass(fifty: Path, tmp_path: Path) -> None:
+    path, run = str(golden_metrics("stats_formats/ref_edm2.pkl")), tmp_path / "run"
+    ticks: list[tuple[int, int]] = []
+    score = scores.evaluate(
+        str(fifty), ["fid", "fd-dinov2"], reference=path, run=run, tick=lambda *told: ticks.append(told)
+    )
+    assert list(score.values) == ["FD-DINOv2", "FID"] or list(score.values) == ["FID", "FD-DINOv2"]
+    assert ticks == [(0, 50), (50, 50)]
+    chosen = scores._applicable(
+        Store.open(run), artifacts.resolve(Store.open(run), str(fifty), ["dataset"]), {"reference": path}
+    )
+    assert chosen == ["fid", "fd-dinov2", "inception-score"]
+
+
+def refused(run: Path, ref: str, command: Any = scores.fid, **options: Any) -> str:
+    before = sorted(run.rglob("*")) if (run / "asked").exists() else []
+    with pytest.raises(SidaError) as caught:
+        command(ref, run=run, **options)
+    assert caught.value.exit_code == 2
+    assert not [p for p in sorted(run.rglob("*")) if p not in before and "score" in p.name]
+    return str(caught.value)
+
+
+@pytest.mark.usefixtures("by_golden_features")
+def test_what_a_reference_cannot_be(fifty: Path, tmp_path: Path) -> None:
+    run, ref = tmp_path / "run", str(fifty)
+    stats = str(golden_metrics("stats_formats/ref_edm.npz"))
+    pkl = str(golden_metrics("stats_formats/ref_edm2.pkl"))
+    assert refused(run, ref, reference=str(tmp_path / "no.npz")) == (
+        f"{tmp_path / 'no.npz'} cannot be read: No such file or directory. Check the path."
+    )
+    assert refused(run, ref) == "a dataset needs another to be compared with, got none. Pass --ref DATASET."
+    for path in (stats, pkl):
+        assert refused(run, ref, scores.prec_recall, reference=path) == (
+            f"precision, recall and KID need images, got the statistics {path}. Pass --ref with a dataset or a folder."
+        )
+    assert refused(run, ref, scores.fd_dinov2, reference=stats) == (
+        "ref_edm.npz holds statistics by inception, not by dinov2. Pass another --ref, or --detector."
+    )
+    assert refused(run, ref, scores.fd_dinov2, reference=pkl, resize="pil") == (
+        "published statistics by dinov2 hold for --resize torch, got pil. Score against the dataset itself."
+    )
+    assert refused(run, ref, scores.fd_dinov2, reference=pkl, detector="inception") == (
+        "fd-dinov2 is by detector dinov2, got 'inception'. Leave out --detector."
+    )
+    half = tmp_path / "half.npz"
+    np.savez(half, mu=np.zeros(3), arr_0=np.zeros(2))
+    assert "arr_0" in refused(run, ref, reference=str(half))
+    odd = tmp_path / "odd.npz"
+    np.savez(odd, mu=np.zeros(8), sigma=np.zeros((8, 7)))
+    assert refused(run, ref, reference=str(odd)) == (
+        f"mu and sigma in {odd} must be [F] and [F, F], got [8] and [8, 7]. Download the file again."
+    )
+    wide = tmp_path / "wide.npz"
+    np.savez(wide, mu=np.zeros(9), sigma=np.eye(9))
+    assert refused(run, ref, reference=str(wide)) == (
+        "wide.npz holds 9 features, inception gives 8. Pass another --ref, or --detector."
+    )
+    bad = tmp_path / "bad.npz"
+    np.savez(bad, mu=np.full(8, np.nan), sigma=np.eye(8))
+    assert refused(run, ref, reference=str(bad)) == (f"mu and sigma in {bad} must be finite. Download the file again.")
+    torn = tmp_path / "torn.npz"
+    torn.write_bytes(Path(stats).read_bytes()[:300])
+    assert refused(run, ref, reference=str(torn)) == (f"{torn} is damaged or not an npz file. Download it again.")
+    empty = tmp_path / "empty.pkl"
+    empty.write_bytes(pickle.dumps({"num_images": 3}))
+    assert refused(run, ref, reference=str(empty)) == (
+        f"{empty} must hold fid or fd_dinov2 with mu and sigma, got num_images. "
+        "Give a reference file that EDM2 published."
+    )
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return print, ("executed",)
+
+
+@pytest.mark.usefixtures("by_golden_features")
+def test_a_reference_that_would_execute_is_refused(
+    fifty: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil = tmp_path / "evil.pkl"
+    evil.write_bytes(pickle.dumps({"fid": {"mu": Evil(), "sigma": 1}}))
+    assert "Nothing was executed." in refused(tmp_path / "run", str(fifty), reference=str(evil))
+    assert capsys.readouterr().out == ""
+
+
+def test_statistics_under_another_identity_do_not_compare(fifty: Path, tmp_path: Path) -> None:
+    store = Store.open(tmp_path / "run")
+    data = artifacts.resolve(store, str(fifty), ["dataset"])
+    rng = np.random.default_rng(0)
+    first, second = (by_rows("inception", rng.standard_normal((50, 4)), f"inception@{i}") for i in "ab")
+    references.dataset_stats(store, data, first)
+    stats = next(a for a in store.artifacts() if a.kind == "stats")
+    assert references.detector_name(stats) == "inception"
+    assert references.moments(store, stats, first).mean.shape == (4,)
+    with pytest.raises(SidaError) as caught:
+        references.moments(store, stats, second)
+    assert str(caught.value) == (
+        "statistics compare under one detector alone, these are by inception@a, the images are measured by "
+        "inception@b. Score with that --detector, or against the dataset itself."
+    )
+
+
+def test_features_that_are_not_finite_name_the_image(
+    fifty: Path, tmp_path: Path, features: dict[str, np.ndarray[Any, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = features["gen_fid"].copy()
+    rows[37] = np.nan
+    monkeypatch.setattr(scores, "_weights_digest", lambda store, name: name)
+    monkeypatch.setattr(scores, "load_detector", lambda *arguments: by_rows("inception", rows))
+    message = refused(tmp_path / "run", str(fifty), reference=str(golden_metrics("stats_formats/ref_edm.npz")))
+    assert message == "features by inception must be finite, those of image 37 are not. Look at that image."
+
+
+@pytest.mark.usefixtures("by_golden_features")
+def test_few_images_and_imagenet64s_swapped_files_are_warned_of(fifty: Path, tmp_path: Path) -> None:
+    swapped = tmp_path / "VIRTUAL_imagenet64_labeled.npz"
+    swapped.write_bytes(golden_metrics("stats_formats/VIRTUAL_standin.npz").read_bytes())
+    few = scores.fid(str(fifty), num=8, reference=str(swapped), run=tmp_path / "run")
+    assert few.warnings == [
+        "8 images are few for 8 features: the distance is far too high by their number alone; compare only with scores "
+        "of as many, better of 50,000",
+        "the published FIDs of ImageNet 64 are against --ref imagenet64; this file is for precision and recall",
+    ]
+    assert few.to_json()["warnings"] == few.warnings
+    plain = golden_metrics("stats_formats/ref_edm.npz")
+    assert scores.fid(str(fifty), reference=str(plain), run=tmp_path / "run").warnings == []
+
+
+@pytest.mark.usefixtures("by_golden_features")
+def test_precision_and_recall_take_the_images_of_a_virtual_batch(fifty: Path, tmp_path: Path) -> None:
+    virtual = str(golden_metrics("stats_formats/VIRTUAL_standin.npz"))
+    score = scores.prec_recall(str(fifty), reference=virtual, convention="guided-diffusion", run=tmp_path / "run")
+    store = Store.open(tmp_path / "run")
+    assert store.get(score.references["precision"]).kind == "dataset"
+    assert store.get(score.references["precision"]).results["num_images"] == 24
+
+
+def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **files: bytes) -> None:
+    """Puts these files in the catalog, by entry, as if they were at their publisher's."""
+    for name, data in files.items():
+        group = catalog.DETECTORS if name in catalog.DETECTORS else catalog.REFERENCES
+        entry = group[name]
+        assert entry.source
+        path = tmp_path / Path(entry.source.url).name
+        path.write_bytes(data)
+        source = dataclasses.replace(entry.source, url=path.as_uri(), sha256=None, size_bytes=None)
+        monkeypatch.setitem(group, name, dataclasses.replace(entry, source=source))  # type: ignore[arg-type,misc]
+
+
+def test_the_default_reference_of_a_published_dataset_is_its_published_statistics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = golden_metrics("stats_formats/ref_edm.npz").read_bytes()
+    published(tmp_path, monkeypatch, cifar10=data)
+    store = Store.open(tmp_path / "run")
+    net = catalog.TEACHERS["tiny-digits"].net.to_json()
+    params = {"name": "mine", "net": net, "dataset": "cifar10"}
+    subject = store.put("generator", {"model.safetensors": b""}, params=params)
+    found = references.find(store, None, subject, "moments")
+    assert (found.kind, found.params["name"]) == ("stats", "cifar10")
+    assert references.find(store, "cifar10", subject, "moments").oid == found.oid
+    assert references.detector_name(found) == "inception"
+    with pytest.raises(SidaError, match=r"^dataset cifar10 must be prepared from its files\. "):
+        references.find(store, None, subject, "images")
+
+
+def test_a_detector_is_downloaded_once_checked_and_loaded_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    state = inception.FIDInception().state_dict()
+    buffer = io.BytesIO()
+    torch.save({k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}, buffer)
+    published(tmp_path, monkeypatch, inception=buffer.getvalue())
+    store = Store.open(tmp_path / "run")
+    kept = artifacts.fetch_detector("inception", run=store.root)
+    assert kept.kind == "detector"
+    assert store.refs()["detector/inception"] == kept.oid
+    (tmp_path / "pt_inception-2015-12-05-6726825d.pth").unlink()
+    loaded = scores.load_detector(store, "inception", CPU)
+    assert loaded.identity == detectors.load("inception", state).identity
+    path = tmp_path / "own.safetensors"
+    safetensors.torch.save_file(state, path)
+    assert scores.load_detector(store, str(path), CPU).identity == loaded.identity
+
+
+def test_a_file_that_is_not_the_detector_is_refused_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Hostile:
+        def __reduce__(self) -> Any:
+            return print, ("executed",)
+
+    buffer = io.BytesIO()
+    torch.save({"fc.weight": torch.zeros(2, 2)}, buffer)
+    for data, message in (
+        (buffer.getvalue(), "the weights do not fit FIDInception"),
+        (pickle.dumps({"a": Hostile()}, protocol=2), "is damaged or holds more than weights"),
+    ):
+        published(tmp_path, monkeypatch, inception=data)
+        with pytest.raises(SidaError, match=message):
+            artifacts.fetch_detector("inception", run=tmp_path / "run")
+        store = Store.open(tmp_path / "run")
+        assert not store.refs()
+        assert not [p for p in (store.root / "tmp").glob("*") if p.suffix != ".lock"]
+
+
+def test_an_unknown_detector_has_its_nearest_name(tmp_path: Path) -> None:
+    with pytest.raises(SidaError) as caught:
+        ops.fid("tiny-digits", num=2, detector="dinov3", run=tmp_path / "run")
+    assert str(caught.value) == "unknown detector 'dinov3'. Did you mean 'dinov2'?"
