@@ -135,7 +135,7 @@ def _tiny_digits() -> Teacher:
         dataset="tiny-digits",
         alpha=1.2,
         batch_size=128,
-        duration_nimg=80_000,
+        duration_nimg=70_000,
         fake_score_lr=5e-4,
         generator_lr=5e-4,
         ema_halflife_nimg=20_000,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Need = Literal["moments", "images"]
 """what a metric compares with: mean and covariance of features, or the features of single images"""
-MAX_BATCH_SIZE, BATCH_VALUES = 1000, 1 << 20
+MAX_BATCH_SIZE, BATCH_VALUES = 250, 1 << 20
 """images per batch: few enough that all their pixels are at most BATCH_VALUES values"""
 _PUBLISHED_NAMES = {"inception": "fid", "dinov2": "fd_dinov2"}
 """what EDM2's reference files call the statistics by a detector"""
