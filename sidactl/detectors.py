@@ -75,6 +75,8 @@ class Detector:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
         got = f"{images.dtype} {list(images.shape)}"
+        if self.shape and self.shape[0] == 1 and images.shape[1] == 3 and bool((images == images[:, :1]).all()):
+            images = images[:, :1]  # grey images that a folder of them holds as RGB
         if self.shape and (images.dtype != torch.uint8 or images.shape[1:] != self.shape):
             grey, (_, height, width) = self.shape[0] == 1, self.shape
             what = f"{'grey' if grey else 'RGB'} uint8 images of {width}x{height} pixels"

@@ -84,7 +84,7 @@ def test_the_identity_is_that_of_the_weights_whatever_file_they_came_from(detect
 @pytest.mark.parametrize(
     ("images", "got"),
     [
-        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), r"torch\.uint8 \[2, 3, 8, 8\]"),
+        (torch.arange(384, dtype=torch.uint8).reshape(2, 3, 8, 8), r"torch\.uint8 \[2, 3, 8, 8\]"),
         (torch.zeros(2, 1, 16, 16, dtype=torch.uint8), r"torch\.uint8 \[2, 1, 16, 16\]"),
         (torch.zeros(2, 1, 8, 8), r"torch\.float32 \[2, 1, 8, 8\]"),
     ],

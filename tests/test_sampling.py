@@ -330,3 +330,18 @@ def test_bad_settings_are_one_line(net: Preconditioned, options: dict[str, Any],
     with pytest.raises(SidaError) as error:
         drawn(net, range(2), 2, **options)
     assert str(error.value) == text
+
+
+def test_classes_drawn_by_their_share_depend_on_the_seed_alone_and_have_that_share() -> None:
+    net = nets.build(TINY).eval()
+    counts = [0, 30, 0, 0, 10, 0, 0, 0, 0, 0]
+
+    def labels(seeds: range, batch_size: int) -> list[int]:
+        samples = sampling.generate(net, seeds, OneStepSpec(), device=CPU, class_counts=counts, batch_size=batch_size)
+        found = [batch.labels for batch in samples]
+        return [int(label) for batch in found if batch is not None for label in batch]
+
+    drawn = labels(range(400), 100)
+    assert set(drawn) == {1, 4}
+    assert 250 < drawn.count(1) < 350
+    assert labels(range(100, 130), 7) == drawn[100:130]

@@ -1,5 +1,6 @@
 """Scores of artifacts: what they are of, that they repeat, and the exact text of errors."""
 
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from sidactl import detectors, metrics, ops, references, scores
+from sidactl import detectors, inventory, metrics, ops, references, scores
 from sidactl.artifacts import load_dataset
 from sidactl.errors import SidaError
 from sidactl.store import Store
@@ -233,3 +234,28 @@ def test_a_score_is_kept_with_what_it_was_made_from(finished: Finished, tmp_path
     assert kept.inputs == {"subject": finished.best.oid, f"reference {FD}": finished.best.inputs["dataset"]}
     assert kept.results["values"] == {FD: list(score.values[FD])}
     assert scores.score_of(kept) == score
+
+
+@pytest.mark.parametrize("form", ["png", "npz", "zip"])
+def test_folders_zips_and_npz_files_score_as_the_samples_that_they_hold(
+    finished: Finished, collapsed: str, tmp_path: Path, form: str
+) -> None:
+    if form == "zip":
+        path = Store.open(finished.root).path(Store.open(finished.root).get(collapsed), "images.zip")
+        path = Path(shutil.copy(path, tmp_path / "mine.zip"))
+    else:
+        destination = tmp_path / ("mine.npz" if form == "npz" else "mine")
+        path = inventory.export(collapsed, destination, form=form, run=finished.root)  # type: ignore[arg-type]
+    score = scores.fid(str(path), reference="dataset/tiny-digits", run=finished.root)
+    assert score.value == scores.fid(collapsed, run=finished.root).value
+
+
+def test_classes_can_be_drawn_as_in_the_dataset(finished: Finished) -> None:
+    uniform = scores.fid("generator/best", num=300, run=finished.root)
+    as_real = scores.fid("generator/best", num=300, labels="dataset", run=finished.root)
+    assert uniform.settings["labels"] == "uniform"
+    assert as_real.settings["labels"] == "dataset"
+    assert as_real.value != uniform.value
+    with pytest.raises(SidaError) as caught:
+        scores.fid("generator/best", num=300, labels="balanced", run=finished.root)
+    assert str(caught.value) == "labels must be one of uniform, dataset, got 'balanced'. Pass another."
