@@ -676,6 +676,49 @@ def rows() -> list[Row]:
     ]
 
 
+NUM_PARAMETERS: Mapping[str, int] = {
+    "tiny-digits": 188_945,
+    "edm-cifar10-uncond": 55_733_891,
+    "edm-cifar10-cond": 55_735_299,
+    "edm-imagenet64": 295_899_267,
+    "edm-ffhq64": 61_805_571,
+    "edm-afhqv2": 61_805_571,
+    **dict.fromkeys(("edm2-xs", "edm2-xs-dino"), 124_713_253),
+    **dict.fromkeys(("edm2-s", "edm2-s-dino"), 280_212_837),
+    **dict.fromkeys(("edm2-m", "edm2-m-dino"), 497_807_781),
+    **dict.fromkeys(("edm2-l", "edm2-l-dino"), 777_498_085),
+    **dict.fromkeys(("edm2-xl", "edm2-xl-dino"), 1_119_283_749),
+    **dict.fromkeys(("edm2-xxl", "edm2-xxl-dino"), 1_523_164_773),
+    "edm2-xs-uncond": 124_201_253,
+    "edm2-img64-s": 280_209_381,
+    "edm2-img64-m": 497_803_173,
+    "edm2-img64-l": 777_492_325,
+    "edm2-img64-xl": 1_119_276_837,
+}
+
+
+class Cost(NamedTuple):
+    """Seconds per 1,000 images of a published run, and the machine."""
+
+    sec_per_kimg: float
+    machine: str
+
+
+def _costs() -> Iterator[tuple[tuple[str, Mode], Cost]]:
+    for names, machine, sid, sida in (
+        (("edm-cifar10-uncond", "edm-cifar10-cond"), "8 V100 (16 GB)", 3.3, 3.6),
+        (("edm-imagenet64",), "8 H100 (80 GB)", 3.1, 3.5),
+        (("edm-ffhq64", "edm-afhqv2"), "8 H100 (80 GB)", 1.1, 1.2),
+    ):
+        for name in names:
+            yield from (((name, "sid"), Cost(sid, machine)), ((name, "sida"), Cost(sida, machine)))
+            yield (name, "sid2a"), Cost(sida, machine)
+
+
+COSTS: Mapping[tuple[str, Mode], Cost] = dict(_costs())
+"""by teacher and mode; a step of sid2a is one of sida. Source: SiDA (2410.14919), table 8."""
+
+
 def teacher(name: str) -> Teacher:
     """The catalog's entry. Raises SidaError with the nearest name."""
     if name not in TEACHERS:

@@ -406,7 +406,17 @@ def _print_plan(
     planned = ops.plan(
         teacher=teacher, mode=mode, generator=generator, dataset=dataset, store=Store.open(run), overrides=overrides
     )
-    ui.print_json({"inputs": dict(planned.inputs), "recipe": planned.recipe.to_json()})
+    memory, cost = planned.memory, planned.cost
+    pace = f"{cost.sec_per_kimg:g} s per 1,000 images on {cost.machine}, as published" if cost else "not published"
+    estimate = {
+        "memory_gb_per_device": round((memory.state_bytes + memory.activation_bytes) / 1e9, 2),
+        "state_gb": round(memory.state_bytes / 1e9, 2),
+        "activations_gb": round(memory.activation_bytes / 1e9, 2),
+        "of": f"float32, {planned.recipe.batch_size // planned.recipe.num_accumulation_rounds} images at a time",
+        "hours": None if planned.hours is None else round(planned.hours, 1),
+        "pace": pace,
+    }
+    ui.print_json({"inputs": dict(planned.inputs), "recipe": planned.recipe.to_json(), "estimate": estimate})
 
 
 _LOSS_NAMES = {

@@ -4,6 +4,7 @@ torch and all that needs it are imported where they are used, so that a question
 """
 
 import dataclasses
+import json
 import math
 import signal
 import tempfile
@@ -23,7 +24,7 @@ from sidactl.artifacts import fetch_teacher as fetch_teacher
 from sidactl.artifacts import load as load
 from sidactl.artifacts import prepare_data as prepare_data
 from sidactl.errors import EXIT_FAILED, EXIT_INTERRUPTED, SidaError
-from sidactl.recipe import MODES, HeunSpec, Mode, NetSpec, OneStepSpec, Recipe, TeacherRecipe, override
+from sidactl.recipe import MODES, HeunSpec, Memory, Mode, NetSpec, OneStepSpec, Recipe, TeacherRecipe, override
 from sidactl.references import dataset_stats, detector_name, images_per_batch
 from sidactl.scores import SCORE_NAMES, frechet, generated_images, load_detector, sampler_of
 from sidactl.scores import evaluate as evaluate
@@ -152,6 +153,13 @@ class Plan:
 
     recipe: Recipe
     inputs: Mapping[str, str]
+    memory: Memory
+    cost: catalog.Cost | None
+
+    @property
+    def hours(self) -> float | None:
+        """What the published run's machine would need; None where its pace is not published."""
+        return self.recipe.duration_nimg / 1000 * self.cost.sec_per_kimg / 3600 if self.cost else None
 
 
 def plan(
@@ -170,8 +178,11 @@ def plan(
     if teacher in catalog.TEACHERS:
         recipe = catalog.recipe_for(teacher, chosen)
         own_dataset: Any = catalog.TEACHERS[teacher].dataset
+        net, num_parameters = catalog.TEACHERS[teacher].net, catalog.NUM_PARAMETERS[teacher]
     else:
         stored = _stored_teacher(store, teacher)
+        net = NetSpec.from_json(mapping(stored.params["net"]))
+        num_parameters = _num_parameters(store.path(stored, "model.safetensors"))
         recipe = catalog.recipe_for(
             str(stored.params["name"]), chosen, str(mapping(stored.params["net"])["architecture"])
         )
@@ -180,7 +191,18 @@ def plan(
         raise SidaError(f"teacher {teacher} does not say what it was trained on", "Pass --dataset REF.")
     recipe = dataclasses.replace(override(recipe, overrides), dataset=dataset or str(own_dataset))
     inputs = {"teacher": teacher, "dataset": recipe.dataset}
-    return Plan(recipe, inputs | ({"generator": generator} if generator else {}))
+    if generator:
+        inputs["generator"] = generator
+    return Plan(
+        recipe, inputs, Memory.of(recipe, net, num_parameters), catalog.COSTS.get((recipe.teacher, recipe.mode))
+    )
+
+
+def _num_parameters(path: Path) -> int:
+    """Values in a safetensors file, by its header alone."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 
 def _stored_teacher(store: Store, text: str) -> Artifact:

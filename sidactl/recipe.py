@@ -303,3 +303,31 @@ def override(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
         part = dataclasses.replace(part, **{k: v for k, v in overrides.items() if k in adversarial})
     changed = {k: v for k, v in overrides.items() if k in own}
     return dataclasses.replace(recipe, **({"adversarial": part} | changed))
+
+
+_GRAPHS = 3
+"""networks whose activations a generator step holds at once: generator, fake score, teacher"""
+_SAVED_VALUES = {"SongUNet": 11, "DhariwalUNet": 21, "EDM2": 13}
+"""values kept for the backward pass per channel and pixel of a U-Net block, as counted in our networks"""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """An estimate of what a training step needs on one device, in bytes, in float32."""
+
+    state_bytes: int
+    """four networks, two Adam states with two moments each, the gradients of one network"""
+    activation_bytes: int
+    """of one micro-batch; EDM2's normalised copies of the weights included"""
+
+    @classmethod
+    def of(cls, recipe: Recipe, net: NetSpec, num_parameters: int) -> Self:
+        """The estimate for one micro-batch of the recipe at a time."""
+        blocks = sum(
+            (net.img_resolution >> level) ** 2 * net.model_channels * mult * (2 * net.num_blocks + 1)
+            for level, mult in enumerate(net.channel_mult)
+        )
+        micro_batch = recipe.batch_size // recipe.num_accumulation_rounds
+        values = blocks * _SAVED_VALUES[net.architecture] * micro_batch
+        values += num_parameters if net.architecture == "EDM2" else 0
+        return cls(4 * (4 + 4 + 1) * num_parameters, 4 * _GRAPHS * values)

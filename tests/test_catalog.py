@@ -13,7 +13,7 @@ from sidactl import catalog, nets, teachers
 from sidactl.catalog import DATASETS, DETECTORS, GENERATORS, REFERENCES, TEACHERS, Published
 from sidactl.errors import SidaError
 from sidactl.pickles import Record
-from sidactl.recipe import MODES, Adversarial, HeunSpec, Mode, OneStepSpec, Recipe
+from sidactl.recipe import MODES, Adversarial, HeunSpec, Memory, Mode, OneStepSpec, Recipe
 from tests.golden import golden
 
 EDM2_SIZES = ("xs", "s", "m", "l", "xl", "xxl")
@@ -373,3 +373,47 @@ def test_the_catalog_needs_the_standard_library_alone() -> None:
     code = "import sidactl.catalog, sys; print(sorted({'torch', 'numpy', 'rich', 'safetensors'} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "[]\n"
+
+
+def test_parameter_counts_are_those_of_the_networks() -> None:
+    assert set(catalog.NUM_PARAMETERS) == set(TEACHERS)
+    with torch.device("meta"):
+        built = {name: nets.build(entry.net) for name, entry in TEACHERS.items()}
+    counts = {name: sum(p.numel() for p in net.parameters()) for name, net in built.items()}
+    assert counts == dict(catalog.NUM_PARAMETERS)
+
+
+@pytest.mark.parametrize("name", ["edm-cifar10-uncond", "edm-imagenet64", "edm2-xs"])
+def test_the_memory_estimate_counts_what_a_forward_pass_keeps(name: str) -> None:
+    entry = TEACHERS[name]
+    net = nets.build(entry.net)
+    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    images = torch.randn(1, entry.net.img_channels, entry.net.img_resolution, entry.net.img_resolution)
+    labels = torch.zeros(1, entry.net.label_dim) if entry.net.label_dim else None
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        net(images.requires_grad_(), torch.ones(1), labels)
+    measured = sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in own)
+    recipe = dataclasses.replace(entry.recipes["sida"], batch_size=1, num_accumulation_rounds=1)
+    estimate = Memory.of(recipe, entry.net, catalog.NUM_PARAMETERS[name])
+    assert estimate.activation_bytes / 3 == pytest.approx(measured, rel=0.05)
+    assert estimate.state_bytes == 36 * catalog.NUM_PARAMETERS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "published_gb", "half"),
+    [("edm-cifar10-uncond", 13.0, 1), ("edm-imagenet64", 46.7, 2), ("edm-ffhq64", 31.1, 2)],
+)
+def test_the_memory_estimate_is_near_what_the_published_runs_allocated(
+    name: str, published_gb: float, half: int
+) -> None:
+    entry = TEACHERS[name]
+    estimate = Memory.of(entry.recipes["sida"], entry.net, catalog.NUM_PARAMETERS[name])
+    # The larger two ran in float16, which halves the activations.
+    total_gb = (estimate.state_bytes + estimate.activation_bytes / half) / 1e9
+    assert total_gb == pytest.approx(published_gb, rel=0.2)

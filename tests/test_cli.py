@@ -207,6 +207,39 @@ def test_dry_run_prints_the_recipe_and_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "r").exists()
 
 
+def test_dry_run_estimates_memory_and_hours_without_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from sidactl.cli import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "except SystemExit:\n    pass\n"
+        "assert not {'torch', 'numpy', 'scipy'} & set(sys.modules)\n"
+    )
+
+    def planned(teacher: str) -> dict[str, Any]:
+        words = ["distill", "--teacher", teacher, "--mode", "sida", "--dry-run", "--run", str(tmp_path / "r")]
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        told: dict[str, Any] = json.loads(done.stdout)
+        return told
+
+    edm2 = planned("edm2-s")
+    assert (edm2["recipe"]["batch_size"], edm2["recipe"]["fake_score_lr"]) == (2048, 5e-5)
+    assert edm2["estimate"]["state_gb"] == 10.09
+    assert edm2["estimate"]["hours"] is None
+    edm = planned("edm-cifar10-uncond")["estimate"]
+    assert (edm["hours"], edm["pace"]) == (300.0, "3.6 s per 1,000 images on 8 V100 (16 GB), as published")
+
+
+def test_dry_run_counts_the_parameters_of_a_stored_teacher(distilled: tuple[Path, str]) -> None:
+    run, _ = distilled
+    oid = Store.open(run).resolve("teacher/tiny-digits").oid
+    known, stored = (
+        json.loads(sidactl("distill", "--teacher", name, "--dry-run", run=run).stdout) for name in ("tiny-digits", oid)
+    )
+    assert stored["estimate"]["state_gb"] == known["estimate"]["state_gb"] == 0.01
+
+
 def test_flag_takes_none_where_the_recipe_does(tmp_path: Path) -> None:
     arguments = ["--generator-from", "none", "--ema-rampup-ratio", "none", "--logvar", "false"]
     done = sidactl("distill", "--teacher", "tiny-digits", "--dry-run", *arguments, run=tmp_path / "r")
