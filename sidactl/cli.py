@@ -772,7 +772,7 @@ def export(
     ref: Annotated[str, typer.Argument(help="oid, prefix or ref")],
     destination: Annotated[Path, typer.Argument(help="file or folder to make")],
     form: Annotated[
-        str, typer.Option("--to", metavar="FORM", help="files, png, npz, safetensors or state-dict")
+        str, typer.Option("--to", metavar="FORM", help="files, png, npz, safetensors, state-dict or onnx")
     ] = "files",
     run: Run = None,
     force: Force = False,

@@ -8,25 +8,28 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from sidactl import __version__, catalog
-from sidactl.artifacts import NETS, load_dataset, load_net
+from sidactl.artifacts import NETS, load_dataset, load_net, mapping
 from sidactl.errors import SidaError
 from sidactl.scores import Score, score_of
 from sidactl.store import KINDS, Artifact, GcReport, Store
 
-ExportForm = Literal["files", "png", "npz", "safetensors", "state-dict"]
-EXPORT_FORMS: tuple[ExportForm, ...] = ("files", "png", "npz", "safetensors", "state-dict")
+ExportForm = Literal["files", "png", "npz", "safetensors", "state-dict", "onnx"]
+EXPORT_FORMS: tuple[ExportForm, ...] = ("files", "png", "npz", "safetensors", "state-dict", "onnx")
+ONNX_MAX_BYTES = 2 * 10**9
+"""what fits into one ONNX file"""
 _FORM_KINDS: dict[ExportForm, Sequence[str]] = {
     "files": KINDS,
     "png": ("samples", "dataset"),
     "npz": ("samples", "dataset"),
     "safetensors": NETS,
     "state-dict": NETS,
+    "onnx": ("generator",),
 }
 
 
@@ -125,19 +128,26 @@ def export(
 
     files: a folder with its files and manifest.json; png: a folder of images by class; npz: arr_0 uint8 [N, H, W, C]
     and arr_1 classes, as the guided-diffusion evaluator reads them; safetensors: weights with their network spec in
-    the metadata; state-dict: a torch file {"ema": weights} that holds no code.
+    the metadata; state-dict: a torch file {"ema": weights} that holds no code; onnx: the generator's one step, from
+    `latents` (unit noise, float32 [N, C, H, W]) and one-hot `labels` [N, K] to `images`. A network comes with a model
+    card: README.md in the folder, or a file of the same name ending in .md.
     """
     if form not in EXPORT_FORMS:
         raise SidaError(f"--to must be one of {', '.join(EXPORT_FORMS)}, got {form!r}", "Leave it out for the files.")
     store, path = Store.open(run), Path(destination)
     artifact = store.resolve(ref, _FORM_KINDS[form])
-    with _whole(path, force) as temporary:
+    with ExitStack() as stack:
+        temporary = stack.enter_context(_whole(path, force))
+        if artifact.kind in NETS and form != "files":
+            stack.enter_context(_whole(path.with_suffix(".md"), force)).write_text(model_card(store, artifact))
         if form == "files":
             _export_files(store, artifact, temporary)
         elif form == "png":
             _export_png(store, artifact, temporary)
         elif form == "npz":
             _export_npz(store, artifact, temporary)
+        elif form == "onnx":
+            _export_onnx(store, artifact, temporary)
         else:
             _export_weights(store, artifact, temporary, form)
     return path
@@ -174,6 +184,38 @@ def _export_files(store: Store, artifact: Artifact, folder: Path) -> None:
         shutil.copyfile(store.path(artifact, name), folder / name)
     described = show(artifact.oid, run=store.root)
     (folder / "manifest.json").write_text(json.dumps(described.to_json(), indent=2) + "\n")
+    if artifact.kind in NETS:
+        (folder / "README.md").write_text(model_card(store, artifact))
+
+
+def model_card(store: Store, artifact: Artifact) -> str:
+    """What somebody who gets the file should know: where it comes from, how it was made, its scores, its licence."""
+    described = show(artifact.oid, run=store.root)
+    params, results = artifact.params, artifact.results
+    origin = {role: parent for role, parent in described.ancestors if role in ("teacher", "generator", "dataset")}
+    teacher = origin.get("teacher", artifact)
+    licence = params.get("licence") or teacher.params.get("licence") or "not known: ask where the weights come from"
+    lines = [f"# {params['name']}", "", f"A {artifact.kind} for sidactl, oid `{artifact.oid}`.", ""]
+    lines += [f"- {role}: {parent.params['name']} (`{parent.oid}`)" for role, parent in origin.items()]
+    lines += [f"- dataset: {params['dataset']}"] if "dataset" not in origin else []
+    lines += [f"- images seen in training: {results['images_seen']:,}"] if "images_seen" in results else []
+    lines += [f"- licence: {licence}", "", "## Scores", ""]
+    rows = [
+        f"| {name} | {n['value']:.4g} | {'' if n['std'] is None else format(n['std'], '.2g')} "
+        f"| {len(told['seeds']) or 1} x {told['num']:,} | {n['detector']} |"
+        for told in (score.to_json() for score in described.scores)
+        for name, n in told["scores"].items()
+    ]
+    rows += [
+        f"| {name} | {number.value:g} | {'' if number.std is None else f'{number.std:g}'} | 50,000 | published |"
+        for name, number in described.published.items()
+    ]
+    head = ["| score | mean | std | images | by |", "|---|---|---|---|---|"]
+    lines += [*head, *rows] if rows else ["None was taken in this run directory."]
+    lines += ["", "## Use", "", "```sh", "sidactl fetch-teacher FILE.safetensors", "sidactl sample OID --num 64", "```"]
+    settings = {"net": params["net"], "sampler": params["sampler"], "recipe": params.get("recipe")}
+    lines += ["", "## Network, sampler and recipe", "", "```json", json.dumps(settings, indent=2), "```", ""]
+    return "\n".join(lines)
 
 
 def _export_png(store: Store, artifact: Artifact, folder: Path) -> None:
@@ -210,6 +252,48 @@ def _export_weights(store: Store, artifact: Artifact, path: Path, form: ExportFo
         buffer = io.BytesIO()
         torch.save({"ema": state}, buffer)
         path.write_bytes(buffer.getvalue())
+
+
+def _export_onnx(store: Store, artifact: Artifact, path: Path) -> None:
+    import logging
+    import warnings
+
+    import torch
+
+    from sidactl.sampling import OneStep
+
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise SidaError(f"export to ONNX needs the package {error.name}", "pip install 'sidactl[onnx]'") from None
+    net = load_net(store, artifact, "cpu")
+    if 4 * sum(p.numel() for p in net.parameters()) > ONNX_MAX_BYTES:
+        raise SidaError("an ONNX file holds at most 2 GB, this network is larger", "Export it --to safetensors.")
+    step = OneStep(net, float(mapping(artifact.params["sampler"])["sigma_init"]))
+    # Two images, since torch takes a single one for a constant.
+    spec, batch = net.spec, {0: torch.export.Dim.DYNAMIC}
+    latents = torch.zeros(2, spec.img_channels, spec.img_resolution, spec.img_resolution)
+    inputs = {"latents": latents} | ({"labels": torch.zeros(2, spec.label_dim)} if spec.label_dim else {})
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        # The exporter chats on both streams about what does not matter here.
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                step,
+                tuple(inputs.values()),
+                path,
+                dynamo=True,
+                input_names=list(inputs),
+                output_names=["images"],
+                dynamic_shapes=tuple(batch for _ in inputs),
+                external_data=False,
+                verbose=False,
+            )
+    finally:
+        logging.disable(level)
 
 
 def env(*, run: Path | str | None = None) -> dict[str, Any]:

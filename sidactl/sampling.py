@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sidactl.codec import Codec, codec_for
-from sidactl.diffusion import Denoiser, as_one_hot, karras_sigmas
+from sidactl.diffusion import Denoiser, Preconditioned, as_one_hot, karras_sigmas
 from sidactl.engine import batches_of, share
 from sidactl.errors import SidaError
 from sidactl.recipe import HeunSpec, OneStepSpec
@@ -164,6 +164,20 @@ def sample_batch(
     if isinstance(sampler, OneStepSpec):
         return few_steps(net, latents, one_hot, sampler, noise), labels
     return heun(net, latents, one_hot, sampler, noise, guide=guide, guidance=guidance), labels
+
+
+class OneStep(torch.nn.Module):
+    """A generator as one function of unit noise [B, C, H, W] and one-hot labels [B, K], as it is exported."""
+
+    def __init__(self, net: Preconditioned, sigma_init: float) -> None:
+        super().__init__()
+        self.net, self.sigma_init = net.eval(), sigma_init
+        self.eval()
+
+    def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Images in [-1, 1], or latents, float32 [B, C, H, W]."""
+        images: Tensor = self.net(latents * self.sigma_init, torch.tensor(self.sigma_init), labels)
+        return images
 
 
 def few_steps(

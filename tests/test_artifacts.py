@@ -17,8 +17,8 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from sidactl import artifacts, catalog, inventory, ops, sampling
-from sidactl.artifacts import fetch_teacher, load, prepare_data, resolve
+from sidactl import artifacts, catalog, inventory, nets, ops, sampling
+from sidactl.artifacts import fetch_teacher, load, mapping, prepare_data, resolve
 from sidactl.errors import SidaError
 from sidactl.recipe import HeunSpec, NetSpec, OneStepSpec
 from sidactl.store import KINDS, Artifact, Store
@@ -445,3 +445,43 @@ def test_network_in_place_of_a_dataset_is_refused(run: Path) -> None:
     with pytest.raises(SidaError) as caught:
         resolve(Store(run), "net.pkl", ["dataset"])
     assert str(caught.value) == "net.pkl cannot be read as a dataset. Give an artifact or another file."
+
+
+@pytest.mark.parametrize("source", ["sida_gen_edm", "sid_gen_edm2_nogan", "onestep_uncond"])
+def test_a_generator_in_onnx_draws_the_same_images(run: Path, tmp_path: Path, source: str) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'sidactl[dev]'")
+    if source == "onestep_uncond":
+        torch.manual_seed(0)
+        net = nets.build(dataclasses.replace(SPEC, label_dim=0))
+        weights = {"model.safetensors": safetensors.torch.save(net.state_dict())}
+        params = {"name": source, "net": net.spec.to_json(), "sampler": OneStepSpec(sigma_init=1.5).to_json()}
+        oid = Store.open(run).put("generator", weights, params=params | {"dataset": None}).oid
+    else:
+        oid = artifacts.fetch_teacher(str(network(source)), kind="generator", run=run).oid
+    path = inventory.export(oid, tmp_path / "g.onnx", form="onnx", run=run)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    net = artifacts.load(oid, run=run)
+    sigma_init = float(mapping(Store.open(run).get(oid).params["sampler"])["sigma_init"])
+    for batch in (1, 3):
+        latents = torch.randn(batch, net.spec.img_channels, net.spec.img_resolution, net.spec.img_resolution)
+        given = {"latents": latents.numpy()}
+        labels = torch.eye(net.spec.label_dim)[torch.arange(batch) % net.spec.label_dim] if net.spec.label_dim else None
+        if labels is not None:
+            given["labels"] = labels.numpy()
+        (images,) = session.run(["images"], given)
+        with torch.no_grad():
+            expected = net(latents * sigma_init, sigma_init, labels)
+        torch.testing.assert_close(torch.from_numpy(images), expected, rtol=1e-4, atol=1e-5)
+    assert (tmp_path / "g.md").read_text().startswith("# ")
+
+
+def test_export_to_onnx_says_what_is_missing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    oid = artifacts.fetch_teacher(str(network("sida_gen_edm")), kind="generator", run=run).oid
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(SidaError, match=r"^export to ONNX needs the package onnx\. pip install 'sidactl\[onnx\]'"):
+        inventory.export(oid, tmp_path / "g.onnx", form="onnx", run=run)
+    monkeypatch.delitem(sys.modules, "onnx")
+    monkeypatch.setattr(inventory, "ONNX_MAX_BYTES", 1000)
+    with pytest.raises(SidaError, match=r"^an ONNX file holds at most 2 GB, this network is larger\. "):
+        inventory.export(oid, tmp_path / "g.onnx", form="onnx", run=run)
+    assert not list(tmp_path.glob("g*"))

@@ -399,6 +399,25 @@ def test_export_writes_a_generator_out(
     )
 
 
+def test_a_network_is_exported_with_its_model_card(distilled: tuple[Path, str], tmp_path: Path) -> None:
+    run, oid = distilled
+    sidactl("fid", oid, "--num", "100", run=run)
+    sidactl("export", oid, str(tmp_path / "g"), run=run)
+    card = (tmp_path / "g" / "README.md").read_text()
+    sidactl("export", oid, str(tmp_path / "g.safetensors"), "--to", "safetensors", run=run)
+    assert (tmp_path / "g.md").read_text() == card
+    teacher = Store.open(run).resolve("teacher/tiny-digits").oid
+    for line in (
+        f"A generator for sidactl, oid `{oid}`.",
+        f"- teacher: tiny-digits (`{teacher}`)",
+        "- images seen in training: 512",
+        "- licence: Apache-2.0",
+        '    "mode": "sida",',
+    ):
+        assert line in card.splitlines()
+    assert "| FD tiny-digits | " in card
+
+
 def test_export_writes_samples_as_png_and_npz(distilled: tuple[Path, str], tmp_path: Path) -> None:
     import numpy as np
 
