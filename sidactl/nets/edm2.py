@@ -26,7 +26,8 @@ ACTIVATION_LIMIT = 256.0
 def normalize(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     """x / (1e-4 + RMS of x over `dim`), in the type of x; the RMS is taken in float32."""
     norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
-    rms = norm * math.sqrt(norm.numel() / x.numel())
+    count = math.prod(x.shape[d] for d in ((dim,) if isinstance(dim, int) else dim))
+    rms = norm * math.sqrt(1 / count)
     return x.div((rms + 1e-4).to(x.dtype))
 
 
