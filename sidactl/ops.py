@@ -25,7 +25,7 @@ from sidactl.artifacts import load as load
 from sidactl.artifacts import prepare_data as prepare_data
 from sidactl.errors import EXIT_FAILED, EXIT_INTERRUPTED, SidaError
 from sidactl.recipe import MODES, HeunSpec, Memory, Mode, NetSpec, OneStepSpec, Recipe, TeacherRecipe, override
-from sidactl.references import dataset_stats, detector_name, images_per_batch
+from sidactl.references import reference_stats, detector_name, images_per_batch
 from sidactl.scores import SCORE_NAMES, frechet, generated_images, load_detector, sampler_of
 from sidactl.scores import evaluate as evaluate
 from sidactl.scores import fd_dinov2 as fd_dinov2
@@ -289,7 +289,7 @@ def _distill(
     chosen_device = pick_device(device)
     data = inputs["dataset"]
     detector = load_detector(store, detector_name(data), chosen_device)
-    reference = dataset_stats(store, data, detector)
+    reference = reference_stats(store, data, detector)
     teacher = load_net(store, inputs["teacher"], chosen_device)
     start = load_net(store, inputs["generator"], chosen_device) if "generator" in inputs else None
     batches = _batches(store, data, recipe.batch_size, recipe.num_accumulation_rounds, recipe.seed, chosen_device)

@@ -225,7 +225,7 @@ def moments(store: Store, reference: Artifact, detector: "Detector") -> Moments:
     Raises SidaError where statistics were made by another detector, by other weights, or with another resize.
     """
     if reference.kind == "dataset":
-        stats = dataset_stats(store, reference, detector)
+        stats = reference_stats(store, reference, detector)
         return Moments(stats.mean, stats.covariance())
     import numpy as np
 
@@ -263,7 +263,7 @@ def moments(store: Store, reference: Artifact, detector: "Detector") -> Moments:
     return found
 
 
-def dataset_stats(store: Store, data: Artifact, detector: "Detector") -> "FeatureStats":
+def reference_stats(store: Store, data: Artifact, detector: "Detector") -> "FeatureStats":
     """Feature statistics of all images of a dataset; computed once, then kept as a stats artifact."""
     import numpy as np
 

@@ -183,7 +183,7 @@ def test_statistics_under_another_identity_do_not_compare(fifty: Path, tmp_path:
     data = artifacts.resolve(store, str(fifty), ["dataset"])
     rng = np.random.default_rng(0)
     first, second = (by_rows("inception", rng.standard_normal((50, 4)), f"inception@{i}") for i in "ab")
-    references.dataset_stats(store, data, first)
+    references.reference_stats(store, data, first)
     stats = next(a for a in store.artifacts() if a.kind == "stats")
     assert references.detector_name(stats) == "inception"
     assert references.moments(store, stats, first).mean.shape == (4,)
