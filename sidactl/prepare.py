@@ -40,6 +40,7 @@ LATENT_BATCH = 8
 # Of a member, on its way to the zip's directory: offset, size, CRC-32, class or -1, length of the name that follows.
 _MEMBER = struct.Struct("<QIIiH")
 _ZIP64_LIMIT = (1 << 31) - 1  # what Python's zipfile leaves to 32-bit fields
+_FILES = ("images.zip", "members")
 _STATE = "state.json"
 
 
@@ -170,11 +171,10 @@ def prepare_latents(
 
     Members are 00000/img-mean-std-00000000.npy and so on, float32 [8, h, w] for images of 8h x 8w; grey images are
     taken for RGB. The bytes depend on the images, the VAE and the device alone. `work` is as in `prepare`.
-    Raises SidaError for a dataset of latents, and for images smaller than 8x8.
+    Raises SidaError for images smaller than 8x8.
     Source: EDM2 (2312.02696), appendix A.
     """
-    if dataset.is_latents:
-        raise SidaError(f"latents are made of pixels, got latents in {dataset.path}", "Give a dataset of pixels.")
+    assert not dataset.is_latents
     if dataset.resolution < 8:
         got = f"{dataset.resolution}x{dataset.resolution}"
         raise SidaError(f"images must be at least 8x8 to have latents, got {got}", "Prepare larger images.")
@@ -302,7 +302,6 @@ class _Unfinished:
     @classmethod
     def open(cls, folder: Path) -> "_Unfinished":
         """Goes on from what was saved in the folder, or begins."""
-        images, members = folder / "images.zip", folder / "members"
         state, skipped, first = _State(), [], None
         if (folder / _STATE).exists():
             saved = json.loads((folder / _STATE).read_bytes())
@@ -310,9 +309,9 @@ class _Unfinished:
             skipped = [(name, reason) for name, reason in saved["skipped"]]
             first = saved["first"] and (saved["first"][0], tuple(saved["first"][1]))
         files = []
-        for path, size in ((images, state.image_bytes), (members, state.member_bytes)):
-            path.touch()
-            file = path.open("r+b")
+        for name, size in zip(_FILES, (state.image_bytes, state.member_bytes), strict=True):
+            (folder / name).touch()
+            file = (folder / name).open("r+b")
             file.truncate(size)
             file.seek(size)
             files.append(file)
@@ -380,7 +379,7 @@ class _Unfinished:
 def _unfinished(destination: Path, work: Path | None) -> Iterator[_Unfinished]:
     """A zip to write in the block, and to complete there; becomes `destination` after it.
 
-    An interruption leaves it in `work`, where there is one; bad input leaves it to the caller.
+    An interruption leaves it in `work`, where there is one; bad input leaves nothing.
     """
     folder = work or destination.with_name(f"{destination.name}.tmp")
     try:
@@ -390,12 +389,16 @@ def _unfinished(destination: Path, work: Path | None) -> Iterator[_Unfinished]:
             try:
                 yield zipped
             except SidaError:
+                for name in (*_FILES, _STATE):
+                    (folder / name).unlink(missing_ok=True)
                 raise
             except BaseException:
                 if work:
                     zipped.save()
                 raise
-        (folder / "images.zip").replace(destination)
+        (folder / _FILES[0]).replace(destination)
+        for name in (_FILES[1], _STATE):
+            (folder / name).unlink(missing_ok=True)
     except OSError as error:
         message = f"cannot prepare {destination} ({error.strerror or error}: {error.filename or destination})"
         raise SidaError(message, "Mend that, then repeat.", exit_code=EXIT_FAILED) from error

@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sidactl import catalog
-from sidactl.artifacts import NETS, Tick, answered, asset_digest, load_dataset, load_net, mapping, resolve
+from sidactl.artifacts import (
+    NETS,
+    Tick,
+    answered,
+    asset_digest,
+    load_dataset,
+    load_net,
+    mapping,
+    require_images,
+    resolve,
+)
 from sidactl.errors import SidaError
 from sidactl.recipe import HeunSpec, OneStepSpec
 from sidactl.store import Artifact, Store
@@ -187,6 +197,8 @@ def _score(
     store = Store.open(run)
     subject = resolve(store, ref, SCORED)
     data = resolve(store, reference, ["dataset"]) if reference else dataset_of(store, subject)
+    require_images(subject)
+    require_images(data)
     seeds: list[list[int]] = []
     if subject.kind in NETS:
         num = num or default_num
