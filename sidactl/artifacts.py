@@ -6,8 +6,8 @@ torch and all that needs it are imported where they are used, so that a question
 import dataclasses
 import hashlib
 import json
+import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sidactl import catalog, download
 from sidactl.errors import SidaError
 from sidactl.recipe import HeunSpec, NetSpec, OneStepSpec
-from sidactl.store import Artifact, Store
+from sidactl.store import Artifact, LiveDir, Store
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from sidactl.data import Dataset
     from sidactl.diffusion import Preconditioned
+    from sidactl.trainer import ImageSource
 
 Tick = Callable[[int, int], None]
 """called with (images done, images in all)"""
@@ -82,9 +83,21 @@ def mapping(value: Any) -> Mapping[str, Any]:
 
 
 def load_dataset(store: Store, artifact: Artifact) -> "Dataset":
+    """The images of a dataset or samples artifact; raises SidaError for classes alone."""
     from sidactl.data import Dataset
 
+    require_images(artifact)
     return Dataset(store.path(artifact, "images.zip"))
+
+
+def image_source(store: Store, artifact: Artifact) -> "ImageSource":
+    """What training needs of a dataset artifact, be it of images or of classes alone."""
+    if artifact.results["kind"] != "labels":
+        return load_dataset(store, artifact)
+    from sidactl import data, trainer
+
+    labels = data.read_labels(store.path(artifact, data.LABEL_FILE))
+    return trainer.ClassesAlone(len(data.class_counts(list(labels.values()))), list(labels.values()))
 
 
 def fetch_teacher(
@@ -442,7 +455,7 @@ def asset_digest(name: str) -> str | None:
 
 
 def prepare_data(
-    source: str,
+    source: str | None,
     *,
     preset: str | None = None,
     transform: str | None = None,
@@ -450,16 +463,28 @@ def prepare_data(
     max_images: int | None = None,
     workers: int | None = None,
     skip_bad: bool = False,
+    latents: bool = False,
+    labels_only: bool = False,
+    classes: int | None = None,
     name: str | None = None,
     run: Path | str | None = None,
+    device: str | None = None,
     force: bool = False,
     tick: Tick | None = None,
 ) -> Artifact:
     """A dataset artifact: one uncompressed zip in the EDM layout, and a contact sheet.
 
-    Takes what `prepare.prepare` takes; raises SidaError, naming the file, for what cannot be used.
+    Takes what `prepare.prepare` takes; an interrupted preparation goes on where it was, to the same artifact.
+    latents: the VAE's means and standard deviations of the images instead, for EDM2; the source may then be a dataset
+        artifact too. The VAE runs on `device`.
+    labels_only: no images, but their classes, from a dataset.json; or, without a source, `classes` of them, each once.
+        That is all that mode sid needs for its training batches.
+
+    Raises SidaError, naming the file, for what cannot be used.
     """
     store = Store.open(run)
+    if name:
+        store.check_name("dataset", name)
     options: dict[str, Any] = {
         "preset": preset,
         "transform": transform,
@@ -467,6 +492,26 @@ def prepare_data(
         "max_images": max_images,
         "skip_bad": skip_bad,
     }
+    if labels_only or classes is not None:
+        if latents or any(options.values()):
+            raise SidaError("labels without images take no options of images, got some", "Leave them out.")
+        return _prepare_labels(store, source, classes, name, force)
+    if source is None:
+        raise SidaError("a source is needed, got none", "Name a folder, an archive, or tiny-digits.")
+    if latents:
+        return _prepare_latents(store, source, options, workers, name, device, force, tick)
+    return _prepare_images(store, source, options, workers, name, force, tick)
+
+
+def _prepare_images(
+    store: Store,
+    source: str,
+    options: Mapping[str, Any],
+    workers: int | None,
+    name: str | None,
+    force: bool,
+    tick: Tick | None,
+) -> Artifact:
     key = store.key("prepare-data", {"source": _source_identity(source), **options}, {})
     entry = catalog.DATASETS.get(source)
     if entry and not entry.builtin and not Path(source).exists():
@@ -474,36 +519,156 @@ def prepare_data(
             f"dataset {source} must be prepared from its files",
             f"Get them from {entry.where}, then run sidactl prepare-data PATH --preset {source} --name {source}.",
         )
-    refs = [source] if entry and entry.builtin else [name] if name else []
-    if not force and (known := store.asked(key)):
-        return named(store, known, refs)
-    from sidactl import prepare
-    from sidactl.data import Dataset
+    refs = [*([source] if entry and entry.builtin else []), *([name] if name else [])]
+    with _answering(store, key, source, force) as work:
+        if isinstance(work, Artifact):
+            return named(store, work, refs)
+        from sidactl import prepare
+        from sidactl.data import Dataset
 
-    with tempfile.TemporaryDirectory(prefix="sidactl-") as folder:
-        path = Path(folder) / "images.zip"
-        made = prepare.prepare(
-            source,
-            path,
-            preset=preset,
-            transform=transform,
-            resolution=resolution,
-            max_images=max_images,
-            workers=workers,
-            skip_bad=skip_bad,
-            progress=tick,
-        )
+        path = work.path / "images.zip"
+        made = prepare.prepare(source, path, **options, workers=workers, work=work.path, progress=tick)
         files: dict[str, Path | bytes] = {"images.zip": path}
         if made.kind == "pixels":
             files["contact-sheet.png"] = prepare.contact_sheet(Dataset(path))
         results = dataclasses.asdict(made)
-        entry = entry or catalog.DATASETS.get(preset or "")
+        entry = entry or catalog.DATASETS.get(options["preset"] or "")
         params: dict[str, Any] = {
             "name": name or Path(source).name,
             "licence": entry.licence if entry else None,
         }
-        artifact = store.put("dataset", files, params=params | options, results=results)
+        artifact = store.put("dataset", files, params={**params, **options}, results=results)
+        return answered(store, key, artifact, "prepare-data", refs=refs)
+
+
+def _prepare_latents(
+    store: Store,
+    source: str,
+    options: Mapping[str, Any],
+    workers: int | None,
+    name: str | None,
+    device: str | None,
+    force: bool,
+    tick: Tick | None,
+) -> Artifact:
+    is_stored = not any(options.values()) and (_is_ref(store, source) or not Path(source).exists())
+    pixels = resolve(store, source, ["dataset"]) if is_stored else None
+    if pixels:
+        _require_pixels(pixels)
+        key = store.key("prepare-data", {"latents": True}, {"dataset": pixels.oid})
+    else:
+        key = store.key("prepare-data", {"source": _source_identity(source), **options, "latents": True}, {})
+    refs = [name] if name else []
+    with _answering(store, key, source, force) as work:
+        if isinstance(work, Artifact):
+            return named(store, work, refs)
+        from sidactl import codec, prepare
+        from sidactl.data import Dataset
+        from sidactl.engine import pick_device
+
+        chosen = pick_device(device)
+        # First of all, since it may not be there, and pixels may take hours.
+        vae = codec.stable_diffusion_vae(purpose="encoding latents")
+        pixels = pixels or _prepare_images(store, source, options, workers, None, False, tick)
+        _require_pixels(pixels)
+        path = work.path / "images.zip"
+        made = prepare.prepare_latents(
+            Dataset(store.path(pixels, "images.zip"), cache_bytes=0),
+            codec.LatentCodec(lambda: vae),
+            path,
+            device=chosen,
+            work=work.path,
+            progress=tick,
+        )
+        files = {"images.zip": path, "contact-sheet.png": store.path(pixels, "contact-sheet.png")}
+        params = {
+            "name": name or pixels.params["name"],
+            "licence": pixels.params["licence"],
+            "vae": codec.VAE_NAME,
+        }
+        results = dataclasses.asdict(made) | {"skipped": pixels.results["skipped"]}
+        artifact = store.put("dataset", files, inputs={"dataset": pixels.oid}, params=params, results=results)
+        return answered(store, key, artifact, "prepare-data", refs=refs)
+
+
+def _prepare_labels(store: Store, source: str | None, classes: int | None, name: str | None, force: bool) -> Artifact:
+    if (source is None) == (classes is None):
+        got = "neither" if source is None else "both"
+        raise SidaError(
+            f"labels without images come from a dataset.json or a number of classes, got {got}",
+            "Name the file, or pass --classes.",
+        )
+    identity = _source_identity(source) if source else None
+    key = store.key("prepare-data", {"labels_only": identity, "classes": classes}, {})
+    refs = [name] if name else []
+    if not force and (known := store.asked(key)):
+        return named(store, known, refs)
+    from sidactl.data import LABEL_FILE, MAX_LABEL, class_counts, read_labels
+
+    if source is not None:
+        labels = read_labels(Path(source))
+    else:
+        assert classes is not None
+        if not 1 <= classes <= MAX_LABEL + 1:
+            raise SidaError(f"--classes must be from 1 to {MAX_LABEL + 1}, got {classes}", "Pass the teacher's number.")
+        labels = {f"class {index}": index for index in range(classes)}
+    counts = class_counts(list(labels.values()))
+    results: dict[str, Any] = {
+        "num_images": len(labels),
+        "resolution": None,
+        "num_channels": None,
+        "label_dim": len(counts),
+        "class_counts": counts,
+        "skipped": [],
+        "kind": "labels",
+    }
+    params = {"name": name or (Path(source).name if source else f"classes-{classes}"), "licence": None}
+    document = json.dumps({"labels": list(labels.items())}).encode()
+    artifact = store.put("dataset", {LABEL_FILE: document}, params=params, results=results)
     return answered(store, key, artifact, "prepare-data", refs=refs)
+
+
+@contextmanager
+def _answering(store: Store, key: str, what: str, force: bool) -> Iterator[Artifact | LiveDir]:
+    """What answered the question before, or else the place to work on it, alone: emptied when all went well.
+
+    An interruption leaves it for the next time. To answer anew (`force`) has a place of its own.
+    """
+    if not force and (known := store.asked(key)):
+        yield known
+        return
+    lock = store.root / "tmp" / f"prepare-{key[:16]}.lock"
+    with download.exclusive(lock, lambda: download.to_stderr(f"waiting for another process: {what}")):
+        known = store.asked(key)
+        if known and not force:
+            yield known
+            return
+        with store.live(store.key("again", {"key": key}, {"known": known.oid}) if known else key) as live:
+            yield live
+            live.clear()
+
+
+def _require_pixels(artifact: Artifact) -> None:
+    require_images(artifact)
+    if artifact.results["kind"] == "latents":
+        raise SidaError(f"latents are made of pixels, got dataset {artifact.oid[:12]} of latents", "Use it as it is.")
+
+
+def require_images(artifact: Artifact) -> None:
+    """Raises SidaError for a dataset of classes alone."""
+    if artifact.results.get("kind") == "labels":
+        raise SidaError(
+            f"images are needed, got dataset {artifact.oid[:12]} of classes alone", "Give a dataset with images."
+        )
+
+
+def shape_for_nets(data: Artifact) -> tuple[int | None, int | None, int]:
+    """Resolution, channels and classes of a dataset as a network sees it; no resolution or channels without images."""
+    results: Mapping[str, Any] = data.results
+    channels = results["num_channels"]
+    # Stored are mean and standard deviation of every latent channel.
+    channels = channels // 2 if results.get("kind") == "latents" else channels
+    return results["resolution"], channels, results["label_dim"]
 
 
 def _source_identity(source: str) -> Any:
@@ -512,8 +677,25 @@ def _source_identity(source: str) -> Any:
     entry = catalog.DATASETS.get(source)
     if (entry and entry.builtin) or not path.exists():
         return source
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    return [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+    if path.is_file():
+        labels = path.with_name(path.name.replace("images-idx3", "labels-idx1").replace("images.idx3", "labels.idx1"))
+        files = [path] if labels == path or not labels.exists() else [path, labels]
+        return [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+    total = hashlib.sha256()
+    for folder, subfolders, names in os.walk(path, followlinks=True):
+        here = os.path.realpath(folder)
+        # A link to a folder that holds it would be followed for ever.
+        subfolders[:] = sorted(s for s in subfolders if not _is_within(here, os.path.join(folder, s)))
+        for name in sorted(names):
+            file = os.path.join(folder, name)
+            if os.path.isfile(file):
+                stat = os.stat(file)
+                total.update(f"{os.path.relpath(file, path)}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+    return [str(path.resolve()), total.hexdigest()]
+
+
+def _is_within(folder: str, other: str) -> bool:
+    return (folder + os.sep).startswith(os.path.realpath(other) + os.sep)
 
 
 def answered(store: Store, key: str, artifact: Artifact, command: str, *, refs: Sequence[str] = ()) -> Artifact:

@@ -160,24 +160,47 @@ def fetch_teacher(
 
 @app.command("prepare-data")
 def prepare_data(
-    source: Annotated[str, typer.Argument(help="tiny-digits, a folder, zip, tar.gz, IDX or npz file")],
+    source: Annotated[
+        str | None, typer.Argument(help="tiny-digits, a folder, zip, tar.gz, IDX or npz file; see below")
+    ] = None,
     preset: Annotated[str | None, typer.Option(metavar="NAME", help="the paper's preparation of a dataset")] = None,
     transform: Annotated[str | None, typer.Option(metavar="NAME", help="center-crop, center-crop-wide, ...")] = None,
     resolution: Annotated[str | None, typer.Option(metavar="WxH", help="size to scale to, such as 64x64")] = None,
     max_images: Annotated[str | None, typer.Option(metavar="COUNT", help="only the first so many")] = None,
     workers: Annotated[int | None, typer.Option(help="decoding threads; one per core if not given")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave out images that cannot be read")] = False,
+    latents: Annotated[bool, typer.Option("--latents", help="the VAE's latents of the images, for EDM2")] = False,
+    labels_only: Annotated[
+        bool, typer.Option("--labels-only", help="classes without images, of a dataset.json, for mode sid")
+    ] = False,
+    classes: Annotated[
+        int | None, typer.Option(metavar="K", help="classes without images or source: K of them, equally often")
+    ] = None,
+    stats: Annotated[bool, typer.Option("--stats", help="feature statistics, too, which scores compare with")] = False,
+    detector: Annotated[str | None, typer.Option(metavar="NAME", help="of --stats; the dataset's own")] = None,
     name: Name = None,
     run: Run = None,
+    device: Device = None,
     as_json: Json = False,
     force: Force = False,
 ) -> None:
     """Make a dataset from images; prints its oid.
 
+    SOURCE is a folder (its top-level folders, or its dataset.json, are the classes), a zip (one in the EDM or EDM2
+    layout is verified and taken as it is), cifar-10-python.tar.gz, MNIST's IDX files, an ImageNet training folder, an
+    npz batch, or tiny-digits; with --latents a dataset artifact, too.
+
+    Image files become 8-bit RGB: grey, palette and CMYK images are converted, alpha is dropped, the first frame of an
+    animation is taken, RGB of 16 bits is cut to 8. Refused: 16-bit grey, damaged files, absurd sizes.
+
+    An interrupted preparation goes on with the same command.
+
     Example: sidactl prepare-data tiny-digits
     """
     from sidactl import ops
 
+    if detector and not stats:
+        raise SidaError("--detector is for --stats, got it alone", "Pass --stats, or leave it out.")
     with _ticking("prepare-data") as tick:
         artifact = ops.prepare_data(
             source,
@@ -187,12 +210,30 @@ def prepare_data(
             max_images=_count(max_images, "--max-images"),
             workers=workers,
             skip_bad=skip_bad,
+            latents=latents,
+            labels_only=labels_only,
+            classes=classes,
             name=name,
             run=run,
+            device=device,
             force=force,
             tick=tick,
         )
+    _tell_skipped(artifact.results)
+    if stats:
+        made = ops.dataset_stats(artifact.oid, detector=detector, run=run, device=device)
+        ui.note(f"feature statistics: {made.oid}")
     _print_artifact(artifact, as_json)
+
+
+def _tell_skipped(results: Mapping[str, Any]) -> None:
+    """One warning with the first few of the images that were left out."""
+    skipped = results["skipped"]
+    if skipped:
+        first = "; ".join(f"{name} {reason}" for name, reason in skipped[:3])
+        rest = f"; and {len(skipped) - 3:,} more" if len(skipped) > 3 else ""
+        total = results["num_images"] + len(skipped)
+        ui.warn(f"{len(skipped):,} of {total:,} images were left out: {first}{rest}")
 
 
 def _resolution(text: str | None) -> tuple[int, int] | None:

@@ -107,17 +107,20 @@ def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def stable_diffusion_vae(*, offline: bool = False, say: Callable[[str], None] = _to_stderr) -> Any:
+def stable_diffusion_vae(
+    *, offline: bool = False, say: Callable[[str], None] = _to_stderr, purpose: str = "decoding latents"
+) -> Any:
     """The VAE as diffusers' AutoencoderKL, frozen, float32; downloaded unless diffusers has it already.
 
     offline: no download, also if $SIDACTL_OFFLINE is set (and not 0). `say` gets one line before a download.
+    purpose: what it is needed for, in errors.
     Raises SidaError without diffusers, and where the VAE cannot be had.
     """
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
         raise SidaError(
-            "decoding latents needs the VAE of diffusers, which is not installed",
+            f"{purpose} needs the VAE of diffusers, which is not installed",
             "Install it with: pip install 'sidactl[vae]'.",
         ) from error
     # The option only saves memory, needs another package, and warns where that is missing.
@@ -127,7 +130,7 @@ def stable_diffusion_vae(*, offline: bool = False, say: Callable[[str], None] = 
     except OSError:
         if offline or os.environ.get("SIDACTL_OFFLINE", "0") not in ("", "0"):
             raise SidaError(
-                f"decoding latents needs the VAE {VAE_NAME}, which offline forbids to download",
+                f"{purpose} needs the VAE {VAE_NAME}, which offline forbids to download",
                 "Allow it once; diffusers keeps the VAE in its cache.",
             ) from None
         say(f"downloading the VAE {VAE_NAME} (335 MB, MIT licence) from huggingface.co")

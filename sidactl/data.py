@@ -144,6 +144,24 @@ def parse_labels(text: bytes, where: str) -> dict[str, int] | None:
     return labels
 
 
+def read_labels(path: Path) -> dict[str, int]:
+    """The labels of a dataset.json on its own: image name -> class index. Raises SidaError where it has none."""
+    hint = "Give a dataset.json with labels."
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise SidaError(f"{path} cannot be read: {error.strerror}", "Check the path.") from error
+    labels = parse_labels(text, str(path))
+    if labels is None:
+        raise SidaError(f"{path} must hold labels, got none", hint)
+    return labels
+
+
+def class_counts(labels: Sequence[int] | NDArray[np.int64]) -> list[int]:
+    """How many of each class there are, from class 0 to the highest; empty without labels."""
+    return [int(count) for count in np.bincount(labels)] if len(labels) else []
+
+
 def check_label(label: object, where: str) -> int:
     """The class index itself, an integer from 0 to 999999; raises SidaError naming `where` for all else."""
     if type(label) is not int or not 0 <= label <= MAX_LABEL:
@@ -286,7 +304,7 @@ class Dataset:
 
     def class_counts(self) -> list[int]:
         """Number of images of each class, `label_dim` long; empty without labels."""
-        return [] if self.labels is None else [int(count) for count in np.bincount(self.labels)]
+        return [] if self.labels is None else class_counts(self.labels)
 
 
 class DataOrder:

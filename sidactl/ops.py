@@ -19,13 +19,26 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 from sidactl import catalog
-from sidactl.artifacts import NET_FILES, NETS, Tick, answered, load_dataset, load_net, mapping, named, resolve
+from sidactl.artifacts import (
+    NET_FILES,
+    NETS,
+    Tick,
+    answered,
+    image_source,
+    load_dataset,
+    load_net,
+    mapping,
+    named,
+    require_images,
+    resolve,
+    shape_for_nets,
+)
 from sidactl.artifacts import fetch_teacher as fetch_teacher
 from sidactl.artifacts import load as load
 from sidactl.artifacts import prepare_data as prepare_data
 from sidactl.errors import EXIT_FAILED, EXIT_INTERRUPTED, SidaError
 from sidactl.recipe import MODES, HeunSpec, Memory, Mode, NetSpec, OneStepSpec, Recipe, TeacherRecipe, override
-from sidactl.references import reference_stats, detector_name, images_per_batch
+from sidactl.references import detector_name, images_per_batch, reference_stats
 from sidactl.scores import SCORE_NAMES, frechet, generated_images, load_detector, sampler_of
 from sidactl.scores import evaluate as evaluate
 from sidactl.scores import fd_dinov2 as fd_dinov2
@@ -50,6 +63,31 @@ PREVIEW_SEEDS = range(64)
 SELECTION_SEED = 1 << 31
 
 
+def dataset_stats(
+    ref: str, *, detector: str | None = None, run: Path | str | None = None, device: str | None = None
+) -> Artifact:
+    """The feature statistics of all images of a dataset, as scores compare with them; by default of its own detector.
+
+    Latents have those of the pixels that they were made from. A name of the dataset gives them one, with the detector.
+    """
+    from sidactl.engine import pick_device
+
+    store = Store.open(run)
+    data = resolve(store, ref, ["dataset"])
+    require_images(data)
+    names = [name.partition("/")[2] for name in store.names_of(data.oid)]
+    data = store.get(data.inputs.get("dataset", data.oid))
+    chosen = load_detector(store, detector or detector_name(data), pick_device(device))
+    reference_stats(store, data, chosen)
+    made = next(
+        artifact
+        for artifact in store.artifacts()
+        if artifact.kind == "stats"
+        and (artifact.inputs, artifact.params) == ({"dataset": data.oid}, {"detector": chosen.identity})
+    )
+    return named(store, made, [f"{name}-{chosen.name}" for name in names])
+
+
 def train_teacher(
     dataset: str,
     *,
@@ -68,6 +106,7 @@ def train_teacher(
     store = Store.open(run)
     store.check_name("teacher", name)
     data = resolve(store, dataset, ["dataset"])
+    require_images(data)
     recipe = _teacher_recipe(recipe, data, recipe_overrides)
     key = store.key("train-teacher", {"recipe": recipe.to_json()}, {"dataset": data.oid})
     if not force and (known := _asked(store, key)):
@@ -127,12 +166,7 @@ def _at_work(store: Store, key: str) -> Iterator[LiveDir]:
 
 
 def _teacher_recipe(recipe: TeacherRecipe | None, data: Artifact, overrides: Mapping[str, Any]) -> TeacherRecipe:
-    results: Mapping[str, Any] = data.results
-    shape = {
-        "img_resolution": results["resolution"],
-        "img_channels": results["num_channels"],
-        "label_dim": results["label_dim"],
-    }
+    shape = dict(zip(("img_resolution", "img_channels", "label_dim"), shape_for_nets(data), strict=True))
     net_fields = {f.name for f in dataclasses.fields(NetSpec)}
     fields = {f.name for f in dataclasses.fields(TeacherRecipe)} - {"dataset", "net"}
     if unknown := sorted(set(overrides) - net_fields - fields):
@@ -419,8 +453,8 @@ def _check_generator(generator: Artifact, teacher: Artifact) -> None:
 
 def _check_fit(data: Artifact, net: NetSpec, whose: str) -> None:
     wanted = (net.img_resolution, net.img_channels, net.label_dim)
-    got = (data.results["resolution"], data.results["num_channels"], data.results["label_dim"])
-    if wanted[:2] != got[:2] or net.label_dim not in (0, got[2]):
+    got = shape_for_nets(data)
+    if got[:2] not in (wanted[:2], (None, None)) or net.label_dim not in (0, got[2]):
         raise SidaError(
             f"the dataset must fit the {whose} (resolution, channels, classes = "
             f"{wanted[0]}, {wanted[1]}, {wanted[2]}), got {got[0]}, {got[1]}, {got[2]}",
@@ -434,7 +468,7 @@ def _batches(
     from sidactl import trainer
     from sidactl.data import DataOrder
 
-    dataset = load_dataset(store, data)
+    dataset = image_source(store, data)
     order = DataOrder(dataset.num_images, seed)
     return trainer.DatasetBatches(
         dataset, order, batch_size=batch_size, num_rounds=num_rounds, seed=seed, device=device

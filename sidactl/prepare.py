@@ -3,23 +3,28 @@
 import itertools
 import json
 import os
+import shutil
 import struct
+import time
 import warnings
-import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from io import BytesIO
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, NamedTuple, Self
+from typing import IO, Literal, NamedTuple, Self
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from sidactl import pictures
+from sidactl.codec import LatentCodec
 from sidactl.data import LABEL_FILE, Dataset, decode_latents, decode_pixels, first_line
 from sidactl.engine import in_order
 from sidactl.errors import EXIT_FAILED, SidaError
@@ -28,6 +33,15 @@ from sidactl.sources import Convention, Item, Pixels, open_source
 Transform = Callable[[Image.Image, int, int], Image.Image | None]
 
 MAX_WORKERS = 16
+SAVE_EVERY_SEC = 5.0
+LATENT_BATCH = 8
+"""images through the VAE at once; fixed, since the last bits may depend on it"""
+
+# Of a member, on its way to the zip's directory: offset, size, CRC-32, class or -1, length of the name that follows.
+_MEMBER = struct.Struct("<QIIiH")
+_ZIP64_LIMIT = (1 << 31) - 1  # what Python's zipfile leaves to 32-bit fields
+_FILES = ("images.zip", "members")
+_STATE = "state.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +97,7 @@ def prepare(
     convention: Convention = "edm2",
     workers: int | None = None,
     skip_bad: bool = False,
+    work: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PreparedDataset:
     """Writes `source` to the zip `destination`, whole or not at all; the bytes depend on the source and options alone.
@@ -101,6 +116,8 @@ def prepare(
         cut 16-bit RGB to 8 bits and refuse 16-bit grey. Arrays keep their channels.
     workers: threads that decode (Pillow works outside the interpreter lock); default: one per core.
     skip_bad: leave out images that cannot be read and list them, instead of stopping at the first.
+    work: a folder in which an interrupted preparation is kept, no more than seconds of it lost; the same call with the
+        same folder goes on from there. It is the caller's to clear.
     progress: called with (images done, images in all).
 
     Raises SidaError, naming the file, for anything that cannot be used. Results must be square with a side that is
@@ -112,85 +129,282 @@ def prepare(
             raise SidaError(f"--{option} must be >= 1, got {value}", f"Pass --{option} 1 or more, or leave it out.")
     resolution, transform, use_labels = _options(preset, transform, resolution)
     encode = partial(_encode, transform=transform, resolution=resolution, convention=convention)
-    labels: list[tuple[str, int]] = []
-    skipped: list[tuple[str, str]] = []
-    first: tuple[str, _Member] | None = None
-    num_images = 0
-    temporary = destination.with_name(f"{destination.name}.tmp")
-    try:
+    with _unfinished(destination, work) as zipped:
         opened = open_source(source, convention, keep_layout=resolution is None)
         total = min(opened.total, max_images or opened.total)
         num_threads = min(workers or os.cpu_count() or 1, MAX_WORKERS) if opened.from_files else 1
+        done = zipped.state.done
         with ExitStack() as stack:
             stack.enter_context(_quiet_pillow())
-            archive = stack.enter_context(zipfile.ZipFile(temporary, "w"))
-            results = in_order(lambda item: (item, encode(item)), itertools.islice(opened.items, total), num_threads)
-            for index, (item, member) in enumerate(stack.enter_context(closing(results))):
+            items = itertools.islice(opened.items, done, total)
+            results = stack.enter_context(closing(in_order(lambda item: (item, encode(item)), items, num_threads)))
+            for index, (item, member) in enumerate(results, done):
+                if isinstance(member, SidaError) and not skip_bad:
+                    raise member
+                if isinstance(member, SidaError):
+                    zipped.skip(item.name, member.message.removeprefix(f"{item.name} "))
+                elif isinstance(member, str):
+                    zipped.skip(item.name, member)
+                else:
+                    zipped.add(
+                        item.name,
+                        item.keep_as or _member_name(index),
+                        member,
+                        item.label if use_labels else None,
+                    )
+                zipped.commit(index + 1)
                 if progress is not None:
                     progress(index + 1, total)
-                if isinstance(member, str):
-                    skipped.append((item.name, member))
-                    continue
-                if isinstance(member, SidaError):
-                    if not skip_bad:
-                        raise member
-                    skipped.append((item.name, member.message.removeprefix(f"{item.name} ")))
-                    continue
-                first = first or (item.name, member)
-                _check_shape(item.name, member.shape, first[0], first[1].shape)
-                name = item.keep_as or _member_name(index)
-                _write(archive, name, member.data)
-                num_images += 1
-                if item.label is not None and use_labels:
-                    labels.append((name, item.label))
-            if first is None:
-                raise SidaError(
-                    f"{source} must hold an image that can be used, got none",
-                    "Mend the images or choose another transform.",
-                )
-            _write(archive, LABEL_FILE, json.dumps({"labels": labels or None}).encode())
-        temporary.replace(destination)
-    except OSError as error:
-        message = f"cannot prepare {destination} ({error.strerror or error}: {error.filename or destination})"
-        raise SidaError(message, "Mend that, then repeat.", exit_code=EXIT_FAILED) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    channels, size, _ = first[1].shape
-    counts = [int(count) for count in np.bincount([label for _, label in labels])] if labels else []
-    return PreparedDataset(
-        num_images=num_images,
-        resolution=size,
-        num_channels=channels,
-        label_dim=len(counts),
-        class_counts=counts,
-        skipped=skipped,
-        kind="latents" if channels == 8 else "pixels",
-    )
+        return zipped.finish(f"{source}")
+
+
+def prepare_latents(
+    dataset: Dataset,
+    codec: LatentCodec,
+    destination: Path,
+    *,
+    device: torch.device,
+    work: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> PreparedDataset:
+    """Writes the VAE's mean and standard deviation of every image to a zip in the EDM2 layout, with the classes.
+
+    Members are 00000/img-mean-std-00000000.npy and so on, float32 [8, h, w] for images of 8h x 8w; grey images are
+    taken for RGB. The bytes depend on the images, the VAE and the device alone. `work` is as in `prepare`.
+    Raises SidaError for images smaller than 8x8.
+    Source: EDM2 (2312.02696), appendix A.
+    """
+    assert not dataset.is_latents
+    if dataset.resolution < 8:
+        got = f"{dataset.resolution}x{dataset.resolution}"
+        raise SidaError(f"images must be at least 8x8 to have latents, got {got}", "Prepare larger images.")
+    total = dataset.num_images
+    with _unfinished(destination, work) as zipped, torch.no_grad():
+        for start in range(zipped.state.done, total, LATENT_BATCH):
+            indices = range(start, min(start + LATENT_BATCH, total))
+            pixels = dataset.images(indices).to(device)
+            encoded = codec.mean_and_std(pixels.expand(-1, 3, -1, -1)).to("cpu", torch.float32).numpy()
+            for index, latents in zip(indices, encoded, strict=True):
+                label = None if dataset.labels is None else int(dataset.labels[index])
+                where = f"latents of {dataset.names[index]}"
+                member = _Member(encode_npy(latents), decode_latents(encode_npy(latents), where).shape)
+                zipped.add(where, f"{index:08d}"[:5] + f"/img-mean-std-{index:08d}.npy", member, label)
+            # Whole batches only, so that what goes on later makes the same ones.
+            zipped.commit(indices.stop)
+            if progress is not None:
+                progress(indices.stop, total)
+        return zipped.finish(f"{dataset.path}")
 
 
 class ZipWriter:
     """Writes images one by one as a zip in the EDM layout; a context manager that adds dataset.json at its end."""
 
     def __init__(self, path: Path) -> None:
-        self._archive = zipfile.ZipFile(path, "w")
-        self._labels: list[tuple[str, int]] = []
+        self._file = path.open("wb")
+        self._zip = _Zip(self._file, BytesIO())
         self.num_images = 0
 
     def add(self, pixels: Pixels, label: int | None = None) -> None:
         """One image, uint8 [H, W, C] with 1 or 3 channels, and its class; either all images have one or none."""
-        name = _member_name(self.num_images)
-        _write(self._archive, name, encode_png(pixels[..., 0] if pixels.shape[2] == 1 else pixels))
-        if label is not None:
-            self._labels.append((name, label))
+        png = encode_png(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+        self._zip.add(_member_name(self.num_images), png, label)
         self.num_images += 1
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        assert len(self._labels) in (0, self.num_images)
-        _write(self._archive, LABEL_FILE, json.dumps({"labels": self._labels or None}).encode())
-        self._archive.close()
+        with self._file:
+            if exception[0] is None:
+                self._zip.finish()
+
+
+class _Zip:
+    """An uncompressed zip in the EDM layout as it grows, byte for byte what Python's zipfile makes of it.
+
+    What is to stand in its directory waits in a file of its own, so that no number of members needs memory.
+    """
+
+    def __init__(self, images: IO[bytes], members: IO[bytes]) -> None:
+        self.images, self.members = images, members
+
+    def add(self, name: str, data: bytes, label: int | None) -> None:
+        """One member; -1 or more as `label`, None for an image without a class."""
+        encoded = name.encode()
+        checksum, offset = zlib.crc32(data), self.images.tell()
+        local = struct.pack("<HHHHHIIIHH", 20, 0, 0, *_EPOCH, checksum, len(data), len(data), len(encoded), 0)
+        self.images.write(b"PK\x03\x04" + local + encoded + data)
+        known = -1 if label is None else label
+        self.members.write(_MEMBER.pack(offset, len(data), checksum, known, len(encoded)) + encoded)
+
+    def finish(self) -> Counter[int]:
+        """Adds dataset.json and the directory; returns the number of images of each class."""
+        counts: Counter[int] = Counter()
+        text = bytearray()
+        for name, *_, label in self._listed():
+            if label >= 0:
+                counts[label] += 1
+                text += b"%s[%s, %d]" % (b", " if text else b"", json.dumps(name.decode()).encode(), label)
+        self.add(LABEL_FILE, b'{"labels": %s}' % (b"[%s]" % text if text else b"null"), None)
+        start, count = self.images.tell(), 0
+        for name, offset, size, checksum, _ in self._listed():
+            is_far = offset > _ZIP64_LIMIT
+            extra = struct.pack("<HHQ", 1, 8, offset) if is_far else b""
+            version = 45 if is_far else 20
+            fields = (version, 3, version, 0, 0, 0, *_EPOCH, checksum, size, size, len(name), len(extra), 0, 0, 0)
+            entry = struct.pack("<BBBBHHHHIIIHHHHH", *fields)
+            entry += struct.pack("<II", 0o644 << 16, 0xFFFFFFFF if is_far else offset)
+            self.images.write(b"PK\x01\x02" + entry + name + extra)
+            count += 1
+        end = self.images.tell()
+        size = end - start
+        if count > 0xFFFF or start > _ZIP64_LIMIT or size > _ZIP64_LIMIT:
+            self.images.write(b"PK\x06\x06" + struct.pack("<QHHIIQQQQ", 44, 45, 45, 0, 0, count, count, size, start))
+            self.images.write(b"PK\x06\x07" + struct.pack("<IQI", 0, end, 1))
+        count, size, start = min(count, 0xFFFF), min(size, 0xFFFFFFFF), min(start, 0xFFFFFFFF)
+        self.images.write(b"PK\x05\x06" + struct.pack("<HHHHIIH", 0, 0, count, count, size, start, 0))
+        return counts
+
+    def _listed(self) -> Iterator[tuple[bytes, int, int, int, int]]:
+        """Name, offset, size, CRC-32 and class or -1 of every member so far."""
+        self.members.seek(0)
+        while record := self.members.read(_MEMBER.size):
+            offset, size, checksum, label, length = _MEMBER.unpack(record)
+            yield self.members.read(length), offset, size, checksum, label
+
+
+_EPOCH = (0, (1 << 5) | 1)  # midnight of 1980-01-01 in the zip's words, whenever it was made
+
+
+@dataclass(frozen=True, kw_only=True)
+class _State:
+    """How far a zip has come: the first `done` items of its source are these bytes of its two files."""
+
+    done: int = 0
+    num_images: int = 0
+    num_skipped: int = 0
+    image_bytes: int = 0
+    member_bytes: int = 0
+
+
+@dataclass
+class _Unfinished:
+    """A dataset zip in the making; its folder, once saved, is what another process can go on from."""
+
+    folder: Path
+    zip: _Zip
+    state: _State
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    first: tuple[str, tuple[int, int, int]] | None = None
+    num_images: int = 0
+    saved_sec: float = 0.0
+
+    @classmethod
+    def open(cls, folder: Path) -> "_Unfinished":
+        """Goes on from what was saved in the folder, or begins."""
+        state, skipped, first = _State(), [], None
+        if (folder / _STATE).exists():
+            saved = json.loads((folder / _STATE).read_bytes())
+            state = _State(**saved["state"])
+            skipped = [(name, reason) for name, reason in saved["skipped"]]
+            first = saved["first"] and (saved["first"][0], tuple(saved["first"][1]))
+        files = []
+        for name, size in zip(_FILES, (state.image_bytes, state.member_bytes), strict=True):
+            (folder / name).touch()
+            file = (folder / name).open("r+b")
+            file.truncate(size)
+            file.seek(size)
+            files.append(file)
+        return cls(folder, _Zip(*files), state, skipped, first, state.num_images, time.monotonic())
+
+    def add(self, source_name: str, name: str, member: _Member, label: int | None) -> None:
+        """One image; SidaError where its shape is not that of the first, or cannot be used at all."""
+        self.first = self.first or (source_name, member.shape)
+        _check_shape(source_name, member.shape, *self.first)
+        self.zip.add(name, member.data, label)
+        self.num_images += 1
+
+    def skip(self, source_name: str, reason: str) -> None:
+        self.skipped.append((source_name, reason))
+
+    def commit(self, done: int) -> None:
+        """What was added so far is the first `done` items of the source."""
+        self.state = _State(
+            done=done,
+            num_images=self.num_images,
+            num_skipped=len(self.skipped),
+            image_bytes=self.zip.images.tell(),
+            member_bytes=self.zip.members.tell(),
+        )
+        if time.monotonic() - self.saved_sec > SAVE_EVERY_SEC:
+            self.save()
+
+    def save(self) -> None:
+        """Flushes what was committed, then says so: a kill at any moment leaves one of two good states."""
+        for file in (self.zip.images, self.zip.members):
+            file.flush()
+            os.fsync(file.fileno())
+        skipped = self.skipped[: self.state.num_skipped]
+        text = json.dumps({"state": asdict(self.state), "skipped": skipped, "first": self.first})
+        temporary = self.folder / f".{_STATE}.tmp"
+        with temporary.open("wb") as state_file:
+            state_file.write(text.encode())
+            state_file.flush()
+            os.fsync(state_file.fileno())
+        temporary.replace(self.folder / _STATE)
+        self.saved_sec = time.monotonic()
+
+    def finish(self, source: str) -> PreparedDataset:
+        """Completes the zip; SidaError where it holds no image."""
+        if self.first is None:
+            raise SidaError(
+                f"{source} must hold an image that can be used, got none",
+                "Mend the images or choose another transform.",
+            )
+        found = self.zip.finish()
+        channels, size, _ = self.first[1]
+        counts = [found[label] for label in range(max(found) + 1)] if found else []
+        return PreparedDataset(
+            num_images=self.num_images,
+            resolution=size,
+            num_channels=channels,
+            label_dim=len(counts),
+            class_counts=counts,
+            skipped=self.skipped,
+            kind="latents" if channels == 8 else "pixels",
+        )
+
+
+@contextmanager
+def _unfinished(destination: Path, work: Path | None) -> Iterator[_Unfinished]:
+    """A zip to write in the block, and to complete there; becomes `destination` after it.
+
+    An interruption leaves it in `work`, where there is one; bad input leaves nothing.
+    """
+    folder = work or destination.with_name(f"{destination.name}.tmp")
+    try:
+        folder.mkdir(exist_ok=work is not None)
+        zipped = _Unfinished.open(folder)
+        with zipped.zip.images, zipped.zip.members:
+            try:
+                yield zipped
+            except SidaError:
+                for name in (*_FILES, _STATE):
+                    (folder / name).unlink(missing_ok=True)
+                raise
+            except BaseException:
+                if work:
+                    zipped.save()
+                raise
+        (folder / _FILES[0]).replace(destination)
+        for name in (_FILES[1], _STATE):
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        message = f"cannot prepare {destination} ({error.strerror or error}: {error.filename or destination})"
+        raise SidaError(message, "Mend that, then repeat.", exit_code=EXIT_FAILED) from error
+    finally:
+        if not work:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def contact_sheet(dataset: Dataset, *, columns: int = 8, rows: int = 8) -> bytes:
@@ -348,6 +562,13 @@ def encode_png(pixels: Pixels) -> bytes:
     )
 
 
+def encode_npy(array: NDArray[np.float32]) -> bytes:
+    """The .npy file of an array, version 1.0."""
+    buffer = BytesIO()
+    np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
+
+
 def _check_shape(name: str, shape: tuple[int, int, int], first_name: str, first_shape: tuple[int, int, int]) -> None:
     hint = "Pass --resolution, e.g. 32x32, and a --transform if the aspect ratio shall be kept."
     channels, height, width = shape
@@ -368,13 +589,6 @@ def _check_shape(name: str, shape: tuple[int, int, int], first_name: str, first_
 def _member_name(index: int) -> str:
     number = f"{index:08d}"
     return f"{number[:5]}/img{number}.png"
-
-
-def _write(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
-    member = zipfile.ZipInfo(name)  # dated 1980-01-01 unless told otherwise
-    member.create_system = 3
-    member.external_attr = 0o644 << 16
-    archive.writestr(member, data)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from sidactl.artifacts import (
     load_net,
     mapping,
     read_state_dict,
+    require_images,
     resolve,
 )
 from sidactl.errors import SidaError
@@ -221,6 +222,7 @@ class _Question:
                 raise SidaError(f"unknown metric {name!r}", f"Metrics are {', '.join(METRICS)}.")
         store = Store.open(options.get("run"))
         subject = resolve(store, ref, SCORED)
+        require_images(subject)
         seeds: list[list[int]] = []
         if subject.kind in NETS:
             num, first = num or 50_000, options.get("first_seed", 0)
@@ -233,6 +235,8 @@ class _Question:
             for name in chosen
             if (need := METRICS[name].need)
         }
+        for artifact in found.values():
+            require_images(artifact)
         detectors = {name: _detector_of(name, options.get("detector"), found, store, subject) for name in chosen}
         weights = {name: _weights_digest(store, name) for name in set(detectors.values())}
         key = store.key(

@@ -4,7 +4,7 @@ Every draw is a function of the seed and a position. The loop around the steps, 
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -85,19 +85,23 @@ class IndexOrder(Protocol):
 
 
 class ClassesAlone:
-    """Every class once, without images: all that mode sid needs of a dataset. Implements `ImageSource`."""
+    """Classes without images: all that mode sid needs of a dataset. Implements `ImageSource`.
+
+    labels: the class of each image that is not there, as many of each as the data have; every class once by default.
+    """
 
     is_latents = False
 
-    def __init__(self, label_dim: int) -> None:
+    def __init__(self, label_dim: int, labels: Sequence[int] | None = None) -> None:
         self._one_hot = torch.eye(label_dim) if label_dim else torch.zeros(1, 0)
-        self.num_images = len(self._one_hot)
+        self._labels = torch.arange(len(self._one_hot)) if labels is None else torch.tensor(labels)
+        self.num_images = len(self._labels)
 
     def images(self, indices: Any) -> Tensor:
         raise SidaError("modes sida and sid2a need real images, got classes alone", "Pass --dataset REF.")
 
     def one_hot(self, indices: Any) -> Tensor:
-        return self._one_hot[torch.as_tensor(indices)]
+        return self._one_hot[self._labels[torch.as_tensor(indices)]]
 
 
 class DatasetBatches:
