@@ -107,6 +107,34 @@ def _published(numbers: _Numbers) -> Mapping[str, Published]:
     return {k: Published(*v) if isinstance(v, tuple) else Published(v) for k, v in numbers.items()}
 
 
+_SMALL = NetSpec(
+    architecture="SongUNet",
+    img_resolution=8,
+    img_channels=1,
+    label_dim=10,
+    model_channels=16,
+    channel_mult=(1, 2),
+    num_blocks=1,
+    attn_resolutions=(4,),
+)
+SMALL_NETS: Mapping[str, NetSpec] = {
+    "ddpmpp": _SMALL,
+    "ncsnpp": replace(
+        _SMALL, embedding_type="fourier", encoder_type="residual", channel_mult_noise=2, resample_filter=(1, 3, 3, 1)
+    ),
+    "adm": replace(_SMALL, architecture="DhariwalUNet", channels_per_head=16),
+    "edm2": replace(
+        _SMALL,
+        architecture="EDM2",
+        channel_mult_emb=None,
+        channel_mult_noise=None,
+        channels_per_head=16,
+        logvar_channels=16,
+    ),
+}
+"""what train-teacher starts from, by the name of the form; shaped to the dataset"""
+
+
 # Recipes. Source: the published run scripts; where the paper differs, they made the published generators.
 # Runs that were published in float16 had Adam's eps at 1e-6; ours are float32 and keep the 1e-8 of the others.
 
@@ -157,16 +185,7 @@ def _tiny_digits() -> Teacher:
         about="class-conditional EDM teacher of 8x8 digits, 188,945 parameters, trained on 50k images by train-teacher",
         licence="Apache-2.0",
         dataset="tiny-digits",
-        net=NetSpec(
-            architecture="SongUNet",
-            img_resolution=8,
-            img_channels=1,
-            label_dim=10,
-            model_channels=16,
-            channel_mult=(1, 2),
-            num_blocks=1,
-            attn_resolutions=(4,),
-        ),
+        net=SMALL_NETS["ddpmpp"],
         sampler=HeunSpec(num_steps=18),
         recipes={"sid": sid, "sida": sida, "sid2a": sid2a},
         asset="tiny-digits-teacher.safetensors",

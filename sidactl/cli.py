@@ -145,16 +145,18 @@ def fetch_teacher(
 
     if kind not in (None, "teacher", "generator"):
         raise SidaError(f"--as must be teacher or generator, got {kind!r}", "Leave it out to go by the file.")
-    artifact = ops.fetch_teacher(
-        source,
-        kind=kind,  # type: ignore[arg-type]  # checked above
-        dataset=dataset,
-        name=name,
-        offline=offline,
-        mirror=mirror,
-        run=run,
-        force=force,
-    )
+    with _ticking("fetch-teacher", unit="bytes") as tick:
+        artifact = ops.fetch_teacher(
+            source,
+            kind=kind,  # type: ignore[arg-type]  # checked above
+            dataset=dataset,
+            name=name,
+            offline=offline,
+            mirror=mirror,
+            run=run,
+            force=force,
+            progress=tick,
+        )
     _print_artifact(artifact, as_json)
 
 
@@ -340,6 +342,7 @@ def train_teacher(
     dataset: Annotated[str, typer.Argument(help="a dataset artifact or name")],
     name: Annotated[str, typer.Option(metavar="NAME", help="what to call the teacher")],
     overrides: Mapping[str, Any],
+    net: Annotated[str | None, typer.Option(metavar="NAME", help="ddpmpp (if not given), ncsnpp, adm or edm2")] = None,
     run: Run = None,
     device: Device = None,
     as_json: Json = False,
@@ -352,7 +355,9 @@ def train_teacher(
     from sidactl import ops
 
     with _watching() as watch:
-        artifact = ops.train_teacher(dataset, name=name, run=run, device=device, force=force, watch=watch, **overrides)
+        artifact = ops.train_teacher(
+            dataset, name=name, net=net, run=run, device=device, force=force, watch=watch, **overrides
+        )
     _print_artifact(artifact, as_json)
 
 
@@ -365,6 +370,9 @@ def distill(
     generator: Annotated[str | None, typer.Option(metavar="REF", help="where sid2a starts")] = None,
     dataset: Annotated[
         str | None, typer.Option(metavar="REF", help="real images; the teacher's own if not given")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option("--ref", metavar="REF", help="what to score against; the dataset if not given")
     ] = None,
     name: Name = None,
     run: Run = None,
@@ -388,6 +396,7 @@ def distill(
             mode=mode,
             generator=generator,
             dataset=dataset,
+            reference=reference,
             name=name,
             run=run,
             device=device,
@@ -406,6 +415,9 @@ def finetune_sid2a(
     overrides: Mapping[str, Any],
     dataset: Annotated[
         str | None, typer.Option(metavar="REF", help="real images; the teacher's own if not given")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option("--ref", metavar="REF", help="what to score against; the dataset if not given")
     ] = None,
     name: Name = None,
     run: Run = None,
@@ -428,6 +440,7 @@ def finetune_sid2a(
             teacher=teacher,
             generator=generator,
             dataset=dataset,
+            reference=reference,
             name=name,
             run=run,
             device=device,
@@ -499,8 +512,8 @@ def _watching() -> Iterator[Callable[["Event"], None]]:
 
 
 @contextmanager
-def _ticking(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A display of work that counts images, opened when it first says how far it is."""
+def _ticking(title: str, unit: str = "images") -> Iterator[Callable[[int, int], None]]:
+    """A display of work that counts images, or bytes, opened when it first says how far it is."""
     from contextlib import ExitStack
 
     with ExitStack() as stack:
@@ -508,7 +521,7 @@ def _ticking(title: str) -> Iterator[Callable[[int, int], None]]:
 
         def tick(done: int, total: int) -> None:
             if not shown:
-                shown.append(stack.enter_context(ui.progress(title, total)))
+                shown.append(stack.enter_context(ui.progress(title, total or None, unit)))
             shown[0].update(done)
 
         yield tick
@@ -527,6 +540,8 @@ def sample(
     class_index: Annotated[int | None, typer.Option("--class", metavar="K", help="one class for all images")] = None,
     steps: Annotated[int | None, typer.Option(help="number of sampling steps")] = None,
     sampler: Annotated[str | None, typer.Option(metavar="NAME", help="one-step, or heun for a teacher")] = None,
+    guide: Annotated[str | None, typer.Option(metavar="REF", help="a weaker teacher to move away from")] = None,
+    guidance: Annotated[float, typer.Option(help="how far, 1 = not at all")] = 1.0,
     name: Name = None,
     run: Run = None,
     device: Device = None,
@@ -549,6 +564,8 @@ def sample(
             class_index=class_index,
             steps=steps,
             sampler=sampler,  # type: ignore[arg-type]  # ops checks it, with a better error
+            guide=guide,
+            guidance=guidance,
             name=name,
             run=run,
             device=device,

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
-from sidactl import catalog
+from sidactl import catalog, references
 from sidactl.artifacts import (
     NET_FILES,
     NETS,
@@ -39,7 +39,7 @@ from sidactl.artifacts import prepare_data as prepare_data
 from sidactl.errors import EXIT_FAILED, EXIT_INTERRUPTED, SidaError
 from sidactl.recipe import MODES, HeunSpec, Memory, Mode, NetSpec, OneStepSpec, Recipe, TeacherRecipe, override
 from sidactl.references import detector_name, images_per_batch, reference_stats
-from sidactl.scores import SCORE_NAMES, frechet, generated_images, load_detector, sampler_of
+from sidactl.scores import SCORE_NAMES, generated_images, load_detector, sampler_of
 from sidactl.scores import evaluate as evaluate
 from sidactl.scores import fd_dinov2 as fd_dinov2
 from sidactl.scores import fid as fid
@@ -92,6 +92,7 @@ def train_teacher(
     dataset: str,
     *,
     name: str,
+    net: str | None = None,
     recipe: TeacherRecipe | None = None,
     run: Path | str | None = None,
     device: str | None = None,
@@ -101,13 +102,14 @@ def train_teacher(
 ) -> Artifact:
     """A teacher trained from scratch on a dataset with the EDM loss; the EMA net at the end of training.
 
-    Without a recipe: the net of tiny-digits, shaped to the dataset. Overrides name fields of TeacherRecipe or NetSpec.
+    net: the form to start from, ddpmpp (default), ncsnpp, adm or edm2, small, and shaped to the dataset. Overrides name
+    fields of TeacherRecipe or NetSpec.
     """
     store = Store.open(run)
     store.check_name("teacher", name)
     data = resolve(store, dataset, ["dataset"])
     require_images(data)
-    recipe = _teacher_recipe(recipe, data, recipe_overrides)
+    recipe = _teacher_recipe(recipe, net, data, recipe_overrides)
     key = store.key("train-teacher", {"recipe": recipe.to_json()}, {"dataset": data.oid})
     if not force and (known := _asked(store, key)):
         return named(store, known, [name])
@@ -120,9 +122,9 @@ def train_teacher(
         chosen_device = pick_device(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
-            net = nets.build(recipe.net).to(chosen_device)
+            built = nets.build(recipe.net).to(chosen_device)
         batches = _batches(store, data, recipe.batch_size, 1, recipe.seed, chosen_device)
-        training = trainer.Pretraining(recipe, net, batches)
+        training = trainer.Pretraining(recipe, built, batches)
         schedule = loop.Schedule(
             duration_nimg=recipe.duration_nimg,
             evaluate_every_nimg=recipe.duration_nimg,
@@ -133,7 +135,7 @@ def train_teacher(
         params = {
             "name": name,
             "net": recipe.net.to_json(),
-            "sampler": HeunSpec().to_json(),
+            "sampler": HeunSpec(convention="edm2" if recipe.net.architecture == "EDM2" else "edm").to_json(),
             "dataset": data.params["name"],
             "recipe": recipe.to_json(),
             "licence": None,
@@ -165,18 +167,24 @@ def _at_work(store: Store, key: str) -> Iterator[LiveDir]:
         live.clear()
 
 
-def _teacher_recipe(recipe: TeacherRecipe | None, data: Artifact, overrides: Mapping[str, Any]) -> TeacherRecipe:
+def _teacher_recipe(
+    recipe: TeacherRecipe | None, form: str | None, data: Artifact, overrides: Mapping[str, Any]
+) -> TeacherRecipe:
+    if form not in (None, *catalog.SMALL_NETS):
+        raise SidaError(f"the net must be one of {', '.join(catalog.SMALL_NETS)}, got {form!r}", "Pass --net ddpmpp.")
     shape = dict(zip(("img_resolution", "img_channels", "label_dim"), shape_for_nets(data), strict=True))
     net_fields = {f.name for f in dataclasses.fields(NetSpec)}
     fields = {f.name for f in dataclasses.fields(TeacherRecipe)} - {"dataset", "net"}
     if unknown := sorted(set(overrides) - net_fields - fields):
         raise SidaError(f"unknown recipe field {unknown[0]!r}", f"Fields are {', '.join(sorted(fields | net_fields))}.")
     net = dataclasses.replace(
-        recipe.net if recipe else catalog.TEACHERS["tiny-digits"].net,
+        recipe.net if recipe else catalog.SMALL_NETS[form or "ddpmpp"],
         **(shape | {k: v for k, v in overrides.items() if k in net_fields}),
     )
     _check_fit(data, net, "network")
-    base = recipe or TeacherRecipe(dataset="", net=net)
+    # EDM2's normalised weights turn by the same angle at ten times the rate.
+    lr = 1e-2 if net.architecture == "EDM2" else TeacherRecipe.lr
+    base = recipe or TeacherRecipe(dataset="", net=net, lr=lr)
     rest = {k: v for k, v in overrides.items() if k in fields}
     return dataclasses.replace(base, dataset=str(data.params["name"]), net=net, **rest)
 
@@ -262,6 +270,7 @@ def distill(
     mode: str,
     generator: str | None = None,
     dataset: str | None = None,
+    reference: str | None = None,
     name: str | None = None,
     run: Path | str | None = None,
     device: str | None = None,
@@ -270,6 +279,10 @@ def distill(
     **recipe_overrides: Any,
 ) -> Artifact:
     """The best one-step generator of a distillation run, by its score against the dataset; `last` is kept too.
+
+    dataset: of the teacher's by default; in mode sid its classes alone do, where it is not there.
+    reference: what to score against meanwhile, as in `fid`; by default the images of the dataset, or else its
+        published statistics.
 
     A run that was interrupted is continued; one that finished before is answered from the run directory. Overrides
     name fields of Recipe or Adversarial. Source: SiDA (2410.14919), Algorithms 1 and 2.
@@ -284,12 +297,18 @@ def distill(
     )
     teacher_artifact = resolve(store, teacher, ["teacher"])
     inputs = {"teacher": teacher_artifact}
-    data = inputs["dataset"] = resolve(store, planned.inputs["dataset"], ["dataset"])
-    recipe = dataclasses.replace(planned.recipe, dataset=str(data.params["name"]))
+    teacher_net = NetSpec.from_json(mapping(teacher_artifact.params["net"]))
+    data = inputs["dataset"] = _training_data(store, planned, teacher_net, dataset)
+    recipe = dataclasses.replace(
+        planned.recipe, dataset=planned.recipe.dataset if dataset is None else str(data.params["name"])
+    )
+    inputs["reference"] = _training_reference(store, teacher_artifact, data, reference)
     if generator is not None:
         inputs["generator"] = resolve(store, generator, ["generator"])
         _check_generator(inputs["generator"], teacher_artifact)
-    _check_fit(data, NetSpec.from_json(mapping(teacher_artifact.params["net"])), "teacher")
+    _check_fit(data, teacher_net, "teacher")
+    if inputs["reference"].oid == data.oid:
+        del inputs["reference"]
     oids = {role: artifact.oid for role, artifact in inputs.items()}
     keys = {
         which: store.key("distill", {"recipe": recipe.to_json(), "which": which}, oids) for which in ("best", "last")
@@ -305,6 +324,28 @@ def distill(
     return named(store, found["best"], ["best", mode_name, *([name] if name else [])])
 
 
+def _training_data(store: Store, planned: Plan, net: NetSpec, asked: str | None) -> Artifact:
+    """The dataset to train on; in mode sid, where it is not there and none was named, the net's classes alone."""
+    try:
+        data = resolve(store, planned.inputs["dataset"], ["dataset"])
+    except SidaError:
+        if asked or planned.recipe.mode != "sid" or not net.label_dim:
+            raise
+        return prepare_data(None, classes=net.label_dim, run=store.root)
+    if planned.recipe.mode != "sid":
+        require_images(data)
+    return data
+
+
+def _training_reference(store: Store, teacher: Artifact, data: Artifact, asked: str | None) -> Artifact:
+    """What the generator is scored against while it trains."""
+    if asked is None and data.results["kind"] == "pixels":
+        return data
+    if asked is None and "dataset" in data.inputs:
+        return store.get(data.inputs["dataset"])
+    return references.find(store, asked, teacher, "moments")
+
+
 def _distill(
     store: Store,
     live: LiveDir,
@@ -317,13 +358,14 @@ def _distill(
     """Trains, stores the last and the best generator under their keys, and a run that binds them."""
     import safetensors.torch
 
-    from sidactl import detectors, loop, pictures, teachers, trainer
+    from sidactl import detectors, loop, metrics, pictures, teachers, trainer
     from sidactl.engine import pick_device
 
     chosen_device = pick_device(device)
     data = inputs["dataset"]
-    detector = load_detector(store, detector_name(data), chosen_device)
-    reference = reference_stats(store, data, detector)
+    compared = inputs.get("reference", data)
+    detector = load_detector(store, detector_name(compared), chosen_device)
+    reference = references.moments(store, compared, detector)
     teacher = load_net(store, inputs["teacher"], chosen_device)
     start = load_net(store, inputs["generator"], chosen_device) if "generator" in inputs else None
     batches = _batches(store, data, recipe.batch_size, recipe.num_accumulation_rounds, recipe.seed, chosen_device)
@@ -340,14 +382,17 @@ def _distill(
         seeds = range(SELECTION_SEED, SELECTION_SEED + recipe.evaluate_num)
         images = takewhile(lambda batch: not should_stop(), generated_images(net, sampler, seeds, chosen_device))
         generated = detectors.stats_of(detector, images)
-        return None if should_stop() else loop.Evaluation(frechet(generated, reference), _preview(net, sampler))
+        if should_stop():
+            return None
+        score = metrics.frechet_distance(generated.mean, generated.covariance(), *reference)
+        return loop.Evaluation(score, _preview(net, sampler))
 
     title = f"distill {recipe.teacher} {recipe.mode}"
     facts = {"title": title, "teacher": recipe.teacher, "events": str(live.path / "events.jsonl")}
     history = _train(training, schedule, live, evaluate, watch, facts)
     if history.best is None:
         raise SidaError("no evaluation gave a finite score", "Lower the learning rate.", exit_code=EXIT_FAILED)
-    teacher_score = _teacher_score(store, inputs["teacher"], data, recipe, device, watch)
+    teacher_score = _teacher_score(store, inputs["teacher"], compared, recipe, device, watch)
     curve = pictures.curve(
         history.scores,
         teacher_score=teacher_score,
@@ -366,7 +411,7 @@ def _distill(
                 "name": f"{recipe.teacher}-{recipe.mode}",
                 "net": net.spec.to_json(),
                 "sampler": sampler.to_json(),
-                "dataset": data.params["name"],
+                "dataset": recipe.dataset,
                 "recipe": recipe.to_json(),
             },
             results={
@@ -394,7 +439,7 @@ def _finite(score: float) -> float | None:
 
 
 def _teacher_score(
-    store: Store, teacher: Artifact, data: Artifact, recipe: Recipe, device: str | None, watch: Watch | None
+    store: Store, teacher: Artifact, compared: Artifact, recipe: Recipe, device: str | None, watch: Watch | None
 ) -> float:
     from sidactl import loop
 
@@ -404,7 +449,7 @@ def _teacher_score(
             message = f"scoring the teacher on {total:,} images ({nfe} evaluations each) for comparison"
             watch(loop.Event("note", recipe.duration_nimg, {"message": message}))
 
-    score = fid(teacher.oid, reference=data.oid, num=recipe.evaluate_num, run=store.root, device=device, tick=tick)
+    score = fid(teacher.oid, reference=compared.oid, num=recipe.evaluate_num, run=store.root, device=device, tick=tick)
     return score.value
 
 
@@ -413,6 +458,7 @@ def finetune_sid2a(
     teacher: str,
     generator: str,
     dataset: str | None = None,
+    reference: str | None = None,
     name: str | None = None,
     run: Path | str | None = None,
     device: str | None = None,
@@ -426,6 +472,7 @@ def finetune_sid2a(
         mode="sid2a",
         generator=generator,
         dataset=dataset,
+        reference=reference,
         name=name,
         run=run,
         device=device,
@@ -442,7 +489,9 @@ def _check_generator(generator: Artifact, teacher: Artifact) -> None:
             f"got one of {generator.params['dataset']!r}",
             "Give a generator that was distilled from this teacher.",
         )
-    theirs, ours = (dict(mapping(a.params["net"])) | {"dropout": 0} for a in (generator, teacher))
+    # Dropout is the recipe's, and generators have no uncertainty head.
+    apart = {"dropout": 0, "logvar_channels": 0}
+    theirs, ours = (dict(mapping(a.params["net"])) | apart for a in (generator, teacher))
     if theirs != ours:
         wrong = next(k for k in ours if theirs.get(k) != ours[k])
         raise SidaError(
@@ -561,6 +610,8 @@ def sample(
     class_index: int | None = None,
     steps: int | None = None,
     sampler: Literal["one-step", "heun"] | None = None,
+    guide: str | None = None,
+    guidance: float = 1.0,
     name: str | None = None,
     run: Path | str | None = None,
     device: str | None = None,
@@ -569,8 +620,9 @@ def sample(
 ) -> Sampled:
     """Images of a teacher or generator, one per seed, as a samples artifact (a zip in the EDM layout, and a grid).
 
-    The sampler defaults to the net's own: one step for a generator, Heun for a teacher. Noise and class of an image
-    depend on its seed alone.
+    The sampler defaults to the net's own: one step for a generator, Heun for a teacher. guide: a weaker teacher that
+    Heun's sampler moves away from, `guidance` times as far (1 = not at all). Noise and class of an image depend on its
+    seed alone.
     """
     if not seeds:
         raise SidaError("sample count must be >= 1, got 0", "Pass --num 1 or more.")
@@ -579,12 +631,18 @@ def sample(
         store.check_name("samples", name)
     subject = resolve(store, ref, NETS)
     chosen = _sampler(subject, sampler, steps)
-    params = {
+    params: dict[str, Any] = {
         "seeds": _seeds_to_json(seeds),
         "class_index": class_index,
         "sampler": chosen.to_json(),
     }
-    key = store.key("sample", params, {"net": subject.oid})
+    inputs = {"net": subject}
+    if guide is not None:
+        inputs["guide"] = resolve(store, guide, NETS)
+        params["guidance"] = guidance
+    elif guidance != 1:
+        raise SidaError(f"guidance {guidance:g} needs a second net, got none", "Pass --guide REF.")
+    key = store.key("sample", params, {role: artifact.oid for role, artifact in inputs.items()})
     refs = [name] if name else []
     if not force and (known := store.asked(key)):
         return Sampled(named(store, known, refs), store)
@@ -595,7 +653,16 @@ def sample(
     chosen_device = pick_device(device)
     net = load_net(store, subject, chosen_device)
     size = images_per_batch(net.spec.img_channels, net.spec.img_resolution)
-    batches = sampling.generate(net, seeds, chosen, device=chosen_device, class_index=class_index, batch_size=size)
+    batches = sampling.generate(
+        net,
+        seeds,
+        chosen,
+        device=chosen_device,
+        class_index=class_index,
+        guide=load_net(store, inputs["guide"], chosen_device) if "guide" in inputs else None,
+        guidance=guidance,
+        batch_size=size,
+    )
     with tempfile.TemporaryDirectory(prefix="sidactl-") as folder:
         path = Path(folder) / "images.zip"
         first: NDArray[np.uint8] | None = None
@@ -611,7 +678,7 @@ def sample(
         artifact = store.put(
             "samples",
             {"images.zip": path, "grid.png": pictures.grid(first)},
-            inputs={"net": subject.oid},
+            inputs={role: artifact.oid for role, artifact in inputs.items()},
             params=params | {"name": subject.params["name"], "dataset": subject.params["dataset"]},
             results={"num_images": len(seeds), "nfe": chosen.nfe},
         )

@@ -57,7 +57,7 @@ def find(store: Store, text: str | None, subject: Artifact, need: Need) -> Artif
                 "Pass --ref with a dataset or a folder.",
             )
     try:
-        return resolve(store, text, ["dataset", "stats"])
+        return _pixels(store, resolve(store, text, ["dataset", "stats"]))
     except SidaError as error:
         try:
             store.resolve(text, NETS)
@@ -66,6 +66,12 @@ def find(store: Store, text: str | None, subject: Artifact, need: Need) -> Artif
         raise SidaError(
             f"a reference must be a dataset or statistics, got {text}, which is a network", "Swap the two."
         ) from None
+
+
+def _pixels(store: Store, artifact: Artifact) -> Artifact:
+    """The images that latents were made from; anything else as it is."""
+    is_latents = artifact.kind == "dataset" and artifact.results.get("kind") == "latents"
+    return store.get(artifact.inputs["dataset"]) if is_latents and "dataset" in artifact.inputs else artifact
 
 
 def _by_url(text: str) -> catalog.Reference | None:
@@ -100,7 +106,7 @@ def dataset_of(store: Store, subject: Artifact) -> Artifact:
     if subject.kind == "dataset":
         return subject
     if "dataset" in subject.inputs:
-        return store.get(subject.inputs["dataset"])
+        return _pixels(store, store.get(subject.inputs["dataset"]))
     if "net" in subject.inputs:
         return dataset_of(store, store.get(subject.inputs["net"]))
     if subject.params["dataset"] is None:

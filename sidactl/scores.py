@@ -606,10 +606,3 @@ def sampler_of(subject: Artifact) -> OneStepSpec | HeunSpec:
     """The sampler that a teacher or generator artifact names as its own."""
     settings = mapping(subject.params["sampler"])
     return HeunSpec.from_json(settings) if "S_churn" in settings else OneStepSpec.from_json(settings)
-
-
-def frechet(generated: "FeatureStats", reference: "FeatureStats") -> float:
-    """Fréchet distance of two sets of features by their moments, covariances over N - 1."""
-    from sidactl import metrics
-
-    return metrics.frechet_distance(generated.mean, generated.covariance(), reference.mean, reference.covariance())

@@ -362,7 +362,11 @@ class Distillation:
 
 
 class Pretraining:
-    """A teacher trained from scratch with the EDM loss. Source: EDM (2206.00364), section 5."""
+    """A teacher trained from scratch with the EDM loss. Source: EDM (2206.00364), section 5.
+
+    An EDM2 net normalises its weights before every pass and weights the loss by its uncertainty head, where it has one.
+    Source: EDM2 (2312.02696), sections 2.3 and B.
+    """
 
     def __init__(self, recipe: TeacherRecipe, net: Preconditioned, batches: MicroBatches) -> None:
         self.recipe, self.net = recipe, net
@@ -384,6 +388,8 @@ class Pretraining:
         """One update; returns the mean loss per pixel, [1]."""
         recipe = self.recipe
         self.net.train()
+        if self.net.spec.architecture == "EDM2":
+            force_normalize_(self.net)
         batch = self._batches.get(self.step_index, 0)
         images, augment_labels = self._augmented(self._batches.images(self.step_index, 0), batch.augment)
         sigma = (recipe.P_std * batch.diffusion.normal((len(images), 1, 1, 1)) + recipe.P_mean).exp()

@@ -22,6 +22,8 @@ from sidactl.errors import SidaError
 from sidactl.store import Artifact, Store, digest
 from tests.conftest import SHORT, Finished, short_distill
 
+SHORT_SID = {name: value for name, value in SHORT.items() if name != "adversarial_from_nimg"}
+
 
 def nothing_is_wrong(root: Path) -> bool:
     return list(Store.open(root).verify()) == [] and os.listdir(root / "live") == []
@@ -735,3 +737,104 @@ def test_load_gives_the_denoiser_ready_for_use(finished: Finished) -> None:
     assert not any(parameter.requires_grad for parameter in net.parameters())
     assert {parameter.dtype for parameter in net.parameters()} == {torch.float32}
     assert net(torch.zeros(2, 1, 8, 8), 2.5, torch.tensor([0, 9])).shape == (2, 1, 8, 8)
+
+
+# ---- EDM2 ----
+
+
+@pytest.fixture(scope="module")
+def edm2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run directory with a tiny EDM2 teacher, and its oid."""
+    root = tmp_path_factory.mktemp("edm2") / "run"
+    return root, ops.train_teacher("tiny-digits", name="e", net="edm2", duration_nimg=512, batch_size=64, run=root).oid
+
+
+def test_an_edm2_teacher_learns_its_uncertainty_and_has_normalised_weights(edm2: tuple[Path, str]) -> None:
+    root, oid = edm2
+    teacher = Store.open(root).get(oid)
+    assert mapping(teacher.params["net"])["logvar_channels"] == 16
+    assert mapping(teacher.params["sampler"])["convention"] == "edm2"
+    assert mapping(teacher.params["recipe"])["lr"] == 1e-2
+    net = ops.load(oid, run=root)
+    low, high = (float(net.logvar(torch.tensor([sigma]))) for sigma in (0.01, 10.0))
+    assert low != high
+
+
+def test_edm2_end_to_end_in_every_mode(edm2: tuple[Path, str]) -> None:
+    root, teacher = edm2
+    made = {"sid": ops.distill(teacher=teacher, mode="sid", run=root, device="cpu", **SHORT_SID)}
+    made["sida"] = ops.distill(teacher=teacher, mode="sida", run=root, device="cpu", **SHORT)
+    made["sid2a"] = ops.finetune_sid2a(teacher=teacher, generator=made["sid"].oid, run=root, device="cpu", **SHORT)
+    for mode, generator in made.items():
+        recipe = mapping(generator.params["recipe"])
+        assert (recipe["mode"], recipe["forced_normalization"]) == (mode, "published")
+        assert mapping(generator.params["net"])["logvar_channels"] == 0
+        drawn = ops.sample(generator.oid, seeds=range(50), run=root)
+        assert drawn.images.shape == (50, 8, 8, 1)
+        score = ops.fid(drawn.artifact.oid, run=root)
+        assert score.value == ops.fid(generator.oid, num=50, run=root).value
+        assert score.value > 0
+    assert made["sid2a"].inputs["generator"] == made["sid"].oid
+
+
+def test_mode_sid_needs_classes_alone_and_is_scored_against_the_teachers_dataset(edm2: tuple[Path, str]) -> None:
+    root, teacher = edm2
+    classes = ops.prepare_data(None, classes=10, run=root)
+    made = ops.distill(teacher=teacher, mode="sid", dataset=classes.oid, run=root, device="cpu", **SHORT_SID)
+    store = Store.open(root)
+    assert made.inputs["dataset"] == classes.oid
+    assert made.inputs["reference"] == store.resolve("dataset/tiny-digits").oid
+    with pytest.raises(SidaError, match=r"^images are needed, got dataset [0-9a-f]{12} of classes alone\. "):
+        ops.distill(teacher=teacher, mode="sida", dataset=classes.oid, run=root, **SHORT)
+
+
+def test_mode_sid_falls_back_on_classes_where_the_dataset_is_not_there(
+    edm2: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, oid = edm2
+    store = Store.open(root)
+    known = store.get(oid)
+    far = store.put(
+        "teacher",
+        {"model.safetensors": store.path(known, "model.safetensors")},
+        params={**known.params, "dataset": "imagenet512"},
+    )
+    made = ops.distill(teacher=far.oid, mode="sid", reference="tiny-digits", run=root, device="cpu", **SHORT_SID)
+    assert made.params["dataset"] == "imagenet512"
+    assert store.get(made.inputs["dataset"]).results["kind"] == "labels"
+    with pytest.raises(SidaError, match=r"^dataset imagenet512 must be prepared from its files\. "):
+        ops.distill(teacher=far.oid, mode="sida", reference="tiny-digits", run=root, device="cpu", **SHORT)
+
+
+@pytest.mark.parametrize("form", ["ncsnpp", "adm"])
+def test_a_teacher_of_every_form_can_be_trained(tmp_path: Path, form: str) -> None:
+    made = ops.train_teacher("tiny-digits", name="x", net=form, duration_nimg=64, batch_size=32, run=tmp_path / "run")
+    assert len(ops.sample(made.oid, seeds=[0], run=tmp_path / "run").images) == 1
+    with pytest.raises(SidaError) as caught:
+        ops.train_teacher("tiny-digits", name="y", net="unet", run=tmp_path / "run")
+    assert str(caught.value) == "the net must be one of ddpmpp, ncsnpp, adm, edm2, got 'unet'. Pass --net ddpmpp."
+
+
+# ---- guidance ----
+
+
+def test_guidance_moves_away_from_the_guide(edm2: tuple[Path, str], finished: Finished) -> None:
+    root, _ = edm2
+    weak = ops.train_teacher("tiny-digits", name="weak", duration_nimg=64, batch_size=32, run=root).oid
+    plain = ops.sample("tiny-digits", seeds=range(4), steps=4, run=root)
+    same = ops.sample("tiny-digits", seeds=range(4), steps=4, guide=weak, guidance=1.0, run=root)
+    guided = ops.sample("tiny-digits", seeds=range(4), steps=4, guide=weak, guidance=2.0, run=root)
+    assert (same.images == plain.images).all()
+    assert (guided.images != plain.images).any()
+    assert guided.artifact.inputs["guide"] == weak
+    assert guided.artifact.params["guidance"] == 2.0
+    for options, message in (
+        ({"guidance": 2.0}, "guidance 2 needs a second net, got none. Pass --guide REF."),
+        (
+            {"guide": weak, "sampler": "one-step"},
+            "guidance needs the heun sampler, got a one-step generator. Leave out --guide, or sample a teacher.",
+        ),
+    ):
+        with pytest.raises(SidaError) as caught:
+            ops.sample("tiny-digits", seeds=[0], run=root, **options)  # type: ignore[arg-type]
+        assert str(caught.value) == message
