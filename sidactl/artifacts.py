@@ -375,10 +375,7 @@ def fetch_detector(name: str, *, run: Path | str | None = None, progress: downlo
 
     Raises SidaError for an unknown name, with the nearest one, and for a file that is not that network.
     """
-    if name not in catalog.DETECTORS:
-        near = catalog.did_you_mean(name, catalog.DETECTORS, "See sidactl ls --catalog, or give a file.")
-        raise SidaError(f"unknown detector {name!r}", near)
-    entry, store = catalog.DETECTORS[name], Store.open(run)
+    entry, store = catalog.detector(name), Store.open(run)
     source = entry.source.url if entry.source else asset_digest(str(entry.asset))
     key = store.key("fetch-detector", {"source": source}, {})
     if known := store.asked(key):

@@ -745,6 +745,14 @@ def teacher(name: str) -> Teacher:
     return TEACHERS[name]
 
 
+def detector(name: str) -> Detector:
+    """The catalog's entry. Raises SidaError with the nearest name."""
+    if name not in DETECTORS:
+        near = did_you_mean(name, DETECTORS, "See sidactl ls --catalog, or give a file.")
+        raise SidaError(f"unknown detector {name!r}", near)
+    return DETECTORS[name]
+
+
 def did_you_mean(name: str, known: Mapping[str, object], otherwise: str) -> str:
     """A hint with the known name that is nearest to `name`, or `otherwise` where none is near."""
     near = difflib.get_close_matches(name, known, n=1)

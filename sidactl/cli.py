@@ -95,6 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = app(given, standalone_mode=False, prog_name="sidactl") or 0
+        if code == EXIT_INTERRUPTED:
+            raise KeyboardInterrupt  # typer had made a mere number of it
     except SidaError as error:
         if "--debug" in given:
             traceback.print_exc()

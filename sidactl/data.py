@@ -11,9 +11,10 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +29,69 @@ MAX_LABEL = 999_999
 LABEL_FILE = "dataset.json"
 
 
+class _Member(NamedTuple):
+    """What a zip's directory says of a member; `offset` is that of its own header in the file."""
+
+    name: str
+    flags: int
+    method: int
+    checksum: int
+    packed_size: int
+    size: int
+    offset: int
+
+
+def _directory(data: mmap.mmap) -> Iterator[_Member]:
+    """The members in a zip's directory. Raises BadZipFile. Source: APPNOTE 6.3.10 (PKWARE), sections 4.3 and 4.5."""
+    end = data.rfind(b"PK\x05\x06", max(len(data) - (1 << 16) - 22, 0))
+    if end < 0 or end + 22 > len(data):
+        raise zipfile.BadZipFile("File is not a zip file")
+    size, start = struct.unpack_from("<II", data, end + 12)
+    if data[max(end - 20, 0) : end].startswith(b"PK\x06\x07"):
+        # The 64-bit record stands right before its locator; where it says it is may count from another beginning.
+        end -= 76
+        if end < 0 or data[end : end + 4] != b"PK\x06\x06":
+            raise zipfile.BadZipFile("Corrupt zip64 end of central directory record")
+        size, start = struct.unpack_from("<QQ", data, end + 40)
+    shift = end - size - start  # what stands before the zip
+    if shift < 0:
+        raise zipfile.BadZipFile("Bad offset for central directory")
+    position = end - size
+    while position < end:
+        if data[position : position + 4] != b"PK\x01\x02" or position + 46 > end:
+            raise zipfile.BadZipFile("Bad magic number for central directory")
+        flags, method, checksum, packed, full = struct.unpack_from("<HH4xIII", data, position + 8)
+        name_length, extra_length, comment_length = struct.unpack_from("<HHH", data, position + 28)
+        (offset,) = struct.unpack_from("<I", data, position + 42)
+        position += 46
+        name = data[position : position + name_length]
+        extra = data[position + name_length : position + name_length + extra_length]
+        position += name_length + extra_length + comment_length
+        if position > end:
+            raise zipfile.BadZipFile("Truncated central directory")
+        if 0xFFFFFFFF in (full, packed, offset):
+            full, packed, offset = _in_64_bits(extra, (full, packed, offset))
+        if max(full, packed, offset) >= 1 << 62:
+            raise zipfile.BadZipFile("Sizes beyond any file")
+        yield _Member(
+            name.decode("utf-8" if flags & 0x800 else "cp437"), flags, method, checksum, packed, full, offset + shift
+        )
+
+
+def _in_64_bits(extra: bytes, fields: tuple[int, int, int]) -> Iterator[int]:
+    """Each of the fields, but those that are all ones from the directory entry's extra field, where they follow."""
+    values: list[int] = []
+    while len(extra) >= 4:
+        kind, length = struct.unpack_from("<HH", extra)
+        if kind == 1:
+            values = [*struct.unpack_from(f"<{min(length, len(extra) - 4) // 8}Q", extra, 4)]
+        extra = extra[4 + length :]
+    for field in fields:
+        if field == 0xFFFFFFFF and not values:
+            raise zipfile.BadZipFile("Corrupt zip64 extra field")
+        yield values.pop(0) if field == 0xFFFFFFFF else field
+
+
 class ZipArchive:
     """The members of a zip, read at random through one memory map.
 
@@ -39,53 +103,47 @@ class ZipArchive:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with zipfile.ZipFile(path) as archive:
-                members = [member for member in archive.infolist() if not member.is_dir()]
+            self._bytes = self._map()
+            self._row: dict[str, int] = {}
+            # Numbers in one array: as objects of zipfile those of a million images would take a gigabyte.
+            table = array("q")
+            for member in _directory(self._bytes):
+                if not member.name.endswith("/"):
+                    self._check(member)
+                    self._row[member.name] = len(self._row)
+                    table.extend((member.offset, member.packed_size, member.size, member.checksum, member.method))
         except FileNotFoundError as error:
             raise SidaError(f"dataset {path} does not exist", "Check the path.") from error
-        except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
+        except (OSError, zipfile.BadZipFile, ValueError) as error:
             raise SidaError(
                 f"{path} is not a readable zip ({first_line(error)})", "Copy or download it again."
             ) from error
-        # Arrays, not ZipInfo objects: those of a million images would take a gigabyte.
-        self._row: dict[str, int] = {}
-        self._table = np.zeros((len(members), 5), dtype=np.int64)
-        for row, member in enumerate(members):
-            self._check(member)
-            if member.filename in self._row:
-                raise SidaError(f"names in {path} must be unique, got {member.filename!r} twice", "Make the zip again.")
-            self._row[member.filename] = row
-            self._table[row] = (
-                member.header_offset,
-                member.compress_size,
-                member.file_size,
-                member.CRC,
-                member.compress_type,
-            )
+        self._table = np.frombuffer(table, dtype=np.int64).reshape(-1, 5)
         self.names: tuple[str, ...] = tuple(self._row)
-        self._bytes = self._map()
 
-    def _check(self, member: zipfile.ZipInfo) -> None:
-        name = member.filename
-        # orig_filename still has the backslashes that zipfile may have turned round.
-        raw = member.orig_filename
-        if raw.startswith("/") or "\\" in raw or re.match(r"[A-Za-z]:", raw) or ".." in raw.split("/"):
+    def _check(self, member: "_Member") -> None:
+        name = member.name
+        if name.startswith("/") or "\\" in name or re.match(r"[A-Za-z]:", name) or ".." in name.split("/"):
             raise SidaError(
-                f"names in {self.path} must be relative and without '..', got {raw!r}", "Make the zip again."
+                f"names in {self.path} must be relative and without '..', got {name!r}", "Make the zip again."
             )
-        if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        if name in self._row:
+            raise SidaError(f"names in {self.path} must be unique, got {name!r} twice", "Make the zip again.")
+        if member.flags & 1 or member.method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise SidaError(
                 f"{name} in {self.path} must be stored or deflated, got an encrypted or otherwise packed member",
                 "Make the zip again without encryption.",
             )
-        if member.file_size > MAX_MEMBER_BYTES:
+        if member.size > MAX_MEMBER_BYTES:
             raise SidaError(
-                f"{name} in {self.path} must be at most {MAX_MEMBER_BYTES} bytes, got {member.file_size}",
+                f"{name} in {self.path} must be at most {MAX_MEMBER_BYTES} bytes, got {member.size}",
                 "Split it, or leave it out.",
             )
 
     def _map(self) -> mmap.mmap:
         with self.path.open("rb") as file:
+            if not os.fstat(file.fileno()).st_size:
+                raise zipfile.BadZipFile("File is not a zip file")
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def __getstate__(self) -> dict[str, Any]:

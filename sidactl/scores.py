@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
-from sidactl import __version__, references
+from sidactl import __version__, catalog, references
 from sidactl.artifacts import (
     NETS,
     Tick,
@@ -220,6 +220,8 @@ class _Question:
         for name in metrics or ():
             if name not in METRICS:
                 raise SidaError(f"unknown metric {name!r}", f"Metrics are {', '.join(METRICS)}.")
+        if (asked := options.get("detector")) and not _is_file(asked):
+            catalog.detector(asked)
         store = Store.open(options.get("run"))
         subject = resolve(store, ref, SCORED)
         require_images(subject)

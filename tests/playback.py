@@ -1,11 +1,11 @@
-"""Stand-ins: recorded random draws in the order in which the reference made them, and a VAE that does nothing."""
+"""Stand-ins: recorded random draws in the order in which the reference made them, and VAEs that need no download."""
 
 from collections.abc import Sequence
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Playback:
@@ -49,3 +49,22 @@ class IdentityVae:
     def encode(self, pixels: Tensor) -> SimpleNamespace:
         self.seen.append(pixels)
         return SimpleNamespace(latent_dist=SimpleNamespace(mean=pixels, std=pixels + 1))
+
+
+class SmallVae(nn.Module):
+    """In place of diffusers' AutoencoderKL: random, but always the same; 8x8 pixels to one latent of 4 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(8, 3, 8, 8, generator=generator) / 8)
+        self.batches: list[int] = []
+
+    @classmethod
+    def from_pretrained(cls, name: str, **options: bool) -> "SmallVae":
+        return cls()
+
+    def encode(self, pixels: Tensor) -> SimpleNamespace:
+        self.batches.append(len(pixels))
+        mean, log_std = nn.functional.conv2d(pixels, self.weight, stride=8).chunk(2, dim=1)
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean, std=log_std.exp()))

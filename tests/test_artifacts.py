@@ -3,12 +3,17 @@
 import dataclasses
 import hashlib
 import json
+import os
 import pickle
+import shutil
+import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,11 +23,22 @@ import torch
 from PIL import Image
 
 from sidactl import artifacts, catalog, inventory, nets, ops, sampling
-from sidactl.artifacts import fetch_teacher, load, mapping, prepare_data, resolve
+from sidactl.artifacts import (
+    fetch_teacher,
+    image_source,
+    load,
+    load_dataset,
+    mapping,
+    prepare_data,
+    resolve,
+    shape_for_nets,
+)
+from sidactl.codec import LatentCodec
 from sidactl.errors import SidaError
 from sidactl.recipe import HeunSpec, NetSpec, OneStepSpec
 from sidactl.store import KINDS, Artifact, Store
 from tests.golden import golden
+from tests.playback import SmallVae
 from tests.web import Site, serving
 
 EDM = ["edm_ddpmpp_uncond", "edm_ddpmpp_cond_aug9", "edm_ddpmpp_gray_traj", "edm_ncsnpp_uncond", "edm_adm_cond"]
@@ -439,6 +455,341 @@ def test_dataset_of_the_catalog_tells_where_to_get_it_until_it_is_prepared(run: 
     made = prepare_data("images", preset="cifar10", name="cifar10", run=run)
     assert made.params["licence"] == catalog.DATASETS["cifar10"].licence
     assert resolve(Store(run), "cifar10", ["dataset"]) == made
+
+
+def nothing_left(run: Path) -> bool:
+    """Neither an artifact nor anything half-written."""
+    store = Store(run)
+    return not [*store.artifacts(), *run.glob("live/*"), *run.glob("tmp/*"), *run.glob("asked/*")]
+
+
+def refused_data(run: Path, source: str | Path | None, **options: Any) -> str:
+    """The one line in which a source is refused with exit code 2; it leaves nothing."""
+    with pytest.raises(SidaError) as caught:
+        prepare_data(source if source is None else str(source), run=run, **options)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+    assert nothing_left(run)
+    return str(caught.value)
+
+
+def picture(path: Path, mode: str = "RGB", size: tuple[int, int] = (8, 8), **options: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.effect_noise(size, 90).convert(mode).save(path, **options)
+    return path
+
+
+def cut(path: Path) -> Path:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    return path
+
+
+def zipped(path: Path, *names: str) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, b"")
+    return path
+
+
+SKIP = "Mend or remove it, or pass --skip-bad to go on without."
+
+
+def test_bad_sources_are_refused_by_the_command_in_one_line(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    png = cut(picture(folder / "a.png", size=(64, 64)))
+    assert refused_data(run, folder) == f"{png} cannot be read as an image (image file is truncated). {SKIP}"
+    png.unlink()
+    jpeg = cut(picture(folder / "a.JPEG", size=(64, 64)))
+    text = refused_data(run, folder)
+    assert text.startswith(f"{jpeg} cannot be read as an image (image file is truncated")
+    assert text.endswith(f"). {SKIP}")
+    jpeg.unlink()
+    assert refused_data(run, folder) == f"{folder} must hold images, got none. Check the path."
+    picture(folder / "a.png", "I;16")
+    assert refused_data(run, folder) == (
+        f"{folder}/a.png must have 8 bits per channel, got Pillow's mode I;16. "
+        "Convert it, or pass --skip-bad to go on without."
+    )
+    picture(folder / "a.png")
+    picture(folder / "b.png", size=(16, 16))
+    assert refused_data(run, folder) == (
+        f"images must all have one size, got 8x8 for {folder}/a.png and 16x16 for {folder}/b.png. "
+        "Pass --resolution, e.g. 32x32, and a --transform if the aspect ratio shall be kept."
+    )
+    (folder / "dataset.json").write_text('{"labels": [["a.png", 0]]}')
+    assert refused_data(run, folder, resolution=(8, 8)) == (
+        f"{folder}/dataset.json must label every image, got none for b.png. "
+        'Add its label, or set "labels" to null in dataset.json to go without.'
+    )
+    (folder / "dataset.json").write_text('{"labels": [["a.png", 0], ["b.png", 1000000]]}')
+    assert refused_data(run, folder, resolution=(8, 8)) == (
+        f"label of b.png in {folder}/dataset.json must be an integer from 0 to 999999, got 1000000. Correct it."
+    )
+
+
+def test_bad_archives_are_refused_by_the_command_in_one_line(run: Path, tmp_path: Path) -> None:
+    names = {"/etc/x.png": "relative and without '..'", "a/../../x.png": "relative and without '..'"}
+    for name, rule in names.items():
+        path = zipped(tmp_path / "s.zip", name)
+        assert refused_data(run, path) == f"names in {path} must be {rule}, got {name!r}. Make the zip again."
+    with pytest.warns(UserWarning, match="Duplicate name"):
+        path = zipped(tmp_path / "s.zip", "a.png", "a.png")
+    assert refused_data(run, path) == f"names in {path} must be unique, got 'a.png' twice. Make the zip again."
+    (tmp_path / "c.tar.gz").write_bytes(b"not a tar")
+    assert refused_data(run, tmp_path / "c.tar.gz", preset="cifar10") == (
+        f"{tmp_path}/c.tar.gz is not a readable tar archive (file could not be opened successfully). "
+        "Download cifar-10-python.tar.gz again."
+    )
+
+
+def test_decompression_bomb_is_refused_by_the_command(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    path = picture(run.parent / "in/a.png")
+    assert refused_data(run, "in") == f"in/a.png must have at most 50 pixels, got more. {SKIP}"
+    assert path.exists()
+
+
+def test_any_number_of_workers_gives_the_same_artifact(run: Path, tmp_path: Path) -> None:
+    for index in range(20):
+        picture(tmp_path / f"in/{index % 2}/{index}.png")
+    oids = {prepare_data("in", run=run / str(workers), workers=workers).oid for workers in (1, 2, 5)}
+    assert len(oids) == 1
+
+
+class Stop(Exception):
+    """In place of Ctrl-C, which pytest would take for its own."""
+
+
+def stop_at(image: int, seen: list[int]) -> Callable[[int, int], None]:
+    def tick(done: int, total: int) -> None:
+        seen.append(done)
+        if done == image:
+            raise Stop
+
+    return tick
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_interrupted_preparation_goes_on_to_the_same_artifact(run: Path, force: bool) -> None:
+    whole = prepare_data("tiny-digits", run=run if force else run.parent / "other")
+    seen: list[int] = []
+    for image in (700, 1000):
+        with pytest.raises(Stop):
+            prepare_data("tiny-digits", run=run, force=force, tick=stop_at(image, seen))
+        assert len(list(run.glob("live/*/state.json"))) == 1
+    assert prepare_data("tiny-digits", run=run, force=force, tick=stop_at(0, seen)) == whole
+    assert seen == list(range(1, 1798))
+    assert not [*run.glob("live/*"), *run.glob("tmp/*")]
+
+
+def test_two_at_once_prepare_once(run: Path) -> None:
+    seen: list[int] = []
+    done: list[Artifact] = []
+    threads = [
+        threading.Thread(target=lambda: done.append(prepare_data("tiny-digits", run=run, tick=stop_at(0, seen))))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert done[0] == done[1]
+    assert seen == list(range(1, 1798))
+
+
+def test_changed_source_is_another_question(run: Path, tmp_path: Path) -> None:
+    picture(tmp_path / "in/a.png")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "in/link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "in/loop").symlink_to(tmp_path / "in", target_is_directory=True)
+    first = prepare_data("in", run=run)
+    assert prepare_data("in", run=run, tick=stop_at(1, [])) == first
+    picture(tmp_path / "elsewhere/b.png")
+    assert prepare_data("in", run=run).results["num_images"] == 2
+
+    images, labels = tmp_path / "train-images-idx3-ubyte", tmp_path / "train-labels-idx1-ubyte"
+    images.write_bytes(bytes((0, 0, 8, 3)) + struct.pack(">3I", 1, 8, 8) + bytes(64))
+    for number in (0, 1):
+        labels.write_bytes(bytes((0, 0, 8, 1)) + struct.pack(">I", 1) + bytes([number]))
+        assert prepare_data(str(images), run=run).results["label_dim"] == number + 1
+        os.utime(labels, ns=(number, number))
+
+
+# ---- latents, classes without images, statistics ----
+
+
+@pytest.fixture
+def vae(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace(AutoencoderKL=SmallVae))
+
+
+@pytest.mark.usefixtures("vae")
+def test_latents_of_a_dataset_artifact_and_of_a_source_are_the_same(run: Path, tmp_path: Path) -> None:
+    for index in range(11):
+        picture(tmp_path / f"in/{index % 2}/{index}.png", size=(20, 20))
+    options: dict[str, Any] = {"resolution": (16, 16), "skip_bad": True}
+    (tmp_path / "in/0/bad.png").write_bytes(b"hello")
+    pixels = prepare_data("in", name="mine", run=run, **options)
+    latents = prepare_data("dataset/mine", latents=True, run=run, device="cpu")
+    assert prepare_data("mine", latents=True, run=run, device="cpu", tick=stop_at(8, [])) == latents
+    assert latents.inputs == {"dataset": pixels.oid}
+    assert latents.params == {"name": "mine", "licence": None, "vae": "stabilityai/sd-vae-ft-mse"}
+    assert latents.results == {
+        **pixels.results,
+        "resolution": 2,
+        "num_channels": 8,
+        "kind": "latents",
+    }
+    assert latents.results["skipped"] == [["in/0/bad.png", "must be an image, got bytes that Pillow does not know"]]
+    assert shape_for_nets(latents) == (2, 4, 2)
+    stored = load_dataset(Store(run), latents)
+    expected = LatentCodec(SmallVae).mean_and_std(load_dataset(Store(run), pixels).images(range(11)))
+    torch.testing.assert_close(stored.images(range(11)), expected.detach())
+    again = prepare_data("in", latents=True, run=run.parent / "other", device="cpu", **options)
+    assert again.files["images.zip"] == latents.files["images.zip"]
+    with pytest.raises(SidaError) as caught:
+        prepare_data(latents.oid, latents=True, run=run, device="cpu")
+    assert str(caught.value) == (
+        f"latents are made of pixels, got dataset {latents.oid[:12]} of latents. Use it as it is."
+    )
+
+
+@pytest.mark.usefixtures("vae")
+def test_interrupted_latents_go_on_to_the_same_artifact(run: Path, tmp_path: Path) -> None:
+    for index in range(21):
+        picture(tmp_path / f"in/{index:02}.png", size=(16, 16))
+    prepare_data("in", name="mine", run=run)
+    whole = prepare_data("mine", latents=True, run=shutil.copytree(run, run.parent / "other"), device="cpu")
+    seen: list[int] = []
+    with pytest.raises(Stop):
+        prepare_data("mine", latents=True, run=run, device="cpu", tick=stop_at(16, seen))
+    assert prepare_data("mine", latents=True, run=run, device="cpu", tick=stop_at(0, seen)) == whole
+    assert seen == [8, 16, 21]
+    assert not list(run.glob("live/*"))
+
+
+def test_latents_without_the_extra_or_the_weights_are_refused_before_any_work(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture(tmp_path / "in/a.png")
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    assert refused_data(run, "in", latents=True) == (
+        "encoding latents needs the VAE of diffusers, which is not installed. "
+        "Install it with: pip install 'sidactl[vae]'."
+    )
+
+    class Empty:
+        @staticmethod
+        def from_pretrained(name: str, **options: bool) -> None:
+            raise OSError("nothing cached")
+
+    monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace(AutoencoderKL=Empty))
+    monkeypatch.setenv("SIDACTL_OFFLINE", "1")
+    assert refused_data(run, "in", latents=True) == (
+        "encoding latents needs the VAE stabilityai/sd-vae-ft-mse, which offline forbids to download. "
+        "Allow it once; diffusers keeps the VAE in its cache."
+    )
+
+
+def test_classes_without_images_come_from_a_dataset_json_or_a_number(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "dataset.json").write_text('{"labels": [["x.png", 2], ["y.png", 0], ["z.png", 2]], "other": 1}')
+    published = prepare_data("dataset.json", labels_only=True, name="mine", run=run)
+    assert published.results == {
+        "num_images": 3,
+        "resolution": None,
+        "num_channels": None,
+        "label_dim": 3,
+        "class_counts": [1, 0, 2],
+        "skipped": [],
+        "kind": "labels",
+    }
+    assert Store(run).read(published, "dataset.json") == b'{"labels": [["x.png", 2], ["y.png", 0], ["z.png", 2]]}'
+    assert prepare_data("dataset.json", labels_only=True, run=run) == published
+    source = image_source(Store(run), published)
+    assert source.num_images == 3
+    assert source.one_hot([0, 1, 2]).tolist() == [[0, 0, 1], [1, 0, 0], [0, 0, 1]]
+    uniform = prepare_data(None, classes=1000, run=run)
+    assert uniform.params["name"] == "classes-1000"
+    assert uniform.results["class_counts"] == [1] * 1000
+    assert torch.equal(image_source(Store(run), uniform).one_hot(range(1000)), torch.eye(1000))
+
+
+def test_image_source_of_images_is_the_dataset(run: Path) -> None:
+    digits = prepare_data("tiny-digits", run=run)
+    assert image_source(Store(run), digits).images([0]).shape == (1, 1, 8, 8)
+    assert shape_for_nets(digits) == (8, 1, 10)
+
+
+def test_classes_without_images_are_refused_where_images_are_needed(run: Path) -> None:
+    classes = prepare_data(None, classes=10, name="ten", run=run)
+    text = f"images are needed, got dataset {classes.oid[:12]} of classes alone. Give a dataset with images."
+    for use in (
+        lambda: ops.fid("dataset/ten", run=run),
+        lambda: ops.fid("tiny-digits", reference="dataset/ten", run=run),
+        lambda: ops.prec_recall("dataset/ten", run=run),
+        lambda: ops.train_teacher("dataset/ten", name="x", run=run),
+        lambda: ops.dataset_stats("dataset/ten", run=run),
+        lambda: prepare_data("dataset/ten", latents=True, run=run),
+        lambda: inventory.export("dataset/ten", run / "out", form="png", run=run),
+    ):
+        with pytest.raises(SidaError) as caught:
+            use()
+        assert str(caught.value) == text
+
+
+def test_classes_without_images_fit_any_net_of_as_many_classes(run: Path) -> None:
+    for number in (10, 11):
+        data = prepare_data(None, classes=number, run=run)
+        net = catalog.TEACHERS["tiny-digits"].net
+        if number == 10:
+            ops._check_fit(data, net, "teacher")
+            continue
+        with pytest.raises(SidaError, match=r"^the dataset must fit the teacher"):
+            ops._check_fit(data, net, "teacher")
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "text"),
+    [
+        (None, {}, "a source is needed, got none. Name a folder, an archive, or tiny-digits."),
+        (
+            None,
+            {"labels_only": True},
+            "labels without images come from a dataset.json or a number of classes, got neither. "
+            "Name the file, or pass --classes.",
+        ),
+        (
+            "l.json",
+            {"classes": 3},
+            "labels without images come from a dataset.json or a number of classes, got both. "
+            "Name the file, or pass --classes.",
+        ),
+        (
+            "l.json",
+            {"labels_only": True, "resolution": (8, 8)},
+            "labels without images take no options of images, got some. Leave them out.",
+        ),
+        ("l.json", {"labels_only": True}, "l.json must hold labels, got none. Give a dataset.json with labels."),
+        ("no.json", {"labels_only": True}, "no.json cannot be read: No such file or directory. Check the path."),
+        (None, {"classes": 0}, "--classes must be from 1 to 1000000, got 0. Pass the teacher's number."),
+    ],
+)
+def test_bad_words_about_labels_are_refused(
+    source: str | None, options: dict[str, Any], text: str, run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "l.json").write_text('{"labels": null}')
+    assert refused_data(run, source, **options) == text
+
+
+def test_statistics_of_a_dataset_are_those_that_scores_use(run: Path) -> None:
+    digits = prepare_data("tiny-digits", run=run)
+    made = ops.dataset_stats("tiny-digits", run=run, device="cpu")
+    assert made.kind == "stats"
+    assert made.inputs == {"dataset": digits.oid}
+    assert Store(run).refs()["stats/tiny-digits-tiny-digits"] == made.oid
+    before = [*Store(run).artifacts()]
+    assert ops.fid("dataset/tiny-digits", reference=made.oid, run=run).value == pytest.approx(0, abs=1e-6)
+    assert [artifact.kind for artifact in Store(run).artifacts() if artifact not in before] == ["score"]
 
 
 def test_network_in_place_of_a_dataset_is_refused(run: Path) -> None:

@@ -449,3 +449,82 @@ def test_error_hint_is_a_sentence_and_message_is_not_a_traceback(capsys: pytest.
 
     assert ui.fail(SidaError("what must hold, got this", "Do that.")) == 2
     assert capsys.readouterr().err == "error: what must hold, got this. Do that.\n"
+
+
+# prepare-data
+
+
+def pictures(folder: Path, count: int) -> Path:
+    from PIL import Image
+
+    folder.mkdir()
+    for index in range(count):
+        Image.new("RGB", (8, 8), (index, 0, 0)).save(folder / f"{index:03}.png")
+    return folder
+
+
+def test_prepare_data_tells_what_it_left_out(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "in", 2)
+    for name in "abcd":
+        (folder / f"{name}.png").write_bytes(b"hello")
+    arguments = ("prepare-data", str(folder))
+    text = "must be an image, got bytes that Pillow does not know"
+    done = sidactl(*arguments, run=tmp_path / "run", check=2)
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1] == (
+        f"error: {folder}/a.png {text}. Mend or remove it, or pass --skip-bad to go on without."
+    )
+    for _ in range(2):
+        done = sidactl(*arguments, "--skip-bad", run=tmp_path / "run")
+        assert done.stderr.splitlines()[-1] == (
+            f"warning: 4 of 6 images were left out: {folder}/a.png {text}; {folder}/b.png {text}; "
+            f"{folder}/c.png {text}; and 1 more"
+        )
+    listed = json.loads(sidactl(*arguments, "--skip-bad", "--json", run=tmp_path / "run").stdout)
+    assert listed["results"]["skipped"] == [[f"{folder}/{name}.png", text] for name in "abcd"]
+    assert listed["oid"] == done.stdout.strip()
+
+
+def test_interrupted_prepare_data_goes_on_with_the_same_command(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "in", 40)
+    # The signal comes from within, at an image that is known.
+    script = (
+        "import os, signal, sys\n"
+        "from sidactl import cli, prepare\n"
+        "encode, calls = prepare.encode_png, []\n"
+        "def stopping(pixels):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 25: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return encode(pixels)\n"
+        "prepare.encode_png = stopping\n"
+        "cli.main(sys.argv[1:])\n"
+    )
+    arguments = ["prepare-data", str(folder), "--workers", "1", "--run"]
+    command = [sys.executable, "-c", script, *arguments, str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.splitlines()[-1] == "error: interrupted. Repeat the same command to go on."
+    (state,) = (tmp_path / "run").glob("live/*/state.json")
+    assert json.loads(state.read_text())["state"]["done"] == 24
+    oids = [sidactl(*arguments, str(tmp_path / run)).stdout for run in ("run", "other")]
+    assert oids[0] == oids[1]
+    assert not list((tmp_path / "run/live").iterdir())
+
+
+def test_prepare_data_makes_statistics_where_asked(tmp_path: Path) -> None:
+    done = sidactl("prepare-data", "tiny-digits", "--stats", run=tmp_path / "run")
+    stats = Store(tmp_path / "run").resolve("stats/tiny-digits-tiny-digits")
+    assert done.stderr.splitlines()[-1] == f"feature statistics: {stats.oid}"
+    assert stats.inputs == {"dataset": done.stdout.strip()}
+    alone = sidactl("prepare-data", "tiny-digits", "--detector", "tiny-digits", run=tmp_path / "run", check=None)
+    assert_one_line(alone, "--detector is for --stats, got it alone. Pass --stats, or leave it out.")
+
+
+def test_prepare_data_of_classes_without_images(tmp_path: Path) -> None:
+    oid = sidactl("prepare-data", "--classes", "7", "--name", "seven", run=tmp_path / "run").stdout.strip()
+    described = json.loads(sidactl("show", "dataset/seven", "--json", run=tmp_path / "run").stdout)
+    assert described["oid"] == oid
+    assert_one_line(
+        sidactl("fid", "dataset/seven", run=tmp_path / "run", check=None),
+        f"images are needed, got dataset {oid[:12]} of classes alone. Give a dataset with images.",
+    )

@@ -15,6 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,13 @@ import pytest
 import torch
 from PIL import Image
 
+from sidactl import prepare as prepare_module
+from sidactl.codec import LatentCodec
 from sidactl.data import DataOrder, Dataset, ZipArchive, tiny_digits_arrays
 from sidactl.errors import SidaError
-from sidactl.prepare import PRESETS, contact_sheet, encode_png, prepare
+from sidactl.prepare import PRESETS, ZipWriter, contact_sheet, encode_png, prepare, prepare_latents
 from tests.golden import golden_metrics
+from tests.playback import SmallVae
 
 EXPECTED = "datasets/expected.json"
 DECODED = "datasets/decoded.npz"
@@ -363,6 +367,253 @@ def test_folder_with_a_link_to_itself_is_walked_once(tmp_path: Path) -> None:
     (tmp_path / "in/a/loop").symlink_to(tmp_path / "in", target_is_directory=True)
     (tmp_path / "in/b").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     assert prepare(tmp_path / "in", tmp_path / "out.zip").class_counts == [1, 1]
+
+
+# Interruption: what is done is kept, and goes on to the same bytes.
+
+
+class Stop(Exception):
+    """In place of Ctrl-C, which pytest would take for its own."""
+
+
+def stopping_at(image: int, seen: list[int]) -> Callable[[int, int], None]:
+    def progress(done: int, total: int) -> None:
+        seen.append(done)
+        if done == image:
+            raise Stop
+
+    return progress
+
+
+def mixed_folder(folder: Path) -> Path:
+    """Twelve usable images in two classes, one that is none at position 5."""
+    for number in range(12):
+        save(folder / str(number // 6) / f"{number:02}.png", noise(16, 16, 3, seed=number))
+    (folder / "0/04a.png").write_bytes(b"hello")
+    return folder
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_interrupted_preparation_goes_on_to_the_same_bytes(workers: int, tmp_path: Path) -> None:
+    source, work = mixed_folder(tmp_path / "in"), tmp_path / "work"
+    whole = prepare(source, tmp_path / "whole.zip", skip_bad=True)
+    assert [name for name, _ in whole.skipped] == [f"{source}/0/04a.png"]
+    seen: list[int] = []
+    for image in (3, 6, 7, 12):
+        with pytest.raises(Stop):
+            prepare(
+                source,
+                tmp_path / "out.zip",
+                skip_bad=True,
+                workers=workers,
+                work=work,
+                progress=stopping_at(image, seen),
+            )
+        assert not (tmp_path / "out.zip").exists()
+    done = prepare(source, tmp_path / "out.zip", skip_bad=True, work=work, progress=stopping_at(0, seen))
+    assert seen == list(range(1, 14)), "each image is encoded once"
+    assert done == whole
+    assert (tmp_path / "out.zip").read_bytes() == (tmp_path / "whole.zip").read_bytes()
+    assert list(work.iterdir()) == []
+
+
+def test_killed_preparation_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    script = (
+        "import os, sys, pathlib; from sidactl import prepare\n"
+        "prepare.SAVE_EVERY_SEC = float(sys.argv[1])\n"
+        "kill = lambda done, total: os.kill(os.getpid(), 9) if done == 30 else None\n"
+        "folder = pathlib.Path(sys.argv[2])\n"
+        "prepare.prepare('tiny-digits', folder / 'out.zip', max_images=30, work=folder / 'work', progress=kill)\n"
+    )
+    for every_sec, done in (("1e9", None), ("0", 30)):
+        assert subprocess.run([sys.executable, "-c", script, every_sec, tmp_path], check=False).returncode == -9
+        saved = tmp_path / "work/state.json"
+        assert (json.loads(saved.read_text())["state"]["done"] if saved.exists() else None) == done
+    seen: list[int] = []
+    prepare("tiny-digits", tmp_path / "out.zip", work=tmp_path / "work", progress=stopping_at(0, seen))
+    prepare("tiny-digits", tmp_path / "whole.zip")
+    assert seen[0] == 31
+    assert (tmp_path / "out.zip").read_bytes() == (tmp_path / "whole.zip").read_bytes()
+
+
+def test_kill_between_the_last_image_and_the_end_is_gone_on_from(tmp_path: Path) -> None:
+    seen: list[int] = []
+    for image in (1797, 0):
+        with pytest.raises(Stop) if image else nullcontext():
+            prepare("tiny-digits", tmp_path / "o.zip", work=tmp_path / "work", progress=stopping_at(image, seen))
+    assert seen == list(range(1, 1798))
+    prepare("tiny-digits", tmp_path / "whole.zip")
+    assert (tmp_path / "o.zip").read_bytes() == (tmp_path / "whole.zip").read_bytes()
+
+
+def test_bad_image_leaves_nothing_to_go_on_from(tmp_path: Path) -> None:
+    source, work = mixed_folder(tmp_path / "in"), tmp_path / "work"
+    with pytest.raises(Stop):
+        prepare(source, tmp_path / "out.zip", work=work, progress=stopping_at(2, []))
+    assert (work / "state.json").exists()
+    refusal(source, tmp_path / "out.zip", work=work)
+    assert list(work.iterdir()) == []
+
+
+# The zip itself: byte for byte that of Python's zipfile, of any size.
+
+
+def zipfile_bytes(path: Path, members: list[tuple[str, bytes]]) -> bytes:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members:
+            member = zipfile.ZipInfo(name)
+            member.create_system = 3
+            member.external_attr = 0o644 << 16
+            archive.writestr(member, data)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("limit", [(1 << 31) - 1, 500])
+def test_zip_is_that_of_zipfile_beyond_2_gb_too(limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", limit)
+    monkeypatch.setattr(prepare_module, "_ZIP64_LIMIT", limit)
+    with ZipWriter(tmp_path / "ours.zip") as writer:
+        for index in range(7):
+            writer.add(noise(4, 4, 3, seed=index), index % 3)
+    expected = zipfile_bytes(tmp_path / "theirs.zip", labelled(layout(7), *(i % 3 for i in range(7))))
+    assert (tmp_path / "ours.zip").read_bytes() == expected
+    with zipfile.ZipFile(tmp_path / "ours.zip") as archive:
+        assert archive.testzip() is None
+    dataset = Dataset(tmp_path / "ours.zip")
+    np.testing.assert_array_equal(dataset.images([6])[0].permute(1, 2, 0).numpy(), noise(4, 4, 3, seed=6))
+    assert dataset.class_counts() == [3, 2, 2]
+
+
+def test_zip_of_more_members_than_16_bits_count(tmp_path: Path) -> None:
+    pixel = noise(1, 1, 1)
+    with ZipWriter(tmp_path / "ours.zip") as writer:
+        for _ in range(65_536):
+            writer.add(pixel)
+    with zipfile.ZipFile(tmp_path / "ours.zip") as archive:
+        theirs = archive.namelist()
+    assert len(theirs) == 65_537
+    assert ZipArchive(tmp_path / "ours.zip").names == tuple(theirs)
+
+
+def test_zips_that_others_wrote_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "d.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.comment = b"PK" * 9
+        archive.mkdir("folder")
+        with archive.open("folder/b\xfc.bin", "w", force_zip64=True) as member:
+            member.write(b"x" * 99)
+        info = zipfile.ZipInfo("a")
+        info.extra = struct.pack("<HH4s", 0x7075, 4, b"abcd")
+        info.comment = b"of a member"
+        archive.writestr(info, b"y" * 50, zipfile.ZIP_DEFLATED)
+    (tmp_path / "behind.zip").write_bytes(b"#!/bin/sh\n" + path.read_bytes())
+    for file in (path, tmp_path / "behind.zip"):
+        read = ZipArchive(file)
+        assert {name: read.read(name) for name in read.names} == {"folder/b\xfc.bin": b"x" * 99, "a": b"y" * 50}
+
+
+def read_all(path: Path) -> str:
+    """What is wrong with a zip; nothing, if all of it can be read."""
+    try:
+        archive = ZipArchive(path)
+        for name in archive.names:
+            archive.read(name)
+    except SidaError as error:
+        return str(error)
+    return ""
+
+
+def test_zip_with_a_damaged_directory_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = make_zip(tmp_path / "d.zip", layout(3))
+    good = path.read_bytes()
+    start = good.index(b"PK\x01\x02")
+    rng = np.random.default_rng(0)
+    told = []
+    for _ in range(300):
+        data = bytearray(good)
+        for position in rng.integers(start, len(data), 3):
+            data[position] = rng.choice([0, 255, rng.integers(256)])
+        path.write_bytes(data[: len(data) - rng.integers(0, 3)])
+        told.append(read_all(path))
+    assert all(str(path) in text and "\n" not in text for text in told if text)
+    assert len(set(told)) > 10
+
+
+# Latents.
+
+
+def pixels_zip(path: Path, count: int, *, size: int = 16, channels: int = 3, classes: int = 3) -> Dataset:
+    with ZipWriter(path) as writer:
+        for index in range(count):
+            writer.add(noise(size, size, channels, seed=index), index % classes if classes else None)
+    return Dataset(path)
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("channels", "classes"), [(3, 3), (1, 0)])
+def test_latents_are_mean_and_std_in_the_edm2_layout(channels: int, classes: int, tmp_path: Path) -> None:
+    pixels = pixels_zip(tmp_path / "pixels.zip", 19, channels=channels, classes=classes)
+    vae = SmallVae()
+    done = prepare_latents(pixels, LatentCodec(lambda: vae), tmp_path / "latents.zip", device=CPU)
+    assert vae.batches == [8, 8, 3]
+    assert (done.kind, done.num_images, done.resolution, done.num_channels) == ("latents", 19, 2, 8)
+    assert done.class_counts == ([7, 6, 6] if classes else [])
+    with zipfile.ZipFile(tmp_path / "latents.zip") as archive:
+        names = [f"00000/img-mean-std-{index:08d}.npy" for index in range(19)]
+        assert archive.namelist() == [*names, "dataset.json"]
+        labels = json.loads(archive.read("dataset.json"))["labels"]
+        assert labels == ([[name, index % 3] for index, name in enumerate(names)] if classes else None)
+        assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_STORED}
+        first = np.load(archive.open(names[0]))
+    posterior = vae.encode(pixels.images([0]).expand(-1, 3, -1, -1) / 255).latent_dist
+    torch.testing.assert_close(torch.from_numpy(first), torch.cat([posterior.mean, posterior.std], dim=1)[0])
+    latents = Dataset(tmp_path / "latents.zip")
+    assert latents.is_latents
+    np.testing.assert_array_equal(latents.images([0])[0].numpy(), first)
+    prepare(tmp_path / "latents.zip", tmp_path / "again.zip")
+    assert (tmp_path / "again.zip").read_bytes() == (tmp_path / "latents.zip").read_bytes()
+
+
+def test_interrupted_latents_go_on_in_the_same_batches(tmp_path: Path) -> None:
+    pixels, vae = pixels_zip(tmp_path / "pixels.zip", 27), SmallVae()
+    codec, out = LatentCodec(lambda: vae), tmp_path / "out.zip"
+    prepare_latents(pixels, codec, tmp_path / "whole.zip", device=CPU)
+    seen: list[int] = []
+    for image in (8, 24):
+        with pytest.raises(Stop):
+            prepare_latents(pixels, codec, out, device=CPU, work=tmp_path / "work", progress=stopping_at(image, seen))
+    prepare_latents(pixels, codec, out, device=CPU, work=tmp_path / "work", progress=stopping_at(0, seen))
+    assert seen == [8, 16, 24, 27]
+    assert vae.batches == [8, 8, 8, 3] * 2
+    assert out.read_bytes() == (tmp_path / "whole.zip").read_bytes()
+
+
+def test_latents_by_diffusers_autoencoder(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers", reason="the extra `vae` is not installed")
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=[8] * 4,
+        latent_channels=4,
+        norm_num_groups=4,
+    ).requires_grad_(False)
+    pixels = pixels_zip(tmp_path / "pixels.zip", 3, size=32)
+    prepare_latents(pixels, LatentCodec(lambda: vae.eval()), tmp_path / "latents.zip", device=CPU)
+    posterior = vae.encode(pixels.images(range(3)) / 255).latent_dist
+    expected = torch.cat([posterior.mean, posterior.std], dim=1)
+    assert expected.shape == (3, 8, 4, 4)
+    torch.testing.assert_close(Dataset(tmp_path / "latents.zip").images(range(3)), expected, rtol=0, atol=1e-5)
+
+
+def test_images_too_small_for_latents_are_refused(tmp_path: Path) -> None:
+    pixels = pixels_zip(tmp_path / "pixels.zip", 2, size=4)
+    with pytest.raises(SidaError) as caught:
+        prepare_latents(pixels, LatentCodec(SmallVae), tmp_path / "latents.zip", device=CPU)
+    assert str(caught.value) == "images must be at least 8x8 to have latents, got 4x4. Prepare larger images."
+    assert [p.name for p in tmp_path.iterdir()] == ["pixels.zip"]
 
 
 # Bad input: one line that names the file, and nothing left behind.
