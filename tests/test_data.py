@@ -503,7 +503,7 @@ def test_zips_that_others_wrote_are_read(tmp_path: Path) -> None:
         with archive.open("folder/b\xfc.bin", "w", force_zip64=True) as member:
             member.write(b"x" * 99)
         info = zipfile.ZipInfo("a")
-        info.extra = struct.pack("<HH4s", 0x7075, 4, b"abcd")
+        info.extra = struct.pack("<HH400s", 0x7075, 400, b"abcd")
         info.comment = b"of a member"
         archive.writestr(info, b"y" * 50, zipfile.ZIP_DEFLATED)
     (tmp_path / "behind.zip").write_bytes(b"#!/bin/sh\n" + path.read_bytes())
