@@ -446,6 +446,16 @@ def test_kill_between_the_last_image_and_the_end_is_gone_on_from(tmp_path: Path)
     assert (tmp_path / "o.zip").read_bytes() == (tmp_path / "whole.zip").read_bytes()
 
 
+@pytest.mark.parametrize("name", ["images.zip", "members"])
+def test_work_of_which_part_is_gone_begins_anew(name: str, tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        prepare("tiny-digits", tmp_path / "o.zip", work=tmp_path / "work", progress=stopping_at(100, []))
+    (tmp_path / "work" / name).unlink()
+    prepare("tiny-digits", tmp_path / "o.zip", work=tmp_path / "work")
+    prepare("tiny-digits", tmp_path / "whole.zip")
+    assert (tmp_path / "o.zip").read_bytes() == (tmp_path / "whole.zip").read_bytes()
+
+
 def test_bad_image_leaves_nothing_to_go_on_from(tmp_path: Path) -> None:
     source, work = mixed_folder(tmp_path / "in"), tmp_path / "work"
     with pytest.raises(Stop):
