@@ -9,6 +9,7 @@ import mmap
 import os
 import re
 import struct
+import weakref
 import zipfile
 import zlib
 from array import array
@@ -27,6 +28,7 @@ from sidactl.errors import SidaError
 MAX_MEMBER_BYTES = 1 << 29
 MAX_LABEL = 999_999
 LABEL_FILE = "dataset.json"
+_MEMBER_HEAD_BYTES = 256
 
 
 class _Member(NamedTuple):
@@ -93,9 +95,9 @@ def _in_64_bits(extra: bytes, fields: tuple[int, int, int]) -> Iterator[int]:
 
 
 class ZipArchive:
-    """The members of a zip, read at random through one memory map.
+    """The members of a zip, read at random.
 
-    Nothing here has a file position, so threads and forked processes may share it; a pickled copy maps the file
+    No read depends on a file position, so threads and forked processes may share it; a pickled copy opens the file
     again. Raises SidaError for a file that is no zip, and for one whose names are absolute, climb out with '..' or
     occur twice.
     """
@@ -103,15 +105,17 @@ class ZipArchive:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._bytes = self._map()
+            self._fd = self._open()
             self._row: dict[str, int] = {}
             # Numbers in one array: as objects of zipfile those of a million images would take a gigabyte.
             table = array("q")
-            for member in _directory(self._bytes):
-                if not member.name.endswith("/"):
-                    self._check(member)
-                    self._row[member.name] = len(self._row)
-                    table.extend((member.offset, member.packed_size, member.size, member.checksum, member.method))
+            # Mapped for this alone: pages of a map that was read all over would count as this process's memory.
+            with mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ) as data:
+                for member in _directory(data):
+                    if not member.name.endswith("/"):
+                        self._check(member)
+                        self._row[member.name] = len(self._row)
+                        table.extend((member.offset, member.packed_size, member.size, member.checksum, member.method))
         except FileNotFoundError as error:
             raise SidaError(f"dataset {path} does not exist", "Check the path.") from error
         except (OSError, zipfile.BadZipFile, ValueError) as error:
@@ -140,18 +144,19 @@ class ZipArchive:
                 "Split it, or leave it out.",
             )
 
-    def _map(self) -> mmap.mmap:
-        with self.path.open("rb") as file:
-            if not os.fstat(file.fileno()).st_size:
-                raise zipfile.BadZipFile("File is not a zip file")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    def _open(self) -> int:
+        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, fd)
+        if not os.fstat(fd).st_size:
+            raise zipfile.BadZipFile("File is not a zip file")
+        return fd
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_bytes"}
+        return {name: value for name, value in self.__dict__.items() if name != "_fd"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._bytes = self._map()
+        self._fd = self._open()
 
     def __contains__(self, name: str) -> bool:
         return name in self._row
@@ -159,13 +164,15 @@ class ZipArchive:
     def read(self, name: str) -> bytes:
         """The bytes of one member, its checksum verified."""
         offset, packed_size, size, checksum, method = (int(value) for value in self._table[self._row[name]])
-        header = self._bytes[offset : offset + 30]
+        # In one read, unless the name and the extra field of its own header are very long.
+        found = os.pread(self._fd, 30 + _MEMBER_HEAD_BYTES + packed_size, offset)
         data = b""
-        if len(header) == 30 and header[:4] == b"PK\x03\x04":
+        if len(found) >= 30 and found[:4] == b"PK\x03\x04":
             # The local header's own extra field may differ in length from the central directory's.
-            name_length, extra_length = struct.unpack_from("<HH", header, 26)
-            start = offset + 30 + name_length + extra_length
-            data = self._bytes[start : start + packed_size]
+            name_length, extra_length = struct.unpack_from("<HH", found, 26)
+            start = 30 + name_length + extra_length
+            is_whole = name_length + extra_length <= _MEMBER_HEAD_BYTES
+            data = found[start : start + packed_size] if is_whole else os.pread(self._fd, packed_size, offset + start)
             if method == zipfile.ZIP_DEFLATED:
                 try:
                     data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, max(size, 1))

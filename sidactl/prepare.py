@@ -305,9 +305,12 @@ class _Unfinished:
         state, skipped, first = _State(), [], None
         if (folder / _STATE).exists():
             saved = json.loads((folder / _STATE).read_bytes())
-            state = _State(**saved["state"])
-            skipped = [(name, reason) for name, reason in saved["skipped"]]
-            first = saved["first"] and (saved["first"][0], tuple(saved["first"][1]))
+            sizes = [path.stat().st_size if path.exists() else 0 for path in (folder / name for name in _FILES)]
+            # Less than was flushed: someone took it away, so there is nothing to go on from.
+            if sizes[0] >= saved["state"]["image_bytes"] and sizes[1] >= saved["state"]["member_bytes"]:
+                state = _State(**saved["state"])
+                skipped = [(name, reason) for name, reason in saved["skipped"]]
+                first = saved["first"] and (saved["first"][0], tuple(saved["first"][1]))
         files = []
         for name, size in zip(_FILES, (state.image_bytes, state.member_bytes), strict=True):
             (folder / name).touch()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -10,6 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,7 +36,9 @@ from sidactl.artifacts import (
     shape_for_nets,
 )
 from sidactl.codec import LatentCodec
+from sidactl.data import DataOrder
 from sidactl.errors import SidaError
+from sidactl.loop import Event
 from sidactl.recipe import HeunSpec, NetSpec, OneStepSpec
 from sidactl.store import KINDS, Artifact, Store
 from tests.golden import golden
@@ -836,3 +840,103 @@ def test_export_to_onnx_says_what_is_missing(run: Path, tmp_path: Path, monkeypa
     with pytest.raises(SidaError, match=r"^an ONNX file holds at most 2 GB, this network is larger\. "):
         inventory.export(oid, tmp_path / "g.onnx", form="onnx", run=run)
     assert not list(tmp_path.glob("g*"))
+
+
+@pytest.mark.usefixtures("vae")
+def test_latents_are_trained_on_as_four_channels_and_scored_by_their_pixels(run: Path, tmp_path: Path) -> None:
+    for index in range(4):
+        picture(tmp_path / f"in/{index % 2}/{index}.png", size=(64, 64))
+    latents = prepare_data("in", latents=True, name="mine", run=run, device="cpu")
+    teacher = ops.train_teacher("mine", name="t", run=run, device="cpu", duration_nimg=32, batch_size=16)
+    assert teacher.inputs == {"dataset": latents.oid}
+    net = NetSpec.from_json(artifacts.mapping(teacher.params["net"]))
+    assert (net.img_resolution, net.img_channels, net.label_dim) == (8, 4, 2)
+    digits = prepare_data("tiny-digits", latents=True, name="small", run=run, device="cpu")
+    stats = ops.dataset_stats("small", run=run, device="cpu")
+    assert stats.inputs == digits.inputs
+    assert Store(run).refs()["stats/small-tiny-digits"] == stats.oid
+
+
+# ---- large sources, and real ones ----
+
+
+def prepared_apart(source: Path, run: Path, *options: str) -> tuple[Artifact, float]:
+    """The dataset that a process of its own made of the source, and the most memory it held, in GB."""
+    code = (
+        "import resource, subprocess, sys\n"
+        "subprocess.run([sys.executable, '-m', 'sidactl', 'prepare-data', *sys.argv[1:]], check=True)\n"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6)\n"
+    )
+    command = [sys.executable, "-c", code, str(source), "--run", str(run), *options]
+    oid, peak = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+    return Store(run).get(oid), float(peak)
+
+
+def npz_of(count: int, path: Path) -> Path:
+    """A batch of `count` labelled images of 64x64 pixels, written as a stream."""
+    block = np.random.default_rng(0).integers(0, 256, (1000, 64, 64, 3), dtype=np.uint8)
+    block[:, 8:] = 0
+    classes = io.BytesIO()
+    np.save(classes, np.arange(count) % 1000)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (count, 64, 64, 3)}
+            np.lib.format.write_array_header_1_0(member, header)
+            for _ in range(count // 1000):
+                member.write(block.tobytes())
+        archive.writestr("arr_1.npy", classes.getvalue())
+    return path
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_source(run: Path, tmp_path: Path) -> None:
+    if shutil.disk_usage(tmp_path).free < 8e9:
+        pytest.skip("8 GB of free disk are needed")
+    made, peak = prepared_apart(npz_of(200_000, tmp_path / "s.npz"), run)
+    assert made.results["num_images"] == 200_000
+    assert made.results["class_counts"] == [200] * 1000
+    assert made.files["images.zip"].size_bytes > 2.4e9
+    assert peak < 1.5
+    (tmp_path / "s.zip").symlink_to(Store(run).path(made, "images.zip"))
+    smaller, peak_of_zip = prepared_apart(tmp_path / "s.zip", run, "--resolution", "16x16")
+    assert smaller.results["class_counts"] == made.results["class_counts"]
+    assert peak_of_zip < 1.5
+    print(f"peak memory: {peak:.2f} GB from npz, {peak_of_zip:.2f} GB from zip")
+
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+
+
+@pytest.mark.slow
+def test_a_small_teacher_learns_from_real_fashion_mnist(run: Path) -> None:
+    if not (FASHION / "train-images-idx3-ubyte.gz").exists():
+        pytest.skip("Fashion-MNIST is not there: apt-get install dataset-fashion-mnist")
+    start_sec = time.monotonic()
+    made, _ = prepared_apart(FASHION, run, "--preset", "fashion32", "--name", "fashion32")
+    prepared_sec = time.monotonic() - start_sec
+    assert (made.results["num_images"], made.results["class_counts"]) == (60_000, [6000] * 10)
+    losses: list[float] = []
+
+    def watch(event: Event) -> None:
+        if event.kind == "progress":
+            losses.append(event.values["denoising_loss"])
+
+    size = {"model_channels": 4, "num_blocks": 1, "channel_mult": (1, 2), "attn_resolutions": (), "dropout": 0.0}
+    rates = {"batch_size": 16, "duration_nimg": 4800, "lr": 3e-3, "lr_rampup_nimg": 500}
+    start_sec = time.monotonic()
+    ops.train_teacher("fashion32", name="small", run=run, device="cpu", watch=watch, **size, **rates)
+    trained_sec = time.monotonic() - start_sec
+    first, last = np.mean(losses[:3]), np.mean(losses[-3:])
+    assert last < 0.6 * first
+
+    dataset = load_dataset(Store(run), made)
+    order = DataOrder(dataset.num_images, seed=0)
+    rates_read = []
+    for memory in ("from the zip", "from memory"):
+        start_sec = time.monotonic()
+        for position in range(0, 60_000, 250):
+            dataset.images(order.indices(position, 250))
+        rates_read.append(60_000 / (time.monotonic() - start_sec))
+        print(f"read {memory}, shuffled: {rates_read[-1]:,.0f} images/s")
+    trained = f"trained on {4800 / trained_sec:.0f} images/s, loss {first:.3f} -> {last:.3f}"
+    print(f"prepared in {prepared_sec:.1f} s; {trained}")

@@ -446,6 +446,16 @@ def test_kill_between_the_last_image_and_the_end_is_gone_on_from(tmp_path: Path)
     assert (tmp_path / "o.zip").read_bytes() == (tmp_path / "whole.zip").read_bytes()
 
 
+@pytest.mark.parametrize("name", ["images.zip", "members"])
+def test_work_of_which_part_is_gone_begins_anew(name: str, tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        prepare("tiny-digits", tmp_path / "o.zip", work=tmp_path / "work", progress=stopping_at(100, []))
+    (tmp_path / "work" / name).unlink()
+    prepare("tiny-digits", tmp_path / "o.zip", work=tmp_path / "work")
+    prepare("tiny-digits", tmp_path / "whole.zip")
+    assert (tmp_path / "o.zip").read_bytes() == (tmp_path / "whole.zip").read_bytes()
+
+
 def test_bad_image_leaves_nothing_to_go_on_from(tmp_path: Path) -> None:
     source, work = mixed_folder(tmp_path / "in"), tmp_path / "work"
     with pytest.raises(Stop):
@@ -503,7 +513,7 @@ def test_zips_that_others_wrote_are_read(tmp_path: Path) -> None:
         with archive.open("folder/b\xfc.bin", "w", force_zip64=True) as member:
             member.write(b"x" * 99)
         info = zipfile.ZipInfo("a")
-        info.extra = struct.pack("<HH4s", 0x7075, 4, b"abcd")
+        info.extra = struct.pack("<HH400s", 0x7075, 400, b"abcd")
         info.comment = b"of a member"
         archive.writestr(info, b"y" * 50, zipfile.ZIP_DEFLATED)
     (tmp_path / "behind.zip").write_bytes(b"#!/bin/sh\n" + path.read_bytes())
