@@ -177,8 +177,14 @@ def _tiny_digits() -> Teacher:
     # Ten times the published scales: with those the discriminator barely moves in so few steps.
     adversarial = Adversarial(lambda_adv=0.1, discriminator_scale=10.0, adversarial_from_nimg=10_000)
     sida = replace(sid, mode="sida", alpha=1.0, adversarial=adversarial)
+    # At SiD's own rate the generator first loses what it starts with, and ends no better than SiDA.
     sid2a = replace(
-        sida, mode="sid2a", duration_nimg=60_000, adversarial=replace(adversarial, adversarial_from_nimg=4_000)
+        sida,
+        mode="sid2a",
+        duration_nimg=60_000,
+        fake_score_lr=2e-4,
+        generator_lr=2e-4,
+        adversarial=replace(adversarial, adversarial_from_nimg=4_000),
     )
     return Teacher(
         name="tiny-digits",
