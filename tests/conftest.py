@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 
 # Before torch comes in: tiny nets gain nothing from threads, and every process must add up in the same order.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Shells start background jobs with Ctrl-C ignored, which the processes that tests interrupt would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if TYPE_CHECKING:
     from sidactl.loop import Event

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sidactl import loop, ops
+from sidactl import loop, metrics, ops
 from sidactl.artifacts import mapping
 from sidactl.errors import SidaError
 from sidactl.store import Artifact, Store, digest
@@ -310,7 +310,7 @@ def test_a_score_that_is_not_finite_is_written_as_null_and_never_the_best(
     fresh_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([3.0, 2.0, float("nan")])
-    monkeypatch.setattr(ops, "frechet", lambda generated, reference: next(scores))
+    monkeypatch.setattr(metrics, "frechet_distance", lambda *statistics: next(scores))
     best = short_distill(fresh_run)
     last = Store.open(fresh_run).resolve("generator/last")
     assert best.results["scores"] == last.results["scores"] == [[32, 3.0], [64, 2.0], [96, None]]
@@ -319,7 +319,7 @@ def test_a_score_that_is_not_finite_is_written_as_null_and_never_the_best(
 
 
 def test_a_run_without_a_finite_score_is_told_in_one_line(fresh_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "frechet", lambda generated, reference: float("inf"))
+    monkeypatch.setattr(metrics, "frechet_distance", lambda *statistics: float("inf"))
     with pytest.raises(SidaError) as caught:
         short_distill(fresh_run)
     assert str(caught.value) == "no evaluation gave a finite score. Lower the learning rate."
