@@ -637,8 +637,10 @@ def sample(
         "sampler": chosen.to_json(),
     }
     inputs = {"net": subject}
+    if not math.isfinite(guidance):
+        raise SidaError(f"guidance must be finite, got {guidance}", "Pass another --guidance.")
     if guide is not None:
-        inputs["guide"] = resolve(store, guide, NETS)
+        inputs["guide"] = resolve(store, guide, ["teacher"])
         params["guidance"] = guidance
     elif guidance != 1:
         raise SidaError(f"guidance {guidance:g} needs a second net, got none", "Pass --guide REF.")

@@ -132,6 +132,10 @@ def test_unknown_option_is_one_line() -> None:
         (["fid", "tiny-digits", "--num", "1"], "sample count must be >= 2, got 1. Pass --num 2 or more."),
         (["sample", "generator/best"], "no ref 'generator/best' in {run}. See what there is with: sidactl ls"),
         (
+            ["sample", "generator/best", "--num", "1", "--guidance", "much"],
+            "Invalid value for '--guidance': 'much' is not a valid float. Try it with --help.",
+        ),
+        (
             ["sample", "tiny-digits", "--num", "1", "--seeds", "0-3"],
             "--num and --seeds cannot both be given. Pass one of them.",
         ),
@@ -311,6 +315,22 @@ def test_sample_reads_a_dash_and_json_names_the_artifact(distilled: tuple[Path, 
     described = json.loads(done.stdout)
     assert described["kind"] == "samples"
     assert described["results"]["num_images"] == 5
+
+
+def test_sample_guided_by_a_second_teacher_is_another_question(distilled: tuple[Path, str]) -> None:
+    run, _ = distilled
+    sidactl("train-teacher", "tiny-digits", "--name", "weak", "--duration", "64", "--batch-size", "32", run=run)
+    words = ["sample", "tiny-digits", "--num", "2", "--steps", "2"]
+    plain = sidactl(*words, run=run).stdout.strip()
+    guided = json.loads(sidactl(*words, "--guide", "weak", "--guidance", "2.0", "--json", run=run).stdout)
+    stored = Store.open(run).get(guided["oid"])
+    assert stored.inputs["guide"] == Store.open(run).resolve("teacher/weak").oid
+    assert (guided["params"]["guidance"], guided["oid"] != plain) == (2.0, True)
+    assert sidactl(*words, "--guide", "weak", "--guidance", "2", run=run).stdout.strip() == stored.oid
+    assert_one_line(
+        sidactl(*words, "--guide", "weak", "--guidance", "nan", run=run, check=None),
+        "guidance must be finite, got nan. Pass another --guidance.",
+    )
 
 
 def test_fid_json_says_how_the_score_was_made(distilled: tuple[Path, str]) -> None:

@@ -834,7 +834,17 @@ def test_guidance_moves_away_from_the_guide(edm2: tuple[Path, str], finished: Fi
             {"guide": weak, "sampler": "one-step"},
             "guidance needs the heun sampler, got a one-step generator. Leave out --guide, or sample a teacher.",
         ),
+        ({"guide": weak, "guidance": float("nan")}, "guidance must be finite, got nan. Pass another --guidance."),
+        ({"guidance": float("inf")}, "guidance must be finite, got inf. Pass another --guidance."),
     ):
         with pytest.raises(SidaError) as caught:
             ops.sample("tiny-digits", seeds=[0], run=root, **options)  # type: ignore[arg-type]
         assert str(caught.value) == message
+
+
+def test_a_one_step_generator_does_not_guide(finished: Finished) -> None:
+    with pytest.raises(SidaError) as caught:
+        ops.sample("tiny-digits", seeds=[0], guide="generator/best", guidance=2.0, run=finished.root)
+    assert str(caught.value) == (
+        "'generator/best' must be of kind teacher, got generator. See what there is with: sidactl ls"
+    )
