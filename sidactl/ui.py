@@ -147,17 +147,18 @@ class Progress:
         note(line)
 
     def _count(self) -> str:
+        write, unit = (format_bytes, "") if self._unit == "bytes" else (format_count, f" {self._unit}")
         if self._total is None:
-            return f"{format_count(self._done)} {self._unit}"
+            return f"{write(self._done)}{unit}"
         percent = f" ({100 * self._done // self._total}%)" if self._total else ""
-        return f"{format_count(self._done)} / {format_count(self._total)} {self._unit}{percent}"
+        return f"{write(self._done)} / {write(self._total)}{unit}{percent}"
 
     def _pace(self) -> list[str]:
         told = []
         if self._rate is not None:
-            told.append(
-                f"{self._rate:,.0f} {self._unit}/s" if self._rate >= 100 else f"{self._rate:.3g} {self._unit}/s"
-            )
+            number = f"{self._rate:,.0f}" if self._rate >= 100 else f"{self._rate:.3g}"
+            is_bytes = self._unit == "bytes"
+            told.append(f"{format_bytes(round(self._rate)) if is_bytes else f'{number} {self._unit}'}/s")
             if self._total is not None and self._total > self._done:
                 told.append(f"{format_duration((self._total - self._done) / self._rate)} left")
         return [*told, f"{format_duration(self._clock() - self._started_sec)} so far"]
@@ -191,8 +192,8 @@ def progress(
 ) -> Iterator[Progress]:
     """A `Progress` for the time of a `with` block: a live display on a terminal, else at most a line per `every_sec`.
 
-    Without a terminal the first and the last state are told in any case. `total` None: the end is not known. One at a
-    time: a display inside another display is not possible. stdout is never touched.
+    Without a terminal the first and the last state are told in any case. `total` None: the end is not known. Bytes
+    are told as kB, MB, GB. One at a time: a display inside another display is not possible. stdout is never touched.
     """
     live = _is_terminal(sys.stderr)
     shown = Progress(_folded(title), total, unit, every_sec, clock, live)

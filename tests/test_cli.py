@@ -13,6 +13,8 @@ import pytest
 
 from sidactl import __version__, ui
 from sidactl.store import Store
+from tests.golden import golden
+from tests.web import serving
 
 FAST = {
     "duration": "512",
@@ -381,6 +383,27 @@ def test_ambiguous_prefix_lists_candidates(distilled: tuple[Path, str], tmp_path
     assert oid[:12] in done.stderr
     assert seen[oid[:4]][:12] in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_fetch_teacher_tells_bytes_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+    data = golden("networks/edm_ddpmpp_uncond.pkl").read_bytes()
+    with serving({"/net.pkl": data}) as site:
+        done = sidactl("fetch-teacher", f"{site.url}/net.pkl", run=tmp_path / "run")
+    size = ui.format_bytes(len(data))
+    assert f"fetch-teacher: {size} / {size} (100%), " in done.stderr
+    assert Store.open(tmp_path / "run").get(done.stdout.strip()).kind == "teacher"
+
+
+def test_a_published_file_is_sampled_in_place_of_an_artifact(tmp_path: Path) -> None:
+    path = str(golden("networks/sida_gen_edm.pkl"))
+    done = sidactl("sample", path, "--num", "4", "--json", run=tmp_path / "run")
+    drawn, store = json.loads(done.stdout), Store.open(tmp_path / "run")
+    assert (drawn["results"]["num_images"], drawn["results"]["nfe"]) == (4, 1)
+    assert store.resolve("generator/sida_gen_edm").oid == store.get(drawn["oid"]).inputs["net"]
+    fetched = sidactl("fetch-teacher", path, run=tmp_path / "run")
+    assert fetched.stdout.strip() == store.resolve("generator/sida_gen_edm").oid
+    assert sidactl("sample", "sida_gen_edm", "--num", "4", run=tmp_path / "run").stdout.strip() == drawn["oid"]
 
 
 def test_ls_show_verify_and_gc_agree(distilled: tuple[Path, str]) -> None:

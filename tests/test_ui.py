@@ -144,6 +144,24 @@ def test_progress_off_a_terminal_tells_first_last_and_now_and_then(capsys: pytes
     )
 
 
+def test_progress_of_a_download_tells_sizes_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    with ui.progress("fetch", 95_607_719, "bytes", clock=clock) as p:
+        p.update(0)
+        clock.now_sec += 20
+        p.update(40_000_000)
+    with ui.progress("fetch", None, "bytes", clock=clock) as p:
+        p.update(0)
+        clock.now_sec += 10
+        p.update(512)
+    assert capsys.readouterr().err == (
+        "fetch: 0 B / 95.6 MB (0%), 0.0s so far\n"
+        "fetch: 40 MB / 95.6 MB (41%), 2 MB/s, 27s left, 20s so far\n"
+        "fetch: 0 B, 0.0s so far\n"
+        "fetch: 512 B, 51 B/s, 10s so far\n"
+    )
+
+
 def test_progress_tells_a_state_once_and_none_if_there_was_none(capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
     with ui.progress("fid", None, "features", clock=clock) as p:
