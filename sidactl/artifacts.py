@@ -305,7 +305,7 @@ def _read_safetensors(path: Path) -> _Foreign:
     except (OSError, safetensors.SafetensorError) as error:
         raise SidaError(f"{path}: damaged or not a safetensors file ({error})", "Export it again.") from error
     try:
-        described = json.loads(metadata["sidactl"])
+        described = _described(path, metadata)
         kind, params = described["kind"], described["params"]
         spec = NetSpec.from_json(params["net"])
         sampler = (OneStepSpec if kind == "generator" else HeunSpec).from_json(params["sampler"])
@@ -313,7 +313,7 @@ def _read_safetensors(path: Path) -> _Foreign:
             raise ValueError(kind)
         with torch.device("meta"):
             layout = nets.build(spec)
-    except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError, AssertionError) as error:
+    except (LookupError, TypeError, ValueError, OSError, RuntimeError, ArithmeticError, AssertionError) as error:
         raise SidaError(
             f"{path} does not say which network it holds", "Give one that sidactl export --to safetensors wrote."
         ) from error
@@ -322,6 +322,17 @@ def _read_safetensors(path: Path) -> _Foreign:
     net = nets.build(spec)
     teachers.load_weights(net, stored)
     return _Foreign(net, stored, kind, True, sampler, params)
+
+
+def _described(path: Path, metadata: Mapping[str, str]) -> Any:
+    """What a safetensors file says of its network: in itself, or by the manifest of the exported folder it is in."""
+    manifest = path.with_name("manifest.json")
+    if "sidactl" in metadata or not manifest.exists():
+        return json.loads(metadata["sidactl"])
+    described = json.loads(manifest.read_bytes())
+    if described["files"][path.name]["sha256"] != _file_digest(path):
+        raise ValueError("the manifest is of another file")
+    return described
 
 
 # What must agree between a file and the catalog; the rest is the file's own to say.

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import platform
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ ExportForm = Literal["files", "png", "npz", "safetensors", "state-dict", "onnx"]
 EXPORT_FORMS: tuple[ExportForm, ...] = ("files", "png", "npz", "safetensors", "state-dict", "onnx")
 ONNX_MAX_BYTES = 2 * 10**9
 """what fits into one ONNX file"""
+ONNX_OPSET = 18
 _FORM_KINDS: dict[ExportForm, Sequence[str]] = {
     "files": KINDS,
     "png": ("samples", "dataset"),
@@ -129,8 +131,8 @@ def export(
     files: a folder with its files and manifest.json; png: a folder of images by class; npz: arr_0 uint8 [N, H, W, C]
     and arr_1 classes, as the guided-diffusion evaluator reads them; safetensors: weights with their network spec in
     the metadata; state-dict: a torch file {"ema": weights} that holds no code; onnx: the generator's one step, from
-    `latents` (unit noise, float32 [N, C, H, W]) and one-hot `labels` [N, K] to `images`. A network comes with a model
-    card: README.md in the folder, or a file of the same name ending in .md.
+    `latents` (unit noise, float32 [N, C, H, W]) and one-hot `labels` [N, K] to `images`, in opset 18. A network comes
+    with a model card: README.md in the folder, or a file of the same name ending in .md.
     """
     if form not in EXPORT_FORMS:
         raise SidaError(f"--to must be one of {', '.join(EXPORT_FORMS)}, got {form!r}", "Leave it out for the files.")
@@ -139,7 +141,8 @@ def export(
     with ExitStack() as stack:
         temporary = stack.enter_context(_whole(path, force))
         if artifact.kind in NETS and form != "files":
-            stack.enter_context(_whole(path.with_suffix(".md"), force)).write_text(model_card(store, artifact))
+            card = stack.enter_context(_whole(path.with_suffix(".md"), force))
+            card.write_text(model_card(store, artifact, form, path.name))
         if form == "files":
             _export_files(store, artifact, temporary)
         elif form == "png":
@@ -185,11 +188,11 @@ def _export_files(store: Store, artifact: Artifact, folder: Path) -> None:
     described = show(artifact.oid, run=store.root)
     (folder / "manifest.json").write_text(json.dumps(described.to_json(), indent=2) + "\n")
     if artifact.kind in NETS:
-        (folder / "README.md").write_text(model_card(store, artifact))
+        (folder / "README.md").write_text(model_card(store, artifact, "files", "model.safetensors"))
 
 
-def model_card(store: Store, artifact: Artifact) -> str:
-    """What somebody who gets the file should know: where it comes from, how it was made, its scores, its licence."""
+def model_card(store: Store, artifact: Artifact, form: ExportForm, file: str) -> str:
+    """What somebody who gets the file should know: where it comes from, its scores, its licence, how to sample it."""
     described = show(artifact.oid, run=store.root)
     params, results = artifact.params, artifact.results
     origin = {role: parent for role, parent in described.ancestors if role in ("teacher", "generator", "dataset")}
@@ -212,10 +215,51 @@ def model_card(store: Store, artifact: Artifact) -> str:
     ]
     head = ["| score | mean | std | images | by |", "|---|---|---|---|---|"]
     lines += [*head, *rows] if rows else ["None was taken in this run directory."]
-    lines += ["", "## Use", "", "```sh", "sidactl fetch-teacher FILE.safetensors", "sidactl sample OID --num 64", "```"]
+    lines += ["", "## Use", "", *_usage(artifact, form, file)]
     settings = {"net": params["net"], "sampler": params["sampler"], "recipe": params.get("recipe")}
     lines += ["", "## Network, sampler and recipe", "", "```json", json.dumps(settings, indent=2), "```", ""]
     return "\n".join(lines)
+
+
+def _usage(artifact: Artifact, form: ExportForm, file: str) -> list[str]:
+    """How images are drawn from the exported `file`, as lines of Markdown."""
+    if form in ("files", "safetensors"):
+        return ["```sh", f"sidactl fetch-teacher {shlex.quote(file)} | sidactl sample --num 64", "```"]
+    net, sampler = mapping(artifact.params["net"]), mapping(artifact.params["sampler"])
+    if form == "state-dict":
+        spec = "HeunSpec" if artifact.kind == "teacher" else "OneStepSpec"
+        code = [
+            "import torch",
+            "from sidactl import nets, sampling",
+            f"from sidactl.recipe import {', '.join(sorted(['NetSpec', spec]))}",
+            "",
+            f"net = nets.build(NetSpec.from_json({dict(net)})).eval()",
+            f'net.load_state_dict(torch.load({file!r}, weights_only=True)["ema"])',
+            f"sampler = {spec}.from_json({dict(sampler)})",
+            'batches = sampling.generate(net, range(64), sampler, device=torch.device("cpu"))',
+            "images = torch.cat([batch.images for batch in batches])  # uint8 [N, C, H, W]",
+        ]
+        return ["```python", *code, "```"]
+    from sidactl.codec import LATENT_CHANNELS
+
+    channels, size, classes = net["img_channels"], net["img_resolution"], net["label_dim"]
+    shape = f"[N, {channels}, {size}, {size}]"
+    is_latent = channels == LATENT_CHANNELS
+    what = "normalised latents (`sidactl.codec` decodes them)" if is_latent else "pixels in [-1, 1]"
+    code = [
+        "import numpy as np",
+        "import onnxruntime",
+        "",
+        f"session = onnxruntime.InferenceSession({file!r})",
+        "noise = np.random.default_rng(0)",
+        f"given = {{'latents': noise.standard_normal((64, {channels}, {size}, {size}), dtype=np.float32)}}",
+        *([f"given['labels'] = np.eye({classes}, dtype=np.float32)[np.arange(64) % {classes}]"] if classes else []),
+        "(images,) = session.run(['images'], given)",
+        *([] if is_latent else ["pixels = (images * 127.5 + 128).clip(0, 255).astype(np.uint8)"]),
+    ]
+    labels = f" and `labels`, one-hot float32 [N, {classes}]," if classes else ""
+    told = f"ONNX, opset {ONNX_OPSET}: `latents`, unit normal float32 {shape},{labels} to `images`, {what}."
+    return [told, "", "```python", *code, "```"]
 
 
 def _export_png(store: Store, artifact: Artifact, folder: Path) -> None:
@@ -290,6 +334,7 @@ def _export_onnx(store: Store, artifact: Artifact, path: Path) -> None:
                 output_names=["images"],
                 dynamic_shapes=tuple(batch for _ in inputs),
                 external_data=False,
+                opset_version=ONNX_OPSET,
                 verbose=False,
             )
     finally:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import subprocess
@@ -16,7 +17,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -38,6 +39,7 @@ from sidactl.artifacts import (
 from sidactl.codec import LatentCodec
 from sidactl.data import DataOrder
 from sidactl.errors import SidaError
+from sidactl.inventory import ExportForm
 from sidactl.loop import Event
 from sidactl.recipe import HeunSpec, NetSpec, OneStepSpec
 from sidactl.store import KINDS, Artifact, Store
@@ -827,7 +829,65 @@ def test_a_generator_in_onnx_draws_the_same_images(run: Path, tmp_path: Path, so
         with torch.no_grad():
             expected = net(latents * sigma_init, sigma_init, labels)
         torch.testing.assert_close(torch.from_numpy(images), expected, rtol=1e-4, atol=1e-5)
-    assert (tmp_path / "g.md").read_text().startswith("# ")
+    card = (tmp_path / "g.md").read_text()
+    assert f"ONNX, opset {opset_of(path)}: `latents`, unit normal float32 [N, " in card
+    is_latent = net.spec.img_channels == 4
+    drawn = executed(card, tmp_path)["images" if is_latent else "pixels"]
+    assert (drawn.shape, drawn.dtype) == ((64, *latents.shape[1:]), np.float32 if is_latent else np.uint8)
+    assert ("normalised latents" in card) == is_latent
+
+
+def opset_of(path: Path) -> int:
+    import onnx
+
+    (opset,) = onnx.load(path).opset_import
+    return int(opset.version)
+
+
+def executed(card: str, folder: Path) -> dict[str, Any]:
+    """What the Python in a model card leaves behind, run where the exported file is."""
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    names: dict[str, Any] = {}
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        exec(code, names)
+    finally:
+        os.chdir(before)
+    return names
+
+
+@pytest.mark.parametrize("kind", ["teacher", "generator"])
+def test_the_card_of_a_state_dict_draws_the_same_images(run: Path, tmp_path: Path, kind: Literal["teacher"]) -> None:
+    oid = fetch_teacher(str(network(SMALL)), kind=kind, run=run).oid
+    inventory.export(oid, tmp_path / "n.pt", form="state-dict", run=run)
+    images = executed((tmp_path / "n.md").read_text(), tmp_path)["images"]
+    drawn = ops.sample(oid, seeds=range(64), run=run, device="cpu").images
+    assert (images.permute(0, 2, 3, 1).numpy() == drawn).all()
+
+
+@pytest.mark.parametrize("form", ["files", "safetensors"])
+def test_the_card_says_how_an_exported_network_comes_back(run: Path, tmp_path: Path, form: ExportForm) -> None:
+    original = fetch_teacher("tiny-digits", run=run)
+    path = inventory.export(original.oid, tmp_path / "my net.safetensors", form=form, run=run)
+    card = path / "README.md" if form == "files" else path.with_suffix(".md")
+    (command,) = re.findall(r"sidactl fetch-teacher (.*) \| sidactl sample --num 64", card.read_text())
+    assert [command] == (["model.safetensors"] if form == "files" else ["'my net.safetensors'"])
+    file = card.parent / command.strip("'")
+    back = fetch_teacher(str(file), run=tmp_path / "other")
+    assert (back.kind, back.files) == ("teacher", original.files)
+    for key in ("net", "sampler", "dataset", "licence"):
+        assert back.params[key] == original.params[key]
+
+
+def test_a_manifest_speaks_for_its_own_files_alone(run: Path, tmp_path: Path) -> None:
+    folder = inventory.export(fetch_teacher("tiny-digits", run=run).oid, tmp_path / "out", run=run)
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    safetensors.torch.save_file({k: v + 1 for k, v in weights.items()}, folder / "model.safetensors")
+    assert refused(str(folder / "model.safetensors"), run / "other") == (
+        f"{folder}/model.safetensors does not say which network it holds. "
+        "Give one that sidactl export --to safetensors wrote."
+    )
 
 
 def test_export_to_onnx_says_what_is_missing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
