@@ -1,7 +1,7 @@
 #!/bin/sh
 # The whole road on a laptop without a GPU: distil the built-in teacher of handwritten digits into a one-step generator,
 # draw 10,000 images with it, score them, and show where the pictures are.
-# Expect: some minutes on two cores the first time, seconds when repeated; everything goes to ./sida-quickstart.
+# Expect: about five minutes on two cores the first time, seconds when repeated; all goes to ./sida-quickstart.
 set -eu
 cd "$(dirname "$0")/.."
 . examples/install.sh
