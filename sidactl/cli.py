@@ -903,10 +903,14 @@ def _print_artifact(artifact: "Artifact", as_json: bool) -> None:
 
 def _print_generator(artifact: "Artifact", as_json: bool) -> None:
     results: Mapping[str, Any] = artifact.results
-    ui.note(
-        f"best generator: score {results['selection_score']:.4g} after {results['images_seen']:,} images, one step; "
-        f"its teacher: {results['teacher_score']:.4g}. Look at it: sidactl export {artifact.oid[:12]} FOLDER"
-    )
+    look = f"Look at it: sidactl export {artifact.oid[:12]} FOLDER"
+    if results["selection_score"] is None:
+        ui.note(f"last generator, not scored: {results['images_seen']:,} images, one step. {look}")
+    else:
+        ui.note(
+            f"best generator: score {results['selection_score']:.4g} after {results['images_seen']:,} images, one "
+            f"step; its teacher: {results['teacher_score']:.4g}. {look}"
+        )
     _print_artifact(artifact, as_json)
 
 
