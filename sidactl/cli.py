@@ -468,6 +468,7 @@ def _print_plan(
         "memory_gb_per_device": round((memory.state_bytes + memory.activation_bytes) / 1e9, 2),
         "state_gb": round(memory.state_bytes / 1e9, 2),
         "activations_gb": round(memory.activation_bytes / 1e9, 2),
+        "counted": memory.basis,
         "of": f"float32, {planned.recipe.batch_size // planned.recipe.num_accumulation_rounds} images at a time",
         "hours": None if planned.hours is None else round(planned.hours, 1),
         "pace": pace,
