@@ -468,6 +468,7 @@ def _print_plan(
         "memory_gb_per_device": round((memory.state_bytes + memory.activation_bytes) / 1e9, 2),
         "state_gb": round(memory.state_bytes / 1e9, 2),
         "activations_gb": round(memory.activation_bytes / 1e9, 2),
+        "counted": memory.basis,
         "of": f"float32, {planned.recipe.batch_size // planned.recipe.num_accumulation_rounds} images at a time",
         "hours": None if planned.hours is None else round(planned.hours, 1),
         "pace": pace,
@@ -903,10 +904,14 @@ def _print_artifact(artifact: "Artifact", as_json: bool) -> None:
 
 def _print_generator(artifact: "Artifact", as_json: bool) -> None:
     results: Mapping[str, Any] = artifact.results
-    ui.note(
-        f"best generator: score {results['selection_score']:.4g} after {results['images_seen']:,} images, one step; "
-        f"its teacher: {results['teacher_score']:.4g}. Look at it: sidactl export {artifact.oid[:12]} FOLDER"
-    )
+    look = f"Look at it: sidactl export {artifact.oid[:12]} FOLDER"
+    if results["selection_score"] is None:
+        ui.note(f"last generator, not scored: {results['images_seen']:,} images, one step. {look}")
+    else:
+        ui.note(
+            f"best generator: score {results['selection_score']:.4g} after {results['images_seen']:,} images, one "
+            f"step; its teacher: {results['teacher_score']:.4g}. {look}"
+        )
     _print_artifact(artifact, as_json)
 
 

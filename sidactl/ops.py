@@ -36,7 +36,7 @@ from sidactl.artifacts import (
 from sidactl.artifacts import fetch_teacher as fetch_teacher
 from sidactl.artifacts import load as load
 from sidactl.artifacts import prepare_data as prepare_data
-from sidactl.errors import EXIT_FAILED, EXIT_INTERRUPTED, SidaError
+from sidactl.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, SidaError
 from sidactl.recipe import MODES, HeunSpec, Memory, Mode, NetSpec, OneStepSpec, Recipe, TeacherRecipe, override
 from sidactl.references import detector_name, images_per_batch, reference_stats
 from sidactl.scores import SCORE_NAMES, generated_images, load_detector, sampler_of
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from sidactl.detectors import Detector
     from sidactl.diffusion import Preconditioned
     from sidactl.loop import Evaluate, Event, History, Schedule, Training
     from sidactl.trainer import MicroBatches
@@ -282,7 +283,8 @@ def distill(
 
     dataset: of the teacher's by default; in mode sid its classes alone do, where it is not there.
     reference: what to score against meanwhile, as in `fid`; by default the images of the dataset, or else its
-        published statistics.
+        published statistics. In mode sid, where there are neither, nothing is scored, and the last generator is the
+        result.
 
     A run that was interrupted is continued; one that finished before is answered from the run directory. Overrides
     name fields of Recipe or Adversarial. Source: SiDA (2410.14919), Algorithms 1 and 2.
@@ -302,12 +304,22 @@ def distill(
     recipe = dataclasses.replace(
         planned.recipe, dataset=planned.recipe.dataset if dataset is None else str(data.params["name"])
     )
-    inputs["reference"] = _training_reference(store, teacher_artifact, data, reference)
+    notes: list[str] = []
+    if data.results["kind"] == "labels" and dataset is None:
+        notes.append(f"dataset {recipe.dataset}: mode sid needs no images, training on classes alone")
+    try:
+        inputs["reference"] = _training_reference(store, teacher_artifact, data, reference)
+    except SidaError as error:
+        # What failed, such as a download, may work another time; what is not there does not come.
+        is_needed = reference is not None or recipe.mode != "sid" or data.results["kind"] != "labels"
+        if is_needed or error.exit_code != EXIT_USAGE:
+            raise
+        notes.append(f"nothing is scored, and the last generator is the result: {error.message}")
     if generator is not None:
         inputs["generator"] = resolve(store, generator, ["generator"])
         _check_generator(inputs["generator"], teacher_artifact)
     _check_fit(data, teacher_net, "teacher")
-    if inputs["reference"].oid == data.oid:
+    if "reference" in inputs and inputs["reference"].oid == data.oid:
         del inputs["reference"]
     oids = {role: artifact.oid for role, artifact in inputs.items()}
     keys = {
@@ -315,7 +327,7 @@ def distill(
     }
     if force or not _asked(store, keys["best"]):
         with _at_work(store, keys["best"]) as live:
-            _distill(store, live, keys, recipe, inputs, device, watch)
+            _distill(store, live, keys, recipe, inputs, device, watch, notes)
     found = {which: store.asked(key) for which, key in keys.items()}
     if found["last"]:
         named(store, found["last"], ["last"])
@@ -329,9 +341,10 @@ def _training_data(store: Store, planned: Plan, net: NetSpec, asked: str | None)
     try:
         data = resolve(store, planned.inputs["dataset"], ["dataset"])
     except SidaError:
-        if asked or planned.recipe.mode != "sid" or not net.label_dim:
+        if asked or planned.recipe.mode != "sid":
             raise
-        return prepare_data(None, classes=net.label_dim, run=store.root)
+        # A net without classes looks at no label: one class does as well.
+        return prepare_data(None, classes=net.label_dim or 1, run=store.root)
     if planned.recipe.mode != "sid":
         require_images(data)
     return data
@@ -354,18 +367,22 @@ def _distill(
     inputs: Mapping[str, Artifact],
     device: str | None,
     watch: Watch | None,
+    notes: Sequence[str],
 ) -> None:
     """Trains, stores the last and the best generator under their keys, and a run that binds them."""
     import safetensors.torch
 
-    from sidactl import detectors, loop, metrics, pictures, teachers, trainer
+    from sidactl import loop, pictures, teachers, trainer
     from sidactl.engine import pick_device
 
     chosen_device = pick_device(device)
     data = inputs["dataset"]
-    compared = inputs.get("reference", data)
-    detector = load_detector(store, detector_name(compared), chosen_device)
-    reference = references.moments(store, compared, detector)
+    sampler = OneStepSpec(sigma_init=recipe.sigma_init)
+    compared = inputs.get("reference", None if data.results["kind"] == "labels" else data)
+    detector, evaluate = None, None
+    if compared:
+        detector = load_detector(store, detector_name(compared), chosen_device)
+        evaluate = _evaluation(detector, references.moments(store, compared, detector), sampler, recipe.evaluate_num)
     teacher = load_net(store, inputs["teacher"], chosen_device)
     start = load_net(store, inputs["generator"], chosen_device) if "generator" in inputs else None
     batches = _batches(store, data, recipe.batch_size, recipe.num_accumulation_rounds, recipe.seed, chosen_device)
@@ -376,36 +393,30 @@ def _distill(
         checkpoint_every_nimg=recipe.checkpoint_every_nimg,
         max_skipped_steps=recipe.max_skipped_steps,
     )
-    sampler = OneStepSpec(sigma_init=recipe.sigma_init)
-
-    def evaluate(net: "Preconditioned", should_stop: Callable[[], bool]) -> loop.Evaluation | None:
-        seeds = range(SELECTION_SEED, SELECTION_SEED + recipe.evaluate_num)
-        images = takewhile(lambda batch: not should_stop(), generated_images(net, sampler, seeds, chosen_device))
-        generated = detectors.stats_of(detector, images)
-        if should_stop():
-            return None
-        score = metrics.frechet_distance(generated.mean, generated.covariance(), *reference)
-        return loop.Evaluation(score, _preview(net, sampler))
-
     title = f"distill {recipe.teacher} {recipe.mode}"
     facts = {"title": title, "teacher": recipe.teacher, "events": str(live.path / "events.jsonl")}
-    history = _train(training, schedule, live, evaluate, watch, facts)
-    if history.best is None:
-        raise SidaError("no evaluation gave a finite score", "Lower the learning rate.", exit_code=EXIT_FAILED)
-    teacher_score = _teacher_score(store, inputs["teacher"], compared, recipe, device, watch)
-    curve = pictures.curve(
-        history.scores,
-        teacher_score=teacher_score,
-        title=f"{recipe.mode} of {recipe.teacher}, one step",
-        ylabel=SCORE_NAMES[detector.name],
-    )
+    history = _train(training, schedule, live, evaluate, watch, facts, notes)
+    teacher_score, curve = None, {}
+    last: tuple[int, float | None] = training.nimg, None
+    best = last
+    if compared and detector:
+        if history.best is None:
+            raise SidaError("no evaluation gave a finite score", "Lower the learning rate.", exit_code=EXIT_FAILED)
+        last, best = history.scores[-1], history.best
+        teacher_score = _teacher_score(store, inputs["teacher"], compared, recipe, device, watch)
+        curve["curve.png"] = pictures.curve(
+            history.scores,
+            teacher_score=teacher_score,
+            title=f"{recipe.mode} of {recipe.teacher}, one step",
+            ylabel=SCORE_NAMES[detector.name],
+        )
     net, made = training.ema, {}
-    for which, (nimg, score) in (("last", history.scores[-1]), ("best", history.best)):
-        if which == "best":
+    for which, (nimg, score) in (("last", last), ("best", best)):
+        if which == "best" and history.best:
             teachers.load_weights(net, safetensors.torch.load(loop.best_weights(history, live)))
         made[which] = store.put(
             "generator",
-            {"model.safetensors": loop.weights(net), "grid.png": _preview(net, sampler), "curve.png": curve},
+            {"model.safetensors": loop.weights(net), "grid.png": _preview(net, sampler), **curve},
             inputs={role: artifact.oid for role, artifact in inputs.items()},
             params={
                 "name": f"{recipe.teacher}-{recipe.mode}",
@@ -418,7 +429,7 @@ def _distill(
                 "images_seen": nimg,
                 "selection_score": _finite(score),
                 "teacher_score": teacher_score,
-                "detector": detector.name,
+                "detector": detector.name if detector else None,
                 "scores": [[n, _finite(s)] for n, s in history.scores],
                 "skipped_updates": sum(training.skipped.total.values()),
             },
@@ -433,9 +444,28 @@ def _distill(
         answered(store, keys[which], artifact, "distill")
 
 
-def _finite(score: float) -> float | None:
+def _evaluation(
+    detector: "Detector", reference: references.Moments, sampler: OneStepSpec, num_images: int
+) -> "Evaluate":
+    """What scores a net while it trains: its distance from the reference, and a grid of images."""
+    from sidactl import detectors, loop, metrics
+
+    seeds = range(SELECTION_SEED, SELECTION_SEED + num_images)
+
+    def evaluate(net: "Preconditioned", should_stop: Callable[[], bool]) -> loop.Evaluation | None:
+        images = takewhile(lambda batch: not should_stop(), generated_images(net, sampler, seeds, detector.device))
+        generated = detectors.stats_of(detector, images)
+        if should_stop():
+            return None
+        score = metrics.frechet_distance(generated.mean, generated.covariance(), *reference)
+        return loop.Evaluation(score, _preview(net, sampler))
+
+    return evaluate
+
+
+def _finite(score: float | None) -> float | None:
     """The score, or None for one that JSON has no word for."""
-    return score if math.isfinite(score) else None
+    return score if score is not None and math.isfinite(score) else None
 
 
 def _teacher_score(
@@ -531,6 +561,7 @@ def _train(
     evaluate: "Evaluate | None",
     watch: Watch | None,
     facts: Mapping[str, Any],
+    notes: Sequence[str] = (),
 ) -> "History":
     """Runs the loop to its end, passing events on; an interruption leaves a checkpoint and raises, exit code 130."""
     from sidactl import loop
@@ -539,6 +570,8 @@ def _train(
     tell = watch or (lambda event: None)
     with _stop_on_signals() as should_stop:
         tell(loop.Event("started", 0, {**facts, "duration_nimg": schedule.duration_nimg}))
+        for message in notes:
+            tell(loop.Event("note", 0, {"message": message}))
         events = loop.run(training, schedule, live, evaluate=evaluate, should_stop=should_stop, history=history)
         for event in events:
             tell(event)

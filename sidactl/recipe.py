@@ -315,10 +315,19 @@ _SAVED_VALUES = {"SongUNet": 11, "DhariwalUNet": 21, "EDM2": 13}
 class Memory:
     """An estimate of what a training step needs on one device, in bytes, in float32."""
 
+    num_parameters: int
     state_bytes: int
     """four networks, two Adam states with two moments each, the gradients of one network"""
     activation_bytes: int
     """of one micro-batch; EDM2's normalised copies of the weights included"""
+
+    @property
+    def basis(self) -> str:
+        """What is counted, for people."""
+        return (
+            f"{self.num_parameters:,} parameters in 4 networks, with the gradients of one and 2 Adam states of 2 "
+            f"moments; the activations of {_GRAPHS} networks"
+        )
 
     @classmethod
     def of(cls, recipe: Recipe, net: NetSpec, num_parameters: int) -> Self:
@@ -330,4 +339,4 @@ class Memory:
         micro_batch = recipe.batch_size // recipe.num_accumulation_rounds
         values = blocks * _SAVED_VALUES[net.architecture] * micro_batch
         values += num_parameters if net.architecture == "EDM2" else 0
-        return cls(4 * (4 + 4 + 1) * num_parameters, 4 * _GRAPHS * values)
+        return cls(num_parameters, 4 * (4 + 4 + 1) * num_parameters, 4 * _GRAPHS * values)

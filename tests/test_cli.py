@@ -215,11 +215,12 @@ def test_dry_run_prints_the_recipe_and_writes_nothing(tmp_path: Path) -> None:
 
 def test_dry_run_estimates_memory_and_hours_without_torch(tmp_path: Path) -> None:
     code = (
-        "import sys\n"
+        "import sys, time\n"
         "from sidactl.cli import main\n"
         "try:\n    main(sys.argv[1:])\n"
         "except SystemExit:\n    pass\n"
         "assert not {'torch', 'numpy', 'scipy'} & set(sys.modules)\n"
+        "assert time.process_time() < 1\n"
     )
 
     def planned(teacher: str) -> dict[str, Any]:
@@ -232,7 +233,11 @@ def test_dry_run_estimates_memory_and_hours_without_torch(tmp_path: Path) -> Non
     edm2 = planned("edm2-s")
     assert (edm2["recipe"]["batch_size"], edm2["recipe"]["fake_score_lr"]) == (2048, 5e-5)
     assert edm2["estimate"]["state_gb"] == 10.09
-    assert edm2["estimate"]["hours"] is None
+    assert edm2["estimate"]["counted"] == (
+        "280,212,837 parameters in 4 networks, with the gradients of one and 2 Adam states of 2 moments; "
+        "the activations of 3 networks"
+    )
+    assert (edm2["estimate"]["hours"], edm2["estimate"]["pace"]) == (None, "not published")
     edm = planned("edm-cifar10-uncond")["estimate"]
     assert (edm["hours"], edm["pace"]) == (300.0, "3.6 s per 1,000 images on 8 V100 (16 GB), as published")
 

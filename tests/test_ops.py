@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sidactl import loop, metrics, ops
+from sidactl import cli, loop, metrics, ops
 from sidactl.artifacts import mapping
 from sidactl.errors import SidaError
 from sidactl.store import Artifact, Store, digest
@@ -788,22 +788,87 @@ def test_mode_sid_needs_classes_alone_and_is_scored_against_the_teachers_dataset
         ops.distill(teacher=teacher, mode="sida", dataset=classes.oid, run=root, **SHORT)
 
 
-def test_mode_sid_falls_back_on_classes_where_the_dataset_is_not_there(
+def moved_away(root: Path, oid: str, dataset: str) -> str:
+    """The oid of a copy of a teacher that is of another dataset, and does not descend from one that is stored."""
+    store = Store.open(root)
+    known = store.get(oid)
+    files = {"model.safetensors": store.path(known, "model.safetensors")}
+    return store.put("teacher", files, params={**known.params, "dataset": dataset}).oid
+
+
+def messages(events: list[loop.Event]) -> list[str]:
+    return [event.values["message"] for event in events if event.kind == "note"]
+
+
+def test_mode_sid_falls_back_on_classes_where_the_dataset_is_not_there(edm2: tuple[Path, str]) -> None:
+    root, oid = edm2
+    far, store, events = moved_away(root, oid, "imagenet512"), Store.open(root), list[loop.Event]()
+    options = {"reference": "tiny-digits", "run": root, "device": "cpu"}
+    made = ops.distill(teacher=far, mode="sid", watch=events.append, **options, **SHORT_SID)
+    assert made.params["dataset"] == "imagenet512"
+    assert store.get(made.inputs["dataset"]).results["kind"] == "labels"
+    assert messages(events)[0] == "dataset imagenet512: mode sid needs no images, training on classes alone"
+    with pytest.raises(SidaError, match=r"^dataset imagenet512 must be prepared from its files\. "):
+        ops.distill(teacher=far, mode="sida", **options, **SHORT)
+
+
+def test_mode_sid_without_images_and_without_a_reference_ends_in_the_last_generator(
+    edm2: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, oid = edm2
+    far, events = moved_away(root, oid, "elsewhere"), list[loop.Event]()
+    made = ops.distill(teacher=far, mode="sid", run=root, device="cpu", watch=events.append, **SHORT_SID)
+    assert messages(events) == [
+        "dataset elsewhere: mode sid needs no images, training on classes alone",
+        f"nothing is scored, and the last generator is the result: no ref 'elsewhere' in {root}",
+    ]
+    assert {event.kind for event in events} == {"started", "note", "progress", "checkpoint"}
+    assert made.oid == refs(root)["generator/best"] == refs(root)["generator/last"]
+    assert made.results == {
+        "images_seen": 96,
+        "selection_score": None,
+        "teacher_score": None,
+        "detector": None,
+        "scores": [],
+        "skipped_updates": 0,
+    }
+    assert sorted(made.files) == ["grid.png", "model.safetensors"]
+    assert ops.distill(teacher=far, mode="sid", run=root, watch=never, **SHORT_SID) == made
+    cli._print_generator(made, as_json=False)
+    told = capsys.readouterr()
+    assert told.out == f"{made.oid}\n"
+    assert told.err.startswith("last generator, not scored: 96 images, one step. Look at it: ")
+    # The scores do not steer the training: with them the last generator has the same weights.
+    ops.distill(teacher=far, mode="sid", reference="tiny-digits", run=root, device="cpu", **SHORT_SID)
+    assert Store.open(root).resolve("generator/last").files["model.safetensors"] == made.files["model.safetensors"]
+
+
+def test_what_was_asked_for_and_cannot_be_had_stays_an_error_in_mode_sid(
     edm2: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, oid = edm2
-    store = Store.open(root)
-    known = store.get(oid)
-    far = store.put(
-        "teacher",
-        {"model.safetensors": store.path(known, "model.safetensors")},
-        params={**known.params, "dataset": "imagenet512"},
+    far = moved_away(root, oid, "elsewhere")
+    for options in ({"reference": "nowhere"}, {"dataset": "nowhere"}):
+        with pytest.raises(SidaError) as caught:
+            ops.distill(teacher=far, mode="sid", run=root, device="cpu", **options, **SHORT_SID)
+        assert str(caught.value) == f"no ref 'nowhere' in {root}. See what there is with: sidactl ls"
+
+    def broken(*arguments: object) -> Artifact:
+        raise SidaError("the download broke off", "Try again later.", exit_code=1)
+
+    monkeypatch.setattr(ops.references, "find", broken)
+    with pytest.raises(SidaError, match=r"^the download broke off\. Try again later\.$"):
+        ops.distill(teacher=far, mode="sid", run=root, device="cpu", **SHORT_SID)
+
+
+def test_mode_sid_of_a_teacher_without_classes_needs_no_dataset_either(edm2: tuple[Path, str]) -> None:
+    root, _ = edm2
+    plain = ops.train_teacher("tiny-digits", name="plain", run=root, device="cpu", label_dim=0, **TEACHER).oid
+    made = ops.distill(
+        teacher=moved_away(root, plain, "elsewhere"), mode="sid", run=root, device="cpu", **one_step(SHORT)
     )
-    made = ops.distill(teacher=far.oid, mode="sid", reference="tiny-digits", run=root, device="cpu", **SHORT_SID)
-    assert made.params["dataset"] == "imagenet512"
-    assert store.get(made.inputs["dataset"]).results["kind"] == "labels"
-    with pytest.raises(SidaError, match=r"^dataset imagenet512 must be prepared from its files\. "):
-        ops.distill(teacher=far.oid, mode="sida", reference="tiny-digits", run=root, device="cpu", **SHORT)
+    assert mapping(made.params["net"])["label_dim"] == 0
+    assert ops.sample(made.oid, seeds=range(2), run=root).labels is None
 
 
 @pytest.mark.parametrize("form", ["ncsnpp", "adm"])
