@@ -567,18 +567,24 @@ def _prepare_latents(
     else:
         key = store.key("prepare-data", {"source": _source_identity(source), **options, "latents": True}, {})
     refs = [name] if name else []
-    with _answering(store, key, source, force) as work:
-        if isinstance(work, Artifact):
-            return named(store, work, refs)
-        from sidactl import codec, prepare
-        from sidactl.data import Dataset
-        from sidactl.engine import pick_device
+    if not force and (known := store.asked(key)):
+        return named(store, known, refs)
+    from sidactl import codec, engine, prepare
+    from sidactl.data import Dataset
 
-        chosen = pick_device(device)
+    chosen = engine.pick_device(device)
+    if engine.rank_and_size()[0] > 0:
+        return _help_with_latents(store, chosen)
+    with _answering(store, key, source, force) as work:
+        if isinstance(work, Artifact):  # by the process that this one waited for
+            engine.agreed(lambda: "")
+            engine.agreed(lambda: work.oid)
+            return named(store, work, refs)
         # First of all, since it may not be there, and pixels may take hours.
         vae = codec.stable_diffusion_vae(purpose="encoding latents")
         pixels = pixels or _prepare_images(store, source, options, workers, None, False, tick)
         _require_pixels(pixels)
+        engine.agreed(lambda: pixels.oid)
         path = work.path / "images.zip"
         made = prepare.prepare_latents(
             Dataset(store.path(pixels, "images.zip"), cache_bytes=0),
@@ -596,7 +602,22 @@ def _prepare_latents(
         }
         results = dataclasses.asdict(made) | {"skipped": pixels.results["skipped"]}
         artifact = store.put("dataset", files, inputs={"dataset": pixels.oid}, params=params, results=results)
+        engine.agreed(lambda: artifact.oid)
         return answered(store, key, artifact, "prepare-data", refs=refs)
+
+
+def _help_with_latents(store: Store, device: "torch.device") -> Artifact:
+    """What all but the first of several processes do: encode their share of what the first one writes."""
+    from sidactl import codec, engine, prepare
+    from sidactl.data import Dataset
+
+    if oid := engine.agreed(str):
+        vae = codec.stable_diffusion_vae(purpose="encoding latents")
+        dataset = Dataset(store.path(store.get(oid), "images.zip"), cache_bytes=0)
+        first = int(engine.agreed(str))
+        for _ in prepare.encoded_batches(dataset, codec.LatentCodec(lambda: vae), first, device):
+            pass
+    return store.get(engine.agreed(str))
 
 
 def _prepare_labels(store: Store, source: str | None, classes: int | None, name: str | None, force: bool) -> Artifact:

@@ -26,7 +26,7 @@ from PIL import Image, UnidentifiedImageError
 from sidactl import pictures
 from sidactl.codec import LatentCodec
 from sidactl.data import LABEL_FILE, Dataset, decode_latents, decode_pixels, first_line
-from sidactl.engine import in_order
+from sidactl.engine import agreed, in_order, joined, share
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.sources import Convention, Item, Pixels, open_source
 
@@ -179,21 +179,40 @@ def prepare_latents(
         got = f"{dataset.resolution}x{dataset.resolution}"
         raise SidaError(f"images must be at least 8x8 to have latents, got {got}", "Prepare larger images.")
     total = dataset.num_images
-    with _unfinished(destination, work) as zipped, torch.no_grad():
-        for start in range(zipped.state.done, total, LATENT_BATCH):
-            indices = range(start, min(start + LATENT_BATCH, total))
-            pixels = dataset.images(indices).to(device)
-            encoded = codec.mean_and_std(pixels.expand(-1, 3, -1, -1)).to("cpu", torch.float32).numpy()
-            for index, latents in zip(indices, encoded, strict=True):
+    with _unfinished(destination, work) as zipped:
+        first = int(agreed(lambda: str(zipped.state.done)))
+        done = first
+        for encoded in encoded_batches(dataset, codec, first, device):
+            for index, latents in enumerate(encoded, start=done):
                 label = None if dataset.labels is None else int(dataset.labels[index])
                 where = f"latents of {dataset.names[index]}"
                 member = _Member(encode_npy(latents), decode_latents(encode_npy(latents), where).shape)
                 zipped.add(where, f"{index:08d}"[:5] + f"/img-mean-std-{index:08d}.npy", member, label)
             # Whole batches only, so that what goes on later makes the same ones.
-            zipped.commit(indices.stop)
+            done += len(encoded)
+            zipped.commit(done)
             if progress is not None:
-                progress(indices.stop, total)
+                progress(done, total)
         return zipped.finish(f"{dataset.path}")
+
+
+def encoded_batches(
+    dataset: Dataset, codec: LatentCodec, first: int, device: torch.device
+) -> Iterator[NDArray[np.float32]]:
+    """Means and standard deviations of the images from `first` on, batch by batch, float32 [b, 8, h, w].
+
+    Several processes share the batches: the first gets all of them, in order, the others none; each must read to the
+    end.
+    """
+
+    @torch.no_grad()
+    def encode(start: int) -> NDArray[np.float32]:
+        pixels = dataset.images(range(start, min(start + LATENT_BATCH, dataset.num_images))).to(device)
+        encoded: NDArray[np.float32] = codec.mean_and_std(pixels.expand(-1, 3, -1, -1)).to("cpu", torch.float32).numpy()
+        return encoded
+
+    starts = range(first, dataset.num_images, LATENT_BATCH)
+    return joined(map(encode, share(starts)), len(starts))
 
 
 class ZipWriter:

@@ -1000,3 +1000,34 @@ def test_a_small_teacher_learns_from_real_fashion_mnist(run: Path) -> None:
         print(f"read {memory}, shuffled: {rates_read[-1]:,.0f} images/s")
     trained = f"trained on {4800 / trained_sec:.0f} images/s, loss {first:.3f} -> {last:.3f}"
     print(f"prepared in {prepared_sec:.1f} s; {trained}")
+
+
+def test_latents_of_two_processes_are_those_of_one(run: Path, tmp_path: Path) -> None:
+    for index in range(21):
+        picture(tmp_path / f"in/{index % 2}/{index:02d}.png", size=(32, 32))
+    prepare_data("in", name="mine", run=run)
+    code = (
+        "import sys\n"
+        "from sidactl import codec, ops\n"
+        "from tests.playback import SmallVae\n"
+        "codec.stable_diffusion_vae = lambda **options: SmallVae()\n"
+        "made = ops.prepare_data('mine', latents=True, run=sys.argv[1], device='cpu')\n"
+        "print(f'oid={made.oid}')\n"
+    )
+    script = tmp_path / "encode.py"
+    script.write_text(code)
+    other = Path(shutil.copytree(run, tmp_path / "other"))
+
+    def encoded(root: Path, *launcher: str) -> set[str]:
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        command = [sys.executable, *launcher, str(script), str(root)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("oid=") == (2 if launcher else 1)
+        return set(re.findall("oid=([0-9a-f]{64})", done.stdout))
+
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+    (alone,), (shared,) = encoded(run), encoded(other, *torchrun)
+    assert shared == alone
+    assert Store(other).get(shared).results["kind"] == "latents"
+    assert not list((other / "live").iterdir())
