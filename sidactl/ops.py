@@ -106,6 +106,8 @@ def train_teacher(
     net: the form to start from, ddpmpp (default), ncsnpp, adm or edm2, small, and shaped to the dataset. Overrides name
     fields of TeacherRecipe or NetSpec.
     """
+    if net not in (None, *catalog.SMALL_NETS):
+        raise SidaError(f"the net must be one of {', '.join(catalog.SMALL_NETS)}, got {net!r}", "Pass --net ddpmpp.")
     store = Store.open(run)
     store.check_name("teacher", name)
     data = resolve(store, dataset, ["dataset"])
@@ -171,8 +173,6 @@ def _at_work(store: Store, key: str) -> Iterator[LiveDir]:
 def _teacher_recipe(
     recipe: TeacherRecipe | None, form: str | None, data: Artifact, overrides: Mapping[str, Any]
 ) -> TeacherRecipe:
-    if form not in (None, *catalog.SMALL_NETS):
-        raise SidaError(f"the net must be one of {', '.join(catalog.SMALL_NETS)}, got {form!r}", "Pass --net ddpmpp.")
     shape = dict(zip(("img_resolution", "img_channels", "label_dim"), shape_for_nets(data), strict=True))
     net_fields = {f.name for f in dataclasses.fields(NetSpec)}
     fields = {f.name for f in dataclasses.fields(TeacherRecipe)} - {"dataset", "net"}

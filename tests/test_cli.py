@@ -157,6 +157,10 @@ def test_unknown_option_is_one_line() -> None:
             ["fid", "tiny-digits", "--detector", "incepton"],
             "unknown detector 'incepton'. Did you mean 'inception'?",
         ),
+        (
+            ["train-teacher", "tiny-digits", "--name", "x", "--net", "unet"],
+            "the net must be one of ddpmpp, ncsnpp, adm, edm2, got 'unet'. Pass --net ddpmpp.",
+        ),
         (["fid", "tiny-digits", "--convention", "tf"], None),
         (["ls", "pictures"], None),
         (["prepare-data", "tiny-digits", "--resolution", "64"], None),
@@ -322,6 +326,19 @@ def test_sample_reads_a_dash_and_json_names_the_artifact(distilled: tuple[Path, 
     described = json.loads(done.stdout)
     assert described["kind"] == "samples"
     assert described["results"]["num_images"] == 5
+
+
+def test_an_edm2_teacher_is_trained_and_planned_with(tmp_path: Path) -> None:
+    words = ["train-teacher", "tiny-digits", "--net", "edm2", "--name", "x", "--duration", "256"]
+    oid = sidactl(*words, "--batch-size", "64", "--model-channels", "8", run=tmp_path / "run").stdout.strip()
+    net: Any = Store.open(tmp_path / "run").resolve("teacher/x").params["net"]
+    assert (net["architecture"], net["model_channels"], net["logvar_channels"]) == ("EDM2", 8, 16)
+    for mode, scale in (("sid", None), ("sida", 100.0)):
+        told = json.loads(
+            sidactl("distill", "--teacher", oid, "--mode", mode, "--dry-run", run=tmp_path / "run").stdout
+        )
+        assert (told["recipe"]["forced_normalization"], told["recipe"]["logvar"]) == ("published", True)
+        assert (told["recipe"]["adversarial"] or {}).get("discriminator_scale") == scale
 
 
 def test_sample_guided_by_a_second_teacher_is_another_question(distilled: tuple[Path, str]) -> None:

@@ -408,3 +408,65 @@ def test_pretraining_lowers_the_denoising_loss() -> None:
     values = [float(run.step()["denoising_loss"]) for _ in range(60)]
     assert sum(values[-10:]) < 0.5 * sum(values[:10])
     assert run.nimg == 1200
+
+
+def pretraining(spec: NetSpec, **changed: Any) -> tuple[trainer.Pretraining, trainer.DatasetBatches]:
+    recipe = TeacherRecipe(dataset="made up", net=spec, batch_size=20, lr=1e-2, lr_rampup_nimg=100)
+    source = MadeUpLatents() if spec.img_channels == 4 else MadeUp()
+    batches = trainer.DatasetBatches(source, InOrder(), batch_size=20, num_rounds=1, seed=0, device=torch.device("cpu"))
+    torch.manual_seed(0)
+    return trainer.Pretraining(dataclasses.replace(recipe, **changed), nets.build(spec), batches), batches
+
+
+def drawn(run: trainer.Pretraining, batches: trainer.DatasetBatches, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Real images, noise and sigma of a step of pretraining."""
+    images, draws = batches.images(step, 0), batches.get(step, 0).diffusion
+    sigma = (run.recipe.P_std * draws.normal((len(images), 1, 1, 1)) + run.recipe.P_mean).exp()
+    return images, draws.normal(images.shape), sigma
+
+
+def test_pretraining_of_edm2_normalises_its_weights_and_no_others() -> None:
+    # The rate of the first step is 0, so that what it changes is the normalisation.
+    for spec, normalises in ((TINY_EDM2, True), (TINY, False)):
+        run, _ = pretraining(spec)
+        with torch.no_grad():
+            for parameter in run.net.parameters():
+                parameter.mul_(3)
+        before = {name: p.clone() for name, p in run.net.named_parameters()}
+        run.step()
+        for name, parameter in run.net.named_parameters():
+            if normalises and parameter.ndim > 1:
+                assert parameter.detach().flatten(1).square().mean(1).sqrt().sub(1).abs().max() < 1e-3, name
+            else:
+                assert torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize("logvar_channels", [16, 0])
+def test_pretraining_of_edm2_weights_the_loss_by_its_uncertainty_where_it_has_a_head(logvar_channels: int) -> None:
+    run, batches = pretraining(dataclasses.replace(TINY_EDM2, logvar_channels=logvar_channels))
+    told = float(run.step()["denoising_loss"])
+    y, noise, sigma = drawn(run, batches, 0)
+    with torch.no_grad():
+        error = (run.net(y + sigma * noise, sigma, batches.get(0, 0).labels) - y) ** 2
+        weighted = error * (sigma**2 + 0.25) / (0.5 * sigma) ** 2
+        u = run.net.logvar(sigma) if logvar_channels else torch.zeros(())
+        assert told == pytest.approx(float((weighted / u.exp() + u).mean()), rel=1e-5)
+
+
+def test_the_uncertainty_head_of_edm2_learns_the_log_of_the_loss() -> None:
+    run, batches = pretraining(TINY_EDM2, P_mean=0.0)
+
+    def gap() -> float:
+        gaps = []
+        for level in (0.3, 0.6, 1.0):
+            y, noise, _ = drawn(run, batches, 0)
+            with torch.no_grad():
+                error = (run.net(y + level * noise, level, batches.get(0, 0).labels) - y) ** 2
+                loss = error.mean() * (level**2 + 0.25) / (0.5 * level) ** 2
+                gaps.append(abs(float(run.net.logvar(level) - loss.log())))
+        return max(gaps)
+
+    before = gap()
+    for _ in range(80):
+        run.step()
+    assert gap() < 0.25 * before
