@@ -59,8 +59,9 @@ class DigitsClassifier(nn.Module):
 class Detector:
     """Maps uint8 images [N, C, H, W] to float32 features [N, num_features].
 
-    Scores under two identities do not compare. `shape`: the one [C, H, W] that it takes; None where any size does, grey
-    or RGB. `classify`: class logits without bias of features, for the inception score; None where there is no class.
+    Scores under two identities, which name weights, resize and precision, do not compare. `shape`: the one [C, H, W]
+    that it takes; None where any size does, grey or RGB. `classify`: class logits without bias of features, for the
+    inception score; None where there is no class.
     """
 
     name: str
@@ -131,7 +132,8 @@ def load(
         if name != BUILT_IN:
             raise SidaError(f"detector {name} does not ship with its weights, got none", "Pass its state_dict.")
         state_dict = safetensors.torch.load_file(ASSETS / "tiny-digits-detector.safetensors")
-    identity, chosen = f"{name}@{weights_digest(state_dict)[:16]}", torch.device(device)
+    resized = f"-{resize}" if name == "dinov2" else ""
+    identity, chosen = f"{name}@{weights_digest(state_dict)[:16]}{resized}-fp32", torch.device(device)
     if name == BUILT_IN:
         digits = DigitsClassifier()
         digits.load_state_dict(dict(state_dict))
@@ -148,7 +150,7 @@ def load(
     return Detector(
         name,
         transformer.cls_token.shape[2],
-        f"{identity}-{resize}",
+        identity,
         chosen,
         lambda images: transformer(vit.preprocess(images, resize)),
     )
@@ -189,7 +191,7 @@ def load_torchscript(path: Path | str, *, device: torch.device | str = "cpu") ->
         found: Tensor = net(images.expand(-1, 3, -1, -1), return_features=True)
         return found
 
-    identity = f"inception-torchscript@{digest[:16]}"
+    identity = f"inception-torchscript@{digest[:16]}-fp32"
     return Detector("inception", features.shape[1], identity, torch.device(device), extract)
 
 

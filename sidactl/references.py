@@ -254,7 +254,7 @@ def moments(store: Store, reference: Artifact, detector: "Detector") -> Moments:
             f"{reference.params['name']} holds statistics by {held}, not by {detector.name}",
             "Pass another --ref, or --detector.",
         )
-    if detector.identity.endswith("-pil"):
+    if "-pil" in detector.identity:
         raise SidaError(
             "published statistics by dinov2 hold for --resize torch, got pil", "Score against the dataset itself."
         )
