@@ -132,7 +132,7 @@ def export(
     and arr_1 classes, as the guided-diffusion evaluator reads them; safetensors: weights with their network spec in
     the metadata; state-dict: a torch file {"ema": weights} that holds no code; onnx: the generator's one step, from
     `latents` (unit noise, float32 [N, C, H, W]) and one-hot `labels` [N, K] to `images`, in opset 18. A network comes
-    with a model card: README.md in the folder, or a file of the same name ending in .md.
+    with a model card: README.md in the folder, or beside the file, under its name with .md added.
     """
     if form not in EXPORT_FORMS:
         raise SidaError(f"--to must be one of {', '.join(EXPORT_FORMS)}, got {form!r}", "Leave it out for the files.")
@@ -141,7 +141,7 @@ def export(
     with ExitStack() as stack:
         temporary = stack.enter_context(_whole(path, force))
         if artifact.kind in NETS and form != "files":
-            card = stack.enter_context(_whole(path.with_suffix(".md"), force))
+            card = stack.enter_context(_whole(path.with_name(f"{path.name}.md"), force))
             card.write_text(model_card(store, artifact, form, path.name))
         if form == "files":
             _export_files(store, artifact, temporary)

@@ -829,7 +829,7 @@ def test_a_generator_in_onnx_draws_the_same_images(run: Path, tmp_path: Path, so
         with torch.no_grad():
             expected = net(latents * sigma_init, sigma_init, labels)
         torch.testing.assert_close(torch.from_numpy(images), expected, rtol=1e-4, atol=1e-5)
-    card = (tmp_path / "g.md").read_text()
+    card = (tmp_path / "g.onnx.md").read_text()
     assert f"ONNX, opset {opset_of(path)}: `latents`, unit normal float32 [N, " in card
     is_latent = net.spec.img_channels == 4
     drawn = executed(card, tmp_path)["images" if is_latent else "pixels"]
@@ -861,7 +861,7 @@ def executed(card: str, folder: Path) -> dict[str, Any]:
 def test_the_card_of_a_state_dict_draws_the_same_images(run: Path, tmp_path: Path, kind: Literal["teacher"]) -> None:
     oid = fetch_teacher(str(network(SMALL)), kind=kind, run=run).oid
     inventory.export(oid, tmp_path / "n.pt", form="state-dict", run=run)
-    images = executed((tmp_path / "n.md").read_text(), tmp_path)["images"]
+    images = executed((tmp_path / "n.pt.md").read_text(), tmp_path)["images"]
     drawn = ops.sample(oid, seeds=range(64), run=run, device="cpu").images
     assert (images.permute(0, 2, 3, 1).numpy() == drawn).all()
 
@@ -870,7 +870,7 @@ def test_the_card_of_a_state_dict_draws_the_same_images(run: Path, tmp_path: Pat
 def test_the_card_says_how_an_exported_network_comes_back(run: Path, tmp_path: Path, form: ExportForm) -> None:
     original = fetch_teacher("tiny-digits", run=run)
     path = inventory.export(original.oid, tmp_path / "my net.safetensors", form=form, run=run)
-    card = path / "README.md" if form == "files" else path.with_suffix(".md")
+    card = path / "README.md" if form == "files" else tmp_path / f"{path.name}.md"
     (command,) = re.findall(r"sidactl fetch-teacher (.*) \| sidactl sample --num 64", card.read_text())
     assert [command] == (["model.safetensors"] if form == "files" else ["'my net.safetensors'"])
     file = card.parent / command.strip("'")
@@ -878,6 +878,16 @@ def test_the_card_says_how_an_exported_network_comes_back(run: Path, tmp_path: P
     assert (back.kind, back.files) == ("teacher", original.files)
     for key in ("net", "sampler", "dataset", "licence"):
         assert back.params[key] == original.params[key]
+
+
+def test_forms_of_one_network_go_side_by_side(run: Path, tmp_path: Path) -> None:
+    oid = fetch_teacher("tiny-digits", run=run).oid
+    (tmp_path / "to").mkdir()
+    inventory.export(oid, tmp_path / "to/v1.5.safetensors", form="safetensors", run=run)
+    inventory.export(oid, tmp_path / "to/v1.5.pt", form="state-dict", run=run)
+    inventory.export(oid, tmp_path / "to/v1.5", run=run)
+    names = ["v1.5", "v1.5.pt", "v1.5.pt.md", "v1.5.safetensors", "v1.5.safetensors.md"]
+    assert sorted(path.name for path in (tmp_path / "to").iterdir()) == names
 
 
 def test_a_manifest_speaks_for_its_own_files_alone(run: Path, tmp_path: Path) -> None:

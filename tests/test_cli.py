@@ -474,7 +474,7 @@ def test_a_network_is_exported_with_its_model_card(distilled: tuple[Path, str], 
     sidactl("export", oid, str(tmp_path / "g"), run=run)
     card = (tmp_path / "g" / "README.md").read_text()
     sidactl("export", oid, str(tmp_path / "g.safetensors"), "--to", "safetensors", run=run)
-    beside = (tmp_path / "g.md").read_text()
+    beside = (tmp_path / "g.safetensors.md").read_text()
     assert beside == card.replace("fetch-teacher model.safetensors", "fetch-teacher g.safetensors")
     teacher = Store.open(run).resolve("teacher/tiny-digits").oid
     for line in (
