@@ -23,9 +23,14 @@ Out = TypeVar("Out")
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The named device ("cpu", "cuda", "cuda:1"), or a GPU where there is one. Raises SidaError if it is not there."""
+    """The named device ("cpu", "cuda", "cuda:1"), or a GPU where there is one; raises SidaError if it is not there.
+
+    Of the processes that torchrun starts on a machine each gets a GPU of its own.
+    """
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -18,6 +18,7 @@ from sidactl.errors import SidaError
 def test_without_a_name_it_is_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     for available, kind in ((False, "cpu"), (True, "cuda")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda available=available: int(available))
         assert pick_device() == torch.device(kind)
 
 
@@ -25,6 +26,15 @@ def test_without_a_name_it_is_a_gpu_where_there_is_one(monkeypatch: pytest.Monke
 def test_a_gpu_that_is_there_can_be_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert pick_device(name) == torch.device(name)
+    assert pick_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", [None, "cuda"])
+def test_processes_of_one_machine_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch, name: str | None) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device(name) == torch.device("cuda:1")
     assert pick_device("cpu") == torch.device("cpu")
 
 
