@@ -130,7 +130,7 @@ def fetch_teacher(
     called = entry.name if entry else name or _plain_name(Path(source.partition("?")[0]).stem)
     refs = [called, name] if name else [called]
     suffix = _suffix(url or source)
-    what = url or _source_identity(source)
+    what = url or source_identity(source)
     # What it was first imported as answers for the source itself, so that only a new source is downloaded.
     first_key = store.key("fetch-teacher", {"source": what}, {})
     key = store.key("fetch-teacher", {"source": what, "kind": kind, "dataset": dataset}, {})
@@ -520,7 +520,7 @@ def _prepare_images(
     force: bool,
     tick: Tick | None,
 ) -> Artifact:
-    key = store.key("prepare-data", {"source": _source_identity(source), **options}, {})
+    key = store.key("prepare-data", {"source": source_identity(source), **options}, {})
     entry = catalog.DATASETS.get(source)
     if entry and not entry.builtin and not Path(source).exists():
         raise SidaError(
@@ -565,7 +565,7 @@ def _prepare_latents(
         _require_pixels(pixels)
         key = store.key("prepare-data", {"latents": True}, {"dataset": pixels.oid})
     else:
-        key = store.key("prepare-data", {"source": _source_identity(source), **options, "latents": True}, {})
+        key = store.key("prepare-data", {"source": source_identity(source), **options, "latents": True}, {})
     refs = [name] if name else []
     if not force and (known := store.asked(key)):
         return named(store, known, refs)
@@ -627,7 +627,7 @@ def _prepare_labels(store: Store, source: str | None, classes: int | None, name:
             f"labels without images come from a dataset.json or a number of classes, got {got}",
             "Name the file, or pass --classes.",
         )
-    identity = _source_identity(source) if source else None
+    identity = source_identity(source) if source else None
     key = store.key("prepare-data", {"labels_only": identity, "classes": classes}, {})
     refs = [name] if name else []
     if not force and (known := store.asked(key)):
@@ -661,7 +661,7 @@ def _prepare_labels(store: Store, source: str | None, classes: int | None, name:
 def _answering(store: Store, key: str, what: str, force: bool) -> Iterator[Artifact | LiveDir]:
     """What answered the question before, or else the place to work on it, alone: emptied when all went well.
 
-    An interruption leaves it for the next time. To answer anew (`force`) has a place of its own.
+    An interruption leaves it for the next time.
     """
     if not force and (known := store.asked(key)):
         yield known
@@ -672,9 +672,20 @@ def _answering(store: Store, key: str, what: str, force: bool) -> Iterator[Artif
         if known and not force:
             yield known
             return
-        with store.live(store.key("again", {"key": key}, {"known": known.oid}) if known else key) as live:
+        with at_work(store, key) as live:
             yield live
-            live.clear()
+
+
+@contextmanager
+def at_work(store: Store, key: str) -> Iterator[LiveDir]:
+    """The live directory of a question, emptied when all went well.
+
+    To answer anew (--force) has a place of its own, so that this, too, goes on after an interruption.
+    """
+    known = store.asked(key)
+    with store.live(store.key("again", {"key": key}, {"known": known.oid}) if known else key) as live:
+        yield live
+        live.clear()
 
 
 def _require_pixels(artifact: Artifact) -> None:
@@ -700,7 +711,7 @@ def shape_for_nets(data: Artifact) -> tuple[int | None, int | None, int]:
     return results["resolution"], channels, results["label_dim"]
 
 
-def _source_identity(source: str) -> Any:
+def source_identity(source: str) -> Any:
     """What stands for a source in a question: its name, or its files with sizes and times."""
     path = Path(source)
     entry = catalog.DATASETS.get(source)

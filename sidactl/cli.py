@@ -297,6 +297,17 @@ def _parser(field: dataclasses.Field[Any]) -> Callable[[str], Any]:
     return parse
 
 
+def _signed(
+    function: Callable[..., None], command: Callable[..., None], parameters: Sequence[inspect.Parameter]
+) -> Callable[..., None]:
+    """The function under the command's name and help, with these parameters as its options."""
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {p.name: p.annotation for p in parameters}
+    function.__name__, function.__doc__ = command.__name__, command.__doc__
+    return function
+
+
 def recipe_flags(*classes: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Gives a command one option per field of these dataclasses; it gets those that were given, as `overrides`."""
 
@@ -312,7 +323,6 @@ def recipe_flags(*classes: type) -> Callable[[Callable[..., None]], Callable[...
             command(**arguments, overrides=overrides)
 
         own = [p for p in inspect.signature(command).parameters.values() if p.name != "overrides"]
-        own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
         options = [
             inspect.Parameter(
                 name,
@@ -323,17 +333,14 @@ def recipe_flags(*classes: type) -> Callable[[Callable[..., None]], Callable[...
                     typer.Option(
                         _flag(name),
                         parser=_parser(field),
-                        metavar="COUNT" if name.endswith("_nimg") else "VALUE",
+                        metavar=_metavar(name),
                         help=doc,
                     ),
                 ],
             )
             for name, (field, doc) in flags.items()
         ]
-        with_flags.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
-        with_flags.__annotations__ = {p.name: p.annotation for p in (*own, *options)}
-        with_flags.__doc__ = command.__doc__
-        return with_flags
+        return _signed(with_flags, command, [*own, *options])
 
     return decorate
 
@@ -363,19 +370,22 @@ def train_teacher(
     _print_artifact(artifact, as_json)
 
 
+TeacherRef = Annotated[str, typer.Option(metavar="REF", help="a teacher artifact or a name from ls --catalog")]
+RealImages = Annotated[str | None, typer.Option(metavar="REF", help="real images; the teacher's own if not given")]
+Compared = Annotated[
+    str | None, typer.Option("--ref", metavar="REF", help="what to score against; the dataset if not given")
+]
+
+
 @app.command("distill")
 @recipe_flags(Recipe, Adversarial)
 def distill(
-    teacher: Annotated[str, typer.Option(metavar="REF", help="a teacher artifact or a name from ls --catalog")],
+    teacher: TeacherRef,
     overrides: Mapping[str, Any],
     mode: Annotated[str, typer.Option(help="sid, sida or sid2a")] = "sida",
     generator: Annotated[str | None, typer.Option(metavar="REF", help="where sid2a starts")] = None,
-    dataset: Annotated[
-        str | None, typer.Option(metavar="REF", help="real images; the teacher's own if not given")
-    ] = None,
-    reference: Annotated[
-        str | None, typer.Option("--ref", metavar="REF", help="what to score against; the dataset if not given")
-    ] = None,
+    dataset: RealImages = None,
+    reference: Compared = None,
     name: Name = None,
     run: Run = None,
     device: Device = None,
@@ -387,40 +397,19 @@ def distill(
 
     Example: sidactl distill --teacher tiny-digits --mode sida | sidactl sample --num 10k | sidactl fid
     """
-    from sidactl import ops
-
-    if dry_run:
-        _print_plan(teacher, mode, generator, dataset, run, overrides)
-        return
-    with _watching() as watch:
-        artifact = ops.distill(
-            teacher=teacher,
-            mode=mode,
-            generator=generator,
-            dataset=dataset,
-            reference=reference,
-            name=name,
-            run=run,
-            device=device,
-            force=force,
-            watch=watch,
-            **overrides,
-        )
-    _print_generator(artifact, as_json)
+    arguments = {"teacher": teacher, "mode": mode, "generator": generator, "dataset": dataset}
+    others = {"reference": reference, "name": name, "run": run, "device": device, "force": force}
+    _distill(arguments, others, overrides, as_json, dry_run)
 
 
 @app.command("finetune-sid2a")
 @recipe_flags(Recipe, Adversarial)
 def finetune_sid2a(
-    teacher: Annotated[str, typer.Option(metavar="REF", help="a teacher artifact or a name from ls --catalog")],
+    teacher: TeacherRef,
     generator: Annotated[str, typer.Option(metavar="REF", help="the generator to start from, such as generator/best")],
     overrides: Mapping[str, Any],
-    dataset: Annotated[
-        str | None, typer.Option(metavar="REF", help="real images; the teacher's own if not given")
-    ] = None,
-    reference: Annotated[
-        str | None, typer.Option("--ref", metavar="REF", help="what to score against; the dataset if not given")
-    ] = None,
+    dataset: RealImages = None,
+    reference: Compared = None,
     name: Name = None,
     run: Run = None,
     device: Device = None,
@@ -432,36 +421,30 @@ def finetune_sid2a(
 
     Example: sidactl finetune-sid2a --teacher tiny-digits --generator generator/tiny-digits-sid
     """
+    arguments = {"teacher": teacher, "mode": "sid2a", "generator": generator, "dataset": dataset}
+    others = {"reference": reference, "name": name, "run": run, "device": device, "force": force}
+    _distill(arguments, others, overrides, as_json, dry_run)
+
+
+def _distill(
+    planned: Mapping[str, Any], others: Mapping[str, Any], overrides: Mapping[str, Any], as_json: bool, dry_run: bool
+) -> None:
+    """Distills and prints the generator; or prints the plan, which the arguments in `planned` alone shape."""
     from sidactl import ops
 
     if dry_run:
-        _print_plan(teacher, "sid2a", generator, dataset, run, overrides)
+        _print_plan(planned, others["run"], overrides)
         return
     with _watching() as watch:
-        artifact = ops.finetune_sid2a(
-            teacher=teacher,
-            generator=generator,
-            dataset=dataset,
-            reference=reference,
-            name=name,
-            run=run,
-            device=device,
-            force=force,
-            watch=watch,
-            **overrides,
-        )
+        artifact = ops.distill(**planned, **others, watch=watch, **overrides)
     _print_generator(artifact, as_json)
 
 
-def _print_plan(
-    teacher: str, mode: str, generator: str | None, dataset: str | None, run: Path | None, overrides: Mapping[str, Any]
-) -> None:
+def _print_plan(arguments: Mapping[str, Any], run: Path | None, overrides: Mapping[str, Any]) -> None:
     from sidactl import ops
     from sidactl.store import Store
 
-    planned = ops.plan(
-        teacher=teacher, mode=mode, generator=generator, dataset=dataset, store=Store.open(run), overrides=overrides
-    )
+    planned = ops.plan(**arguments, store=Store.open(run), overrides=overrides)
     memory, cost = planned.memory, planned.cost
     pace = f"{cost.sec_per_kimg:g} s per 1,000 images on {cost.machine}, as published" if cost else "not published"
     estimate = {
@@ -613,12 +596,7 @@ def score_flags(command: Callable[..., None]) -> Callable[..., None]:
         with _ticking(command.__name__.replace("_", "-")) as tick:
             command(_from_pipe(ref), as_json, arguments | {"tick": tick}, **special)
 
-    parameters = [*inspect.signature(shared).parameters.values(), *own]
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
-    with_flags.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    with_flags.__annotations__ = {p.name: p.annotation for p in parameters}
-    with_flags.__name__, with_flags.__doc__ = command.__name__, command.__doc__
-    return with_flags
+    return _signed(with_flags, command, [*inspect.signature(shared).parameters.values(), *own])
 
 
 Resize = Annotated[str, typer.Option(metavar="NAME", help="of dinov2: torch, as in published statistics, or pil")]

@@ -24,6 +24,7 @@ from sidactl.artifacts import (
     NETS,
     Tick,
     answered,
+    at_work,
     image_source,
     load_dataset,
     load_net,
@@ -38,7 +39,7 @@ from sidactl.artifacts import load as load
 from sidactl.artifacts import prepare_data as prepare_data
 from sidactl.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, SidaError
 from sidactl.recipe import MODES, HeunSpec, Memory, Mode, NetSpec, OneStepSpec, Recipe, TeacherRecipe, override
-from sidactl.references import detector_name, images_per_batch, reference_stats
+from sidactl.references import detector_name, images_per_batch
 from sidactl.scores import SCORE_NAMES, generated_images, load_detector, sampler_of
 from sidactl.scores import evaluate as evaluate
 from sidactl.scores import fd_dinov2 as fd_dinov2
@@ -77,15 +78,9 @@ def dataset_stats(
     data = resolve(store, ref, ["dataset"])
     require_images(data)
     names = [name.partition("/")[2] for name in store.names_of(data.oid)]
-    data = store.get(data.inputs.get("dataset", data.oid))
+    data = references.pixels_of(store, data)
     chosen = load_detector(store, detector or detector_name(data), pick_device(device))
-    reference_stats(store, data, chosen)
-    made = next(
-        artifact
-        for artifact in store.artifacts()
-        if artifact.kind == "stats"
-        and (artifact.inputs, artifact.params) == ({"dataset": data.oid}, {"detector": chosen.identity})
-    )
+    made = references.reference_stats(store, data, chosen)
     return named(store, made, [f"{name}-{chosen.name}" for name in names])
 
 
@@ -116,7 +111,7 @@ def train_teacher(
     key = store.key("train-teacher", {"recipe": recipe.to_json()}, {"dataset": data.oid})
     if not force and (known := _asked(store, key)):
         return named(store, known, [name])
-    with _at_work(store, key) as live:
+    with at_work(store, key) as live:
         import torch
 
         from sidactl import loop, nets, trainer
@@ -156,18 +151,6 @@ def _asked(store: Store, key: str) -> Artifact | None:
         with suppress(SidaError), store.live(key) as live:
             live.clear()
     return known
-
-
-@contextmanager
-def _at_work(store: Store, key: str) -> Iterator[LiveDir]:
-    """The live directory of a question, emptied when all went well.
-
-    To answer anew (--force) has a place of its own, so that this, too, goes on after an interruption.
-    """
-    known = store.asked(key)
-    with store.live(store.key("again", {"key": key}, {"known": known.oid}) if known else key) as live:
-        yield live
-        live.clear()
 
 
 def _teacher_recipe(
@@ -326,7 +309,7 @@ def distill(
         which: store.key("distill", {"recipe": recipe.to_json(), "which": which}, oids) for which in ("best", "last")
     }
     if force or not _asked(store, keys["best"]):
-        with _at_work(store, keys["best"]) as live:
+        with at_work(store, keys["best"]) as live:
             _distill(store, live, keys, recipe, inputs, device, watch, notes)
     found = {which: store.asked(key) for which, key in keys.items()}
     if found["last"]:
@@ -352,10 +335,9 @@ def _training_data(store: Store, planned: Plan, net: NetSpec, asked: str | None)
 
 def _training_reference(store: Store, teacher: Artifact, data: Artifact, asked: str | None) -> Artifact:
     """What the generator is scored against while it trains."""
-    if asked is None and data.results["kind"] == "pixels":
-        return data
-    if asked is None and "dataset" in data.inputs:
-        return store.get(data.inputs["dataset"])
+    pixels = references.pixels_of(store, data)
+    if asked is None and pixels.results["kind"] == "pixels":
+        return pixels
     return references.find(store, asked, teacher, "moments")
 
 
@@ -483,33 +465,12 @@ def _teacher_score(
     return score.value
 
 
-def finetune_sid2a(
-    *,
-    teacher: str,
-    generator: str,
-    dataset: str | None = None,
-    reference: str | None = None,
-    name: str | None = None,
-    run: Path | str | None = None,
-    device: str | None = None,
-    force: bool = False,
-    watch: Watch | None = None,
-    **recipe_overrides: Any,
-) -> Artifact:
-    """`distill` in mode sid2a: SiDA started from a generator. Source: SiDA (2410.14919), section 4.3."""
-    return distill(
-        teacher=teacher,
-        mode="sid2a",
-        generator=generator,
-        dataset=dataset,
-        reference=reference,
-        name=name,
-        run=run,
-        device=device,
-        force=force,
-        watch=watch,
-        **recipe_overrides,
-    )
+def finetune_sid2a(*, teacher: str, generator: str, **options: Any) -> Artifact:
+    """`distill` in mode sid2a: SiDA started from a generator; options as there.
+
+    Source: SiDA (2410.14919), section 4.3.
+    """
+    return distill(teacher=teacher, mode="sid2a", generator=generator, **options)
 
 
 def _check_generator(generator: Artifact, teacher: Artifact) -> None:

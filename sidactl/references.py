@@ -1,24 +1,33 @@
 """What images are scored against: datasets and their statistics, and the statistics that others published."""
 
 import io
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from sidactl import catalog
-from sidactl.artifacts import NETS, answered, fetched_file, load_dataset, mapping, prepare_data, resolve
+from sidactl.artifacts import (
+    NETS,
+    answered,
+    fetched_file,
+    load_dataset,
+    mapping,
+    prepare_data,
+    resolve,
+    source_identity,
+)
 from sidactl.errors import SidaError
 from sidactl.store import Artifact, Store
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import numpy as np
     import torch
     from numpy.typing import NDArray
 
     from sidactl.data import Dataset
     from sidactl.detectors import Detector
-    from sidactl.metrics import FeatureStats
+
+    Images = Iterator[torch.Tensor]
 
 Need = Literal["moments", "images"]
 """what a metric compares with: mean and covariance of features, or the features of single images"""
@@ -57,7 +66,7 @@ def find(store: Store, text: str | None, subject: Artifact, need: Need) -> Artif
                 "Pass --ref with a dataset or a folder.",
             )
     try:
-        return _pixels(store, resolve(store, text, ["dataset", "stats"]))
+        return pixels_of(store, resolve(store, text, ["dataset", "stats"]))
     except SidaError as error:
         try:
             store.resolve(text, NETS)
@@ -68,7 +77,7 @@ def find(store: Store, text: str | None, subject: Artifact, need: Need) -> Artif
         ) from None
 
 
-def _pixels(store: Store, artifact: Artifact) -> Artifact:
+def pixels_of(store: Store, artifact: Artifact) -> Artifact:
     """The images that latents were made from; anything else as it is."""
     is_latents = artifact.kind == "dataset" and artifact.results.get("kind") == "latents"
     return store.get(artifact.inputs["dataset"]) if is_latents and "dataset" in artifact.inputs else artifact
@@ -106,7 +115,7 @@ def dataset_of(store: Store, subject: Artifact) -> Artifact:
     if subject.kind == "dataset":
         return subject
     if "dataset" in subject.inputs:
-        return _pixels(store, store.get(subject.inputs["dataset"]))
+        return pixels_of(store, store.get(subject.inputs["dataset"]))
     if "net" in subject.inputs:
         return dataset_of(store, store.get(subject.inputs["net"]))
     if subject.params["dataset"] is None:
@@ -154,13 +163,9 @@ def _has(path: str, name: str) -> bool:
 
 def _imported(store: Store, source: str, entry: catalog.Reference | None) -> Artifact:
     """Published statistics as a stats artifact: one `<detector>.npz` with mu and sigma for each detector."""
-    what: Any = source
-    if "://" not in source:
-        stat = Path(source).stat() if Path(source).is_file() else None
-        if stat is None:
-            raise SidaError(f"{source}: no such file", "Check the path.")
-        what = [str(Path(source).resolve()), stat.st_size, stat.st_mtime_ns]
-    key = store.key("import-stats", {"source": what}, {})
+    if "://" not in source and not Path(source).is_file():
+        raise SidaError(f"{source}: no such file", "Check the path.")
+    key = store.key("import-stats", {"source": source_identity(source)}, {})
     if known := store.asked(key):
         return known
     import numpy as np
@@ -230,11 +235,16 @@ def moments(store: Store, reference: Artifact, detector: "Detector") -> Moments:
 
     Raises SidaError where statistics were made by another detector, by other weights, or with another resize.
     """
-    if reference.kind == "dataset":
-        stats = reference_stats(store, reference, detector)
-        return Moments(stats.mean, stats.covariance())
     import numpy as np
 
+    from sidactl.metrics import FeatureStats
+
+    def arrays(stats: Artifact, file: str) -> "dict[str, NDArray[np.float64]]":
+        with np.load(io.BytesIO(store.read(stats, file)), allow_pickle=False) as held:
+            return dict(held)
+
+    if reference.kind == "dataset":
+        reference = reference_stats(store, reference, detector)
     if "detector" in reference.params:
         if reference.params["detector"] != detector.identity:
             raise SidaError(
@@ -242,11 +252,8 @@ def moments(store: Store, reference: Artifact, detector: "Detector") -> Moments:
                 f"the images are measured by {detector.identity}",
                 "Score with that --detector, or against the dataset itself.",
             )
-        with np.load(io.BytesIO(store.read(reference, "stats.npz")), allow_pickle=False) as arrays:
-            from sidactl.metrics import FeatureStats
-
-            stats = FeatureStats.from_arrays(dict(arrays))
-            return Moments(stats.mean, stats.covariance())
+        stats = FeatureStats.from_arrays(arrays(reference, "stats.npz"))
+        return Moments(stats.mean, stats.covariance())
     file = f"{detector.name}.npz"
     if file not in reference.files:
         held = ", ".join(sorted(name.removesuffix(".npz") for name in reference.files))
@@ -258,43 +265,45 @@ def moments(store: Store, reference: Artifact, detector: "Detector") -> Moments:
         raise SidaError(
             "published statistics by dinov2 hold for --resize torch, got pil", "Score against the dataset itself."
         )
-    with np.load(io.BytesIO(store.read(reference, file)), allow_pickle=False) as arrays:
-        found = Moments(arrays["mu"], arrays["sigma"])
-    if len(found.mean) != detector.num_features:
+    published = arrays(reference, file)
+    if len(published["mu"]) != detector.num_features:
         raise SidaError(
-            f"{reference.params['name']} holds {len(found.mean)} features, {detector.name} gives "
+            f"{reference.params['name']} holds {len(published['mu'])} features, {detector.name} gives "
             f"{detector.num_features}",
             "Pass another --ref, or --detector.",
         )
-    return found
+    return Moments(published["mu"], published["sigma"])
 
 
-def reference_stats(store: Store, data: Artifact, detector: "Detector") -> "FeatureStats":
-    """Feature statistics of all images of a dataset; computed once, then kept as a stats artifact."""
+def reference_stats(store: Store, data: Artifact, detector: "Detector") -> Artifact:
+    """Feature statistics of all images of a dataset, a stats artifact; computed once."""
     import numpy as np
 
     from sidactl import detectors
-    from sidactl.metrics import FeatureStats
 
     key = store.key("stats", {"detector": detector.identity}, {"dataset": data.oid})
-    known = store.asked(key)
-    if known is None:
-        stats = detectors.stats_of(detector, dataset_images(load_dataset(store, data)))
-        buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, **stats.arrays())
-        params = {"detector": detector.identity}
-        known = store.put("stats", {"stats.npz": buffer.getvalue()}, inputs={"dataset": data.oid}, params=params)
-        answered(store, key, known, "stats")
-    with np.load(io.BytesIO(store.read(known, "stats.npz")), allow_pickle=False) as arrays:
-        return FeatureStats.from_arrays(dict(arrays))
+    if known := store.asked(key):
+        return known
+    stats = detectors.stats_of(detector, dataset_images(load_dataset(store, data)))
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **stats.arrays())
+    params = {"detector": detector.identity}
+    artifact = store.put("stats", {"stats.npz": buffer.getvalue()}, inputs={"dataset": data.oid}, params=params)
+    return answered(store, key, artifact, "stats")
 
 
-def dataset_images(dataset: "Dataset", count: int | None = None) -> "Iterator[torch.Tensor]":
-    """Batches of the first `count` images (all by default), in order."""
-    stop = dataset.num_images if count is None else count
+def dataset_images(dataset: "Dataset", positions: "Sequence[int] | NDArray[np.int64] | None" = None) -> "Images":
+    """Batches of the images at these positions, in order; of all by default."""
+    return map(dataset.images, position_batches(dataset, positions))
+
+
+def position_batches(
+    dataset: "Dataset", positions: "Sequence[int] | NDArray[np.int64] | None" = None
+) -> "Sequence[Sequence[int] | NDArray[np.int64]]":
+    """The positions (all by default), as many at a time as are held at once."""
+    chosen = range(dataset.num_images) if positions is None else positions
     size = images_per_batch(dataset.num_channels, dataset.resolution)
-    for start in range(0, stop, size):
-        yield dataset.images(range(start, min(start + size, stop)))
+    return [chosen[start : start + size] for start in range(0, len(chosen), size)]
 
 
 def images_per_batch(num_channels: int, resolution: int) -> int:

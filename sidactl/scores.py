@@ -18,6 +18,7 @@ from sidactl.artifacts import (
     read_state_dict,
     require_images,
     resolve,
+    source_identity,
 )
 from sidactl.errors import SidaError
 from sidactl.recipe import HeunSpec, OneStepSpec
@@ -291,13 +292,12 @@ def _detector_of(metric: str, asked: str | None, found: Mapping[str, Artifact], 
     return "tiny-digits" if name == "tiny-digits" else "inception"
 
 
-def _weights_digest(store: Store, detector: str) -> str:
+def _weights_digest(store: Store, detector: str) -> Any:
     """What stands for a detector's weights in a question, without reading more than it must."""
     if _is_file(detector):
-        path = Path(detector)
-        if not path.is_file():
-            raise SidaError(f"{path}: no such file", "Check the path, or use --detector inception.")
-        return f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}"
+        if not Path(detector).is_file():
+            raise SidaError(f"{detector}: no such file", "Check the path, or use --detector inception.")
+        return source_identity(detector)
     return fetch_detector(detector, run=store.root).oid
 
 
@@ -333,15 +333,15 @@ class _Measured:
 def _measure(asked: _Question) -> _Measured:
     """Runs all trials; every process computes its share of the images, rank 0 the numbers."""
     from sidactl import engine
-    from sidactl.engine import pick_device
 
-    device = pick_device(asked.device)
+    device = engine.pick_device(asked.device)
     resize = asked.settings["resize"]
     loaded = {name: load_detector(asked.store, name, device, resize) for name in set(asked.detectors.values())}
     by_metric = {metric: loaded[name] for metric, name in asked.detectors.items()}
     keeps = {asked.detectors[m] for m in asked.metrics if METRICS[m].need != "moments"}
     warnings = [w for a in asked.references.values() if (w := references.warning(a))]
-    for detector in {id(d): d for m, d in by_metric.items() if METRICS[m].need == "moments"}.values():
+    for name in {asked.detectors[m] for m in asked.metrics if METRICS[m].need == "moments"}:
+        detector = loaded[name]
         if asked.num < ENOUGH * detector.num_features:
             warnings.append(
                 f"{asked.num:,} images are few for {detector.num_features:,} features: the distance is far too high by "
@@ -418,9 +418,9 @@ def _features(asked: _Question, trial: int, loaded: Mapping[str, "Detector"], ke
                 asked.tick(done + count, total)
     for name in loaded:
         if name in keeps and parts[name]:
-            seen[name].features = torch.cat(parts[name])
+            seen[name].features = features = torch.cat(parts[name])
             if not known[name]:
-                _keep_features(store, keys[name], asked.subject, params, loaded[name], torch.cat(parts[name]))
+                _keep_features(store, keys[name], asked.subject, params, loaded[name], features)
     return seen
 
 
@@ -438,10 +438,8 @@ def _images(asked: _Question, seeds: range | None, device: "torch.device") -> tu
 
     if seeds is None:
         dataset = load_dataset(asked.store, asked.subject)
-        size = images_per_batch(dataset.num_channels, dataset.resolution)
-        starts = range(0, asked.num, size)
-        mine = engine.share(starts)
-        return len(starts), (dataset.images(range(s, min(s + size, asked.num))) for s in mine)
+        batches = references.position_batches(dataset, range(asked.num))
+        return len(batches), map(dataset.images, engine.share(batches))
     from sidactl import sampling
 
     net = load_net(asked.store, asked.subject, device)
@@ -493,9 +491,7 @@ def _real_features(store: Store, data: Artifact, detector: "Detector") -> "Tenso
     chosen = np.arange(dataset.num_images)
     if len(chosen) > MAX_REAL_IMAGES:
         chosen = np.sort(np.random.RandomState(0).permutation(chosen)[:MAX_REAL_IMAGES])
-    size = images_per_batch(dataset.num_channels, dataset.resolution)
-    batches = (dataset.images(chosen[start : start + size]) for start in range(0, len(chosen), size))
-    features = detectors.features_of(detector, batches)
+    features = detectors.features_of(detector, references.dataset_images(dataset, chosen))
     _keep_features(store, key, data, params, detector, features)
     return features
 

@@ -1,6 +1,6 @@
 """What a foreign file holds, as a NetSpec and weights under the published names, loaded strictly."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,16 +83,9 @@ def load_record(record: pickles.Record) -> Preconditioned:
 
 def load_weights(net: Preconditioned, state: Mapping[str, Tensor]) -> None:
     """Copies a state dict into a net, as float32. Raises SidaError listing what is missing, unexpected or misshapen."""
-    own = net.state_dict()
-    wrong = [name for name in own if name in state and own[name].shape != state[name].shape]
-    problems = [
-        _listed("missing", [name for name in own if name not in state]),
-        _listed("unexpected", [name for name in state if name not in own]),
-        _listed("of another shape", wrong),
-    ]
-    if any(problems):
+    if misfits := nets.misfits_of(net, state):
         raise SidaError(
-            f"the weights do not fit the network: {'; '.join(p for p in problems if p)}",
+            f"the weights do not fit the network: {misfits}",
             "Check that the file holds the network that its settings describe.",
         )
     net.load_state_dict({name: tensor.to(torch.float32) for name, tensor in state.items()})
@@ -104,13 +97,6 @@ def read_network(path: Path) -> Preconditioned:
     if not isinstance(record, pickles.Record):
         raise SidaError(f"{path} holds no network named 'ema'", "Give a snapshot that EDM, SiD or SiDA published.")
     return load_record(record)
-
-
-def _listed(what: str, names: Collection[str]) -> str:
-    if not names:
-        return ""
-    shown = ", ".join(list(names)[:5])
-    return f"{len(names)} {what} ({shown}{', ...' if len(names) > 5 else ''})"
 
 
 def _jsonable(value: Any) -> Any:

@@ -157,10 +157,10 @@ def test_statistics_of_a_dataset_are_taken_once(finished: Finished) -> None:
     scores.fid("dataset/tiny-digits", reference="dataset/tiny-digits", run=finished.root)
     stats = [artifact for artifact in store.artifacts() if artifact.kind == "stats"]
     assert [artifact.inputs for artifact in stats] == [{"dataset": data.oid}]
-    kept = references.reference_stats(store, data, detectors.load("tiny-digits"))
+    kept = references.moments(store, data, detectors.load("tiny-digits"))
     expected = features(finished, "dataset/tiny-digits")
     np.testing.assert_allclose(kept.mean, expected.mean(0), rtol=1e-9)
-    np.testing.assert_allclose(kept.covariance(), np.cov(expected, rowvar=False), rtol=1e-7, atol=1e-12)
+    np.testing.assert_allclose(kept.covariance, np.cov(expected, rowvar=False), rtol=1e-7, atol=1e-12)
 
 
 @pytest.mark.parametrize(

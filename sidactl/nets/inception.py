@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sidactl.errors import SidaError
+from sidactl.nets import misfits_of
 
 RESOLUTION = 299
 NUM_FEATURES = 2048
@@ -207,13 +208,7 @@ def load_weights(net: nn.Module, state: Mapping[str, Tensor]) -> None:
     """
     own = net.state_dict()
     given = {name: own[name] for name in own if name.endswith(".num_batches_tracked")} | dict(state)
-    problems = {
-        "missing": [name for name in own if name not in given],
-        "unexpected": [name for name in given if name not in own],
-        "of another shape": [name for name in own if name in given and own[name].shape != given[name].shape],
-    }
-    listed = [f"{len(v)} {k} ({', '.join(v[:5])}{', ...' if len(v) > 5 else ''})" for k, v in problems.items() if v]
-    if listed:
+    if misfits := misfits_of(net, given):
         hint = "Check that the file holds this network under its published names."
-        raise SidaError(f"the weights do not fit {type(net).__name__}: {'; '.join(listed)}", hint)
+        raise SidaError(f"the weights do not fit {type(net).__name__}: {misfits}", hint)
     net.load_state_dict(given)
