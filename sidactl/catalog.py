@@ -5,7 +5,7 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from sidactl.errors import SidaError
 from sidactl.recipe import Adversarial, HeunSpec, Mode, NetSpec, OneStepSpec, Recipe
@@ -140,6 +140,8 @@ SMALL_NETS: Mapping[str, NetSpec] = {
 
 
 _M = 1_000_000
+_FP16: Mapping[str, Any] = {"precision": "fp16", "adam_eps": 1e-6}
+"""how all but the runs on CIFAR-10 were made"""
 
 
 def _modes(sid: Recipe, mimg: Sequence[int], adversarial: Adversarial) -> dict[Mode, Recipe]:
@@ -264,7 +266,7 @@ def _edm_teachers() -> Iterator[Teacher]:
     for name, (file, dataset, net, num_steps, numbers) in _EDM_TEACHERS.items():
         run = _EDM_RUNS[name]
         is_imagenet = name == "edm-imagenet64"
-        # Evaluation is due every 50 status lines, a checkpoint every 200; a line is 10k images, of ImageNet 20k.
+        # Evaluation is due every 50 status lines; a line is 10k images, of ImageNet 20k.
         line_nimg = 20_000 if is_imagenet else 10_000
         sid = Recipe(
             teacher=name,
@@ -282,8 +284,9 @@ def _edm_teachers() -> Iterator[Teacher]:
             adversarial=None,
             augment_p=run.augment_p,
             dropout=run.dropout,
+            **(_FP16 if dataset != "cifar10" else {}),
             evaluate_every_nimg=50 * line_nimg,
-            checkpoint_every_nimg=200 * line_nimg,
+            checkpoint_every_nimg=50 * line_nimg,
         )
         churn = HeunSpec(num_steps=num_steps, S_churn=40, S_min=0.05, S_max=50, S_noise=1.003)
         yield Teacher(
@@ -370,6 +373,7 @@ def _edm2_recipes(teacher: str, size: str, dataset: str, P_mean: float, P_std: f
         P_std=P_std,
         dropout=chosen.dropout,
         forced_normalization="published",
+        **_FP16,
     )
     recipes = _modes(sid, chosen.mimg, Adversarial(discriminator_scale=100.0, clip_gradient_value=None))
     if size == "s":

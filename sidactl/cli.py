@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 
 from sidactl import __version__, ui
 from sidactl.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, SidaError
-from sidactl.recipe import Adversarial, NetSpec, Recipe, TeacherRecipe
+from sidactl.recipe import Adversarial, Execution, NetSpec, Recipe, TeacherRecipe
 
 if TYPE_CHECKING:
     from sidactl.loop import Event
@@ -115,9 +115,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:  # the last resort: a bug of ours, told in one line
         if "--debug" in given:
             raise
-        told = f"this is a bug in sidactl: {type(error).__name__}: {error}"
-        code = ui.fail(SidaError(told, "Repeat with --debug and report what it prints.", exit_code=EXIT_FAILED))
+        code = ui.fail(_told_plainly(error))
     sys.exit(code)
+
+
+def _told_plainly(error: Exception) -> SidaError:
+    if "torch" in sys.modules:
+        from sidactl.engine import told_plainly
+
+        if plain := told_plainly(error):
+            return plain
+    told = f"this is a bug in sidactl: {type(error).__name__}: {error}"
+    return SidaError(told, "Repeat with --debug and report what it prints.", exit_code=EXIT_FAILED)
 
 
 # Getting started: teachers and datasets
@@ -251,7 +260,7 @@ def _resolution(text: str | None) -> tuple[int, int] | None:
 
 # Training. A command's recipe flags are made from the recipe's fields, so that each is written once.
 
-_NOT_FLAGS = {"teacher", "mode", "dataset", "adversarial", "precision", "net", "architecture"}
+_NOT_FLAGS = {"teacher", "mode", "dataset", "adversarial", "net", "architecture"}
 _NONE = object()
 """what "none" on the command line becomes until the field is set, since None means that a flag was not given"""
 
@@ -328,21 +337,20 @@ def recipe_flags(*classes: type) -> Callable[[Callable[..., None]], Callable[...
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=None,
-                annotation=Annotated[
-                    Any,
-                    typer.Option(
-                        _flag(name),
-                        parser=_parser(field),
-                        metavar=_metavar(name),
-                        help=doc,
-                    ),
-                ],
+                annotation=_option(name, field, doc),
             )
             for name, (field, doc) in flags.items()
         ]
         return _signed(with_flags, command, [*own, *options])
 
     return decorate
+
+
+def _option(name: str, field: "dataclasses.Field[Any]", doc: str) -> Any:
+    """The annotation of a field's option; what is off by default is a switch."""
+    if field.default is False:
+        return Annotated[bool | None, typer.Option(_flag(name), help=doc)]
+    return Annotated[Any, typer.Option(_flag(name), parser=_parser(field), metavar=_metavar(name), help=doc)]
 
 
 @app.command("train-teacher")
@@ -378,7 +386,7 @@ Compared = Annotated[
 
 
 @app.command("distill")
-@recipe_flags(Recipe, Adversarial)
+@recipe_flags(Recipe, Adversarial, Execution)
 def distill(
     teacher: TeacherRef,
     overrides: Mapping[str, Any],
@@ -403,7 +411,7 @@ def distill(
 
 
 @app.command("finetune-sid2a")
-@recipe_flags(Recipe, Adversarial)
+@recipe_flags(Recipe, Adversarial, Execution)
 def finetune_sid2a(
     teacher: TeacherRef,
     generator: Annotated[str, typer.Option(metavar="REF", help="the generator to start from, such as generator/best")],
@@ -432,11 +440,14 @@ def _distill(
     """Distills and prints the generator; or prints the plan, which the arguments in `planned` alone shape."""
     from sidactl import ops
 
+    settings = {f.name for f in dataclasses.fields(Execution)}
+    execution = Execution(**{name: value for name, value in overrides.items() if name in settings})
+    overrides = {name: value for name, value in overrides.items() if name not in settings}
     if dry_run:
         _print_plan(planned, others["run"], overrides)
         return
     with _watching() as watch:
-        artifact = ops.distill(**planned, **others, watch=watch, **overrides)
+        artifact = ops.distill(**planned, **others, execution=execution, watch=watch, **overrides)
     _print_generator(artifact, as_json)
 
 

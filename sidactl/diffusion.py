@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,13 @@ class Denoiser(Protocol):
     ) -> Tensor: ...
 
     def denoise_and_logits(
-        self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None, augment_labels: Tensor | None = None
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        *,
+        num_denoised: int | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
     def logits(
@@ -97,23 +103,35 @@ class Preconditioned(nn.Module):
     def forward(
         self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None, augment_labels: Tensor | None = None
     ) -> Tensor:
-        x, sigma = x.to(torch.float32), as_sigma(sigma, x)
+        x, sigma = own_node(x.to(torch.float32)), as_sigma(sigma, x)
         return self._combine(x, sigma, self.raw.decode(self._encode(x, sigma, labels, augment_labels)))
 
     def denoise_and_logits(
-        self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None, augment_labels: Tensor | None = None
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        *,
+        num_denoised: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The denoised image and the logits map of one pass."""
-        x, sigma = x.to(torch.float32), as_sigma(sigma, x)
+        """The denoised image and the logits map of one pass.
+
+        num_denoised: of so many images from the first on; the others go through the encoder alone, for their logits.
+        """
+        x, sigma = own_node(x.to(torch.float32)), as_sigma(sigma, x)
         encoded = self._encode(x, sigma, labels, augment_labels)
         logits = _channel_mean(encoded.features)
+        if num_denoised is not None and num_denoised < len(x):
+            x, sigma = x[:num_denoised], as_sigma(_first(sigma, num_denoised), x)
+            encoded = Encoded(*(_first(part, num_denoised) for part in encoded))
         return self._combine(x, sigma, self.raw.decode(encoded)), logits
 
     def logits(
         self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None, augment_labels: Tensor | None = None
     ) -> Tensor:
         """The logits map alone; the decoder half does not run."""
-        x, sigma = x.to(torch.float32), as_sigma(sigma, x)
+        x, sigma = own_node(x.to(torch.float32)), as_sigma(sigma, x)
         return _channel_mean(self._encode(x, sigma, labels, augment_labels).features)
 
     def logvar(self, sigma: Tensor | float) -> Tensor:
@@ -135,6 +153,21 @@ class Preconditioned(nn.Module):
         c_skip = sigma_data**2 / (sigma**2 + sigma_data**2)
         c_out = sigma * sigma_data / (sigma**2 + sigma_data**2).sqrt()
         return c_skip * x + c_out * F_x.to(torch.float32)
+
+
+def own_node(x: Tensor) -> Tensor:
+    """x itself, with a node of its own in the graph, in which the gradients of its uses are added up first.
+
+    FSDP2's hooks put such a node before every part; with it in any case a sharded run has the bits of one that is not.
+    """
+    return x.view_as(x)
+
+
+def _first(values: Any, count: int) -> Any:
+    """The first `count` rows of a tensor, or of each in a list; a single row holds for all."""
+    if isinstance(values, list):
+        return [_first(each, count) for each in values]
+    return values if len(values) == 1 else values[:count]
 
 
 def _channel_mean(features: Tensor) -> Tensor:

@@ -1,19 +1,27 @@
 """Where the arithmetic happens: devices, threads, and the processes that torchrun starts."""
 
 import atexit
+import gc
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from sidactl import nets
 from sidactl.diffusion import Denoiser, Preconditioned
-from sidactl.errors import SidaError
+from sidactl.errors import EXIT_FAILED, SidaError
+from sidactl.nets.edm import UNetBlock
+from sidactl.nets.edm2 import Block
+from sidactl.recipe import Execution, Recipe
 
 SMALL_NET = 1 << 25
 """parameters times pixels below which a net on the CPU is run by one thread"""
@@ -52,10 +60,10 @@ def is_small(net: Denoiser) -> bool:
 
 
 @contextmanager
-def fitting_threads(net: Denoiser) -> Iterator[None]:
-    """Within the block a small net is run by one thread: the same bits on any number of cores, however busy."""
+def fitting_threads(is_small: bool) -> Iterator[None]:
+    """Within the block what is small is run by one thread: the same bits on any number of cores, however busy."""
     usual = torch.get_num_threads()
-    if is_small(net):
+    if is_small:
         torch.set_num_threads(1)
     try:
         yield
@@ -101,11 +109,40 @@ def rank_and_size() -> tuple[int, int]:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return 0, 1
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend)
-        atexit.register(dist.destroy_process_group)
+    _join()
     return dist.get_rank(), dist.get_world_size()
+
+
+def _join(**where: Any) -> None:
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **where)
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    gc.collect()  # sharded tensors must be gone before the connections that they use
+    dist.destroy_process_group()
+
+
+def told_plainly(error: Exception) -> SidaError | None:
+    """What a failure of the machine, and not of ours, means to people; None for other errors."""
+    text = str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        wanted = re.search(r"tried to allocate ([\d.]+ ?\w+)", text, re.IGNORECASE)
+        return SidaError(
+            f"out of memory{f' while asking for {wanted[1]} more' if wanted else ''}",
+            "Hold less at a time: --checkpoint-activations, --ema-on-cpu, --precision bf16, a smaller "
+            "--batch-per-device, more --num-accumulation-rounds, or --shard; --dry-run tells what is needed.",
+            exit_code=EXIT_FAILED,
+        )
+    is_lost = isinstance(error, dist.DistError) or "onnection closed by peer" in text or "onnection reset" in text
+    if is_lost and dist.is_initialized():
+        return SidaError(
+            "another process of this run has ended, so this one ends, too",
+            "Repeat the same command to go on from the last checkpoint.",
+            exit_code=EXIT_FAILED,
+        )
+    return None
 
 
 def share(items: Sequence[In]) -> Sequence[In]:
@@ -114,20 +151,20 @@ def share(items: Sequence[In]) -> Sequence[In]:
     return items[rank::size]
 
 
-def joined(shared: Iterable[Out], num_items: int) -> Iterator[Out]:
+def joined(shared: Iterable[Out], num_items: int, *, should_stop: Callable[[], bool] = lambda: False) -> Iterator[Out]:
     """What all processes made of their shares of `num_items` items, in order, on rank 0; on the others nothing.
 
-    Every process must read it to its end.
+    Every process must read it to its end, which comes early once should_stop() is true in one of them.
     """
     rank, size = rank_and_size()
-    if size == 1:
-        yield from shared
-        return
     mine = iter(shared)
     for start in range(0, num_items, size):
+        if any_process(should_stop()):
+            return
         made = next(mine) if start + rank < num_items else None
         everyone: list[Out] | None = [made] * size if rank == 0 else None  # type: ignore[list-item]  # filled below
-        dist.gather_object(made, everyone)
+        if size > 1:
+            dist.gather_object(made, everyone)
         yield from (everyone or [])[: num_items - start]
 
 
@@ -139,3 +176,184 @@ def agreed(make: Callable[[], str]) -> str:
         dist.broadcast_object_list(told)
     assert told[0] is not None
     return told[0]
+
+
+@contextmanager
+def first_alone() -> Iterator[None]:
+    """Within the block the first of several processes is alone; the others come after it, and find what it left."""
+    if rank_and_size()[0] > 0:
+        agreed(str)
+        yield
+    else:
+        yield
+        agreed(str)
+
+
+def any_process(holds: bool) -> bool:
+    """Whether something holds in at least one process; all must ask."""
+    if rank_and_size()[1] == 1:
+        return holds
+    told = torch.tensor(int(holds))  # on the CPU, so that no GPU is waited for
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    return bool(told)
+
+
+def first_told(message: str | None) -> str | None:
+    """The message of the first process that has one, on all processes."""
+    told: list[str | None] = [message] * rank_and_size()[1]
+    if len(told) > 1:
+        dist.all_gather_object(told, message)
+    return next((m for m in told if m is not None), None)
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, in its place."""
+    if rank_and_size()[1] > 1:
+        dist.all_reduce(values)
+    return values
+
+
+class GradientSum:
+    """The gradients of a net, added up over the passes of a step and once over all processes.
+
+    It adds in float64: Adam without momentum makes steps as large out of small gradients as out of large ones, so that
+    sums which differ in their last bit, as those of other orders do, would lead to another run within a few steps.
+    Of what is sharded FSDP2 adds up the rest, in the same way.
+    """
+
+    def __init__(self, net: nn.Module, num_passes: int) -> None:
+        self._parameters = [p for p in net.parameters() if p.requires_grad and not is_sharded(p)]
+        self._is_needed = num_passes > 1 or rank_and_size()[1] > 1
+        self._sums: dict[nn.Parameter, Tensor] = {}
+
+    def add(self) -> None:
+        """Takes the gradients of a pass."""
+        for parameter in self._parameters if self._is_needed else ():
+            if parameter.grad is not None and parameter in self._sums:
+                self._sums[parameter] += parameter.grad
+            elif parameter.grad is not None:
+                self._sums[parameter] = parameter.grad.to(torch.float64)
+            parameter.grad = None
+
+    def finish(self) -> None:
+        """Gives the net the sum of all that was taken, in all processes."""
+        for parameter, values in self._sums.items():
+            parameter.grad = summed(values).to(parameter.dtype)
+        self._sums.clear()
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor; asked without importing that class, which takes longer than many a command."""
+    return hasattr(tensor, "to_local")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor that lies in this process; others as they are."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a sharded tensor, in every process; others as they are."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def passes_of(recipe: Recipe, execution: Execution) -> list[Sequence[int]]:
+    """The accumulation rounds of this process, in groups that go through the nets at once.
+
+    Raises SidaError where the processes cannot share the rounds evenly, or where the images at a time do not fit them.
+    """
+    rank, size = rank_and_size()
+    num_rounds, micro_batch = recipe.num_accumulation_rounds, recipe.batch_size // recipe.num_accumulation_rounds
+    if num_rounds % size:
+        raise SidaError(
+            f"the {num_rounds} micro-batches of a batch must be shared evenly, got {size} processes",
+            "Start as many processes as divide it, or pass another --num-accumulation-rounds.",
+        )
+    rounds = range(rank, num_rounds, size)
+    images = execution.batch_per_device or micro_batch
+    if images % micro_batch or len(rounds) % (images // micro_batch):
+        fitting = ", ".join(str(micro_batch * n) for n in range(1, len(rounds) + 1) if len(rounds) % n == 0)
+        raise SidaError(
+            f"batch-per-device must be one of {fitting} (micro-batches of {micro_batch}), got {images}",
+            "For less memory pass --checkpoint-activations, or change the recipe with --num-accumulation-rounds.",
+        )
+    at_once = images // micro_batch
+    if at_once > 1 and recipe.dropout:
+        raise SidaError(
+            f"with dropout a pass holds one micro-batch of {micro_batch}, got --batch-per-device {images}",
+            f"Pass --batch-per-device {micro_batch}, or leave it out.",
+        )
+    return [rounds[start : start + at_once] for start in range(0, len(rounds), at_once)]
+
+
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def arrange(
+    recipe: Recipe,
+    execution: Execution,
+    teacher: Preconditioned,
+    fake_score: Preconditioned,
+    generator: Preconditioned,
+    ema: Preconditioned,
+) -> None:
+    """Gives the nets of a distillation their precision, place and form, before any optimiser is made."""
+    for net in (teacher, fake_score, generator, ema):
+        net.compute_dtype = DTYPES[recipe.precision]
+    if recipe.teacher_precision:
+        teacher.compute_dtype = DTYPES[recipe.teacher_precision]
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = recipe.precision == "tf32"
+    if execution.checkpoint_activations:
+        for net in (teacher, fake_score, generator):
+            for block in blocks_of(net):
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if execution.ema_on_cpu:
+        ema.cpu()
+    if execution.shard:
+        for net in (teacher, fake_score, generator, ema):
+            shard_(net)
+
+
+def blocks_of(net: nn.Module) -> list[nn.Module]:
+    """The U-Net's residual blocks."""
+    return [module for module in net.modules() if isinstance(module, (UNetBlock, Block))]
+
+
+def shard_(net: Preconditioned) -> None:
+    """Splits the net's parameters over the processes with FSDP2; its numbers stay the same.
+
+    Single numbers (EDM2's gains) stay whole, since FSDP2 cannot split them.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    kind = next(net.parameters()).device.type
+    size = rank_and_size()[1]
+    if size == 1:  # without torchrun FSDP2 needs a group of one
+        _join(store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh(kind, (size,))
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float64)  # see GradientSum
+    gains = {p for p in net.parameters() if p.ndim == 0}
+    for module in (*blocks_of(net), net):
+        sharded = fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=gains)
+        sharded.set_gradient_divide_factor(1.0)  # gradients are summed: losses are divided by the whole batch
+    for method in ("denoise_and_logits", "logits", "logvar"):
+        register_fsdp_forward_method(net, method)
+
+
+def sync_gradients(net: nn.Module, now: bool) -> None:
+    """Whether the next backward pass of a sharded net adds up gradients over the processes."""
+    if any(map(is_sharded, net.parameters())):
+        cast(Any, net).set_requires_gradient_sync(now)
+
+
+def gathered(net: Preconditioned, device: torch.device) -> Preconditioned:
+    """The net whole and on this device, to sample from; the net itself where it is that already."""
+    if all(not is_sharded(p) and p.device == device for p in net.parameters()):
+        return net
+    with torch.device("meta"):
+        copied = nets.build(net.spec)
+    state = {name: whole(tensor.detach()).to(device) for name, tensor in net.state_dict().items()}
+    copied.load_state_dict(state, assign=True)
+    copied.compute_dtype = net.compute_dtype
+    return copied.eval().requires_grad_(False)

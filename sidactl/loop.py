@@ -4,11 +4,11 @@ What a step does is the trainer's; how a net is scored and who watches come in a
 """
 
 import hashlib
-import io
 import json
 import math
-import pickle
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,8 +17,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from sidactl import engine
 from sidactl.diffusion import Preconditioned
-from sidactl.engine import fitting_threads
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.store import LiveDir
 
@@ -78,7 +78,7 @@ class Schedule:
     evaluate_every_nimg: int
     checkpoint_every_nimg: int
     report_every_steps: int = 10
-    max_skipped_steps: int = 20
+    stop_if_nan_steps: int = 20
 
 
 @dataclass
@@ -114,7 +114,8 @@ def run(
 
     Continues from the newest sound checkpoint in `live`. Leaves there: two checkpoints, the EMA net with the lowest
     score (`best_weights`), `preview-<images>.png`, and `events.jsonl`. On a CPU, with as many threads, a continued run
-    ends in the same bits as an uninterrupted one.
+    ends in the same bits as an uninterrupted one. Of several processes all take the same way through it: one that is
+    told to stop stops all.
     Raises SidaError (exit code 1) when too many updates in a row had to be skipped or a weight is not finite.
     """
 
@@ -140,9 +141,9 @@ def run(
         before = training.nimg
         if not awaits_evaluation():
             stage = training.stage()
-            with fitting_threads(training.ema):
+            with engine.fitting_threads(engine.is_small(training.ema)):
                 window.append(training.step())
-            _refuse_divergence(training, schedule.max_skipped_steps)
+            _refuse_divergence(training, schedule.stop_if_nan_steps)
             if training.nimg >= schedule.duration_nimg or training.step_index % schedule.report_every_steps == 0:
                 values = {"stage": stage, "skipped_steps": sum(training.skipped.total.values()), **_mean(window)}
                 window.clear()
@@ -151,7 +152,7 @@ def run(
             _refuse_non_finite_weights(training)
             if evaluation := evaluate(training.ema, should_stop):
                 yield note(_keep(evaluation, training, history, live))
-        stopping = should_stop()
+        stopping = engine.any_process(should_stop())
         is_last = training.nimg >= schedule.duration_nimg and not awaits_evaluation()
         if is_last or stopping or _passes(before, training.nimg, schedule.checkpoint_every_nimg):
             _refuse_non_finite_weights(training)
@@ -180,21 +181,24 @@ def best_weights(history: History, live: LiveDir) -> bytes:
 
 def weights(net: nn.Module) -> bytes:
     """The net's state dict as safetensors bytes, the same bytes for the same weights."""
-    return safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()})
+    whole = {name: engine.whole(tensor.detach()) for name, tensor in net.state_dict().items()}
+    return safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in whole.items()})
 
 
 def _mean(window: list[dict[str, Tensor]]) -> dict[str, float]:
-    names = window[-1].keys()
-    return {name: float(torch.stack([s[name].sum() for s in window if name in s]).mean()) for name in names}
+    """The mean over steps of what all processes' losses add up to."""
+    means = {name: torch.stack([s[name].sum() for s in window if name in s]).mean() for name in window[-1]}
+    values = engine.summed(torch.stack(list(means.values())))
+    return dict(zip(means, values.tolist(), strict=True))
 
 
 def _passes(before: int, after: int, every: int) -> bool:
     return before // every != after // every
 
 
-def _refuse_divergence(training: Training, max_skipped_steps: int) -> None:
+def _refuse_divergence(training: Training, stop_if_nan_steps: int) -> None:
     for name, count in training.skipped.in_a_row.items():
-        if count >= max_skipped_steps:
+        if count >= stop_if_nan_steps:
             raise SidaError(
                 f"{count} updates in a row of the {name.replace('_', ' ')} had a gradient that is not finite, "
                 f"the last at step {training.step_index} ({training.nimg:,} images)",
@@ -204,47 +208,116 @@ def _refuse_divergence(training: Training, max_skipped_steps: int) -> None:
 
 
 def _refuse_non_finite_weights(training: Training) -> None:
-    for name, module in training.modules().items():
+    wrong = next((name for name, tensor in _tensors(training).items() if not bool(torch.isfinite(tensor).all())), None)
+    if name := engine.first_told(wrong):
+        net, _, key = name.partition(".")
+        raise SidaError(
+            f"weight {key} of the {net.replace('_', ' ')} is not finite at step {training.step_index} "
+            f"({training.nimg:,} images)",
+            _GO_BACK,
+            exit_code=EXIT_FAILED,
+        )
+
+
+def _tensors(training: Training, *, parts: bool = True) -> dict[str, Tensor]:
+    """All that changes in training, by name: nets first, then the optimisers' moments by position of the parameter.
+
+    parts: of what is sharded, the part in this process.
+    """
+    modules = training.modules()
+    tensors: dict[str, Tensor] = {}
+    for name, module in modules.items():
         if isinstance(module, nn.Module):
-            for key, tensor in module.state_dict().items():
-                if not bool(torch.isfinite(tensor).all()):
-                    raise SidaError(
-                        f"weight {key} of the {name.replace('_', ' ')} is not finite at step {training.step_index} "
-                        f"({training.nimg:,} images)",
-                        _GO_BACK,
-                        exit_code=EXIT_FAILED,
-                    )
+            tensors |= {f"{name}.{key}": value.detach() for key, value in module.state_dict().items()}
+    for name, module in modules.items():
+        if isinstance(module, torch.optim.Optimizer):
+            for index, state in module.state_dict()["state"].items():
+                tensors |= {f"{name}.{index}.{key}": value for key, value in state.items()}
+    return {name: engine.local(tensor) if parts else tensor for name, tensor in tensors.items()}
+
+
+_STATE, _DIGESTS = "state.json", "SHA256SUMS"
 
 
 def save_checkpoint(training: Training, history: History, live: LiveDir) -> None:
-    """Writes the full state beside the older checkpoints, its digest first, then drops all but the newest two."""
-    state = {
-        "nimg": training.nimg,
-        "step_index": training.step_index,
-        "skipped": training.skipped.total,
-        "skipped_in_a_row": training.skipped.in_a_row,
-        "scores": history.scores,
-        "modules": {name: module.state_dict() for name, module in training.modules().items()},
-    }
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    name, data = f"checkpoint-{training.nimg:010d}.pt", buffer.getbuffer()
-    live.write(name + ".sha256", hashlib.sha256(data).hexdigest().encode())
-    live.write(name, data)
+    """Writes the full state beside the older checkpoints, complete or not at all, then drops all but the newest two.
+
+    A checkpoint is a folder of safetensors files, a part by each process, which any number of processes can read.
+    """
+    # The same images with more evaluations are another checkpoint: one never takes the place of another.
+    name = f"checkpoint-{training.nimg:010d}-{len(history.scores)}"
+    with live.folder(name) as folder:
+        engine.agreed(str)  # the folder is there
+        _save_tensors(_tensors(training, parts=False), folder)
+        if engine.rank_and_size()[0] == 0:
+            state = {
+                "nimg": training.nimg,
+                "step_index": training.step_index,
+                "skipped": training.skipped.total,
+                "skipped_in_a_row": training.skipped.in_a_row,
+                "scores": history.scores,
+            }
+            (folder / _STATE).write_text(json.dumps(state))
+            (folder / _DIGESTS).write_text("".join(f"{_sha256(p)}  {p.name}\n" for p in sorted(folder.iterdir())))
+    engine.agreed(str)  # it is in its place
+    if not live.is_writer:
+        return
     # What is newer is a damaged one that was passed over; it must not take the place of a sound one.
-    kept = [path for path in _checkpoints(live) if path.name <= name][-CHECKPOINTS_KEPT:]
-    for path in _checkpoints(live):
+    there = _checkpoints(live)
+    kept = there[: there.index(live.path / name) + 1][-CHECKPOINTS_KEPT:]
+    for path in there:
         if path not in kept:
             live.remove(path.name)
-            live.remove(path.name + ".sha256")
-    bests = {_best_name(best[0]) for path in kept if (best := history.best_up_to(int(path.stem[-10:])))}
+    bests = {_best_name(best[0]) for path in kept if (best := history.best_up_to(_nimg_in(path)))}
     for path in live.path.glob("best-*.safetensors"):
         if path.name not in bests:
             live.remove(path.name)
 
 
+def _save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    with _carrying_os_errors():
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        save(tensors, storage_writer=writer, no_dist=engine.rank_and_size()[1] == 1)
+
+
+def _load_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Reads into the tensors, in their places."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    with _carrying_os_errors():
+        reader = HuggingFaceStorageReader(str(folder))
+        load(tensors, storage_reader=reader, no_dist=engine.rank_and_size()[1] == 1)
+
+
+@contextmanager
+def _carrying_os_errors() -> Iterator[None]:
+    """Raises what the disk told one of the processes, which torch wraps; and does not warn of a process alone."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        try:
+            yield
+        except CheckpointException as error:
+            raise next((e for e, _ in error.failures.values() if isinstance(e, OSError)), error) from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _checkpoints(live: LiveDir) -> list[Path]:
-    return sorted(live.path.glob("checkpoint-*.pt"))
+    """From the oldest to the newest."""
+    return sorted(live.path.glob("checkpoint-*-*"), key=lambda path: [int(n) for n in path.name.split("-")[1:]])
+
+
+def _nimg_in(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
 
 
 def _best_name(nimg: int) -> str:
@@ -255,13 +328,11 @@ def _resume(training: Training, history: History, live: LiveDir) -> list[Event]:
     """Loads the newest sound checkpoint, if any; returns warnings about the ones passed over."""
     problems: list[str] = []
     for path in reversed(_checkpoints(live)):
-        try:
-            state = _read_checkpoint(path)
-        except _DamagedError as error:
-            problems.append(f"{path.name} {error}")
+        if problem := engine.agreed(lambda path=path: _problem_of(path)):  # type: ignore[misc]
+            problems.append(f"{path.name} {problem}")
             continue
-        for name, module in training.modules().items():
-            module.load_state_dict(state["modules"][name])
+        _load_tensors(_tensors(training, parts=False), path)
+        state = json.loads((path / _STATE).read_text())
         training.nimg, training.step_index = state["nimg"], state["step_index"]
         training.skipped.total, training.skipped.in_a_row = state["skipped"], state["skipped_in_a_row"]
         history.scores[:] = [(int(nimg), float(score)) for nimg, score in state["scores"]]
@@ -271,22 +342,18 @@ def _resume(training: Training, history: History, live: LiveDir) -> list[Event]:
     return [Event("warning", training.nimg, {"message": f"{told}; going on from {what}"}) for told in problems]
 
 
-class _DamagedError(Exception):
-    """What is wrong with a checkpoint, to be read after its name."""
-
-
-def _read_checkpoint(path: Path) -> dict[str, Any]:
-    digest = path.with_name(path.name + ".sha256")
-    if not digest.exists():
-        raise _DamagedError("has lost its digest")
+def _problem_of(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint, to be read after its name; empty where it is sound."""
     try:
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest().encode() != digest.read_bytes():
-                raise _DamagedError("is damaged")
-        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise _DamagedError(f"cannot be read ({type(error).__name__})") from error
-    return state
+        lines = (checkpoint / _DIGESTS).read_text(errors="replace").splitlines()
+        digests = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+        if set(digests) != {path.name for path in checkpoint.iterdir()} - {_DIGESTS}:
+            return "is not complete"
+        return "" if all(_sha256(checkpoint / name) == digest for name, digest in digests.items()) else "is damaged"
+    except FileNotFoundError:
+        return "has lost its digests"
+    except (OSError, ValueError) as error:
+        return f"cannot be read ({type(error).__name__})"
 
 
 def _forget_events_after(nimg: int, live: LiveDir) -> None:

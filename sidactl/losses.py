@@ -27,6 +27,8 @@ class ScoreLoss(NamedTuple):
     logits: Tensor
     logvar: Tensor | None
     """u(sigma) [B, 1, 1, 1] where the net has that head"""
+    real_logits: Tensor | None
+    """of the real images, where there are some"""
 
 
 class SidLoss(NamedTuple):
@@ -53,39 +55,45 @@ def fake_score_loss(
     sigma: Tensor,
     labels: Tensor | None = None,
     augment_labels: Tensor | None = None,
+    *,
+    real_images: Tensor | None = None,
+    real_augment_labels: Tensor | None = None,
 ) -> ScoreLoss:
-    """Denoising loss per pixel, with the logits map of the same pass.
+    """Denoising loss per pixel, with the logits map of the same pass, and that of real images where they are given.
 
-    With a logvar head the loss is weight / exp(u) * error^2 + u. Trains a teacher too, given real images.
+    Real images take the noise, sigma and labels of the others; they go through the encoder together with them, and
+    not through the decoder. With a logvar head the loss is weight / exp(u) * error^2 + u. Trains a teacher too, given
+    real images as `images`.
     Source: SiDA (2410.14919), eq. 5; EDM (2206.00364), eq. 2; EDM2 (2312.02696), eq. 14 for u.
     """
-    denoised, logits = fake_score.denoise_and_logits(images + sigma * noise, sigma, labels, augment_labels)
+    noisy, given, augment, sigmas = images + sigma * noise, labels, augment_labels, sigma
+    if real_images is not None:
+        noisy, sigmas = torch.cat([noisy, real_images + sigma * noise]), torch.cat([sigma, sigma])
+        given = None if labels is None else torch.cat([labels, labels])
+        if augment_labels is not None and real_augment_labels is not None:
+            augment = torch.cat([augment_labels, real_augment_labels])
+    denoised, logits = fake_score.denoise_and_logits(noisy, sigmas, given, augment, num_denoised=len(images))
     loss = denoising_weight(sigma, fake_score.spec.sigma_data) * (denoised - images) ** 2
     logvar = _logvar(fake_score, sigma)
     if logvar is not None:
         loss = loss / logvar.exp() + logvar
-    return ScoreLoss(loss, logits, logvar)
+    real_logits = None if real_images is None else logits[len(images) :]
+    return ScoreLoss(loss, logits[: len(images)], logvar, real_logits)
 
 
 def discriminator_loss(
-    fake_score: Denoiser,
-    real_images: Tensor,
-    fake: ScoreLoss,
-    noise: Tensor,
-    sigma: Tensor,
-    labels: Tensor | None = None,
-    augment_labels: Tensor | None = None,
+    score: ScoreLoss, sigma: Tensor, *, sigma_data: float = 0.5, num_micro_batches: int = 1
 ) -> Tensor:
-    """Binary cross-entropy per image of telling noisy real images from noisy fakes (whose pass is `fake`).
+    """Binary cross-entropy per image of telling noisy real images from noisy fakes, both of which `score` has seen.
 
-    Real images take the noise and sigma of the fakes. Each cross-entropy is averaged over batch and positions, so the
-    value depends on the micro-batch; logits are not clamped. Source: SiDA (2410.14919), eqs. 9 and 10, with the sign
-    that the published code has (eq. 10 is printed without its minus).
+    Each cross-entropy is averaged over positions and micro-batch, of which the batch may hold several; logits are not
+    clamped. Source: SiDA (2410.14919), eqs. 9 and 10, with the sign that the published code has (eq. 10 is printed
+    without its minus).
     """
-    real_logits = fake_score.logits(real_images + sigma * noise, sigma, labels, augment_labels)
-    cross_entropy = (F.softplus(-real_logits).mean() + F.softplus(fake.logits).mean()) / 2
-    loss = denoising_weight(sigma, fake_score.spec.sigma_data) * cross_entropy
-    return loss if fake.logvar is None else loss / fake.logvar.exp()
+    assert score.real_logits is not None
+    real, fakes = (_micro_batch_mean(F.softplus(x), num_micro_batches) for x in (-score.real_logits, score.logits))
+    loss = denoising_weight(sigma, sigma_data) * ((real + fakes) / 2)
+    return loss if score.logvar is None else loss / score.logvar.exp()
 
 
 def sid_generator_loss(
@@ -115,14 +123,21 @@ def sid_generator_loss(
     return SidLoss((f - g) * ((f - images) - alpha * (f - g)) * weight, logits, weight)
 
 
-def adversarial_generator_loss(sid: SidLoss) -> Tensor:
+def adversarial_generator_loss(sid: SidLoss, *, num_micro_batches: int = 1) -> Tensor:
     """Adversarial loss per image: how little the fake score's encoder takes the generator's images for real.
 
-    softplus(-logits), logits clamped to +- 10 (no gradient outside), averaged over batch and positions, times the
-    weight of the SiD term. Source: SiDA (2410.14919), eqs. 7 and 8; the published code has cross-entropy where eq. 7
-    prints a plain average.
+    softplus(-logits), logits clamped to +- 10 (no gradient outside), averaged over positions and micro-batch, times
+    the weight of the SiD term. Source: SiDA (2410.14919), eqs. 7 and 8; the published code has cross-entropy where
+    eq. 7 prints a plain average.
     """
-    return F.softplus(-sid.logits.clamp(-LOGIT_BOUND, LOGIT_BOUND)).mean() * sid.weight
+    clamped = sid.logits.clamp(-LOGIT_BOUND, LOGIT_BOUND)
+    return _micro_batch_mean(F.softplus(-clamped), num_micro_batches) * sid.weight
+
+
+def _micro_batch_mean(values: Tensor, num_micro_batches: int) -> Tensor:
+    """The mean of each micro-batch for each of its images, [B, 1, 1, 1]."""
+    means = values.reshape(num_micro_batches, -1).mean(dim=1, keepdim=True)
+    return means.expand(-1, len(values) // num_micro_batches).reshape(-1, 1, 1, 1)
 
 
 def _logvar(net: Denoiser, sigma: Tensor) -> Tensor | None:

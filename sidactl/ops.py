@@ -6,6 +6,7 @@ torch and all that needs it are imported where they are used, so that a question
 import dataclasses
 import json
 import math
+import os
 import signal
 import tempfile
 import threading
@@ -13,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import takewhile
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,9 +38,20 @@ from sidactl.artifacts import fetch_teacher as fetch_teacher
 from sidactl.artifacts import load as load
 from sidactl.artifacts import prepare_data as prepare_data
 from sidactl.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, SidaError
-from sidactl.recipe import MODES, HeunSpec, Memory, Mode, NetSpec, OneStepSpec, Recipe, TeacherRecipe, override
+from sidactl.recipe import (
+    MODES,
+    Execution,
+    HeunSpec,
+    Memory,
+    Mode,
+    NetSpec,
+    OneStepSpec,
+    Recipe,
+    TeacherRecipe,
+    override,
+)
 from sidactl.references import detector_name, images_per_batch
-from sidactl.scores import SCORE_NAMES, generated_images, load_detector, sampler_of
+from sidactl.scores import SCORE_NAMES, load_detector, sampler_of
 from sidactl.scores import evaluate as evaluate
 from sidactl.scores import fd_dinov2 as fd_dinov2
 from sidactl.scores import fid as fid
@@ -103,6 +114,8 @@ def train_teacher(
     """
     if net not in (None, *catalog.SMALL_NETS):
         raise SidaError(f"the net must be one of {', '.join(catalog.SMALL_NETS)}, got {net!r}", "Pass --net ddpmpp.")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise SidaError("train-teacher runs in one process", "Start it without torchrun.")
     store = Store.open(run)
     store.check_name("teacher", name)
     data = resolve(store, dataset, ["dataset"])
@@ -127,7 +140,7 @@ def train_teacher(
             duration_nimg=recipe.duration_nimg,
             evaluate_every_nimg=recipe.duration_nimg,
             checkpoint_every_nimg=max(recipe.duration_nimg // 10, recipe.batch_size),
-            max_skipped_steps=recipe.max_skipped_steps,
+            stop_if_nan_steps=recipe.stop_if_nan_steps,
         )
         _train(training, schedule, live, None, watch, {"title": f"train-teacher {name}"})
         params = {
@@ -260,9 +273,12 @@ def distill(
     device: str | None = None,
     force: bool = False,
     watch: Watch | None = None,
+    execution: Execution | None = None,
     **recipe_overrides: Any,
 ) -> Artifact:
     """The best one-step generator of a distillation run, by its score against the dataset; `last` is kept too.
+
+    Processes that torchrun started work together, with a run directory that all can see; the first one writes.
 
     dataset: of the teacher's by default; in mode sid its classes alone do, where it is not there.
     reference: what to score against meanwhile, as in `fid`; by default the images of the dataset, or else its
@@ -275,11 +291,65 @@ def distill(
     store = Store.open(run)
     if name:
         store.check_name("generator", name)
+    with _first_alone():
+        recipe, inputs, notes = _resolved(store, teacher, mode, generator, dataset, reference, recipe_overrides)
+        oids = {role: artifact.oid for role, artifact in inputs.items()}
+        keys = {
+            which: store.key("distill", {"recipe": recipe.to_json(), "which": which}, oids)
+            for which in ("best", "last")
+        }
+        is_known = not force and _asked(store, keys["best"]) is not None
+    if not is_known:
+        with _together(store, keys["best"]) as live:
+            _distill(store, live, keys, recipe, execution or Execution(), inputs, device, watch, notes)
+    with _first_alone():
+        found = {which: store.asked(key) for which, key in keys.items()}
+        if found["last"]:
+            named(store, found["last"], ["last"])
+        assert found["best"]
+        mode_name = f"{recipe.teacher}-{recipe.mode}".replace("/", "-")
+        return named(store, found["best"], ["best", mode_name, *([name] if name else [])])
+
+
+@contextmanager
+def _first_alone() -> Iterator[None]:
+    """See `engine.first_alone`; a process that is alone anyway does not import torch for it."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield
+        return
+    from sidactl import engine
+
+    with engine.first_alone():
+        yield
+
+
+@contextmanager
+def _together(store: Store, key: str) -> Iterator[LiveDir]:
+    """The live directory of a question that several processes work on; the first one holds and fills it."""
+    from sidactl import engine
+
+    if engine.rank_and_size()[0] > 0:
+        place = Path(engine.agreed(str))
+        yield LiveDir(place, is_writer=False)
+        return
+    with at_work(store, key) as live:
+        engine.agreed(lambda: str(live.path))
+        yield live
+
+
+def _resolved(
+    store: Store,
+    teacher: str,
+    mode: str,
+    generator: str | None,
+    dataset: str | None,
+    reference: str | None,
+    overrides: Mapping[str, Any],
+) -> tuple[Recipe, dict[str, Artifact], list[str]]:
+    """The complete recipe of a distillation, its inputs by role, and what people should know of them."""
     if _is_foreign(teacher):
         teacher = resolve(store, teacher, ["teacher"]).oid
-    planned = plan(
-        teacher=teacher, mode=mode, generator=generator, dataset=dataset, store=store, overrides=recipe_overrides
-    )
+    planned = plan(teacher=teacher, mode=mode, generator=generator, dataset=dataset, store=store, overrides=overrides)
     teacher_artifact = resolve(store, teacher, ["teacher"])
     inputs = {"teacher": teacher_artifact}
     teacher_net = NetSpec.from_json(mapping(teacher_artifact.params["net"]))
@@ -304,19 +374,7 @@ def distill(
     _check_fit(data, teacher_net, "teacher")
     if "reference" in inputs and inputs["reference"].oid == data.oid:
         del inputs["reference"]
-    oids = {role: artifact.oid for role, artifact in inputs.items()}
-    keys = {
-        which: store.key("distill", {"recipe": recipe.to_json(), "which": which}, oids) for which in ("best", "last")
-    }
-    if force or not _asked(store, keys["best"]):
-        with at_work(store, keys["best"]) as live:
-            _distill(store, live, keys, recipe, inputs, device, watch, notes)
-    found = {which: store.asked(key) for which, key in keys.items()}
-    if found["last"]:
-        named(store, found["last"], ["last"])
-    assert found["best"]
-    mode_name = f"{recipe.teacher}-{recipe.mode}".replace("/", "-")
-    return named(store, found["best"], ["best", mode_name, *([name] if name else [])])
+    return recipe, inputs, notes
 
 
 def _training_data(store: Store, planned: Plan, net: NetSpec, asked: str | None) -> Artifact:
@@ -346,6 +404,7 @@ def _distill(
     live: LiveDir,
     keys: Mapping[str, str],
     recipe: Recipe,
+    execution: Execution,
     inputs: Mapping[str, Artifact],
     device: str | None,
     watch: Watch | None,
@@ -354,10 +413,10 @@ def _distill(
     """Trains, stores the last and the best generator under their keys, and a run that binds them."""
     import safetensors.torch
 
-    from sidactl import loop, pictures, teachers, trainer
-    from sidactl.engine import pick_device
+    from sidactl import engine, loop, pictures, teachers, trainer
 
-    chosen_device = pick_device(device)
+    chosen_device = engine.pick_device(device)
+    engine.passes_of(recipe, execution)  # what does not fit is told before anything is loaded
     data = inputs["dataset"]
     sampler = OneStepSpec(sigma_init=recipe.sigma_init)
     compared = inputs.get("reference", None if data.results["kind"] == "labels" else data)
@@ -368,12 +427,12 @@ def _distill(
     teacher = load_net(store, inputs["teacher"], chosen_device)
     start = load_net(store, inputs["generator"], chosen_device) if "generator" in inputs else None
     batches = _batches(store, data, recipe.batch_size, recipe.num_accumulation_rounds, recipe.seed, chosen_device)
-    training = trainer.Distillation(recipe, teacher, start, batches)
+    training = trainer.Distillation(recipe, teacher, start, batches, execution)
     schedule = loop.Schedule(
         duration_nimg=recipe.duration_nimg,
         evaluate_every_nimg=recipe.evaluate_every_nimg,
         checkpoint_every_nimg=recipe.checkpoint_every_nimg,
-        max_skipped_steps=recipe.max_skipped_steps,
+        stop_if_nan_steps=recipe.stop_if_nan_steps,
     )
     title = f"distill {recipe.teacher} {recipe.mode}"
     facts = {"title": title, "teacher": recipe.teacher, "events": str(live.path / "events.jsonl")}
@@ -392,7 +451,9 @@ def _distill(
             title=f"{recipe.mode} of {recipe.teacher}, one step",
             ylabel=SCORE_NAMES[detector.name],
         )
-    net, made = training.ema, {}
+    net, made = engine.gathered(training.ema, chosen_device), {}
+    if engine.rank_and_size()[0] > 0:
+        return
     for which, (nimg, score) in (("last", last), ("best", best)):
         if which == "best" and history.best:
             teachers.load_weights(net, safetensors.torch.load(loop.best_weights(history, live)))
@@ -430,17 +491,25 @@ def _evaluation(
     detector: "Detector", reference: references.Moments, sampler: OneStepSpec, num_images: int
 ) -> "Evaluate":
     """What scores a net while it trains: its distance from the reference, and a grid of images."""
-    from sidactl import detectors, loop, metrics
+    from sidactl import engine, loop, metrics, sampling
 
     seeds = range(SELECTION_SEED, SELECTION_SEED + num_images)
 
     def evaluate(net: "Preconditioned", should_stop: Callable[[], bool]) -> loop.Evaluation | None:
-        images = takewhile(lambda batch: not should_stop(), generated_images(net, sampler, seeds, detector.device))
-        generated = detectors.stats_of(detector, images)
-        if should_stop():
+        net = engine.gathered(net, detector.device)
+        size = images_per_batch(net.spec.img_channels, net.spec.img_resolution)
+        samples = sampling.generate(net, seeds, sampler, device=detector.device, batch_size=size)
+        generated = metrics.FeatureStats()
+        features = (detector(batch.images) for batch in samples.shared())
+        for rows in engine.joined(features, len(samples), should_stop=should_stop):
+            generated.add(rows)
+        if engine.any_process(should_stop()):
             return None
-        score = metrics.frechet_distance(generated.mean, generated.covariance(), *reference)
-        return loop.Evaluation(score, _preview(net, sampler))
+
+        def score() -> str:
+            return repr(metrics.frechet_distance(generated.mean, generated.covariance(), *reference))
+
+        return loop.Evaluation(float(engine.agreed(score)), _preview(net, sampler))
 
     return evaluate
 
@@ -623,7 +692,8 @@ def sample(
     store = Store.open(run)
     if name:
         store.check_name("samples", name)
-    subject = resolve(store, ref, NETS)
+    with _first_alone():
+        subject = resolve(store, ref, NETS)
     chosen = _sampler(subject, sampler, steps)
     params: dict[str, Any] = {
         "seeds": _seeds_to_json(seeds),
@@ -643,10 +713,9 @@ def sample(
     if not force and (known := store.asked(key)):
         return Sampled(named(store, known, refs), store)
 
-    from sidactl import pictures, prepare, sampling
-    from sidactl.engine import pick_device
+    from sidactl import engine, pictures, prepare, sampling
 
-    chosen_device = pick_device(device)
+    chosen_device = engine.pick_device(device)
     net = load_net(store, subject, chosen_device)
     size = images_per_batch(net.spec.img_channels, net.spec.img_resolution)
     batches = sampling.generate(
@@ -659,11 +728,15 @@ def sample(
         guidance=guidance,
         batch_size=size,
     )
+    drawn = engine.joined(batches.shared(), len(batches))
+    if engine.rank_and_size()[0] > 0:
+        assert next(drawn, None) is None
+        return Sampled(store.get(engine.agreed(str)), store)
     with tempfile.TemporaryDirectory(prefix="sidactl-") as folder:
         path = Path(folder) / "images.zip"
         first: NDArray[np.uint8] | None = None
         with prepare.ZipWriter(path) as writer:
-            for batch in batches:
+            for batch in drawn:
                 images = batch.images.permute(0, 2, 3, 1).numpy()
                 first = images[: len(PREVIEW_SEEDS)] if first is None else first
                 for index, image in enumerate(images):
@@ -678,7 +751,8 @@ def sample(
             params=params | {"name": subject.params["name"], "dataset": subject.params["dataset"]},
             results={"num_images": len(seeds), "nfe": chosen.nfe},
         )
-    return Sampled(answered(store, key, artifact, "sample", refs=refs), store)
+    artifact = answered(store, key, artifact, "sample", refs=refs)
+    return Sampled(store.get(engine.agreed(lambda: artifact.oid)), store)
 
 
 def _seeds_to_json(seeds: Sequence[int]) -> dict[str, int] | list[int]:

@@ -11,6 +11,8 @@ from sidactl.errors import SidaError
 
 Mode = Literal["sid", "sida", "sid2a"]
 MODES: tuple[Mode, ...] = ("sid", "sida", "sid2a")
+Precision = Literal["fp32", "tf32", "fp16", "bf16"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "tf32", "fp16", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +202,7 @@ class Recipe(Plain):
     generator_beta1: float = 0.0
     beta2: float = 0.999
     adam_eps: float = 1e-8
+    """1e-6 in fp16, unless another is given"""
     ema_rampup_ratio: float | None = 0.05
     """the EMA half-life is at most this share of the images seen; None = no ramp-up"""
     augment_p: float = 0.0
@@ -210,22 +213,29 @@ class Recipe(Plain):
     logvar: bool = True
     """EDM2: whether the fake score keeps the teacher's uncertainty head, and the losses divide by exp(u)"""
     seed: int = 0
-    precision: Literal["fp32"] = "fp32"
+    precision: Precision = "fp32"
+    """type of the U-Nets' arithmetic; preconditioning, losses, weights and their updates are float32 in any case"""
+    teacher_precision: Precision | None = None
+    """the teacher's own; None = as all nets"""
     evaluate_every_nimg: int = 500_000
     evaluate_num: int = 50_000
     """generated images per evaluation in the loop"""
-    checkpoint_every_nimg: int = 2_000_000
-    max_skipped_steps: int = 20
+    checkpoint_every_nimg: int = 500_000
+    """the published runs saved theirs four times as seldom"""
+    stop_if_nan_steps: int = 20
     """so many updates in a row with a non-finite gradient stop the run"""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "duration_nimg", "num_accumulation_rounds", "evaluate_every_nimg"):
             _must_be(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
-        for name in ("checkpoint_every_nimg", "max_skipped_steps"):
+        for name in ("checkpoint_every_nimg", "stop_if_nan_steps"):
             _must_be(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
         _must_be("evaluate_num", self.evaluate_num >= 2, "at least 2", self.evaluate_num)
         _must_be("ema_halflife_nimg", self.ema_halflife_nimg >= 0, "at least 0", self.ema_halflife_nimg)
-        for name in ("fake_score_lr", "generator_lr", "lambda_sid", "sigma_init", "P_std"):
+        _must_be("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}", self.precision)
+        known = (None, *PRECISIONS[:1], *PRECISIONS[2:])  # TF32 is a setting of the device, not of one net
+        _must_be("teacher_precision", self.teacher_precision in known, "fp32, fp16 or bf16", self.teacher_precision)
+        for name in ("fake_score_lr", "generator_lr", "lambda_sid", "sigma_init", "P_std", "adam_eps"):
             _must_be(name, 0 < getattr(self, name) < math.inf, "positive and finite", getattr(self, name))
         for name in ("fake_score_beta1", "generator_beta1", "beta2", "dropout"):
             _must_be(name, 0 <= getattr(self, name) < 1, "in [0, 1)", getattr(self, name))
@@ -253,6 +263,19 @@ def _must_be(name: str, holds: bool, what: str, got: object) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Execution(Plain):
+    """How a recipe is carried out. It shapes speed and memory, never the method, so it is no part of the question."""
+
+    batch_per_device: int | None = None
+    """images that go through the nets at a time, a multiple of the micro-batch; None = as many as fit, by trying"""
+    shard: bool = False
+    """nets, EMA and optimiser states are split over the processes (FSDP2)"""
+    checkpoint_activations: bool = False
+    """the backward pass computes activations anew, block by block, instead of keeping them"""
+    ema_on_cpu: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class TeacherRecipe(Plain):
     """How a teacher is trained from scratch with the EDM loss. Source: EDM (2206.00364), eq. 2 and table 1."""
 
@@ -271,7 +294,7 @@ class TeacherRecipe(Plain):
     adam_eps: float = 1e-8
     augment_p: float = 0.0
     seed: int = 0
-    max_skipped_steps: int = 20
+    stop_if_nan_steps: int = 20
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "duration_nimg"):
@@ -302,6 +325,8 @@ def override(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
     if part is not None:
         part = dataclasses.replace(part, **{k: v for k, v in overrides.items() if k in adversarial})
     changed = {k: v for k, v in overrides.items() if k in own}
+    if (precision := changed.get("precision", recipe.precision)) != recipe.precision and "adam_eps" not in changed:
+        changed["adam_eps"] = 1e-6 if precision == "fp16" else 1e-8
     return dataclasses.replace(recipe, **({"adversarial": part} | changed))
 
 

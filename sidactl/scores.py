@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sidactl.detectors import Detector, Resize
-    from sidactl.diffusion import Preconditioned
     from sidactl.metrics import FeatureStats
 
 SCORED = (*NETS, "samples", "dataset")
@@ -587,17 +586,6 @@ def _fixed_count(subject: Artifact, num: int | None, trials: int) -> int:
             "Pass a smaller --num, or sample more.",
         )
     return num or available
-
-
-def generated_images(
-    net: "Preconditioned", sampler: OneStepSpec | HeunSpec, seeds: Sequence[int], device: "torch.device"
-) -> Iterator["Tensor"]:
-    """Batches of uint8 images for these seeds, computed as they are read."""
-    from sidactl import sampling
-
-    size = images_per_batch(net.spec.img_channels, net.spec.img_resolution)
-    for batch in sampling.generate(net, seeds, sampler, device=device, batch_size=size):
-        yield batch.images
 
 
 def sampler_of(subject: Artifact) -> OneStepSpec | HeunSpec:

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -166,11 +167,15 @@ def _place(tmp: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(tmp, target)
     for folder in (target.parent, target.parent.parent):
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _append(path: Path, line: bytes) -> None:
@@ -217,9 +222,13 @@ def _lock_live(path: Path) -> int:
 
 @dataclass(frozen=True)
 class LiveDir:
-    """A mutable directory that one process holds; files have plain names. What cannot be written is a SidaError."""
+    """A mutable directory that one process holds; files have plain names. What cannot be written is a SidaError.
+
+    is_writer: false in the processes that work with the one that holds it; what they are to write is left to that one.
+    """
 
     path: Path
+    is_writer: bool = True
 
     def _file(self, name: str) -> Path:
         assert _LIVE_NAME.fullmatch(name), f"a plain file name is needed, got {name!r}"
@@ -227,6 +236,8 @@ class LiveDir:
 
     def write(self, name: str, data: Data) -> None:
         """Puts `data` under `name` in one step: a reader, or a kill, meets the old content or the new."""
+        if not self.is_writer:
+            return
         target, tmp = self._file(name), self.path / f".{name}.tmp"
         with _disk(self.path.parents[1], "written"):
             try:
@@ -237,16 +248,47 @@ class LiveDir:
 
     def append(self, name: str, line: bytes) -> None:
         """Adds one line (its newline may be left out)."""
+        if not self.is_writer:
+            return
         with _disk(self.path.parents[1], "written"):
             _append(self._file(name), line)
 
-    def remove(self, name: str) -> None:
-        """Removes a file; no error where there is none."""
+    @contextmanager
+    def folder(self, name: str) -> Iterator[Path]:
+        """A folder to fill, by several processes if need be; it comes under `name` in one step, flushed, at the end."""
+        target, tmp = self._file(name), self.path / f".{name}.tmp"
+        if not self.is_writer:
+            yield tmp
+            return
         with _disk(self.path.parents[1], "written"):
-            self._file(name).unlink(missing_ok=True)
+            try:
+                shutil.rmtree(tmp, ignore_errors=True)
+                tmp.mkdir()
+                yield tmp
+                for path in tmp.iterdir():
+                    _flush(path)
+                self.remove(name)
+                _place(tmp, target)
+            finally:
+                shutil.rmtree(tmp, ignore_errors=True)
+
+    def remove(self, name: str) -> None:
+        """Removes a file or folder at once; no error where there is none."""
+        path, gone = self._file(name), self.path / f".{name}.gone"
+        if not self.is_writer:
+            return
+        with _disk(self.path.parents[1], "written"):
+            if path.is_dir():
+                shutil.rmtree(gone, ignore_errors=True)
+                path.replace(gone)
+                shutil.rmtree(gone)
+            else:
+                path.unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Removes everything in it; the lock stays held."""
+        if not self.is_writer:
+            return
         with _disk(self.path.parents[1], "written"):
             for folder, folders, names in os.walk(self.path, topdown=False):
                 for path in {Path(folder, name) for name in names} - {self.path / "lock"}:

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from sidactl import losses
+from sidactl import engine, losses
 from sidactl.augment import AugmentPipe
 from sidactl.codec import LatentCodec, PixelCodec
 from sidactl.diffusion import Draws, Preconditioned, sigma_of_time
 from sidactl.errors import SidaError
 from sidactl.nets.edm2 import drop_logvar_, force_normalize_
-from sidactl.recipe import NetSpec, Recipe, TeacherRecipe
+from sidactl.recipe import Execution, NetSpec, Recipe, TeacherRecipe
 
 STREAMS = {"latent": 0, "diffusion": 1, "augment": 2, "dropout": 3, "posterior": 4}
 
@@ -41,6 +41,26 @@ class SeededDraws:
         return torch.randint(high, tuple(shape), generator=self._generator, device=self._device)
 
 
+class JoinedDraws:
+    """The draws of several micro-batches, one after the other along the first dimension. Implements `Draws`."""
+
+    def __init__(self, parts: Sequence[Draws]) -> None:
+        self._parts = parts
+
+    def normal(self, shape: Iterable[int]) -> Tensor:
+        return self._joined(shape, lambda draws, part: draws.normal(part))
+
+    def uniform(self, shape: Iterable[int]) -> Tensor:
+        return self._joined(shape, lambda draws, part: draws.uniform(part))
+
+    def integers(self, high: int, shape: Iterable[int]) -> Tensor:
+        return self._joined(shape, lambda draws, part: draws.integers(high, part))
+
+    def _joined(self, shape: Iterable[int], draw: Callable[[Draws, Sequence[int]], Tensor]) -> Tensor:
+        num_images, *rest = shape
+        return torch.cat([draw(draws, (num_images // len(self._parts), *rest)) for draws in self._parts])
+
+
 def stream_seed(seed: int, stream: str, index: int) -> int:
     """The 64-bit seed of one micro-batch in one stream of randomness."""
     return int(np.random.SeedSequence((seed, STREAMS[stream], index)).generate_state(1, np.uint64)[0])
@@ -55,6 +75,16 @@ class MicroBatch:
     diffusion: Draws
     augment: Draws
     dropout_seed: int
+
+    @classmethod
+    def joined(cls, parts: Sequence["MicroBatch"]) -> "MicroBatch":
+        """Several as one; its dropout is that of the first, so nets with dropout take them one by one."""
+        if len(parts) == 1:
+            return parts[0]
+        latent, diffusion, augment = (
+            JoinedDraws([getattr(part, stream) for part in parts]) for stream in ("latent", "diffusion", "augment")
+        )
+        return cls(torch.cat([p.labels for p in parts]), latent, diffusion, augment, parts[0].dropout_seed)
 
 
 class MicroBatches(Protocol):
@@ -147,33 +177,48 @@ def update_ema(
 ) -> None:
     """Moves `ema` towards `net`: parameters only, buffers are never touched.
 
-    The half-life is at most rampup_ratio times the images seen before this step, so at 0 images ema becomes net.
-    Source: EDM (2206.00364), appendix F.2.
+    The half-life is at most rampup_ratio times the images seen before this step, so at 0 images ema becomes net. The
+    EMA may lie on another device. Source: EDM (2206.00364), appendix F.2.
     """
     halflife = float(halflife_nimg)
     if rampup_ratio is not None:
         halflife = min(halflife, nimg * rampup_ratio)
     average = get_ema_multi_avg_fn(0.5 ** (batch_size / max(halflife, 1e-8)))
+    means = [engine.local(p.detach()) for p in ema.parameters()]
+    values = [engine.local(p.detach()) for p in net.parameters()]
     with torch.no_grad():
-        average([p.detach() for p in ema.parameters()], [p.detach() for p in net.parameters()], torch.tensor(0))
+        average(means, [p.to(mean.device) for p, mean in zip(values, means, strict=True)], torch.tensor(0))
 
 
 def apply_gradients(optimizer: torch.optim.Optimizer, clip_value: float | None) -> bool:
     """Steps the optimiser and clears its gradients; False, and no step, if a gradient is not finite."""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    gradients = [p.grad for p in parameters]
+    gradients = [engine.local(p.grad) for p in parameters]
     finite = bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
+    if any(map(engine.is_sharded, parameters)):  # of which each process sees a part
+        finite = not engine.any_process(not finite)
     if finite:
         if clip_value is not None:
-            torch.nn.utils.clip_grad_value_(parameters, clip_value)
+            torch._foreach_clamp_min_(gradients, -clip_value)
+            torch._foreach_clamp_max_(gradients, clip_value)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return finite
 
 
 def adam(net: nn.Module, *, lr: float, beta1: float, beta2: float, eps: float) -> torch.optim.Adam:
-    """Adam over all parameters; the fused kernel is the same arithmetic in one pass."""
-    return torch.optim.Adam(net.parameters(), lr=lr, betas=(beta1, beta2), eps=eps, fused=True)
+    """Adam over all parameters; the fused kernel is the same arithmetic in one pass.
+
+    Its state is there from the start, so that every checkpoint has the same shape and no memory is asked for later.
+    """
+    optimizer = torch.optim.Adam(net.parameters(), lr=lr, betas=(beta1, beta2), eps=eps, fused=True)
+    for parameter in net.parameters():
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
 
 
 class SkippedSteps:
@@ -215,10 +260,17 @@ class Distillation:
     EDM2's weights are normalised as recipe.forced_normalization says. In the published code a net does so in its own
     training passes in mode sid; with the adversarial part it is a hook that copies of a net inherit as it was when
     they were made: the fake score never does, the generator does, the EMA net does whenever it is evaluated.
+
+    Several processes share the micro-batches of a step and add their gradients up, once.
     """
 
     def __init__(
-        self, recipe: Recipe, teacher: Preconditioned, generator: Preconditioned | None, batches: MicroBatches
+        self,
+        recipe: Recipe,
+        teacher: Preconditioned,
+        generator: Preconditioned | None,
+        batches: MicroBatches,
+        execution: Execution | None = None,
     ) -> None:
         self.recipe = recipe
         self.teacher = teacher.eval().requires_grad_(False)
@@ -231,6 +283,9 @@ class Distillation:
         self._normalizes_ema = forced == "published" and is_adversarial
         if self._normalizes_ema:
             force_normalize_(self.ema)
+        execution = execution or Execution()
+        engine.arrange(recipe, execution, self.teacher, self.fake_score, self.generator, self.ema)
+        self.passes = engine.passes_of(recipe, execution)
         self._batches = batches
         self._augmented = _augmentation(recipe.augment_p, teacher.spec)
         self._fake_score_optimizer = adam(
@@ -278,7 +333,7 @@ class Distillation:
     def step(self) -> dict[str, Tensor]:
         """One iteration: the fake score, the generator (once its turn has come), the EMA.
 
-        Returns the scaled losses as printed by the published code, one value per accumulation round, [rounds].
+        Returns the scaled losses as printed by the published code, one value per pass of this process, [passes].
         """
         part = self.recipe.adversarial
         stats = self._fake_score_gradients()
@@ -306,10 +361,11 @@ class Distillation:
         recipe, part, psi = self.recipe, self.recipe.adversarial, self.fake_score
         psi.train()
         self.generator.eval()
-        rounds: list[dict[str, Tensor]] = []
-        for index in range(recipe.num_accumulation_rounds):
-            position = 2 * self.step_index, index
-            batch = self._batches.get(*position)
+        passes: list[dict[str, Tensor]] = []
+        gradients = engine.GradientSum(psi, len(self.passes))
+        for rounds in self.passes:
+            engine.sync_gradients(psi, rounds is self.passes[-1])
+            batch = self._batch(2 * self.step_index, rounds)
             if self._normalizes_fake_score:
                 force_normalize_(psi)
             with torch.no_grad():
@@ -317,42 +373,75 @@ class Distillation:
             sigma = (recipe.P_std * batch.diffusion.normal((len(fakes), 1, 1, 1)) + recipe.P_mean).exp()
             fakes, fake_augment = self._augmented(fakes, batch.augment)
             noise = batch.diffusion.normal(fakes.shape)
+            reals, real_augment = None, None
+            if part is not None:
+                images = torch.cat([self._batches.images(2 * self.step_index, index) for index in rounds])
+                reals, real_augment = self._augmented(images, batch.augment)
             with DropoutSeed(batch.dropout_seed, psi):
-                score = losses.fake_score_loss(psi, fakes, noise, sigma, batch.labels, fake_augment)
+                score = losses.fake_score_loss(
+                    psi,
+                    fakes,
+                    noise,
+                    sigma,
+                    batch.labels,
+                    fake_augment,
+                    real_images=reals,
+                    real_augment_labels=real_augment,
+                )
                 stats = {"fake_score_loss": score.per_pixel.sum() / recipe.batch_size}
                 if part is not None:
-                    reals, real_augment = self._augmented(self._batches.images(*position), batch.augment)
-                    per_image = losses.discriminator_loss(psi, reals, score, noise, sigma, batch.labels, real_augment)
+                    per_image = losses.discriminator_loss(
+                        score, sigma, sigma_data=psi.spec.sigma_data, num_micro_batches=len(rounds)
+                    )
                     stats["discriminator_loss"] = per_image.sum() * (part.discriminator_scale / recipe.batch_size)
                 torch.stack(list(stats.values())).sum().backward()
-            rounds.append(stats)
-        return _stack(rounds)
+            gradients.add()
+            passes.append(stats)
+        gradients.finish()
+        return _stack(passes)
 
     def _generator_gradients(self) -> dict[str, Tensor]:
-        recipe, part = self.recipe, self.recipe.adversarial
         self.generator.train()
-        self.fake_score.eval().requires_grad_(False)
-        rounds: list[dict[str, Tensor]] = []
-        for index in range(recipe.num_accumulation_rounds):
-            batch = self._batches.get(2 * self.step_index + 1, index)
+        self.fake_score.eval()
+        passes: list[dict[str, Tensor]] = []
+        gradients = engine.GradientSum(self.generator, len(self.passes))
+        for rounds in self.passes:
+            engine.sync_gradients(self.generator, rounds is self.passes[-1])
+            batch = self._batch(2 * self.step_index + 1, rounds)
             if self._normalizes_generator:
                 force_normalize_(self.generator)
             with DropoutSeed(batch.dropout_seed, self.generator):
                 fakes = self._generate(batch)
-            sigma = sigma_of_time(batch.diffusion.uniform((len(fakes), 1, 1, 1)) * (recipe.tmax / 1000))
-            noise = batch.diffusion.normal(fakes.shape)
-            sid = losses.sid_generator_loss(
-                self.teacher, self.fake_score, fakes, noise, sigma, batch.labels, alpha=recipe.alpha
-            )
-            stats = {"generator_sid_loss": sid.per_pixel.sum() * (recipe.lambda_sid / recipe.batch_size)}
-            weight = 1.0
-            if part is not None and self.is_adversarial:
-                weight, scale = part.joint_weight, part.lambda_adv / recipe.batch_size * fakes[0].numel()
-                stats["generator_adversarial_loss"] = losses.adversarial_generator_loss(sid).sum() * scale
-            (weight * torch.stack(list(stats.values())).sum()).backward()
-            rounds.append(stats)
-        self.fake_score.requires_grad_(True)
-        return _stack(rounds)
+                # The loss has a graph of its own, gone before the generator's is gone back: no gradient of the fake
+                # score's weights is computed, and less memory is held at a time.
+                stats, gradient = self._gradient_of_images(batch, fakes.detach().requires_grad_(), len(rounds))
+                fakes.backward(gradient)
+            gradients.add()
+            passes.append(stats)
+        gradients.finish()
+        return _stack(passes)
+
+    def _gradient_of_images(
+        self, batch: MicroBatch, fakes: Tensor, num_micro_batches: int
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The generator's losses and their gradient with respect to its images."""
+        recipe, part = self.recipe, self.recipe.adversarial
+        sigma = sigma_of_time(batch.diffusion.uniform((len(fakes), 1, 1, 1)) * (recipe.tmax / 1000))
+        noise = batch.diffusion.normal(fakes.shape)
+        sid = losses.sid_generator_loss(
+            self.teacher, self.fake_score, fakes, noise, sigma, batch.labels, alpha=recipe.alpha
+        )
+        stats = {"generator_sid_loss": sid.per_pixel.sum() * (recipe.lambda_sid / recipe.batch_size)}
+        weight = 1.0
+        if part is not None and self.is_adversarial:
+            weight, scale = part.joint_weight, part.lambda_adv / recipe.batch_size * fakes[0].numel()
+            per_image = losses.adversarial_generator_loss(sid, num_micro_batches=num_micro_batches)
+            stats["generator_adversarial_loss"] = per_image.sum() * scale
+        (gradient,) = torch.autograd.grad(weight * torch.stack(list(stats.values())).sum(), fakes)
+        return stats, gradient
+
+    def _batch(self, batch: int, rounds: Sequence[int]) -> MicroBatch:
+        return MicroBatch.joined([self._batches.get(batch, index) for index in rounds])
 
     def _generate(self, batch: MicroBatch) -> Tensor:
         spec, sigma_init = self.generator.spec, self.recipe.sigma_init
@@ -428,5 +517,5 @@ def _trainable_copy(net: Preconditioned, dropout: float, *, keep_logvar: bool) -
     return copied
 
 
-def _stack(rounds: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([r[name].detach() for r in rounds]) for name in rounds[0]}
+def _stack(passes: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([stats[name].detach() for stats in passes]) for name in passes[0]}

@@ -123,14 +123,16 @@ def test_recipes_are_those_of_the_published_runs(name: str) -> None:
         assert recipe.alpha == (1.2 if mode == "sid" and not is_edm2 and name != "edm-afhqv2" else 1.0)
         assert recipe.lambda_sid == (50 if (name, mode) == ("edm2-m", "sid2a") else 100)
         assert recipe.generator_beta1 == (0.9 if (name, mode) == ("edm-ffhq64", "sid") else 0)
-        assert (recipe.fake_score_beta1, recipe.beta2, recipe.adam_eps) == (0, 0.999, 1e-8)
+        precision, eps = ("fp32", 1e-8) if "cifar10" in name else ("fp16", 1e-6)
+        assert (recipe.precision, recipe.teacher_precision, recipe.adam_eps) == (precision, None, eps)
+        assert (recipe.fake_score_beta1, recipe.beta2) == (0, 0.999)
         assert (recipe.sigma_init, recipe.tmax, recipe.ema_rampup_ratio) == (2.5, 800, 0.05)
         assert (recipe.P_mean, recipe.P_std) == ((-0.4, 1.0) if is_edm2 else (-1.2, 1.2))
         plain = (name, mode) in (("edm2-s", "sida"), ("edm2-s", "sid2a"))
         assert recipe.forced_normalization == ("published" if is_edm2 and not plain else "off")
         assert recipe.logvar is not plain
         line_nimg = 20_000 if name == "edm-imagenet64" else 10_000
-        assert (recipe.evaluate_every_nimg, recipe.checkpoint_every_nimg) == (50 * line_nimg, 200 * line_nimg)
+        assert (recipe.evaluate_every_nimg, recipe.checkpoint_every_nimg) == (50 * line_nimg, 50 * line_nimg)
         if mode == "sid":
             assert recipe.adversarial is None
             assert recipe.generator_from_nimg is None

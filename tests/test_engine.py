@@ -11,7 +11,7 @@ import torch
 
 from sidactl import catalog, nets
 from sidactl.diffusion import Preconditioned
-from sidactl.engine import batches_of, fitting_threads, in_order, pick_device
+from sidactl.engine import batches_of, fitting_threads, in_order, is_small, pick_device
 from sidactl.errors import SidaError
 
 
@@ -68,10 +68,10 @@ def two_threads() -> Iterator[None]:
 
 @pytest.mark.usefixtures("two_threads")
 def test_a_small_net_is_run_by_one_thread_and_a_large_one_by_all() -> None:
-    with fitting_threads(tiny_net()):
+    with fitting_threads(is_small(tiny_net())):
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == 2
-    with fitting_threads(tiny_net(model_channels=256)):
+    with fitting_threads(is_small(tiny_net(model_channels=256))):
         assert torch.get_num_threads() == 2
 
 

@@ -137,13 +137,14 @@ def psi_losses(
     sigma = (case.P_std * draws.normal((len(y), 1, 1, 1)) + case.P_mean).exp()[kept]
     y, y_augment = pipe(y, draws) if pipe else (y, None)
     noise = draws.normal(y.shape)[kept]
-    score = losses.fake_score_loss(case.fake_score, y[kept], noise, sigma, labels, y_augment)
     if not adversarial:
         assert draws.exhausted()
-        return score, None
+        return losses.fake_score_loss(case.fake_score, y[kept], noise, sigma, labels, y_augment), None
     reals, r_augment = pipe(reals, draws) if pipe else (reals, None)
     assert draws.exhausted()
-    return score, losses.discriminator_loss(case.fake_score, reals[kept], score, noise, sigma, labels, r_augment)
+    real = {"real_images": reals[kept], "real_augment_labels": r_augment}
+    score = losses.fake_score_loss(case.fake_score, y[kept], noise, sigma, labels, y_augment, **real)
+    return score, losses.discriminator_loss(score, sigma)
 
 
 @pytest.mark.parametrize("variant", ["noaug", "aug"])
@@ -230,8 +231,10 @@ class Shift(Preconditioned):
     def forward(self, x: Tensor, sigma: Any, labels: Any = None, augment_labels: Any = None) -> Tensor:
         return (x + sigma**2 * self.mean) / (1 + sigma**2)
 
-    def denoise_and_logits(self, x: Tensor, sigma: Any, labels: Any = None, augment_labels: Any = None) -> Any:
-        return self(x, sigma), x.mean(dim=1, keepdim=True)
+    def denoise_and_logits(
+        self, x: Tensor, sigma: Any, labels: Any = None, augment_labels: Any = None, *, num_denoised: int | None = None
+    ) -> Any:
+        return self(x, sigma)[:num_denoised], x.mean(dim=1, keepdim=True)
 
     def logits(self, x: Tensor, sigma: Any, labels: Any = None, augment_labels: Any = None) -> Tensor:
         return x.mean(dim=1, keepdim=True)

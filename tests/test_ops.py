@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sidactl import cli, loop, metrics, ops
+from sidactl import cli, loop, metrics, ops, sampling
 from sidactl.artifacts import mapping
 from sidactl.errors import SidaError
 from sidactl.store import Artifact, Store, digest
@@ -222,10 +222,10 @@ def test_a_second_signal_acts_as_usual(fresh_run: Path) -> None:
 def test_a_signal_during_an_evaluation_acts_at_once_and_the_evaluation_is_made_later(
     finished: Finished, fresh_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generated, batches = ops.generated_images, []
+    shared, batches = sampling.Samples.shared, []
 
-    def interrupted(*arguments: Any) -> Any:
-        for batch in generated(*arguments):
+    def interrupted(samples: sampling.Samples) -> Any:
+        for batch in shared(samples):
             batches.append(batch)
             os.kill(os.getpid(), signal.SIGTERM)
             yield batch
@@ -233,7 +233,7 @@ def test_a_signal_during_an_evaluation_acts_at_once_and_the_evaluation_is_made_l
 
     seen: list[loop.Event] = []
     with monkeypatch.context() as patched:
-        patched.setattr(ops, "generated_images", interrupted)
+        patched.setattr(sampling.Samples, "shared", interrupted)
         with pytest.raises(SidaError, match=r"^interrupted at 32 of 96 images; the checkpoint is kept\."):
             short_distill(fresh_run, seen.append)
     assert len(batches) == 1
@@ -298,7 +298,7 @@ def test_the_same_distillation_twice_at_once_is_refused(fresh_run: Path) -> None
 
 def test_a_run_whose_gradients_are_not_finite_stops_and_names_the_step(fresh_run: Path) -> None:
     with pytest.raises(SidaError) as caught:
-        short_distill(fresh_run, fake_score_lr=1e30, max_skipped_steps=3)
+        short_distill(fresh_run, fake_score_lr=1e30, stop_if_nan_steps=3)
     assert str(caught.value) == (
         "3 updates in a row of the generator had a gradient that is not finite, the last at step 3 (48 images). "
         "The last checkpoint is kept; lower the learning rate or choose another precision."

@@ -1,0 +1,162 @@
+"""Several processes (gloo, on the CPU) make what one makes, to the last bit; and what happens where one ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from sidactl import catalog, engine, ops
+from sidactl.errors import SidaError
+from sidactl.recipe import Execution, override
+from sidactl.store import Store
+
+# 20 steps of four micro-batches through all three stages; one evaluation, two checkpoints.
+SHORT = (
+    "--teacher=tiny-digits",
+    "--mode=sida",
+    "--duration=640",
+    "--batch-size=32",
+    "--num-accumulation-rounds=4",
+    "--generator-from=32",
+    "--adversarial-from=96",
+    "--evaluate-every=640",
+    "--evaluate-num=200",
+    "--checkpoint-every=320",
+)
+
+
+def command(num_processes: int, arguments: Sequence[str]) -> list[str]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes), "-m", "--"]
+    return [sys.executable, *(torchrun if num_processes > 1 else ["-m"]), "sidactl", *arguments]
+
+
+def start(num_processes: int, run: Path, arguments: Sequence[str]) -> "subprocess.Popen[str]":
+    environment = os.environ | {"SIDACTL_RUN": str(run), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        command(num_processes, arguments), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def told(num_processes: int, run: Path, *arguments: str) -> str:
+    process = start(num_processes, run, arguments)
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    return stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The run directory and the generator of one process."""
+    run = tmp_path_factory.mktemp("alone")
+    return run, told(1, run, "distill", *SHORT)
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "options"),
+    [
+        (2, []),
+        (2, ["--shard"]),
+        pytest.param(4, [], marks=pytest.mark.slow),
+        pytest.param(4, ["--shard"], marks=pytest.mark.slow),
+        pytest.param(1, ["--shard"], marks=pytest.mark.slow),
+    ],
+)
+def test_the_same_generator_and_scores_come_of_any_number_of_processes(
+    alone: tuple[Path, str], tmp_path: Path, num_processes: int, options: list[str]
+) -> None:
+    assert told(num_processes, tmp_path, "distill", *SHORT, *options) == alone[1]
+
+
+def test_memory_levers_change_no_bit(alone: tuple[Path, str], tmp_path: Path) -> None:
+    assert told(1, tmp_path, "distill", *SHORT, "--checkpoint-activations", "--ema-on-cpu") == alone[1]
+
+
+def test_samples_and_scores_of_two_processes_are_those_of_one(alone: tuple[Path, str]) -> None:
+    run, generator = alone
+    for arguments in (["sample", generator, "--num", "600"], ["fid", generator, "--num", "500"]):
+        assert told(2, run, *arguments, "--force") == told(1, run, *arguments, "--force")
+
+
+def interrupted(num_processes: int, run: Path, options: Sequence[str]) -> None:
+    """Distills until a checkpoint is there; then every process is asked to stop, as a cluster does."""
+    process = start(num_processes, run, ["distill", *SHORT, *options])
+    wait_for_checkpoint(process, run)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert "the checkpoint is kept" in stderr
+
+
+def wait_for_checkpoint(process: "subprocess.Popen[str]", run: Path) -> None:
+    for _ in range(1000):
+        if any(run.glob("live/*/checkpoint-*")):
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    raise AssertionError("no checkpoint came")
+
+
+@pytest.mark.parametrize("num_processes", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_sharded_run_of_two_processes_goes_on_in_any_number(
+    alone: tuple[Path, str], tmp_path: Path, num_processes: int
+) -> None:
+    interrupted(2, tmp_path, ["--shard"])
+    options = ["--shard"] if num_processes > 1 else []
+    process = start(num_processes, tmp_path, ["distill", *SHORT, *options])
+    stdout, stderr = process.communicate(timeout=300)
+    assert stdout.strip() == alone[1]
+    assert "going on from" in stderr
+
+
+def test_where_one_process_is_killed_the_others_stop_with_a_line_and_the_run_goes_on(
+    alone: tuple[Path, str], tmp_path: Path
+) -> None:
+    process = start(2, tmp_path, ["distill", *SHORT])
+    wait_for_checkpoint(process, tmp_path)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    killed = [int(pid) for pid in children if b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+    os.kill(killed[0], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "error: another process of this run has ended, so this one ends, too. Repeat the same command" in stderr
+    assert list(Store.open(tmp_path).verify()) == []
+    assert told(2, tmp_path, "distill", *SHORT) == alone[1]
+
+
+def test_what_does_not_fit_the_processes_is_told_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = override(catalog.recipe_for("tiny-digits", "sida"), {"num_accumulation_rounds": 4})
+    monkeypatch.setattr(engine, "rank_and_size", lambda: (0, 3))
+    with pytest.raises(SidaError, match=r"^the 4 micro-batches of a batch must be shared evenly, got 3 processes"):
+        engine.passes_of(recipe, Execution())
+    monkeypatch.setattr(engine, "rank_and_size", lambda: (1, 2))
+    assert [list(rounds) for rounds in engine.passes_of(recipe, Execution())] == [[1], [3]]
+    assert [list(rounds) for rounds in engine.passes_of(recipe, Execution(batch_per_device=64))] == [[1, 3]]
+    with pytest.raises(SidaError, match=r"^batch-per-device must be one of 32, 64 \(micro-batches of 32\), got 16"):
+        engine.passes_of(recipe, Execution(batch_per_device=16))
+    with pytest.raises(SidaError, match=r"^with dropout a pass holds one micro-batch of 32, got --batch-per-device 64"):
+        engine.passes_of(override(recipe, {"dropout": 0.1}), Execution(batch_per_device=64))
+
+
+def test_a_teacher_is_trained_by_one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SidaError, match=r"^train-teacher runs in one process"):
+        ops.train_teacher("tiny-digits", name="mine", run=tmp_path)
+
+
+def test_losses_are_reported_as_the_sum_over_processes(alone: tuple[Path, str], tmp_path: Path) -> None:
+    """The losses of a step are sums over the batch, whoever computed which part of it."""
+    reports = []
+    for num_processes in (1, 2):
+        run = tmp_path / str(num_processes)
+        interrupted(num_processes, run, [])
+        (events,) = run.glob("live/*/events.jsonl")
+        lines = [json.loads(line) for line in events.read_bytes().splitlines()]
+        reports.append(next(line for line in lines if line["event"] == "progress"))
+    assert reports[0].keys() == reports[1].keys()
+    for name in ("fake_score_loss", "discriminator_loss", "generator_sid_loss"):
+        assert reports[0][name] == pytest.approx(reports[1][name], rel=1e-6)
