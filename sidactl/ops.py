@@ -7,7 +7,6 @@ import dataclasses
 import json
 import math
 import signal
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -659,8 +658,7 @@ def sample(
         guidance=guidance,
         batch_size=size,
     )
-    with tempfile.TemporaryDirectory(prefix="sidactl-") as folder:
-        path = Path(folder) / "images.zip"
+    with store.scratch() as path:
         first: NDArray[np.uint8] | None = None
         with prepare.ZipWriter(path) as writer:
             for batch in batches:
