@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -567,7 +567,7 @@ def _prepare_latents(
     else:
         key = store.key("prepare-data", {"source": source_identity(source), **options, "latents": True}, {})
     refs = [name] if name else []
-    if not force and (known := store.asked(key)):
+    if not force and (known := asked(store, key)):
         return named(store, known, refs)
     from sidactl import codec, engine, prepare
     from sidactl.data import Dataset
@@ -663,7 +663,7 @@ def _answering(store: Store, key: str, what: str, force: bool) -> Iterator[Artif
 
     An interruption leaves it for the next time.
     """
-    if not force and (known := store.asked(key)):
+    if not force and (known := asked(store, key)):
         yield known
         return
     lock = store.root / "tmp" / f"prepare-{key[:16]}.lock"
@@ -686,6 +686,15 @@ def at_work(store: Store, key: str) -> Iterator[LiveDir]:
     with store.live(store.key("again", {"key": key}, {"known": known.oid}) if known else key) as live:
         yield live
         live.clear()
+
+
+def asked(store: Store, key: str) -> Artifact | None:
+    """The answer to a question of long work; tidies up after a process that was killed once it had given it."""
+    known = store.asked(key)
+    if known and (store.root / "live" / key).exists():
+        with suppress(SidaError), store.live(key) as live:
+            live.clear()
+    return known
 
 
 def _require_pixels(artifact: Artifact) -> None:

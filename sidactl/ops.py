@@ -9,7 +9,7 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
@@ -23,6 +23,7 @@ from sidactl.artifacts import (
     NETS,
     Tick,
     answered,
+    asked,
     at_work,
     image_source,
     load_dataset,
@@ -108,7 +109,7 @@ def train_teacher(
     require_images(data)
     recipe = _teacher_recipe(recipe, net, data, recipe_overrides)
     key = store.key("train-teacher", {"recipe": recipe.to_json()}, {"dataset": data.oid})
-    if not force and (known := _asked(store, key)):
+    if not force and (known := asked(store, key)):
         return named(store, known, [name])
     with at_work(store, key) as live:
         import torch
@@ -141,15 +142,6 @@ def train_teacher(
             "teacher", {"model.safetensors": loop.weights(training.ema)}, inputs={"dataset": data.oid}, params=params
         )
         return answered(store, key, artifact, "train-teacher", refs=[name])
-
-
-def _asked(store: Store, key: str) -> Artifact | None:
-    """The answer to a question of training; tidies up after a process that was killed once it had given it."""
-    known = store.asked(key)
-    if known and (store.root / "live" / key).exists():
-        with suppress(SidaError), store.live(key) as live:
-            live.clear()
-    return known
 
 
 def _teacher_recipe(
@@ -307,7 +299,7 @@ def distill(
     keys = {
         which: store.key("distill", {"recipe": recipe.to_json(), "which": which}, oids) for which in ("best", "last")
     }
-    if force or not _asked(store, keys["best"]):
+    if force or not asked(store, keys["best"]):
         with at_work(store, keys["best"]) as live:
             _distill(store, live, keys, recipe, inputs, device, watch, notes)
     found = {which: store.asked(key) for which, key in keys.items()}

@@ -42,7 +42,7 @@ from sidactl.errors import SidaError
 from sidactl.inventory import ExportForm
 from sidactl.loop import Event
 from sidactl.recipe import HeunSpec, NetSpec, OneStepSpec
-from sidactl.store import KINDS, Artifact, Store
+from sidactl.store import KINDS, Artifact, LiveDir, Store
 from tests.golden import golden
 from tests.playback import SmallVae
 from tests.web import Site, serving
@@ -586,6 +586,38 @@ def test_interrupted_preparation_goes_on_to_the_same_artifact(run: Path, force: 
     assert prepare_data("tiny-digits", run=run, force=force, tick=stop_at(0, seen)) == whole
     assert seen == list(range(1, 1798))
     assert not [*run.glob("live/*"), *run.glob("tmp/*")]
+
+
+@pytest.mark.parametrize("name", ["put", "answer"])
+def test_preparation_that_could_not_be_stored_is_stored_without_doing_it_again(
+    run: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise SidaError("no space left")
+
+    seen: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, name, fail)
+        with pytest.raises(SidaError, match="no space left"):
+            prepare_data("tiny-digits", run=run, tick=stop_at(0, seen))
+    done = prepare_data("tiny-digits", run=run, tick=stop_at(0, seen))
+    assert seen == list(range(1, 1798))
+    assert done == prepare_data("tiny-digits", run=run.parent / "other")
+    assert not [*run.glob("live/*"), *run.glob("tmp/*")]
+
+
+def test_what_a_preparation_that_was_killed_at_its_end_leaves_goes_with_the_next(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(LiveDir, "clear", lambda live: stop_at(0, [])(0, 0))
+        with pytest.raises(Stop):
+            prepare_data("tiny-digits", run=run)
+    assert len(list(run.glob("live/*/images.zip"))) == 1
+    seen: list[int] = []
+    prepare_data("tiny-digits", run=run, tick=stop_at(0, seen))
+    assert seen == []
+    assert not list(run.glob("live/*"))
 
 
 def test_two_at_once_prepare_once(run: Path) -> None:
