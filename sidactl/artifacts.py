@@ -154,12 +154,13 @@ def fetch_teacher(
             else:
                 sha256 = _download(entry, url, path, called, offline, mirror, progress, say)
             foreign = _read_safetensors(path) if suffix == ".safetensors" else _read_pickle(path)
-        finally:
+            if entry:
+                _check_network(foreign.net, entry)
+            elif foreign.is_kind_certain:
+                _check_kind(source, foreign.kind, kind)
+        except SidaError:
             temporary.unlink(missing_ok=True)
-        if entry:
-            _check_network(foreign.net, entry)
-        elif foreign.is_kind_certain:
-            _check_kind(source, foreign.kind, kind)
+            raise
         chosen = _kind_of(entry) if entry else kind or foreign.kind
         sampler = entry.sampler if entry else foreign.sampler or _default_sampler(chosen, foreign.net.spec)
         params = {
@@ -174,6 +175,7 @@ def fetch_teacher(
         if chosen == "generator" or "recipe" in foreign.params:
             params["recipe"] = foreign.params.get("recipe")
         artifact = store.put(chosen, {"model.safetensors": _weights(foreign)}, params=params)
+        temporary.unlink(missing_ok=True)  # no sooner: on a full disk it need not be downloaded again
         store.answer(first_key, artifact.oid)
         return answered(store, key, artifact, "fetch-teacher", refs=refs)
 

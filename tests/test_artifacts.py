@@ -218,6 +218,22 @@ def test_url_is_fetched_once_and_answered_without_network_after(
     assert len(site.requests) == 1
 
 
+def test_download_that_could_not_be_stored_is_stored_without_network(
+    site: Site, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise SidaError("no space left")
+
+    url = f"{site.url}/net.pkl"
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "put", fail)
+        with pytest.raises(SidaError, match="no space left"):
+            fetch_teacher(url, run=run, say=silent)
+    assert fetch_teacher(url, run=run, say=silent) == fetch_teacher(url, run=run.parent / "other", say=silent)
+    assert len(site.requests) == 2, "one for each run directory"
+    assert not list(run.glob("tmp/*"))
+
+
 def test_source_that_is_said_to_be_something_else_is_not_fetched_again(site: Site, run: Path) -> None:
     url = f"{site.url}/net.pkl"
     teacher = fetch_teacher(url, run=run, say=silent)
