@@ -8,10 +8,9 @@ import json
 import math
 import os
 import signal
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +23,7 @@ from sidactl.artifacts import (
     NETS,
     Tick,
     answered,
+    asked,
     at_work,
     image_source,
     load_dataset,
@@ -122,7 +122,7 @@ def train_teacher(
     require_images(data)
     recipe = _teacher_recipe(recipe, net, data, recipe_overrides)
     key = store.key("train-teacher", {"recipe": recipe.to_json()}, {"dataset": data.oid})
-    if not force and (known := _asked(store, key)):
+    if not force and (known := asked(store, key)):
         return named(store, known, [name])
     with at_work(store, key) as live:
         import torch
@@ -155,15 +155,6 @@ def train_teacher(
             "teacher", {"model.safetensors": loop.weights(training.ema)}, inputs={"dataset": data.oid}, params=params
         )
         return answered(store, key, artifact, "train-teacher", refs=[name])
-
-
-def _asked(store: Store, key: str) -> Artifact | None:
-    """The answer to a question of training; tidies up after a process that was killed once it had given it."""
-    known = store.asked(key)
-    if known and (store.root / "live" / key).exists():
-        with suppress(SidaError), store.live(key) as live:
-            live.clear()
-    return known
 
 
 def _teacher_recipe(
@@ -298,7 +289,7 @@ def distill(
             which: store.key("distill", {"recipe": recipe.to_json(), "which": which}, oids)
             for which in ("best", "last")
         }
-        is_known = not force and _asked(store, keys["best"]) is not None
+        is_known = not force and asked(store, keys["best"]) is not None
     if not is_known:
         with _together(store, keys["best"]) as live:
             _distill(store, live, keys, recipe, execution or Execution(), inputs, device, watch, notes)
@@ -732,8 +723,7 @@ def sample(
     if engine.rank_and_size()[0] > 0:
         assert next(drawn, None) is None
         return Sampled(store.get(engine.agreed(str)), store)
-    with tempfile.TemporaryDirectory(prefix="sidactl-") as folder:
-        path = Path(folder) / "images.zip"
+    with store.scratch() as path:
         first: NDArray[np.uint8] | None = None
         with prepare.ZipWriter(path) as writer:
             for batch in drawn:
