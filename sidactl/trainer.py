@@ -394,13 +394,13 @@ class Distillation:
         recipe, part, psi = self.recipe, self.recipe.adversarial, self.fake_score
         psi.train()
         self.generator.eval()
+        if self._normalizes_fake_score:  # once a step, so that the number of passes leaves no trace
+            force_normalize_(psi)
         passes: list[dict[str, Tensor]] = []
         gradients = engine.GradientSum(psi, len(self.passes))
         for rounds in self.passes:
             engine.sync_gradients(psi, rounds is self.passes[-1])
             batch = self._batch(2 * self.step_index, rounds)
-            if self._normalizes_fake_score:
-                force_normalize_(psi)
             with torch.no_grad():
                 fakes = self._generate(batch)
             sigma = (recipe.P_std * batch.diffusion.normal((len(fakes), 1, 1, 1)) + recipe.P_mean).exp()
@@ -437,13 +437,13 @@ class Distillation:
     def _generator_gradients(self, *, is_trial: bool = False) -> dict[str, Tensor]:
         self.generator.train()
         self.fake_score.eval()
+        if self._normalizes_generator:
+            force_normalize_(self.generator)
         passes: list[dict[str, Tensor]] = []
         gradients = engine.GradientSum(self.generator, len(self.passes))
         for rounds in self.passes:
             engine.sync_gradients(self.generator, rounds is self.passes[-1])
             batch = self._batch(2 * self.step_index + 1, rounds)
-            if self._normalizes_generator:
-                force_normalize_(self.generator)
             with DropoutSeed(batch.dropout_seed, self.generator):
                 fakes = self._generate(batch)
                 # The loss has a graph of its own, gone before the generator's is gone back: no gradient of the fake

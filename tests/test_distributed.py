@@ -160,3 +160,44 @@ def test_losses_are_reported_as_the_sum_over_processes(alone: tuple[Path, str], 
     assert reports[0].keys() == reports[1].keys()
     for name in ("fake_score_loss", "discriminator_loss", "generator_sid_loss"):
         assert reports[0][name] == pytest.approx(reports[1][name], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_the_slurm_script_queues_itself_again_and_goes_on(alone: tuple[Path, str], tmp_path: Path) -> None:
+    """With stand-ins for srun, which runs what it is given, and scontrol, which notes what it is asked."""
+    (tmp_path / "srun").write_text('#!/bin/sh\nexec "$@"\n')
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\n[ $1 = show ] && echo localhost || echo "$@" >> {tmp_path}/asked\n')
+    for name in ("srun", "scontrol"):
+        (tmp_path / name).chmod(0o755)
+    settings = {"JOB_ID": "17", "JOB_NODELIST": "localhost", "NNODES": "1", "GPUS_ON_NODE": "2"}
+    environment = os.environ | {f"SLURM_{name}": value for name, value in settings.items()}
+    environment |= {"SIDACTL_RUN": str(tmp_path / "run"), "PORT": "0", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PATH"] = f"{tmp_path}:{Path(sys.executable).parent}:{environment['PATH']}"
+    script = [str(Path(__file__).parents[1] / "examples" / "slurm.sh"), *SHORT]
+
+    def started() -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            ["bash", *script], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    process = started()
+    wait_for_checkpoint(process, tmp_path / "run")
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    assert (tmp_path / "asked").read_text() == "requeue 17\n"
+    stdout, stderr = started().communicate(timeout=300)
+    assert stdout.strip() == alone[1], stderr
+    assert "going on from" in stderr
+
+
+@pytest.mark.slow
+def test_an_edm2_teacher_is_sharded_to_the_same_bits_gains_and_uncertainty_included(tmp_path: Path) -> None:
+    train = "train-teacher tiny-digits --name mine --net edm2 --logvar-channels 8 --duration 256 --batch-size 64"
+    generators = []
+    for num_processes, options in ((1, []), (2, []), (2, ["--shard"])):
+        run = tmp_path / f"{num_processes}{options}"
+        told(1, run, *train.split())
+        more = ["--teacher=mine", "--dataset=tiny-digits", "--forced-normalization=published", *options]
+        generators.append(told(num_processes, run, "distill", *SHORT, *more))
+    assert generators[0] == generators[1] == generators[2]

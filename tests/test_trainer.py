@@ -10,7 +10,7 @@ from torch import Tensor
 from sidactl import catalog, losses, nets, trainer
 from sidactl.codec import decode_affine
 from sidactl.errors import SidaError
-from sidactl.recipe import Adversarial, NetSpec, Recipe, TeacherRecipe
+from sidactl.recipe import Adversarial, Execution, NetSpec, Recipe, TeacherRecipe
 from tests.golden import golden
 from tests.playback import Playback
 
@@ -96,7 +96,10 @@ class MadeUpLatents(MadeUp):
 
 
 def distillation(
-    spec: NetSpec = TINY, source: trainer.ImageSource | None = None, **changed: Any
+    spec: NetSpec = TINY,
+    source: trainer.ImageSource | None = None,
+    execution: Execution | None = None,
+    **changed: Any,
 ) -> trainer.Distillation:
     recipe = dataclasses.replace(RECIPE, **changed)
     torch.manual_seed(0)
@@ -113,7 +116,7 @@ def distillation(
         seed=recipe.seed,
         device=torch.device("cpu"),
     )
-    return trainer.Distillation(recipe, teacher, None, batches)
+    return trainer.Distillation(recipe, teacher, None, batches, execution)
 
 
 def weights(net: torch.nn.Module) -> Tensor:
@@ -319,7 +322,7 @@ def test_forced_normalization_touches_the_nets_that_the_recipe_says(
     monkeypatch.setattr(trainer, "force_normalize_", lambda net: (touched.append(net), force_normalize(net)))
     run.step()
     names = {id(net): name for name, net in run.modules().items()}
-    assert [names[id(net)] for net in touched] == [name for name in expected for _ in range(2)]
+    assert [names[id(net)] for net in touched] == expected
     for name in ("fake_score", "generator"):
         weight = run.modules()[name].get_parameter("unet.out_conv.weight")  # type: ignore[union-attr]
         rms = float(weight.detach().square().mean().sqrt())
@@ -472,3 +475,90 @@ def test_the_uncertainty_head_of_edm2_learns_the_log_of_the_loss() -> None:
     for _ in range(80):
         run.step()
     assert gap() < 0.25 * before
+
+
+# How a recipe is carried out
+
+
+@pytest.mark.parametrize("spec", [TINY, TINY_EDM2], ids=["edm", "edm2"])
+def test_several_micro_batches_at_a_time_give_the_gradients_of_one_after_the_other(spec: NetSpec) -> None:
+    """Adversarial losses average over a micro-batch, not over what goes through the nets at a time."""
+    recorded = []
+    for at_once in (1, 2):
+        run = distillation(spec, generator_from_nimg=None, num_accumulation_rounds=4)
+        run.nimg = 10**6
+        with torch.no_grad():  # away from the teacher, whose difference would be rounding noise alone
+            for parameter in run.fake_score.parameters():
+                parameter.mul_(1.1)
+        run.passes = [range(start, start + at_once) for start in range(0, 4, at_once)]
+        stats = run._fake_score_gradients()
+        assert all(len(values) == 4 // at_once for values in stats.values())
+        psi = gradients_of(run.fake_score)
+        stats |= run._generator_gradients()
+        recorded.append((psi, gradients_of(run.generator), {name: float(v.sum()) for name, v in stats.items()}))
+    for one, two in zip(*(gradients[:2] for gradients in recorded), strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5 * float(one.abs().max()))
+    assert recorded[1][2] == pytest.approx(recorded[0][2], rel=1e-5)
+
+
+def gradients_of(net: torch.nn.Module) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+
+
+def test_the_images_at_a_time_are_found_by_trying_and_nothing_of_it_remains(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, untouched = (distillation(generator_from_nimg=None, num_accumulation_rounds=4) for _ in range(2))
+    micro_batch = run.recipe.batch_size // 4
+    computed = losses.fake_score_loss
+    tried: list[int] = []
+
+    def limited(fake_score: Any, images: Tensor, *arguments: Any, **options: Any) -> losses.ScoreLoss:
+        tried.append(len(images) // micro_batch)
+        if len(images) > 2 * micro_batch:
+            raise torch.OutOfMemoryError
+        return computed(fake_score, images, *arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(losses, "fake_score_loss", limited)
+        assert run.fit_batch_per_device() == 2 * micro_batch
+    assert tried == [4, 2, 2]
+    assert [list(rounds) for rounds in run.passes] == [[0, 1], [2, 3]]
+    untouched.passes = run.passes
+    for training in (run, untouched):
+        training.step()
+    assert torch.equal(weights(run.generator), weights(untouched.generator))
+
+
+def test_with_dropout_one_micro_batch_at_a_time_is_all_that_is_tried() -> None:
+    run = distillation(generator_from_nimg=None, num_accumulation_rounds=4, dropout=0.1)
+    assert run.fit_batch_per_device() == run.recipe.batch_size // 4
+
+
+@pytest.mark.parametrize("spec", [TINY, TINY_EDM2], ids=["edm", "edm2"])
+@pytest.mark.parametrize(("precision", "off"), [("tf32", 1e-6), ("fp16", 0.02), ("bf16", 0.1)])
+def test_lower_precisions_give_nearly_the_losses_of_float32(spec: NetSpec, precision: str, off: float) -> None:
+    """On a CPU TF32 is float32; the others carry 11 and 8 bits, and a loss is a sum of differences."""
+    exact = distillation(spec, generator_from_nimg=None)
+    rough = distillation(spec, generator_from_nimg=None, precision=precision)
+    for run in (exact, rough):
+        run.nimg = 10**6
+    wanted, got = exact.step(), rough.step()
+    for name, values in wanted.items():
+        assert float(got[name].sum()) == pytest.approx(float(values.sum()), rel=off, abs=off * abs(float(values.sum())))
+    assert all(p.dtype == torch.float32 for p in rough.generator.parameters())
+    assert rough.skipped.total == {"fake_score": 0, "generator": 0}
+
+
+def test_the_teacher_may_have_a_precision_of_its_own() -> None:
+    run = distillation(teacher_precision="bf16")
+    assert run.teacher.compute_dtype == torch.bfloat16
+    assert run.fake_score.compute_dtype == run.generator.compute_dtype == run.ema.compute_dtype == torch.float32
+
+
+@pytest.mark.parametrize("spec", [TINY, TINY_EDM2], ids=["edm", "edm2"])
+def test_activations_computed_anew_give_the_same_bits_dropout_included(spec: NetSpec) -> None:
+    changed = {"generator_from_nimg": None, "dropout": 0.1}
+    runs = [distillation(spec, execution=e, **changed) for e in (None, Execution(checkpoint_activations=True))]
+    for run in runs:
+        run.step()
+        run.step()
+    assert torch.equal(weights(runs[0].fake_score), weights(runs[1].fake_score))
