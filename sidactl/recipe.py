@@ -330,7 +330,7 @@ def override(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
     return dataclasses.replace(recipe, **({"adversarial": part} | changed))
 
 
-_BASE_BYTES = 250_000_000
+BASE_BYTES = 250_000_000
 """of a process that has loaded torch, on the CPU"""
 _GRAPHS = 3
 """networks whose activations a generator step holds at once: generator, fake score, teacher"""
@@ -353,7 +353,7 @@ class Memory:
     @property
     def total_bytes(self) -> int:
         """All of it, with what torch itself takes."""
-        return _BASE_BYTES + self.state_bytes + self.gradient_bytes + self.activation_bytes
+        return BASE_BYTES + self.state_bytes + self.gradient_bytes + self.activation_bytes
 
     @classmethod
     def of(
