@@ -85,6 +85,7 @@ class Preconditioned(nn.Module):
         self.spec = spec
         self._attribute = attribute
         self.compute_dtype = torch.float32
+        self.memory_format = torch.contiguous_format
         self.add_module(attribute, unet)
 
     @property
@@ -146,7 +147,8 @@ class Preconditioned(nn.Module):
         labels = as_one_hot(labels, self.spec.label_dim, x.device)
         if not self.spec.augment_dim:
             augment_labels = None
-        return self.raw.encode((c_in * x).to(self.compute_dtype), c_noise, labels, augment_labels)
+        scaled = (c_in * x).to(self.compute_dtype, memory_format=self.memory_format)
+        return self.raw.encode(scaled, c_noise, labels, augment_labels)
 
     def _combine(self, x: Tensor, sigma: Tensor, F_x: Tensor) -> Tensor:
         sigma_data = self.spec.sigma_data

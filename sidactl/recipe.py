@@ -273,6 +273,10 @@ class Execution(Plain):
     checkpoint_activations: bool = False
     """the backward pass computes activations anew, block by block, instead of keeping them"""
     ema_on_cpu: bool = False
+    channels_last: bool = False
+    """activations lie in memory pixel by pixel instead of channel by channel"""
+    compile: bool = False
+    """torch.compile: minutes at the start (less the next time, from a cache), faster steps; other dropout masks"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -274,8 +274,8 @@ class Distillation:
     ) -> None:
         self.recipe = recipe
         self.teacher = teacher.eval().requires_grad_(False)
-        self.fake_score = _trainable_copy(teacher, recipe.dropout, keep_logvar=recipe.logvar)
-        self.generator = _trainable_copy(generator or teacher, recipe.dropout, keep_logvar=False)
+        self.fake_score = trainable_copy(teacher, recipe.dropout, keep_logvar=recipe.logvar)
+        self.generator = trainable_copy(generator or teacher, recipe.dropout, keep_logvar=False)
         self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
         forced, is_adversarial = recipe.forced_normalization, recipe.adversarial is not None
         self._normalizes_fake_score = forced == "intended" or (forced == "published" and not is_adversarial)
@@ -414,7 +414,8 @@ class Distillation:
                 fakes = self._generate(batch)
                 # The loss has a graph of its own, gone before the generator's is gone back: no gradient of the fake
                 # score's weights is computed, and less memory is held at a time.
-                stats, gradient = self._gradient_of_images(batch, fakes.detach().requires_grad_(), len(rounds))
+                with engine.without_weight_gradients(self.fake_score):
+                    stats, gradient = self._gradient_of_images(batch, fakes.detach().requires_grad_(), len(rounds))
                 fakes.backward(gradient)
             gradients.add()
             passes.append(stats)
@@ -509,7 +510,8 @@ def _augmentation(probability: float, spec: NetSpec) -> Callable[[Tensor, Draws]
     return lambda images, draws: (images, None)
 
 
-def _trainable_copy(net: Preconditioned, dropout: float, *, keep_logvar: bool) -> Preconditioned:
+def trainable_copy(net: Preconditioned, dropout: float, *, keep_logvar: bool) -> Preconditioned:
+    """A copy that trains, with this dropout, and with its uncertainty head or without."""
     copied = copy.deepcopy(net).requires_grad_(True)
     copied.set_dropout(dropout)
     if not keep_logvar:
