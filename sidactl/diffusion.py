@@ -177,7 +177,9 @@ def _channel_mean(features: Tensor) -> Tensor:
 
 
 def as_sigma(sigma: Tensor | float, like: Tensor) -> Tensor:
-    """sigma as float32 [B, 1, 1, 1] or [1, 1, 1, 1] on the device of `like`."""
+    """sigma as float32 [B, 1, 1, 1] or [1, 1, 1, 1] on the device of `like`; a number goes there without waiting."""
+    if not isinstance(sigma, Tensor):
+        return torch.full((1, 1, 1, 1), sigma, dtype=torch.float32, device=like.device)
     return torch.as_tensor(sigma, dtype=torch.float32, device=like.device).reshape(-1, 1, 1, 1)
 
 

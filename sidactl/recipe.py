@@ -212,6 +212,8 @@ class Recipe(Plain):
     """EDM2: overwrite weights by their normalised values before training passes, as published or of both nets"""
     logvar: bool = True
     """EDM2: whether the fake score keeps the teacher's uncertainty head, and the losses divide by exp(u)"""
+    share_fakes: bool = False
+    """both updates of a step take the same generated images, as Algorithm 1 prints; the published code draws twice"""
     seed: int = 0
     precision: Precision = "fp32"
     """type of the U-Nets' arithmetic; preconditioning, losses, weights and their updates are float32 in any case"""
