@@ -109,7 +109,11 @@ class Peak:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """All that was measured in one setting. ratios: seconds of the eager step, over those of this one, by what."""
+    """All that was measured in one setting.
+
+    ratios: seconds of the eager step over those of this one, by stage; cpu_ratios: the same of processor time, which
+    means more where others use the processor, too.
+    """
 
     setting: Setting
     stages: Sequence[Stage]
@@ -123,6 +127,7 @@ class Measured:
     num_recompiled: int
     """compiled later, where nothing should be"""
     ratios: Mapping[str, float] = field(default_factory=dict)
+    cpu_ratios: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -423,11 +428,9 @@ def _measure(subject: _Subject, eager: _Subject | None, num_steps: int) -> Measu
     flop = flop_of_parts(recipe, subject.spec)
     parts = _time_parts(subject, flop, num_steps)
     stages = [_stage(subject, name, seconds[name], flop, peak) for name in subject.stages]
-    ratios = {
-        name: statistics.median(other.seconds / own.seconds for other, own in zip(others[name], times, strict=True))
-        for name, times in seconds.items()
-        if name in others
-    }
+    pairs = {name: list(zip(times, seconds[name], strict=True)) for name, times in others.items()}
+    ratios = {n: statistics.median(other.seconds / own.seconds for other, own in p) for n, p in pairs.items()}
+    cpu = {n: statistics.median(other.cpu_seconds / own.cpu_seconds for other, own in p) for n, p in pairs.items()}
     pass_size = recipe.batch_size // recipe.num_accumulation_rounds
     return Measured(
         setting=subject.setting,
@@ -439,6 +442,7 @@ def _measure(subject: _Subject, eager: _Subject | None, num_steps: int) -> Measu
         num_graphs=subject.num_graphs,
         num_recompiled=recompiled,
         ratios=ratios,
+        cpu_ratios=cpu,
     )
 
 

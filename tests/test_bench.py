@@ -107,7 +107,8 @@ def test_against_eager_gives_a_ratio_for_each_stage_and_sampling() -> None:
     )
     (measured,) = found.measured
     assert sorted(measured.ratios) == ["SiD", "fake score", "sampling"]
-    assert all(ratio > 0 for ratio in measured.ratios.values())
+    assert sorted(measured.cpu_ratios) == sorted(measured.ratios)
+    assert all(ratio > 0 for ratio in (*measured.ratios.values(), *measured.cpu_ratios.values()))
     assert found.against is not None
     assert found.against.setting == bench.EAGER
     assert found.best is measured
