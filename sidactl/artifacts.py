@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -154,12 +154,13 @@ def fetch_teacher(
             else:
                 sha256 = _download(entry, url, path, called, offline, mirror, progress, say)
             foreign = _read_safetensors(path) if suffix == ".safetensors" else _read_pickle(path)
-        finally:
+            if entry:
+                _check_network(foreign.net, entry)
+            elif foreign.is_kind_certain:
+                _check_kind(source, foreign.kind, kind)
+        except SidaError:
             temporary.unlink(missing_ok=True)
-        if entry:
-            _check_network(foreign.net, entry)
-        elif foreign.is_kind_certain:
-            _check_kind(source, foreign.kind, kind)
+            raise
         chosen = _kind_of(entry) if entry else kind or foreign.kind
         sampler = entry.sampler if entry else foreign.sampler or _default_sampler(chosen, foreign.net.spec)
         params = {
@@ -174,6 +175,7 @@ def fetch_teacher(
         if chosen == "generator" or "recipe" in foreign.params:
             params["recipe"] = foreign.params.get("recipe")
         artifact = store.put(chosen, {"model.safetensors": _weights(foreign)}, params=params)
+        temporary.unlink(missing_ok=True)  # no sooner: on a full disk it need not be downloaded again
         store.answer(first_key, artifact.oid)
         return answered(store, key, artifact, "fetch-teacher", refs=refs)
 
@@ -567,7 +569,7 @@ def _prepare_latents(
     else:
         key = store.key("prepare-data", {"source": source_identity(source), **options, "latents": True}, {})
     refs = [name] if name else []
-    if not force and (known := store.asked(key)):
+    if not force and (known := asked(store, key)):
         return named(store, known, refs)
     from sidactl import codec, engine, prepare
     from sidactl.data import Dataset
@@ -663,7 +665,7 @@ def _answering(store: Store, key: str, what: str, force: bool) -> Iterator[Artif
 
     An interruption leaves it for the next time.
     """
-    if not force and (known := store.asked(key)):
+    if not force and (known := asked(store, key)):
         yield known
         return
     lock = store.root / "tmp" / f"prepare-{key[:16]}.lock"
@@ -686,6 +688,15 @@ def at_work(store: Store, key: str) -> Iterator[LiveDir]:
     with store.live(store.key("again", {"key": key}, {"known": known.oid}) if known else key) as live:
         yield live
         live.clear()
+
+
+def asked(store: Store, key: str) -> Artifact | None:
+    """The answer to a question of long work; tidies up after a process that was killed once it had given it."""
+    known = store.asked(key)
+    if known and (store.root / "live" / key).exists():
+        with suppress(SidaError), store.live(key) as live:
+            live.clear()
+    return known
 
 
 def _require_pixels(artifact: Artifact) -> None:

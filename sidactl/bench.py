@@ -186,13 +186,7 @@ class Report:
         for m in every:
             total = sum(p.seconds * p.times for p in m.parts if p.inside is None)
             lines = [
-                [
-                    p.name,
-                    _short(p.seconds),
-                    p.times,
-                    _short(p.seconds * p.times / total),
-                    _short(p.flop / p.seconds / 1e9),
-                ]
+                [p.name, p.times, *map(_short, (p.seconds, p.seconds * p.times / total, p.flop / p.seconds / 1e9))]
                 for p in m.parts
             ]
             note = f"{m.num_graphs} graphs compiled in {m.warm_up_seconds:.0f} s, {m.num_recompiled} later"

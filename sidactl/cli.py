@@ -353,6 +353,12 @@ def _option(name: str, field: "dataclasses.Field[Any]", doc: str) -> Any:
     return Annotated[Any, typer.Option(_flag(name), parser=_parser(field), metavar=_metavar(name), help=doc)]
 
 
+Log = Annotated[
+    list[str] | None,
+    typer.Option("--log", metavar="NAME", help="tensorboard or wandb, beside events.jsonl; may be given twice"),
+]
+
+
 @app.command("train-teacher")
 @recipe_flags(TeacherRecipe, NetSpec)
 def train_teacher(
@@ -360,6 +366,7 @@ def train_teacher(
     name: Annotated[str, typer.Option(metavar="NAME", help="what to call the teacher")],
     overrides: Mapping[str, Any],
     net: Annotated[str | None, typer.Option(metavar="NAME", help="ddpmpp (if not given), ncsnpp, adm or edm2")] = None,
+    log: Log = None,
     run: Run = None,
     device: Device = None,
     as_json: Json = False,
@@ -371,7 +378,7 @@ def train_teacher(
     """
     from sidactl import ops
 
-    with _watching() as watch:
+    with _watching(log) as watch:
         artifact = ops.train_teacher(
             dataset, name=name, net=net, run=run, device=device, force=force, watch=watch, **overrides
         )
@@ -394,6 +401,7 @@ def distill(
     generator: Annotated[str | None, typer.Option(metavar="REF", help="where sid2a starts")] = None,
     dataset: RealImages = None,
     reference: Compared = None,
+    log: Log = None,
     name: Name = None,
     run: Run = None,
     device: Device = None,
@@ -407,7 +415,7 @@ def distill(
     """
     arguments = {"teacher": teacher, "mode": mode, "generator": generator, "dataset": dataset}
     others = {"reference": reference, "name": name, "run": run, "device": device, "force": force}
-    _distill(arguments, others, overrides, as_json, dry_run)
+    _distill(arguments, others, overrides, log, as_json, dry_run)
 
 
 @app.command("finetune-sid2a")
@@ -418,6 +426,7 @@ def finetune_sid2a(
     overrides: Mapping[str, Any],
     dataset: RealImages = None,
     reference: Compared = None,
+    log: Log = None,
     name: Name = None,
     run: Run = None,
     device: Device = None,
@@ -431,11 +440,16 @@ def finetune_sid2a(
     """
     arguments = {"teacher": teacher, "mode": "sid2a", "generator": generator, "dataset": dataset}
     others = {"reference": reference, "name": name, "run": run, "device": device, "force": force}
-    _distill(arguments, others, overrides, as_json, dry_run)
+    _distill(arguments, others, overrides, log, as_json, dry_run)
 
 
 def _distill(
-    planned: Mapping[str, Any], others: Mapping[str, Any], overrides: Mapping[str, Any], as_json: bool, dry_run: bool
+    planned: Mapping[str, Any],
+    others: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    log: Sequence[str] | None,
+    as_json: bool,
+    dry_run: bool,
 ) -> None:
     """Distills and prints the generator; or prints the plan, which the arguments in `planned` alone shape."""
     from sidactl import ops
@@ -444,30 +458,42 @@ def _distill(
     execution = Execution(**{name: value for name, value in overrides.items() if name in settings})
     overrides = {name: value for name, value in overrides.items() if name not in settings}
     if dry_run:
-        _print_plan(planned, others["run"], overrides)
+        _print_plan(planned, others["run"], overrides, execution)
         return
-    with _watching() as watch:
+    with _watching(log) as watch:
         artifact = ops.distill(**planned, **others, execution=execution, watch=watch, **overrides)
     _print_generator(artifact, as_json)
 
 
-def _print_plan(arguments: Mapping[str, Any], run: Path | None, overrides: Mapping[str, Any]) -> None:
+def _print_plan(
+    arguments: Mapping[str, Any], run: Path | None, overrides: Mapping[str, Any], execution: Execution
+) -> None:
     from sidactl import ops
     from sidactl.store import Store
 
-    planned = ops.plan(**arguments, store=Store.open(run), overrides=overrides)
-    memory, cost = planned.memory, planned.cost
+    planned = ops.plan(**arguments, store=Store.open(run), overrides=overrides, execution=execution)
+    recipe, cost, one = planned.recipe, planned.cost, planned.memory[1, execution.shard]
     pace = f"{cost.sec_per_kimg:g} s per 1,000 images on {cost.machine}, as published" if cost else "not published"
+    at_once = execution.batch_per_device or recipe.batch_size // recipe.num_accumulation_rounds
     estimate = {
-        "memory_gb_per_device": round((memory.state_bytes + memory.activation_bytes) / 1e9, 2),
-        "state_gb": round(memory.state_bytes / 1e9, 2),
-        "activations_gb": round(memory.activation_bytes / 1e9, 2),
-        "counted": memory.basis,
-        "of": f"float32, {planned.recipe.batch_size // planned.recipe.num_accumulation_rounds} images at a time",
+        "parameters": one.num_parameters,
+        "state_gb": round(one.state_bytes / 1e9, 2),
+        "gradients_gb": round(one.gradient_bytes / 1e9, 2),
+        "activations_gb": round(one.activation_bytes / 1e9, 2),
+        "of": f"{recipe.precision}, {at_once} images at a time",
+        "memory_gb_per_device": [
+            {
+                "devices": num_devices,
+                "whole": round(planned.memory[num_devices, False].total_bytes / 1e9, 2),
+                "sharded": round(planned.memory[num_devices, True].total_bytes / 1e9, 2),
+            }
+            for num_devices, is_sharded in planned.memory
+            if not is_sharded
+        ],
         "hours": None if planned.hours is None else round(planned.hours, 1),
         "pace": pace,
     }
-    ui.print_json({"inputs": dict(planned.inputs), "recipe": planned.recipe.to_json(), "estimate": estimate})
+    ui.print_json({"inputs": dict(planned.inputs), "recipe": recipe.to_json(), "estimate": estimate})
 
 
 _LOSS_NAMES = {
@@ -480,9 +506,11 @@ _LOSS_NAMES = {
 
 
 @contextmanager
-def _watching() -> Iterator[Callable[["Event"], None]]:
-    """A display of a training run, opened by its first event."""
+def _watching(log: Sequence[str] | None) -> Iterator[Callable[["Event"], None]]:
+    """A display of a training run, opened by its first event, and the loggers that were asked for."""
     from contextlib import ExitStack
+
+    from sidactl import logs
 
     with ExitStack() as stack:
         shown: list[ui.Progress] = []
@@ -505,7 +533,7 @@ def _watching() -> Iterator[Callable[["Event"], None]]:
             elif "message" in values:
                 progress.note(f"{'warning: ' if event.kind == 'warning' else ''}{values['message']}")
 
-        yield watch
+        yield stack.enter_context(logs.watching(log or (), watch))
 
 
 @contextmanager

@@ -290,7 +290,7 @@ def _disk(destination: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         remedy = "Free some space" if is_full else "Check its permissions"
         raise SidaError(
             f"{destination.parent} cannot be written: {error.strerror or error}",

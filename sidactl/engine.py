@@ -198,6 +198,15 @@ def any_process(holds: bool) -> bool:
     return bool(told)
 
 
+def smallest(number: int) -> int:
+    """The smallest of the numbers that all processes give."""
+    if rank_and_size()[1] == 1:
+        return number
+    told = torch.tensor(number)
+    dist.all_reduce(told, dist.ReduceOp.MIN)
+    return int(told)
+
+
 def first_told(message: str | None) -> str | None:
     """The message of the first process that has one, on all processes."""
     told: list[str | None] = [message] * rank_and_size()[1]

@@ -8,10 +8,9 @@ import json
 import math
 import os
 import signal
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +23,7 @@ from sidactl.artifacts import (
     NETS,
     Tick,
     answered,
+    asked,
     at_work,
     image_source,
     load_dataset,
@@ -67,7 +67,7 @@ if TYPE_CHECKING:
     from sidactl.detectors import Detector
     from sidactl.diffusion import Preconditioned
     from sidactl.loop import Evaluate, Event, History, Schedule, Training
-    from sidactl.trainer import MicroBatches
+    from sidactl.trainer import Distillation, MicroBatches
 
 Watch = Callable[["Event"], None]
 
@@ -122,7 +122,7 @@ def train_teacher(
     require_images(data)
     recipe = _teacher_recipe(recipe, net, data, recipe_overrides)
     key = store.key("train-teacher", {"recipe": recipe.to_json()}, {"dataset": data.oid})
-    if not force and (known := _asked(store, key)):
+    if not force and (known := asked(store, key)):
         return named(store, known, [name])
     with at_work(store, key) as live:
         import torch
@@ -157,15 +157,6 @@ def train_teacher(
         return answered(store, key, artifact, "train-teacher", refs=[name])
 
 
-def _asked(store: Store, key: str) -> Artifact | None:
-    """The answer to a question of training; tidies up after a process that was killed once it had given it."""
-    known = store.asked(key)
-    if known and (store.root / "live" / key).exists():
-        with suppress(SidaError), store.live(key) as live:
-            live.clear()
-    return known
-
-
 def _teacher_recipe(
     recipe: TeacherRecipe | None, form: str | None, data: Artifact, overrides: Mapping[str, Any]
 ) -> TeacherRecipe:
@@ -192,7 +183,8 @@ class Plan:
 
     recipe: Recipe
     inputs: Mapping[str, str]
-    memory: Memory
+    memory: Mapping[tuple[int, bool], Memory]
+    """what a device needs, by the number of devices that share a batch, and whether the networks are sharded"""
     cost: catalog.Cost | None
 
     @property
@@ -202,7 +194,14 @@ class Plan:
 
 
 def plan(
-    *, teacher: str, mode: str, generator: str | None, dataset: str | None, store: Store, overrides: Mapping[str, Any]
+    *,
+    teacher: str,
+    mode: str,
+    generator: str | None,
+    dataset: str | None,
+    store: Store,
+    overrides: Mapping[str, Any],
+    execution: Execution | None = None,
 ) -> Plan:
     """The resolved recipe and input names of a distillation; writes nothing and needs no torch."""
     if mode not in MODES:
@@ -232,9 +231,16 @@ def plan(
     inputs = {"teacher": teacher, "dataset": recipe.dataset}
     if generator:
         inputs["generator"] = generator
-    return Plan(
-        recipe, inputs, Memory.of(recipe, net, num_parameters), catalog.COSTS.get((recipe.teacher, recipe.mode))
-    )
+    rounds, settings = recipe.num_accumulation_rounds, execution or Execution()
+    memory = {
+        (num_devices, shard): Memory.of(
+            recipe, net, num_parameters, dataclasses.replace(settings, shard=shard), num_devices=num_devices
+        )
+        for num_devices in range(1, rounds + 1)
+        if rounds % num_devices == 0
+        for shard in (False, True)
+    }
+    return Plan(recipe, inputs, memory, catalog.COSTS.get((recipe.teacher, recipe.mode)))
 
 
 def _num_parameters(path: Path) -> int:
@@ -298,7 +304,7 @@ def distill(
             which: store.key("distill", {"recipe": recipe.to_json(), "which": which}, oids)
             for which in ("best", "last")
         }
-        is_known = not force and _asked(store, keys["best"]) is not None
+        is_known = not force and asked(store, keys["best"]) is not None
     if not is_known:
         with _together(store, keys["best"]) as live:
             _distill(store, live, keys, recipe, execution or Execution(), inputs, device, watch, notes)
@@ -428,6 +434,8 @@ def _distill(
     start = load_net(store, inputs["generator"], chosen_device) if "generator" in inputs else None
     batches = _batches(store, data, recipe.batch_size, recipe.num_accumulation_rounds, recipe.seed, chosen_device)
     training = trainer.Distillation(recipe, teacher, start, batches, execution)
+    if tried := _fitted(training, execution, live, chosen_device):
+        notes = [*notes, tried]
     schedule = loop.Schedule(
         duration_nimg=recipe.duration_nimg,
         evaluate_every_nimg=recipe.evaluate_every_nimg,
@@ -435,7 +443,7 @@ def _distill(
         stop_if_nan_steps=recipe.stop_if_nan_steps,
     )
     title = f"distill {recipe.teacher} {recipe.mode}"
-    facts = {"title": title, "teacher": recipe.teacher, "events": str(live.path / "events.jsonl")}
+    facts = {"title": title, "teacher": recipe.teacher}
     history = _train(training, schedule, live, evaluate, watch, facts, notes)
     teacher_score, curve = None, {}
     last: tuple[int, float | None] = training.nimg, None
@@ -485,6 +493,25 @@ def _distill(
     # The best comes last: once it is there, the question is answered.
     for which, artifact in made.items():
         answered(store, keys[which], artifact, "distill")
+
+
+def _fitted(training: "Distillation", execution: Execution, live: LiveDir, device: "torch.device") -> str | None:
+    """Lets a GPU take as many images at a time as fit, found by trying and remembered; tells how many.
+
+    Not where a number was asked for; nor on the CPU, whose memory gives no sign before it is full, nor sharded, where
+    processes wait for each other: then it is one micro-batch.
+    """
+    from sidactl import engine
+
+    if execution.batch_per_device or execution.shard or device.type == "cpu":
+        return None
+    remembered = live.path / "batch-per-device"
+    if known := engine.agreed(lambda: remembered.read_text() if remembered.exists() else ""):
+        training.passes = engine.passes_of(training.recipe, Execution(batch_per_device=int(known)))
+        return None
+    images = training.fit_batch_per_device()
+    live.write(remembered.name, str(images).encode())
+    return f"{images} images at a time fit into the memory of {device} (--batch-per-device)"
 
 
 def _evaluation(
@@ -599,7 +626,8 @@ def _train(
     history = loop.History()
     tell = watch or (lambda event: None)
     with _stop_on_signals() as should_stop:
-        tell(loop.Event("started", 0, {**facts, "duration_nimg": schedule.duration_nimg}))
+        began = {**facts, "events": str(live.path / "events.jsonl"), "duration_nimg": schedule.duration_nimg}
+        tell(loop.Event("started", 0, began))
         for message in notes:
             tell(loop.Event("note", 0, {"message": message}))
         events = loop.run(training, schedule, live, evaluate=evaluate, should_stop=should_stop, history=history)
@@ -732,8 +760,7 @@ def sample(
     if engine.rank_and_size()[0] > 0:
         assert next(drawn, None) is None
         return Sampled(store.get(engine.agreed(str)), store)
-    with tempfile.TemporaryDirectory(prefix="sidactl-") as folder:
-        path = Path(folder) / "images.zip"
+    with store.scratch() as path:
         first: NDArray[np.uint8] | None = None
         with prepare.ZipWriter(path) as writer:
             for batch in drawn:

@@ -117,7 +117,8 @@ def prepare(
     workers: threads that decode (Pillow works outside the interpreter lock); default: one per core.
     skip_bad: leave out images that cannot be read and list them, instead of stopping at the first.
     work: a folder in which an interrupted preparation is kept, no more than seconds of it lost; the same call with the
-        same folder goes on from there. It is the caller's to clear.
+        same folder goes on from there, even from the end where `destination` is its images.zip. It is the caller's to
+        clear.
     progress: called with (images done, images in all).
 
     Raises SidaError, naming the file, for anything that cannot be used. Results must be square with a side that is
@@ -383,6 +384,7 @@ class _Unfinished:
                 f"{source} must hold an image that can be used, got none",
                 "Mend the images or choose another transform.",
             )
+        self.save()
         found = self.zip.finish()
         channels, size, _ = self.first[1]
         counts = [found[label] for label in range(max(found) + 1)] if found else []
@@ -418,9 +420,10 @@ def _unfinished(destination: Path, work: Path | None) -> Iterator[_Unfinished]:
                 if work:
                     zipped.save()
                 raise
-        (folder / _FILES[0]).replace(destination)
-        for name in (_FILES[1], _STATE):
-            (folder / name).unlink(missing_ok=True)
+        if destination != folder / _FILES[0]:  # else the caller has yet to take it, and may fail to
+            (folder / _FILES[0]).replace(destination)
+            for name in (_FILES[1], _STATE):
+                (folder / name).unlink(missing_ok=True)
     except OSError as error:
         message = f"cannot prepare {destination} ({error.strerror or error}: {error.filename or destination})"
         raise SidaError(message, "Mend that, then repeat.", exit_code=EXIT_FAILED) from error

@@ -189,6 +189,14 @@ def _append(path: Path, line: bytes) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def _is_abandoned(path: Path) -> bool:
+    """Whether the file is there and nobody holds its lock."""
+    with suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return os.fstat(file.fileno()).st_nlink > 0
+    return False
+
+
 def _hash_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -465,6 +473,18 @@ class Store:
             fcntl.flock(fd, fcntl.LOCK_UN)  # closing alone would leave the lock with a forked child
             os.close(fd)
 
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A file in tmp/ for the time of a `with` block, to be written there and then put; gc spares it."""
+        with _disk(self.root, "written"), ExitStack() as stack:
+            with self._writing():
+                tmp = self.root / "tmp" / os.urandom(32).hex()
+                fd = os.open(tmp, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+                stack.callback(os.close, fd)
+                stack.callback(tmp.unlink, missing_ok=True)
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            yield tmp
+
     def log(self, line: Mapping[str, Json]) -> None:
         """Adds one JSON line to log.jsonl, exactly what is given."""
         with self._writing():
@@ -512,8 +532,9 @@ class Store:
             num_bytes = {sha256: stats[sha256].st_size for sha256 in order if sha256 in dead}
             asked = [f"asked/{key}" for key in self._listdir("asked")]
             asked = [name for name in asked if self._text(name) not in kept & manifests.keys()]
-            # While we hold the lock nobody writes, so nothing that has a name of ours in tmp/ has an owner.
+            # While we hold the lock nobody writes: what has a name of ours in tmp/ has no owner, unless it is scratch.
             tmp = [f"tmp/{name}" for name in self._listdir("tmp") if len(name) == 64 and _HEX.fullmatch(name)]
+            tmp = [name for name in tmp if _is_abandoned(self.root / name)]
             num_tmp_bytes = sum((self.root / name).stat().st_size for name in tmp)
             if not dry_run:
                 for path in (*(self.root / name for name in (*asked, *tmp)), *map(self._object, num_bytes)):

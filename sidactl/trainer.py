@@ -362,6 +362,40 @@ class Distillation:
             "generator_optimizer": self._generator_optimizer,
         }
 
+    def fit_batch_per_device(self) -> int:
+        """The images at a time with which a step fits into memory, by trying, the most first; sets the passes so.
+
+        Nothing of it remains: every draw is a function of its position, and no weight is changed.
+        """
+        recipe, num_rounds = self.recipe, sum(map(len, self.passes))
+        micro_batch = recipe.batch_size // recipe.num_accumulation_rounds
+        # With dropout a pass holds one micro-batch.
+        sizes = [n for n in range(num_rounds, 0, -1) if num_rounds % n == 0 and (n == 1 or not recipe.dropout)]
+        fitting = next((n for n in sizes if self._fits(n)), 1)
+        images = engine.smallest(fitting) * micro_batch
+        self.passes = engine.passes_of(recipe, Execution(batch_per_device=images))
+        return images
+
+    def _fits(self, num_micro_batches: int) -> bool:
+        usual = self.passes, self._normalizes_fake_score, self._normalizes_generator
+        rounds = [index for rounds in self.passes for index in rounds]
+        # The second pass has the sum of gradients beside it.
+        self.passes = [rounds[:num_micro_batches]] * min(2, len(rounds) // num_micro_batches)
+        self._normalizes_fake_score = self._normalizes_generator = False
+        try:
+            self._fake_score_gradients(is_trial=True)
+            self.fake_score.zero_grad(set_to_none=True)
+            self._generator_gradients(is_trial=True)
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            self.passes, self._normalizes_fake_score, self._normalizes_generator = usual
+            self._fakes = None
+            self.fake_score.zero_grad(set_to_none=True)
+            self.generator.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+        return True
+
     def step(self) -> dict[str, Tensor]:
         """One iteration: the fake score, the generator (once its turn has come), the EMA.
 
@@ -389,10 +423,10 @@ class Distillation:
             force_normalize_(self.ema)
         return stats
 
-    def _fake_score_gradients(self) -> dict[str, Tensor]:
+    def _fake_score_gradients(self, *, is_trial: bool = False) -> dict[str, Tensor]:
         recipe, part, psi = self.recipe, self.recipe.adversarial, self.fake_score
         psi.train()
-        shares = recipe.share_fakes and self.trains_generator
+        shares = recipe.share_fakes and (self.trains_generator or is_trial)
         self.generator.train(shares)
         passes: list[dict[str, Tensor]] = []
         gradients = engine.GradientSum(psi, len(self.passes))
@@ -429,10 +463,11 @@ class Distillation:
                 torch.stack(list(stats.values())).sum().backward()
             gradients.add()
             passes.append(stats)
-        gradients.finish()
+        if not is_trial:
+            gradients.finish()
         return _stack(passes)
 
-    def _generator_gradients(self) -> dict[str, Tensor]:
+    def _generator_gradients(self, *, is_trial: bool = False) -> dict[str, Tensor]:
         self.generator.train()
         self.fake_score.eval()
         passes: list[dict[str, Tensor]] = []
@@ -454,7 +489,8 @@ class Distillation:
                 fakes.backward(gradient)
             gradients.add()
             passes.append(stats)
-        gradients.finish()
+        if not is_trial:
+            gradients.finish()
         return _stack(passes)
 
     def _gradient_of_images(

@@ -42,7 +42,7 @@ from sidactl.errors import SidaError
 from sidactl.inventory import ExportForm
 from sidactl.loop import Event
 from sidactl.recipe import HeunSpec, NetSpec, OneStepSpec
-from sidactl.store import KINDS, Artifact, Store
+from sidactl.store import KINDS, Artifact, LiveDir, Store
 from tests.golden import golden
 from tests.playback import SmallVae
 from tests.web import Site, serving
@@ -216,6 +216,22 @@ def test_url_is_fetched_once_and_answered_without_network_after(
     assert resolve(Store(run), url, ["teacher"]).files == artifact.files
     assert len(said) == 2
     assert len(site.requests) == 1
+
+
+def test_download_that_could_not_be_stored_is_stored_without_network(
+    site: Site, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise SidaError("no space left")
+
+    url = f"{site.url}/net.pkl"
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "put", fail)
+        with pytest.raises(SidaError, match="no space left"):
+            fetch_teacher(url, run=run, say=silent)
+    assert fetch_teacher(url, run=run, say=silent) == fetch_teacher(url, run=run.parent / "other", say=silent)
+    assert len(site.requests) == 2, "one for each run directory"
+    assert not list(run.glob("tmp/*"))
 
 
 def test_source_that_is_said_to_be_something_else_is_not_fetched_again(site: Site, run: Path) -> None:
@@ -586,6 +602,38 @@ def test_interrupted_preparation_goes_on_to_the_same_artifact(run: Path, force: 
     assert prepare_data("tiny-digits", run=run, force=force, tick=stop_at(0, seen)) == whole
     assert seen == list(range(1, 1798))
     assert not [*run.glob("live/*"), *run.glob("tmp/*")]
+
+
+@pytest.mark.parametrize("name", ["put", "answer"])
+def test_preparation_that_could_not_be_stored_is_stored_without_doing_it_again(
+    run: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise SidaError("no space left")
+
+    seen: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, name, fail)
+        with pytest.raises(SidaError, match="no space left"):
+            prepare_data("tiny-digits", run=run, tick=stop_at(0, seen))
+    done = prepare_data("tiny-digits", run=run, tick=stop_at(0, seen))
+    assert seen == list(range(1, 1798))
+    assert done == prepare_data("tiny-digits", run=run.parent / "other")
+    assert not [*run.glob("live/*"), *run.glob("tmp/*")]
+
+
+def test_what_a_preparation_that_was_killed_at_its_end_leaves_goes_with_the_next(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(LiveDir, "clear", lambda live: stop_at(0, [])(0, 0))
+        with pytest.raises(Stop):
+            prepare_data("tiny-digits", run=run)
+    assert len(list(run.glob("live/*/images.zip"))) == 1
+    seen: list[int] = []
+    prepare_data("tiny-digits", run=run, tick=stop_at(0, seen))
+    assert seen == []
+    assert not list(run.glob("live/*"))
 
 
 def test_two_at_once_prepare_once(run: Path) -> None:

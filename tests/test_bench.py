@@ -136,6 +136,9 @@ def test_tables_name_every_part_and_stage() -> None:
     words = ["bench", "tiny-digits", "--batch-size", "2", "--steps", "1", "--no-detector", "--device", "cpu"]
     out = CliRunner().invoke(app, words, catch_exceptions=False).stdout
     lines = out.splitlines()
+    (data,) = [line.split() for line in lines if line.startswith("data ")]
+    (heads,) = [line.split() for line in lines if line.startswith("part ")]
+    assert dict(zip(heads, data, strict=True))["times"] == "2"
     assert lines[0] == "tiny-digits, sida: 188,945 parameters, 1 x 2 images a step, cpu, 1 threads"
     for name in ("fp32     SiDA", *PASS, "optimisers", "EMA"):
         assert any(line.startswith(name) for line in lines), name

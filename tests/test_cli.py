@@ -236,11 +236,13 @@ def test_dry_run_estimates_memory_and_hours_without_torch(tmp_path: Path) -> Non
 
     edm2 = planned("edm2-s")
     assert (edm2["recipe"]["batch_size"], edm2["recipe"]["fake_score_lr"]) == (2048, 5e-5)
-    assert edm2["estimate"]["state_gb"] == 10.09
-    assert edm2["estimate"]["counted"] == (
-        "280,212,837 parameters in 4 networks, with the gradients of one and 2 Adam states of 2 moments; "
-        "the activations of 3 networks"
-    )
+    told = edm2["estimate"]
+    assert (told["parameters"], told["state_gb"], told["of"]) == (280_212_837, 8.97, "fp16, 64 images at a time")
+    rows = told["memory_gb_per_device"]
+    assert [row["devices"] for row in rows] == [1, 2, 4, 8, 16, 32]
+    total = 0.25 + told["state_gb"] + told["gradients_gb"] + told["activations_gb"]
+    assert rows[0]["whole"] == rows[5]["whole"] == pytest.approx(total, abs=0.02)
+    assert rows[0]["sharded"] > rows[1]["sharded"] > rows[5]["sharded"] > total - told["state_gb"]
     assert (edm2["estimate"]["hours"], edm2["estimate"]["pace"]) == (None, "not published")
     edm = planned("edm-cifar10-uncond")["estimate"]
     assert (edm["hours"], edm["pace"]) == (300.0, "3.6 s per 1,000 images on 8 V100 (16 GB), as published")

@@ -24,7 +24,7 @@ FLOORS = [
         "detectors",
     ],
     ["artifacts", "references", "scores", "ops", "inventory", "bench"],
-    ["ui", "cli"],
+    ["ui", "logs", "cli"],
 ]
 ORDER = [module for floor in FLOORS for module in floor]
 STANDARD_LIBRARY_ONLY = FLOORS[0]

@@ -793,6 +793,40 @@ def test_gc_clears_tmp_of_our_names_only_and_keeps_live(store: Store) -> None:
     assert (store.root / "live" / ("cd" * 32) / "state.bin").exists()
 
 
+def test_scratch_is_spared_by_gc_for_as_long_as_its_process_lives(store: Store) -> None:
+    code = """
+import os, signal, sys
+from pathlib import Path
+from sidactl.store import Store
+store = Store(Path(sys.argv[1]))
+with store.scratch() as path:
+    path.write_bytes(b"12345")
+    print(store.put("samples", {"images.zip": path}).files["images.zip"].size_bytes)
+with store.scratch() as path:
+    path.write_bytes(b"123456789")
+    print(store.gc().num_bytes, path.read_bytes())
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    command = [sys.executable, "-u", "-c", code, str(store.root)]
+    killed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert (killed.returncode, killed.stdout, killed.stderr) == (-signal.SIGKILL, "5\n0 b'123456789'\n", "")
+    assert store.gc().num_bytes == 9
+    assert list(store.root.glob("tmp/*")) == []
+
+
+def test_scratch_that_finds_no_room_is_told_in_one_line_and_goes(store: Store) -> None:
+    def fill() -> None:
+        with store.scratch() as path:
+            path.write_bytes(b"1")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(SidaError) as caught:
+        fill()
+    told = f"the run directory {store.root} cannot be written: No space left on device. Free some space "
+    assert str(caught.value) == f"{told}or choose another with --run DIR."
+    assert list(store.root.glob("tmp/*")) == []
+
+
 def test_gc_touches_nothing_in_a_directory_that_is_no_store(tmp_path: Path) -> None:
     names = {"tmp/" + "ab" * 32, "objects/ab/" + "cd" * 31, "asked/x"}
     for name in names:

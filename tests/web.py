@@ -2,8 +2,9 @@
 
 import re
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -20,6 +21,9 @@ class Site:
     cuts: list[int] = field(default_factory=list)
     """how many bytes of the body the next answers send before they break off"""
     is_chunked: bool = False
+    piece_bytes: int = 1 << 30
+    pause_sec: float = 0.0
+    """bodies go out in pieces of this size, with a pause after each"""
     status: int = 200
     redirects: dict[str, str] = field(default_factory=dict)
     linked: str = ""
@@ -61,10 +65,14 @@ def serving(files: dict[str, bytes]) -> Iterator[Site]:
             part = {"Content_Range": f"bytes {start}-{whole - 1}/{whole}"} if start else {}
             self._head(206 if start else 200, ETag=site.tag, **length, **part)
             sent = data[: site.cuts.pop(0)] if site.cuts else data
-            self.wfile.write(b"%x\r\n%b\r\n" % (len(sent), sent) if site.is_chunked else sent)
-            if site.is_chunked and len(sent) == len(data):
-                self.wfile.write(b"0\r\n\r\n")
             self.close_connection = True
+            with suppress(ConnectionError):  # a reader that was killed
+                for begin in range(0, len(sent), site.piece_bytes):
+                    piece = sent[begin : begin + site.piece_bytes]
+                    self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece) if site.is_chunked else piece)
+                    time.sleep(site.pause_sec)
+                if site.is_chunked and len(sent) == len(data):
+                    self.wfile.write(b"0\r\n\r\n")
 
         def _head(self, status: int, **headers: str) -> None:
             self.send_response(status)
