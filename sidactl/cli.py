@@ -552,6 +552,59 @@ def _ticking(title: str, unit: str = "images") -> Iterator[Callable[[int, int], 
         yield tick
 
 
+@app.command()
+def bench(
+    teacher: Annotated[
+        str, typer.Argument(metavar="[TEACHER]", help="a name from ls --catalog")
+    ] = "edm-cifar10-uncond",
+    mode: Annotated[str, typer.Option(help="sid, sida or sid2a")] = "sida",
+    batch_size: Annotated[
+        int | None, typer.Option(help="images per pass; the recipe's micro-batch if not given")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="passes per step")] = 1,
+    steps: Annotated[int, typer.Option(help="how often everything is timed; medians are printed")] = 3,
+    precision: Annotated[str, typer.Option(help="fp32, tf32, fp16 or bf16")] = "fp32",
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="activations pixel by pixel")] = False,
+    compile_nets: Annotated[bool, typer.Option("--compile", help="torch.compile; minutes at the start")] = False,
+    against: Annotated[str | None, typer.Option(metavar="eager", help="time the eager fp32 step in turn, too")] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="try all settings of the device")] = False,
+    detector: Annotated[bool, typer.Option("--detector/--no-detector", help="whether to time the detector")] = True,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Time a training step part by part, sampling and scoring, on random weights; prints tables.
+
+    Utilisation compares with the larger of a matrix product and a convolution, measured in the same run and precision.
+
+    Example: sidactl bench tiny-digits --against eager
+    """
+    from sidactl import bench as benchmark
+    from sidactl.recipe import PRECISIONS
+
+    if against not in (None, "eager"):
+        raise SidaError(f"--against must be eager, got {against!r}", "Leave it out, or pass --against eager.")
+    if precision not in PRECISIONS:
+        raise SidaError(f"--precision must be one of {', '.join(PRECISIONS)}, got {precision!r}", "Pass another one.")
+    one = benchmark.Setting(precision=precision, channels_last=channels_last, compile=compile_nets)
+    report = benchmark.run(
+        teacher,
+        mode=mode,
+        batch_size=batch_size,
+        num_rounds=rounds,
+        num_steps=steps,
+        settings=benchmark.sweep(device) if sweep else [one],
+        against_eager=against is not None,
+        with_detector=detector,
+        device=device,
+        tell=ui.note,
+    )
+    if as_json:
+        ui.print_json(report.to_json())
+        return
+    for columns, rows, title in report.tables():
+        ui.table(columns, rows, title=title)
+
+
 # Sampling and scores
 
 

@@ -85,6 +85,7 @@ class Preconditioned(nn.Module):
         self.spec = spec
         self._attribute = attribute
         self.compute_dtype = torch.float32
+        self.memory_format = torch.contiguous_format
         self.add_module(attribute, unet)
 
     @property
@@ -146,7 +147,8 @@ class Preconditioned(nn.Module):
         labels = as_one_hot(labels, self.spec.label_dim, x.device)
         if not self.spec.augment_dim:
             augment_labels = None
-        return self.raw.encode((c_in * x).to(self.compute_dtype), c_noise, labels, augment_labels)
+        scaled = (c_in * x).to(self.compute_dtype, memory_format=self.memory_format)
+        return self.raw.encode(scaled, c_noise, labels, augment_labels)
 
     def _combine(self, x: Tensor, sigma: Tensor, F_x: Tensor) -> Tensor:
         sigma_data = self.spec.sigma_data
@@ -175,7 +177,9 @@ def _channel_mean(features: Tensor) -> Tensor:
 
 
 def as_sigma(sigma: Tensor | float, like: Tensor) -> Tensor:
-    """sigma as float32 [B, 1, 1, 1] or [1, 1, 1, 1] on the device of `like`."""
+    """sigma as float32 [B, 1, 1, 1] or [1, 1, 1, 1] on the device of `like`; a number goes there without waiting."""
+    if not isinstance(sigma, Tensor):
+        return torch.full((1, 1, 1, 1), sigma, dtype=torch.float32, device=like.device)
     return torch.as_tensor(sigma, dtype=torch.float32, device=like.device).reshape(-1, 1, 1, 1)
 
 

@@ -311,16 +311,71 @@ def arrange(
         net.compute_dtype = DTYPES[recipe.precision]
     if recipe.teacher_precision:
         teacher.compute_dtype = DTYPES[recipe.teacher_precision]
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = recipe.precision == "tf32"
+    allow_tf32(recipe.precision == "tf32")
+    if execution.channels_last:
+        for net in (teacher, fake_score, generator, ema):
+            net.memory_format = torch.channels_last
     if execution.checkpoint_activations:
         for net in (teacher, fake_score, generator):
             for block in blocks_of(net):
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if execution.ema_on_cpu:
         ema.cpu()
+    if execution.shard and execution.compile:
+        raise SidaError("compiled nets cannot be sharded, got both", "Leave out --shard or --compile.")
     if execution.shard:
         for net in (teacher, fake_score, generator, ema):
             shard_(net)
+    if execution.compile:
+        for net in (teacher, fake_score, generator, ema):
+            compile_(net)
+
+
+def allow_tf32(allow: bool) -> None:
+    """Whether a GPU may round the inputs of float32 products and convolutions to TF32."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow
+
+
+_GRAPHS_OF_A_METHOD = 64
+"""a method of all nets, in training and not, with each size of batch"""
+
+
+def compile_(net: Preconditioned) -> None:
+    """Compiles the net's passes, when they first run with inputs of a form; its weights and their names stay."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS_OF_A_METHOD)
+    for method in ("forward", "denoise_and_logits", "logits"):
+        setattr(net, method, torch.compile(getattr(net, method), dynamic=False))
+
+
+def is_compiled(net: nn.Module) -> bool:
+    """Whether `compile_` was here."""
+    return "forward" in vars(net)
+
+
+def num_graphs() -> int:
+    """How many graphs this process has compiled."""
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]
+
+
+@contextmanager
+def without_weight_gradients(net: Preconditioned) -> Iterator[None]:
+    """Within the block a compiled net computes no gradients of its weights, whatever is asked for.
+
+    What is not compiled leaves them out by itself where only gradients of its inputs are asked for.
+    """
+    if not is_compiled(net):
+        yield
+        return
+    trained = [p for p in net.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def blocks_of(net: nn.Module) -> list[nn.Module]:

@@ -32,6 +32,11 @@ class Skipped(Protocol):
     total: dict[str, int]
     in_a_row: dict[str, int]
 
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether asking makes nobody wait for a GPU."""
+        ...
+
 
 class Training(Protocol):
     """What the loop needs: a step, the net that is kept, and everything that a checkpoint must hold."""
@@ -143,8 +148,10 @@ def run(
             stage = training.stage()
             with engine.fitting_threads(engine.is_small(training.ema)):
                 window.append(training.step())
-            _refuse_divergence(training, schedule.stop_if_nan_steps)
-            if training.nimg >= schedule.duration_nimg or training.step_index % schedule.report_every_steps == 0:
+            reports = training.nimg >= schedule.duration_nimg or training.step_index % schedule.report_every_steps == 0
+            if reports or training.skipped.is_at_hand:
+                _refuse_divergence(training, schedule.stop_if_nan_steps)
+            if reports:
                 values = {"stage": stage, "skipped_steps": sum(training.skipped.total.values()), **_mean(window)}
                 window.clear()
                 yield note(Event("progress", training.nimg, values))

@@ -212,6 +212,8 @@ class Recipe(Plain):
     """EDM2: overwrite weights by their normalised values before training passes, as published or of both nets"""
     logvar: bool = True
     """EDM2: whether the fake score keeps the teacher's uncertainty head, and the losses divide by exp(u)"""
+    share_fakes: bool = False
+    """both updates of a step take the same generated images, as Algorithm 1 prints; the published code draws twice"""
     seed: int = 0
     precision: Precision = "fp32"
     """type of the U-Nets' arithmetic; preconditioning, losses, weights and their updates are float32 in any case"""
@@ -273,6 +275,10 @@ class Execution(Plain):
     checkpoint_activations: bool = False
     """the backward pass computes activations anew, block by block, instead of keeping them"""
     ema_on_cpu: bool = False
+    channels_last: bool = False
+    """activations lie in memory pixel by pixel instead of channel by channel"""
+    compile: bool = False
+    """torch.compile: minutes at the start (less the next time, from a cache), faster steps; other dropout masks"""
 
 
 @dataclass(frozen=True, kw_only=True)

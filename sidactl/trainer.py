@@ -4,8 +4,8 @@ Every draw is a function of the seed and a position. The loop around the steps, 
 """
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -190,17 +190,23 @@ def update_ema(
         average(means, [p.to(mean.device) for p, mean in zip(values, means, strict=True)], torch.tensor(0))
 
 
-def apply_gradients(optimizer: torch.optim.Optimizer, clip_value: float | None) -> bool:
-    """Steps the optimiser and clears its gradients; False, and no step, if a gradient is not finite."""
+def apply_gradients(optimizer: torch.optim.Optimizer, clip_value: float | None) -> Tensor:
+    """Steps the optimiser and clears its gradients; False, and no step, if a gradient is not finite.
+
+    The answer stays on the device, where the fused optimiser reads it: nothing waits for it.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     gradients = [engine.local(p.grad) for p in parameters]
-    finite = bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
-    if any(map(engine.is_sharded, parameters)):  # of which each process sees a part
-        finite = not engine.any_process(not finite)
-    if finite:
-        if clip_value is not None:
-            torch._foreach_clamp_min_(gradients, -clip_value)
-            torch._foreach_clamp_max_(gradients, clip_value)
+    finite = torch.isfinite(torch.nn.utils.get_total_norm(gradients))
+    is_sharded = any(map(engine.is_sharded, parameters))
+    if is_sharded:  # of which each process sees a part
+        finite = torch.tensor(not engine.any_process(not bool(finite)))
+    if clip_value is not None:
+        torch._foreach_clamp_min_(gradients, -clip_value)
+        torch._foreach_clamp_max_(gradients, clip_value)
+    if not is_sharded:
+        vars(optimizer)["found_inf"] = finite.logical_not().to(torch.float32)
+    if not is_sharded or bool(finite):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return finite
@@ -222,15 +228,40 @@ def adam(net: nn.Module, *, lr: float, beta1: float, beta2: float, eps: float) -
 
 
 class SkippedSteps:
-    """Updates that were skipped for a gradient that was not finite: in all, and in a row, by net."""
+    """Updates that were skipped for a gradient that was not finite: in all, and in a row, by net.
+
+    Counted where the answers of `apply_gradients` are, and fetched by whoever asks.
+    """
 
     def __init__(self) -> None:
-        self.total: dict[str, int] = {}
-        self.in_a_row: dict[str, int] = {}
+        self._total: dict[str, int | Tensor] = {}
+        self._in_a_row: dict[str, int | Tensor] = {}
 
-    def count(self, name: str, stepped: bool) -> None:
-        self.total[name] = self.total.get(name, 0) + (not stepped)
-        self.in_a_row[name] = 0 if stepped else self.in_a_row.get(name, 0) + 1
+    def count(self, name: str, stepped: Tensor | bool) -> None:
+        skipped = torch.as_tensor(stepped).logical_not()
+        self._total[name] = self._total.get(name, 0) + skipped.to(torch.int64)
+        self._in_a_row[name] = (self._in_a_row.get(name, 0) + 1) * skipped
+
+    @property
+    def total(self) -> dict[str, int]:
+        return {name: int(count) for name, count in self._total.items()}
+
+    @total.setter
+    def total(self, counts: Mapping[str, int]) -> None:
+        self._total = dict(counts)
+
+    @property
+    def in_a_row(self) -> dict[str, int]:
+        return {name: int(count) for name, count in self._in_a_row.items()}
+
+    @in_a_row.setter
+    def in_a_row(self, counts: Mapping[str, int]) -> None:
+        self._in_a_row = dict(counts)
+
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether asking makes nobody wait for a GPU."""
+        return all(isinstance(count, int) or count.device.type == "cpu" for count in self._in_a_row.values())
 
 
 class DropoutSeed:
@@ -255,7 +286,7 @@ class Distillation:
 
     The fake score starts from the teacher; generator and EMA start from `generator`, or from the teacher, without an
     uncertainty head. Follows the published code where it departs from the algorithm as printed: fresh noise for either
-    update, strict gates.
+    update (unless recipe.share_fakes), strict gates.
 
     EDM2's weights are normalised as recipe.forced_normalization says. In the published code a net does so in its own
     training passes in mode sid; with the adversarial part it is a hook that copies of a net inherit as it was when
@@ -274,8 +305,8 @@ class Distillation:
     ) -> None:
         self.recipe = recipe
         self.teacher = teacher.eval().requires_grad_(False)
-        self.fake_score = _trainable_copy(teacher, recipe.dropout, keep_logvar=recipe.logvar)
-        self.generator = _trainable_copy(generator or teacher, recipe.dropout, keep_logvar=False)
+        self.fake_score = trainable_copy(teacher, recipe.dropout, keep_logvar=recipe.logvar)
+        self.generator = trainable_copy(generator or teacher, recipe.dropout, keep_logvar=False)
         self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
         forced, is_adversarial = recipe.forced_normalization, recipe.adversarial is not None
         self._normalizes_fake_score = forced == "intended" or (forced == "published" and not is_adversarial)
@@ -287,6 +318,7 @@ class Distillation:
         engine.arrange(recipe, execution, self.teacher, self.fake_score, self.generator, self.ema)
         self.passes = engine.passes_of(recipe, execution)
         self._batches = batches
+        self._fakes: Tensor | None = None
         self._augmented = _augmentation(recipe.augment_p, teacher.spec)
         self._fake_score_optimizer = adam(
             self.fake_score,
@@ -358,6 +390,7 @@ class Distillation:
             return False
         finally:
             self.passes, self._normalizes_fake_score, self._normalizes_generator = usual
+            self._fakes = None
             self.fake_score.zero_grad(set_to_none=True)
             self.generator.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
@@ -393,16 +426,19 @@ class Distillation:
     def _fake_score_gradients(self, *, is_trial: bool = False) -> dict[str, Tensor]:
         recipe, part, psi = self.recipe, self.recipe.adversarial, self.fake_score
         psi.train()
-        self.generator.eval()
-        if self._normalizes_fake_score:  # once a step, so that the number of passes leaves no trace
+        shares = recipe.share_fakes and (self.trains_generator or is_trial)
+        self.generator.train(shares)
+        # Once a step, so that the number of passes leaves no trace.
+        if self._normalizes_fake_score:
             force_normalize_(psi)
+        if shares and self._normalizes_generator:
+            force_normalize_(self.generator)
         passes: list[dict[str, Tensor]] = []
         gradients = engine.GradientSum(psi, len(self.passes))
         for rounds in self.passes:
             engine.sync_gradients(psi, rounds is self.passes[-1])
             batch = self._batch(2 * self.step_index, rounds)
-            with torch.no_grad():
-                fakes = self._generate(batch)
+            fakes = self._shared_fakes(batch) if shares else self._generate_alone(batch)
             sigma = (recipe.P_std * batch.diffusion.normal((len(fakes), 1, 1, 1)) + recipe.P_mean).exp()
             fakes, fake_augment = self._augmented(fakes, batch.augment)
             noise = batch.diffusion.normal(fakes.shape)
@@ -437,18 +473,22 @@ class Distillation:
     def _generator_gradients(self, *, is_trial: bool = False) -> dict[str, Tensor]:
         self.generator.train()
         self.fake_score.eval()
-        if self._normalizes_generator:
+        if self._normalizes_generator and not self.recipe.share_fakes:
             force_normalize_(self.generator)
         passes: list[dict[str, Tensor]] = []
         gradients = engine.GradientSum(self.generator, len(self.passes))
         for rounds in self.passes:
             engine.sync_gradients(self.generator, rounds is self.passes[-1])
             batch = self._batch(2 * self.step_index + 1, rounds)
+            if self.recipe.share_fakes:
+                first = self._batch(2 * self.step_index, rounds)
+                batch = replace(batch, labels=first.labels, latent=first.latent, dropout_seed=first.dropout_seed)
             with DropoutSeed(batch.dropout_seed, self.generator):
-                fakes = self._generate(batch)
+                fakes, self._fakes = self._generate(batch) if self._fakes is None else self._fakes, None
                 # The loss has a graph of its own, gone before the generator's is gone back: no gradient of the fake
                 # score's weights is computed, and less memory is held at a time.
-                stats, gradient = self._gradient_of_images(batch, fakes.detach().requires_grad_(), len(rounds))
+                with engine.without_weight_gradients(self.fake_score):
+                    stats, gradient = self._gradient_of_images(batch, fakes.detach().requires_grad_(), len(rounds))
                 fakes.backward(gradient)
             gradients.add()
             passes.append(stats)
@@ -477,6 +517,19 @@ class Distillation:
 
     def _batch(self, batch: int, rounds: Sequence[int]) -> MicroBatch:
         return MicroBatch.joined([self._batches.get(batch, index) for index in rounds])
+
+    @torch.no_grad()
+    def _generate_alone(self, batch: MicroBatch) -> Tensor:
+        """Images that no gradient goes through."""
+        return self._generate(batch)
+
+    def _shared_fakes(self, batch: MicroBatch) -> Tensor:
+        """The images of both updates. A step of one pass keeps their graph for the second; others draw them again."""
+        with torch.set_grad_enabled(len(self.passes) == 1), DropoutSeed(batch.dropout_seed, self.generator):
+            fakes = self._generate(batch)
+        if len(self.passes) == 1:
+            self._fakes = fakes
+        return fakes.detach()
 
     def _generate(self, batch: MicroBatch) -> Tensor:
         spec, sigma_init = self.generator.spec, self.recipe.sigma_init
@@ -544,7 +597,8 @@ def _augmentation(probability: float, spec: NetSpec) -> Callable[[Tensor, Draws]
     return lambda images, draws: (images, None)
 
 
-def _trainable_copy(net: Preconditioned, dropout: float, *, keep_logvar: bool) -> Preconditioned:
+def trainable_copy(net: Preconditioned, dropout: float, *, keep_logvar: bool) -> Preconditioned:
+    """A copy that trains, with this dropout, and with its uncertainty head or without."""
     copied = copy.deepcopy(net).requires_grad_(True)
     copied.set_dropout(dropout)
     if not keep_logvar:

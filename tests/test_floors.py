@@ -23,7 +23,7 @@ FLOORS = [
         "sampling",
         "detectors",
     ],
-    ["artifacts", "references", "scores", "ops", "inventory"],
+    ["artifacts", "references", "scores", "ops", "inventory", "bench"],
     ["ui", "logs", "cli"],
 ]
 ORDER = [module for floor in FLOORS for module in floor]

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -562,3 +563,130 @@ def test_activations_computed_anew_give_the_same_bits_dropout_included(spec: Net
         run.step()
         run.step()
     assert torch.equal(weights(runs[0].fake_score), weights(runs[1].fake_score))
+
+
+def gradients_of_a_step(monkeypatch: pytest.MonkeyPatch, spec: NetSpec, execution: Execution) -> list[Tensor]:
+    """Losses of a step with all its terms, then the gradients that either optimiser gets, as vectors."""
+    run = distillation(spec, execution=execution, generator_from_nimg=None, dropout=0.0)
+    run.nimg = 40
+    with torch.no_grad():  # at the start it equals the teacher, and the SiD loss is what rounding leaves
+        for parameter in run.fake_score.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    found: list[Tensor] = []
+
+    def take(optimizer: torch.optim.Optimizer, clip_value: float | None) -> bool:
+        (group,) = optimizer.param_groups
+        found.append(torch.cat([p.grad.flatten() for p in group["params"] if p.grad is not None]))
+        optimizer.zero_grad()
+        return True
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "apply_gradients", take)
+        values = list(run.step().values())
+    return [torch.cat(values), *found]
+
+
+def assert_close(got: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    """Each vector within the tolerance of its own length: no optimiser is between that would blow up the last bit."""
+    for own, other in zip(got, expected, strict=True):
+        assert own.shape == other.shape
+        assert float((own - other).norm() / other.norm()) < tolerance
+
+
+SETTINGS = pytest.mark.parametrize("spec", [TINY, TINY_EDM2], ids=["edm", "edm2"])
+# torch's tracer looks at an attribute of tensors about which torch warns
+TRACING = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+
+
+@SETTINGS
+def test_channels_last_activations_give_the_same_gradients(spec: NetSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual, last = (gradients_of_a_step(monkeypatch, spec, Execution(channels_last=on)) for on in (False, True))
+    assert not torch.equal(usual[1], last[1]), "the setting reaches the nets"
+    assert_close(last, usual, 1e-5)
+
+
+@TRACING
+@pytest.mark.parametrize("spec", [TINY, pytest.param(TINY_EDM2, marks=pytest.mark.slow)], ids=["edm", "edm2"])
+def test_traced_nets_give_the_same_gradients(spec: NetSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    # the graphs that would be compiled, run operation by operation: the compiler itself takes minutes
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    usual, traced = (gradients_of_a_step(monkeypatch, spec, Execution(compile=on)) for on in (False, True))
+    assert_close(traced, usual, 1e-5)
+
+
+@TRACING
+@pytest.mark.slow
+def test_compiled_nets_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = Execution(compile=True, channels_last=True)
+    usual, compiled = (gradients_of_a_step(monkeypatch, TINY, execution) for execution in (Execution(), fast))
+    assert_close(compiled, usual, 1e-5)
+
+
+@TRACING
+def test_traced_nets_compute_no_gradients_of_frozen_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    run = distillation(execution=Execution(compile=True), generator_from_nimg=None)
+    asked: list[bool] = []
+    loss = losses.sid_generator_loss
+
+    def noting(teacher: Any, fake_score: Any, *tensors: Tensor, **options: Any) -> losses.SidLoss:
+        asked.append(any(p.requires_grad for p in fake_score.parameters()))
+        return loss(teacher, fake_score, *tensors, **options)
+
+    monkeypatch.setattr(losses, "sid_generator_loss", noting)
+    run.step()
+    assert asked == [False]
+    assert all(p.requires_grad for p in run.fake_score.parameters())
+
+
+def test_compiled_nets_cannot_be_sharded() -> None:
+    with pytest.raises(SidaError) as error:
+        distillation(execution=Execution(compile=True, shard=True))
+    assert str(error.value) == "compiled nets cannot be sharded, got both. Leave out --shard or --compile."
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize("share", [False, True])
+def test_both_updates_take_the_same_fakes_only_where_the_recipe_says(
+    share: bool, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = distillation(share_fakes=share, generator_from_nimg=0, num_accumulation_rounds=rounds, dropout=0.1)
+    run.step()
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {"fake_score": [], "generator": []}
+    passes = []
+    step_loss, generator_loss, forward = losses.fake_score_loss, losses.sid_generator_loss, run.generator.forward
+
+    def of_fake_score(
+        net: Any, images: Tensor, noise: Tensor, sigma: Tensor, labels: Tensor, *rest: Any, **o: Any
+    ) -> Any:
+        seen["fake_score"].append((images.detach().clone(), noise))
+        return step_loss(net, images, noise, sigma, labels, *rest, **o)
+
+    def of_generator(teacher: Any, net: Any, images: Tensor, noise: Tensor, *rest: Any, **o: Any) -> Any:
+        seen["generator"].append((images.detach().clone(), noise))
+        return generator_loss(teacher, net, images, noise, *rest, **o)
+
+    def counting(*tensors: Any) -> Tensor:
+        passes.append(1)
+        return forward(*tensors)
+
+    monkeypatch.setattr(losses, "fake_score_loss", of_fake_score)
+    monkeypatch.setattr(losses, "sid_generator_loss", of_generator)
+    monkeypatch.setattr(run.generator, "forward", counting)
+    run.step()
+    pairs = list(zip(seen["fake_score"], seen["generator"], strict=True))
+    assert len(pairs) == rounds
+    assert [torch.equal(first[0], second[0]) for first, second in pairs] == [share] * rounds
+    assert not any(torch.equal(first[1], second[1]) for first, second in pairs), "noise is drawn anew in any case"
+    assert len(passes) == (1 if share and rounds == 1 else 2 * rounds)
+
+
+def test_skipped_update_is_counted_without_being_asked_for() -> None:
+    net, optimizer = parameter_with_gradient([1.0, math.inf])
+    skipped = trainer.SkippedSteps()
+    skipped.count("generator", trainer.apply_gradients(optimizer, None))
+    assert isinstance(skipped._total["generator"], Tensor)
+    net.weight.grad = torch.ones_like(net.weight)
+    skipped.count("generator", trainer.apply_gradients(optimizer, None))
+    assert (skipped.total, skipped.in_a_row) == ({"generator": 1}, {"generator": 0})
+    assert float(optimizer.state[net.weight]["step"]) == 1
