@@ -114,9 +114,12 @@ def rank_and_size() -> tuple[int, int]:
 
 
 def _join(**where: Any) -> None:
-    if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **where)
-        atexit.register(_leave)
+    if dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # NCCL takes the current one for its own work
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **where)
+    atexit.register(_leave)
 
 
 def _leave() -> None:
@@ -246,9 +249,9 @@ class GradientSum:
 
     def finish(self) -> None:
         """Gives the net the sum of all that was taken, in all processes."""
-        for parameter, values in self._sums.items():
+        while self._sums:  # one by one, so that not all of both is held at a time
+            parameter, values = self._sums.popitem()
             parameter.grad = summed(values).to(parameter.dtype)
-        self._sums.clear()
 
 
 def is_sharded(tensor: Tensor) -> bool:

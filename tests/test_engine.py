@@ -2,8 +2,11 @@
 
 import dataclasses
 import itertools
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +14,7 @@ import torch
 
 from sidactl import catalog, nets
 from sidactl.diffusion import Preconditioned
-from sidactl.engine import batches_of, fitting_threads, in_order, is_small, pick_device
+from sidactl.engine import batches_of, fitting_threads, in_order, is_small, pick_device, told_plainly
 from sidactl.errors import SidaError
 
 
@@ -102,3 +105,32 @@ def test_batches_of_a_small_net_are_made_by_threads_of_one_and_leave_no_trace() 
     seen = list(batches_of(tiny_net(), lambda item: torch.get_num_threads(), range(8)))
     assert seen == [1] * 8
     assert torch.get_num_threads() == 2
+
+
+def test_out_of_memory_is_told_in_one_line_with_what_to_change() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60)
+    error = told_plainly(caught.value)
+    assert error
+    assert error.message == f"out of memory while asking for {4 << 60} bytes more"
+    assert "--checkpoint-activations" in error.hint
+    assert error.exit_code == 1
+    text = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB"
+    on_gpu = told_plainly(torch.OutOfMemoryError(text))
+    assert on_gpu
+    assert on_gpu.message == "out of memory while asking for 2.00 GiB more"
+    assert told_plainly(MemoryError())
+    assert told_plainly(ValueError("of ours")) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", ["edm-cifar10-uncond 8", "edm-cifar10-uncond 8 checkpoint_activations", "edm2-xs 4 bf16"]
+)
+def test_the_memory_that_is_measured_is_within_15_percent_of_the_estimate(case: str) -> None:
+    """By the process's own peak, so each in a process of its own."""
+    script = Path(__file__).parents[1] / "examples" / "gpu_check.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--device", "cpu", "--only", f"memory, {case}"], capture_output=True, text=True
+    )
+    assert done.stdout.endswith("all 1 checks passed\n"), done.stdout + done.stderr
