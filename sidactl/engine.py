@@ -416,7 +416,8 @@ def sync_gradients(net: nn.Module, now: bool) -> None:
 
 def gathered(net: Preconditioned, device: torch.device) -> Preconditioned:
     """The net whole and on this device, to sample from; the net itself where it is that already."""
-    if all(not is_sharded(p) and p.device == device for p in net.parameters()):
+    place = next(net.parameters()).device
+    if place.type == device.type and device.index in (None, place.index) and not any(map(is_sharded, net.parameters())):
         return net
     with torch.device("meta"):
         copied = nets.build(net.spec)
