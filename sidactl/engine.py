@@ -386,10 +386,15 @@ def blocks_of(net: nn.Module) -> list[nn.Module]:
     return [module for module in net.modules() if isinstance(module, (UNetBlock, Block))]
 
 
+_VECTOR_SIZE = 16
+"""numbers of float32 that a CPU's kernels take at a time, at most"""
+
+
 def shard_(net: Preconditioned) -> None:
     """Splits the net's parameters over the processes with FSDP2; its numbers stay the same.
 
-    Single numbers (EDM2's gains) stay whole, since FSDP2 cannot split them.
+    Small ones stay whole: single numbers (EDM2's gains), which FSDP2 cannot split, and what does not split into full
+    vectors, since the optimiser's kernel rounds the rest of a vector in another way.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -400,9 +405,11 @@ def shard_(net: Preconditioned) -> None:
         _join(store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh(kind, (size,))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float64)  # see GradientSum
-    gains = {p for p in net.parameters() if p.ndim == 0}
+    stay_whole = {p for p in net.parameters() if p.ndim == 0 or len(p) % size or p.numel() // size % _VECTOR_SIZE}
     for module in (*blocks_of(net), net):
-        sharded = fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=gains)
+        sharded = fully_shard(
+            module, mesh=mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=stay_whole
+        )
         sharded.set_gradient_divide_factor(1.0)  # gradients are summed: losses are divided by the whole batch
     for method in ("denoise_and_logits", "logits", "logvar"):
         register_fsdp_forward_method(net, method)

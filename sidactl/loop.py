@@ -227,7 +227,7 @@ def _refuse_non_finite_weights(training: Training) -> None:
 
 
 def _tensors(training: Training, *, parts: bool = True) -> dict[str, Tensor]:
-    """All that changes in training, by name: nets first, then the optimisers' moments by position of the parameter.
+    """All that changes in training, by name: nets first, then the optimisers' moments by name of the parameter.
 
     parts: of what is sharded, the part in this process.
     """
@@ -238,8 +238,9 @@ def _tensors(training: Training, *, parts: bool = True) -> dict[str, Tensor]:
             tensors |= {f"{name}.{key}": value.detach() for key, value in module.state_dict().items()}
     for name, module in modules.items():
         if isinstance(module, torch.optim.Optimizer):
-            for index, state in module.state_dict()["state"].items():
-                tensors |= {f"{name}.{index}.{key}": value for key, value in state.items()}
+            for group in module.param_groups:
+                for key, parameter in zip(group["param_names"], group["params"], strict=True):
+                    tensors |= {f"{name}.{key}.{k}": value for k, value in module.state[parameter].items()}
     return {name: engine.local(tensor) if parts else tensor for name, tensor in tensors.items()}
 
 

@@ -217,7 +217,11 @@ def adam(net: nn.Module, *, lr: float, beta1: float, beta2: float, eps: float) -
 
     Its state is there from the start, so that every checkpoint has the same shape and no memory is asked for later.
     """
-    optimizer = torch.optim.Adam(net.parameters(), lr=lr, betas=(beta1, beta2), eps=eps, fused=True)
+    named = list(net.named_parameters())
+    # The kernel takes either kind by itself.
+    parts = [[(name, p) for name, p in named if engine.is_sharded(p) == sharded] for sharded in (False, True)]
+    groups = [{"params": part} for part in parts if part]
+    optimizer = torch.optim.Adam(groups, lr=lr, betas=(beta1, beta2), eps=eps, fused=True)
     for parameter in net.parameters():
         optimizer.state[parameter] = {
             "step": torch.zeros((), device=parameter.device),
