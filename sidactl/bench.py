@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -33,6 +33,7 @@ _WARM_UP_STEPS = 2
 """before anything is timed: allocators, kernels' caches, compilation"""
 _MADE_UP_IMAGES = 1024
 _PEAK_TRIES = 5
+_SAMPLED_BATCHES = 8
 
 
 def _short(number: float | None) -> float | None:
@@ -46,7 +47,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """How the same mathematics is carried out."""
+    """How the same mathematics is carried out; apart from that as `distill` and `sample` do it."""
 
     precision: str = "fp32"
     channels_last: bool = False
@@ -60,7 +61,7 @@ class Setting:
 
 
 EAGER = Setting()
-"""what others are compared with: float32 in the usual order of memory, operation by operation"""
+"""float32 in the usual order of memory, operation by operation"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +159,9 @@ class Report:
 
     def tables(self) -> Iterator[tuple[Sequence[str], Sequence[Sequence[str | float | None]], str]]:
         """Columns, rows and title of what people read."""
-        every = [*self.measured, *([self.against] if self.against else [])]
+        every = [(m.setting.name, m) for m in self.measured]
+        if self.against:
+            every.append(("eager", self.against))
         title = (
             f"{self.teacher}, {self.mode}: {self.num_parameters:,} parameters, {self.num_rounds} x {self.batch_size} "
         )
@@ -175,15 +178,15 @@ class Report:
             "x",
         ]
         rows: list[Sequence[str | float | None]] = []
-        for m in every:
+        for name, m in every:
             for s in m.stages:
                 numbers = (s.seconds, s.images_per_sec, s.sec_per_kimg, s.flop_per_image / 1e9, s.utilisation)
                 ratio = m.ratios.get(s.name)
-                rows.append([m.setting.name, s.name, *map(_short, numbers), _short(s.peak_bytes / 1e9), _short(ratio)])
-            rows.append([m.setting.name, "sampling", None, _short(m.sampling_images_per_sec), *[None] * 4, None])
+                rows.append([name, s.name, *map(_short, numbers), _short(s.peak_bytes / 1e9), _short(ratio)])
+            rows.append([name, "sampling", None, _short(m.sampling_images_per_sec), *[None] * 4, None])
             rows[-1] = [*rows[-1][:-1], _short(m.ratios.get("sampling"))]
         yield columns, rows, title
-        for m in every:
+        for name, m in every:
             total = sum(p.seconds * p.times for p in m.parts if p.inside is None)
             lines = [
                 [p.name, p.times, *map(_short, (p.seconds, p.seconds * p.times / total, p.flop / p.seconds / 1e9))]
@@ -191,7 +194,7 @@ class Report:
             ]
             note = f"{m.num_graphs} graphs compiled in {m.warm_up_seconds:.0f} s, {m.num_recompiled} later"
             peak = f"peak {m.peak.flop_per_sec / 1e9:.0f} GFLOP/s ({m.setting.precision})"
-            told = f"{m.setting.name}: {peak}{f'; {note}' if m.num_graphs else ''}"
+            told = f"{name}: {peak}{f'; {note}' if m.num_graphs else ''}"
             yield ["part", "times", "seconds", "share", "GFLOP/s"], lines, told
         if self.detector_images_per_sec is not None and self.evaluation_share is not None:
             row = [self.detector, _short(self.detector_images_per_sec), _short(self.evaluation_share)]
@@ -243,25 +246,21 @@ def run(
     """Measures the distillation of a teacher of the catalog in each setting, one after the other.
 
     batch_size: images per pass, by default the recipe's micro-batch; a step is num_rounds passes. num_steps: how often
-    everything is timed, of which the median is told. against_eager: an eager step in float32 is timed in turn with each
-    setting, and ratios are medians over those pairs.
+    everything is timed, of which the median is told. against_eager: an eager step (float32, uncompiled, all of torch's
+    threads in each operation) is timed in turn with each setting, and ratios are medians over those pairs.
     Raises SidaError for a teacher that the catalog does not have, a mode without recipe, or counts below one.
     """
     recipe, spec = _recipe(teacher, mode, batch_size, num_rounds, num_steps, overrides or {})
     chosen = engine.pick_device(device)
     measured: list[Measured] = []
     eager: _Subject | None = None
-    with engine.fitting_threads(_is_small(spec, chosen)):
-        num_threads = torch.get_num_threads()
-        if against_eager:
-            tell(f"preparing {EAGER.name}")
-            eager = _Subject(recipe, spec, EAGER, chosen)
-        for setting in settings:
-            tell(f"measuring {setting.name}")
-            subject = eager if eager and setting == EAGER else _Subject(recipe, spec, setting, chosen)
-            measured.append(_measure(subject, eager if subject is not eager else None, num_steps))
-            del subject
-        against = _measure(eager, None, num_steps) if eager else None
+    if against_eager:
+        tell("preparing the eager step")
+        eager = _Subject(recipe, spec, EAGER, chosen, is_eager=True)
+    for setting in settings:
+        tell(f"measuring {setting.name}")
+        measured.append(_measure(_Subject(recipe, spec, setting, chosen), eager, num_steps))
+    against = _measure(eager, None, num_steps) if eager else None
     detector, rate = catalog.DATASETS[recipe.dataset].detector, None
     if with_detector:
         tell(f"measuring the detector {detector}")
@@ -276,7 +275,7 @@ def run(
         num_rounds=num_rounds,
         num_steps=num_steps,
         device=str(chosen),
-        num_threads=num_threads,
+        num_threads=1 if _is_small(spec, chosen) else torch.get_num_threads(),
         measured=measured,
         against=against,
         detector=detector,
@@ -361,10 +360,13 @@ def _num_parameters(spec: NetSpec) -> int:
 
 
 class _Subject:
-    """A distillation in one setting, ready to be timed."""
+    """A distillation in one setting, ready to be timed; an eager one is without what we do for nets that are small."""
 
-    def __init__(self, recipe: Recipe, spec: NetSpec, setting: Setting, device: torch.device) -> None:
-        self.setting, self.device, self.spec = setting, device, spec
+    def __init__(
+        self, recipe: Recipe, spec: NetSpec, setting: Setting, device: torch.device, *, is_eager: bool = False
+    ) -> None:
+        self.setting, self.device, self.spec, self._is_eager = setting, device, spec, is_eager
+        self.is_small = _is_small(spec, device)
         self.recipe = override(recipe, {"precision": setting.precision})
         batches = trainer.DatasetBatches(
             _MadeUp(spec),
@@ -390,15 +392,33 @@ class _Subject:
         self.training.nimg = _STAGE_NIMG[stage]
         assert self.training.stage() == stage
         engine.allow_tf32(self.setting.precision == "tf32")  # another setting may have been timed in between
-        self.training.step()
+        with self.threads():
+            self.training.step()
 
-    def sample(self) -> int:
-        """Draws a batch in one step as in evaluations; returns how many images."""
-        num, step = self.recipe.batch_size // self.recipe.num_accumulation_rounds, OneStepSpec()
-        drawn = sampling.generate(
-            self.training.ema, range(num), step, device=self.device, codec=PixelCodec(), batch_size=num
+    def threads(self) -> AbstractContextManager[None]:
+        """Within it the threads are those of a training step."""
+        return engine.fitting_threads(self.is_small and not self._is_eager)
+
+    def sample(self) -> None:
+        """Draws images in one step as in evaluations."""
+        size, net, step = (
+            self.recipe.batch_size // self.recipe.num_accumulation_rounds,
+            self.training.ema,
+            OneStepSpec(),
         )
-        return sum(len(batch.images) for batch in drawn)
+        seeds = range(self.num_sampled)
+        if not self._is_eager:
+            list(sampling.generate(net, seeds, step, device=self.device, codec=PixelCodec(), batch_size=size))
+            return
+        for start in range(0, len(seeds), size):
+            images, _ = sampling.sample_batch(net, step, seeds[start : start + size], self.device)
+            PixelCodec().decode(images).cpu()
+
+    @property
+    def num_sampled(self) -> int:
+        """A batch, or of a small net several, since cores make one each."""
+        batches = _SAMPLED_BATCHES if self.is_small else 1
+        return batches * self.recipe.batch_size // self.recipe.num_accumulation_rounds
 
 
 def _measure(subject: _Subject, eager: _Subject | None, num_steps: int) -> Measured:
@@ -413,25 +433,26 @@ def _measure(subject: _Subject, eager: _Subject | None, num_steps: int) -> Measu
                 if who is not None:
                     do: Callable[[], object] = who.sample if stage == "sampling" else partial(who.step, stage)
                     times.setdefault(stage, []).append(_time(do, device))
-        now = peak_of(recipe.precision, device)
+        with subject.threads():
+            now = peak_of(recipe.precision, device)
         peak = Peak(
             matrix_product=max(peak.matrix_product, now.matrix_product),
             convolution=max(peak.convolution, now.convolution),
         )
     recompiled = engine.num_graphs() - graphs
     flop = flop_of_parts(recipe, subject.spec)
-    parts = _time_parts(subject, flop, num_steps)
+    with subject.threads():
+        parts = _time_parts(subject, flop, num_steps)
     stages = [_stage(subject, name, seconds[name], flop, peak) for name in subject.stages]
     pairs = {name: list(zip(times, seconds[name], strict=True)) for name, times in others.items()}
     ratios = {n: statistics.median(other.seconds / own.seconds for other, own in p) for n, p in pairs.items()}
     cpu = {n: statistics.median(other.cpu_seconds / own.cpu_seconds for other, own in p) for n, p in pairs.items()}
-    pass_size = recipe.batch_size // recipe.num_accumulation_rounds
     return Measured(
         setting=subject.setting,
         stages=stages,
         parts=parts,
         peak=peak,
-        sampling_images_per_sec=pass_size / statistics.median(t.seconds for t in seconds["sampling"]),
+        sampling_images_per_sec=subject.num_sampled / statistics.median(t.seconds for t in seconds["sampling"]),
         warm_up_seconds=subject.warm_up_seconds,
         num_graphs=subject.num_graphs,
         num_recompiled=recompiled,
