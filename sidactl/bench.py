@@ -378,7 +378,8 @@ class _Subject:
         )
         self.batches = batches
         execution = Execution(compile=setting.compile, channels_last=setting.channels_last)
-        self.training = trainer.Distillation(self.recipe, _teacher(spec, device), None, batches, execution)
+        with engine.fitting_threads(is_eager):  # of one thread its passes go one after the other
+            self.training = trainer.Distillation(self.recipe, _teacher(spec, device), None, batches, execution)
         self.stages = STAGES if recipe.adversarial else STAGES[:2]
         start, graphs = time.perf_counter(), engine.num_graphs()
         for stage in self.stages:
@@ -393,6 +394,7 @@ class _Subject:
         assert self.training.stage() == stage
         engine.allow_tf32(self.setting.precision == "tf32")  # another setting may have been timed in between
         with self.threads():
+            engine.keep_memory(not self._is_eager)
             self.training.step()
 
     def threads(self) -> AbstractContextManager[None]:
@@ -401,6 +403,7 @@ class _Subject:
 
     def sample(self) -> None:
         """Draws images in one step as in evaluations."""
+        engine.keep_memory(not self._is_eager)
         size, net, step = (
             self.recipe.batch_size // self.recipe.num_accumulation_rounds,
             self.training.ema,

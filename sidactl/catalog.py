@@ -165,6 +165,7 @@ def _tiny_digits() -> Teacher:
         dataset="tiny-digits",
         alpha=1.2,
         batch_size=128,
+        num_accumulation_rounds=2,  # which two cores share
         duration_nimg=70_000,
         fake_score_lr=5e-4,
         generator_lr=5e-4,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sidactl.catalog import ASSETS
-from sidactl.engine import fitting_threads
+from sidactl.engine import fitting_threads, keep_memory
 from sidactl.errors import SidaError
 from sidactl.metrics import FeatureStats
 from sidactl.nets import inception, vit
@@ -89,6 +89,7 @@ class Detector:
             raise SidaError(
                 f"detector {self.name} needs grey or RGB uint8 images, got {got}", "Convert them with prepare-data."
             )
+        keep_memory()
         with exact_float32(), fitting_threads(self.name == BUILT_IN):
             parts = [self.extract(part.to(self.device)).cpu() for part in images.split(self.images_at_once)]
         return torch.cat(parts)

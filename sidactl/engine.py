@@ -1,9 +1,11 @@
 """Where the arithmetic happens: devices, threads, and the processes that torchrun starts."""
 
 import atexit
+import ctypes
 import gc
 import os
 import re
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -71,16 +73,37 @@ def fitting_threads(is_small: bool) -> Iterator[None]:
         torch.set_num_threads(usual)
 
 
-def batches_of(net: Denoiser, make: Callable[[In], Out], items: Iterable[In]) -> Iterator[Out]:
-    """`make` of each item, in order; with a small net every core makes one of its own, with others all share in one."""
-    if not is_small(net):
-        yield from map(make, items)
-        return
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
+_KEPT_MEMORY = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1}
+_USUAL_MEMORY = {_M_TRIM_THRESHOLD: 64 << 20, _M_MMAP_THRESHOLD: 32 << 20, _M_MMAP_MAX: 65536}
+"""what glibc comes to by itself once large blocks have been freed"""
+
+
+def keep_memory(keep: bool = True) -> None:
+    """Whether this process keeps the memory that tensors on the CPU leave for those to come.
+
+    By itself glibc gives back what is larger than 32 MB, and every new tensor of that size is fetched and cleared page
+    by page, which takes several times as long as most operations on it. Does nothing where there is no glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for option, value in (_KEPT_MEMORY if keep else _USUAL_MEMORY).items():
+            mallopt(option, value)
+
+
+def side_by_side(make: Callable[[In], Out], items: Iterable[In], num_threads: int) -> Iterator[Out]:
+    """`make` of each item, in order, each by one thread, so many of them at a time."""
     usual = torch.get_num_threads()
     try:
-        yield from in_order(make, items, usual, initializer=partial(torch.set_num_threads, 1))
+        yield from in_order(make, items, num_threads, initializer=partial(torch.set_num_threads, 1))
     finally:
         torch.set_num_threads(usual)  # what a worker sets holds for threads that are still to come
+
+
+def batches_of(net: Denoiser, make: Callable[[In], Out], items: Iterable[In]) -> Iterator[Out]:
+    """`make` of each item, in order; with a small net every core makes one of its own, with others all share in one."""
+    keep_memory()
+    yield from side_by_side(make, items, torch.get_num_threads()) if is_small(net) else map(make, items)
 
 
 def in_order(
@@ -234,18 +257,35 @@ class GradientSum:
     """
 
     def __init__(self, net: nn.Module, num_passes: int) -> None:
-        self._parameters = [p for p in net.parameters() if p.requires_grad and not is_sharded(p)]
+        trained = [p for p in net.parameters() if p.requires_grad]
+        self._parameters = [p for p in trained if not is_sharded(p)]
+        self._is_sharded = len(self._parameters) < len(trained)
         self._is_needed = num_passes > 1 or rank_and_size()[1] > 1
         self._sums: dict[nn.Parameter, Tensor] = {}
 
-    def add(self) -> None:
-        """Takes the gradients of a pass."""
-        for parameter in self._parameters if self._is_needed else ():
-            if parameter.grad is not None and parameter in self._sums:
-                self._sums[parameter] += parameter.grad
-            elif parameter.grad is not None:
-                self._sums[parameter] = parameter.grad.to(torch.float64)
+    def of(self, output: Tensor, gradient: Tensor | None = None) -> Sequence[Tensor | None]:
+        """The gradients of a pass, to be added; of a net that is not sharded several threads may ask at a time."""
+        if not self._is_sharded:
+            return torch.autograd.grad(output, self._parameters, gradient, allow_unused=True)
+        torch.autograd.backward(output, gradient)
+        gradients = [p.grad for p in self._parameters]
+        for parameter in self._parameters:
             parameter.grad = None
+        return gradients
+
+    def add(self, gradients: Sequence[Tensor | None]) -> None:
+        """Takes the gradients of a pass."""
+        for parameter, value in zip(self._parameters, gradients, strict=True):
+            if value is None:
+                continue
+            if value.stride() != parameter.stride():  # the fused optimiser takes both for laid out alike
+                value = torch.empty_like(parameter).copy_(value)
+            if not self._is_needed:
+                parameter.grad = value
+            elif parameter in self._sums:
+                self._sums[parameter] += value
+            else:
+                self._sums[parameter] = value.to(torch.float64)
 
     def finish(self) -> None:
         """Gives the net the sum of all that was taken, in all processes."""
@@ -318,6 +358,8 @@ def arrange(
     if execution.channels_last:
         for net in (teacher, fake_score, generator, ema):
             net.memory_format = torch.channels_last
+            if not execution.shard:  # FSDP2 takes weights in the usual order alone; then every convolution turns them
+                cast(Any, net).to(memory_format=torch.channels_last)
     if execution.checkpoint_activations:
         for net in (teacher, fake_score, generator):
             for block in blocks_of(net):

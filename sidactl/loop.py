@@ -142,6 +142,7 @@ def run(
     for warning in warnings:
         yield note(warning)
     window: list[dict[str, Tensor]] = []
+    engine.keep_memory()
     while training.nimg < schedule.duration_nimg or awaits_evaluation():
         before = training.nimg
         if not awaits_evaluation():

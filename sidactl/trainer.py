@@ -321,6 +321,9 @@ class Distillation:
         execution = execution or Execution()
         engine.arrange(recipe, execution, self.teacher, self.fake_score, self.generator, self.ema)
         self.passes = engine.passes_of(recipe, execution)
+        # Passes of a small net take a core each. Dropout's masks come of one generator, and FSDP2 counts its passes.
+        alone = not engine.is_small(self.teacher) or self.fake_score.spec.dropout > 0 or execution.shard
+        self._num_threads = 1 if alone else torch.get_num_threads()
         self._batches = batches
         self._fakes: Tensor | None = None
         self._augmented = _augmentation(recipe.augment_p, teacher.spec)
@@ -437,9 +440,9 @@ class Distillation:
             force_normalize_(psi)
         if shares and self._normalizes_generator:
             force_normalize_(self.generator)
-        passes: list[dict[str, Tensor]] = []
         gradients = engine.GradientSum(psi, len(self.passes))
-        for rounds in self.passes:
+
+        def gradients_of(rounds: Sequence[int]) -> tuple[dict[str, Tensor], Sequence[Tensor | None]]:
             engine.sync_gradients(psi, rounds is self.passes[-1])
             batch = self._batch(2 * self.step_index, rounds)
             fakes = self._shared_fakes(batch) if shares else self._generate_alone(batch)
@@ -467,21 +470,18 @@ class Distillation:
                         score, sigma, sigma_data=psi.spec.sigma_data, num_micro_batches=len(rounds)
                     )
                     stats["discriminator_loss"] = per_image.sum() * (part.discriminator_scale / recipe.batch_size)
-                torch.stack(list(stats.values())).sum().backward()
-            gradients.add()
-            passes.append(stats)
-        if not is_trial:
-            gradients.finish()
-        return _stack(passes)
+                return stats, gradients.of(torch.stack(list(stats.values())).sum())
+
+        return self._summed(gradients_of, gradients, is_trial)
 
     def _generator_gradients(self, *, is_trial: bool = False) -> dict[str, Tensor]:
         self.generator.train()
         self.fake_score.eval()
         if self._normalizes_generator and not self.recipe.share_fakes:
             force_normalize_(self.generator)
-        passes: list[dict[str, Tensor]] = []
         gradients = engine.GradientSum(self.generator, len(self.passes))
-        for rounds in self.passes:
+
+        def gradients_of(rounds: Sequence[int]) -> tuple[dict[str, Tensor], Sequence[Tensor | None]]:
             engine.sync_gradients(self.generator, rounds is self.passes[-1])
             batch = self._batch(2 * self.step_index + 1, rounds)
             if self.recipe.share_fakes:
@@ -491,14 +491,26 @@ class Distillation:
                 fakes, self._fakes = self._generate(batch) if self._fakes is None else self._fakes, None
                 # The loss has a graph of its own, gone before the generator's is gone back: no gradient of the fake
                 # score's weights is computed, and less memory is held at a time.
-                with engine.without_weight_gradients(self.fake_score):
-                    stats, gradient = self._gradient_of_images(batch, fakes.detach().requires_grad_(), len(rounds))
-                fakes.backward(gradient)
-            gradients.add()
-            passes.append(stats)
+                stats, gradient = self._gradient_of_images(batch, fakes.detach().requires_grad_(), len(rounds))
+                return stats, gradients.of(fakes, gradient)
+
+        with engine.without_weight_gradients(self.fake_score):
+            return self._summed(gradients_of, gradients, is_trial)
+
+    def _summed(
+        self,
+        gradients_of: Callable[[Sequence[int]], tuple[dict[str, Tensor], Sequence[Tensor | None]]],
+        gradients: engine.GradientSum,
+        is_trial: bool,
+    ) -> dict[str, Tensor]:
+        """Goes through the passes and gives the net the sum of their gradients; returns their losses."""
+        passes: list[dict[str, Tensor]] = []
+        for stats, taken in engine.side_by_side(gradients_of, self.passes, self._num_threads):
+            gradients.add(taken)
+            passes.append({name: value.detach() for name, value in stats.items()})
         if not is_trial:
             gradients.finish()
-        return _stack(passes)
+        return {name: torch.stack([stats[name] for stats in passes]) for name in passes[0]}
 
     def _gradient_of_images(
         self, batch: MicroBatch, fakes: Tensor, num_micro_batches: int
@@ -608,7 +620,3 @@ def trainable_copy(net: Preconditioned, dropout: float, *, keep_logvar: bool) ->
     if not keep_logvar:
         drop_logvar_(copied)
     return copied
-
-
-def _stack(passes: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([stats[name].detach() for stats in passes]) for name in passes[0]}

@@ -3,7 +3,7 @@
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,3 +72,13 @@ def finished(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Finish
     root = Path(shutil.copytree(prepared, tmp_path_factory.mktemp("finished") / "run"))
     events: list[Event] = []
     return Finished(root, short_distill(root, events.append), events)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    import torch
+
+    usual = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(usual)

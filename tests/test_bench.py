@@ -40,7 +40,7 @@ def forward_flop(spec: NetSpec, num: int) -> int:
 
 
 def test_operations_of_a_forward_pass_equal_a_count_by_hand() -> None:
-    recipe = dataclasses.replace(TINY.recipes["sida"], batch_size=4)
+    recipe = dataclasses.replace(TINY.recipes["sida"], batch_size=4, num_accumulation_rounds=1)
     flop = bench.flop_of_parts(recipe, WITHOUT_ATTENTION)
     expected = forward_flop(WITHOUT_ATTENTION, 4)
     # in0 attends whatever attn_resolutions says: q k^T and its product with v, over 16 positions of 32 channels
@@ -49,21 +49,28 @@ def test_operations_of_a_forward_pass_equal_a_count_by_hand() -> None:
 
 
 def test_operations_of_the_parts_relate_as_their_passes_do() -> None:
-    flop = bench.flop_of_parts(dataclasses.replace(TINY.recipes["sida"], batch_size=4), TINY.net)
+    flop = bench.flop_of_parts(
+        dataclasses.replace(TINY.recipes["sida"], batch_size=4, num_accumulation_rounds=1), TINY.net
+    )
     assert list(flop) == PASS
     assert flop["teacher forward"] == flop["fake score forward"]
     assert flop["teacher backward"] == flop["fake score backward"]
     # gradients of the inputs alone cost about as much as a forward pass, those of weights and inputs twice as much
     assert flop["teacher backward"] == pytest.approx(flop["teacher forward"], rel=0.02)
     assert flop["generator backward"] == pytest.approx(2 * flop["generator forward with graph"], rel=0.02)
-    sid = bench.flop_of_parts(dataclasses.replace(TINY.recipes["sid"], batch_size=4), TINY.net)
+    sid = bench.flop_of_parts(
+        dataclasses.replace(TINY.recipes["sid"], batch_size=4, num_accumulation_rounds=1), TINY.net
+    )
     assert "discriminator on reals" not in sid
     assert sid["fake-score step forward"] < flop["fake-score step forward"]
 
 
 def test_operations_grow_with_the_batch() -> None:
     eight, four = (
-        bench.flop_of_parts(dataclasses.replace(TINY.recipes["sida"], batch_size=num), TINY.net) for num in (8, 4)
+        bench.flop_of_parts(
+            dataclasses.replace(TINY.recipes["sida"], batch_size=num, num_accumulation_rounds=1), TINY.net
+        )
+        for num in (8, 4)
     )
     assert eight["teacher forward"] == 2 * four["teacher forward"]
 

@@ -2,10 +2,10 @@
 
 import dataclasses
 import itertools
+import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 
 from sidactl import catalog, nets
 from sidactl.diffusion import Preconditioned
-from sidactl.engine import batches_of, fitting_threads, in_order, is_small, pick_device, told_plainly
+from sidactl.engine import GradientSum, batches_of, fitting_threads, in_order, is_small, pick_device, told_plainly
 from sidactl.errors import SidaError
 
 
@@ -61,14 +61,6 @@ def tiny_net(**changes: Any) -> Preconditioned:
     return nets.build(dataclasses.replace(catalog.TEACHERS["tiny-digits"].net, **changes))
 
 
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    usual = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(usual)
-
-
 @pytest.mark.usefixtures("two_threads")
 def test_a_small_net_is_run_by_one_thread_and_a_large_one_by_all() -> None:
     with fitting_threads(is_small(tiny_net())):
@@ -105,6 +97,44 @@ def test_batches_of_a_small_net_are_made_by_threads_of_one_and_leave_no_trace() 
     seen = list(batches_of(tiny_net(), lambda item: torch.get_num_threads(), range(8)))
     assert seen == [1] * 8
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("num_passes", [1, 2])
+def test_gradients_lie_in_memory_as_their_weights_do(num_passes: int) -> None:
+    """torch's fused Adam reads both from end to end; what backward() looks after, autograd.grad does not."""
+    weight = torch.nn.Parameter(torch.randn(4, 6, 3, 3))
+    turned = torch.nn.Parameter(weight.detach().contiguous(memory_format=torch.channels_last))
+    net = torch.nn.ParameterList([weight, turned])
+    gradients = GradientSum(net, num_passes)
+    values = torch.randn(4, 6, 3, 3)
+    for _ in range(num_passes):
+        gradients.add(gradients.of(((weight + turned) * values).sum()))
+    gradients.finish()
+    for parameter in net:
+        assert parameter.grad is not None
+        assert parameter.grad.stride() == parameter.stride()
+        assert torch.equal(parameter.grad, num_passes * values)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="glibc's memory")
+def test_kept_memory_is_not_fetched_anew() -> None:
+    """Counted in pages that the process had to be given, while it makes large tensors and drops them."""
+    script = """
+import resource, torch
+from sidactl import engine
+faults = []
+for keep in (False, True):
+    engine.keep_memory(keep)
+    torch.ones(12_000_000)  # 48 MB
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(12_000_000)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(*faults)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    usual, kept = map(int, done.stdout.split())
+    assert kept < usual / 5  # two of ten tensors may still be new: an aligned one does not fit where it lay before
 
 
 def test_out_of_memory_is_told_in_one_line_with_what_to_change() -> None:

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import threading
 from functools import partial
 from typing import Any
 
@@ -591,6 +592,23 @@ def assert_close(got: list[Tensor], expected: list[Tensor], tolerance: float) ->
     for own, other in zip(got, expected, strict=True):
         assert own.shape == other.shape
         assert float((own - other).norm() / other.norm()) < tolerance
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("share", [False, True])
+def test_passes_in_threads_give_the_bits_of_passes_one_by_one(share: bool) -> None:
+    seen: list[set[int]] = []
+    runs: list[Any] = []
+    for num_threads in (1, 2):
+        torch.set_num_threads(num_threads)
+        run = distillation(TINY, generator_from_nimg=None, num_accumulation_rounds=4, share_fakes=share)
+        threads: set[int] = set()
+        run.generator.register_forward_pre_hook(lambda *_, threads=threads: threads.add(threading.get_ident()))
+        steps = [run.step() for _ in range(3)]
+        runs.append((steps, weights(run.fake_score), weights(run.generator)))
+        seen.append(threads)
+    assert len(seen[0]) == 1 < len(seen[1])
+    torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=0)
 
 
 SETTINGS = pytest.mark.parametrize("spec", [TINY, TINY_EDM2], ids=["edm", "edm2"])
