@@ -4,6 +4,7 @@ Nets have random weights and data are made up, so nothing is downloaded. What a 
 """
 
 import dataclasses
+import multiprocessing
 import os
 import statistics
 import sys
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ from sidactl.nets.vit import VisionTransformer
 from sidactl.recipe import Execution, NetSpec, OneStepSpec, Recipe, override
 
 STAGES = ("fake score", "SiD", "SiDA")
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
 _WARM_UP_STEPS = 2
 """before anything is timed: allocators, kernels' caches, compilation"""
 _MADE_UP_IMAGES = 1024
@@ -50,7 +54,7 @@ class Setting:
     """How the same mathematics is carried out; apart from that as `distill` and `sample` do it."""
 
     precision: str = "fp32"
-    channels_last: bool = False
+    channels_last: bool = False  # here nothing is chosen by itself
     compile: bool = False
 
     @property
@@ -253,14 +257,14 @@ def run(
     recipe, spec = _recipe(teacher, mode, batch_size, num_rounds, num_steps, overrides or {})
     chosen = engine.pick_device(device)
     measured: list[Measured] = []
-    eager: _Subject | None = None
+    eager: _Eager | None = None
     if against_eager:
         tell("preparing the eager step")
-        eager = _Subject(recipe, spec, EAGER, chosen, is_eager=True)
+        eager = _Eager(recipe, spec, chosen)
     for setting in settings:
         tell(f"measuring {setting.name}")
         measured.append(_measure(_Subject(recipe, spec, setting, chosen), eager, num_steps))
-    against = _measure(eager, None, num_steps) if eager else None
+    against = eager.measured() if eager else None
     detector, rate = catalog.DATASETS[recipe.dataset].detector, None
     if with_detector:
         tell(f"measuring the detector {detector}")
@@ -275,7 +279,7 @@ def run(
         num_rounds=num_rounds,
         num_steps=num_steps,
         device=str(chosen),
-        num_threads=1 if _is_small(spec, chosen) else torch.get_num_threads(),
+        num_threads=torch.get_num_threads(),
         measured=measured,
         against=against,
         detector=detector,
@@ -381,13 +385,55 @@ class _Subject:
         with engine.fitting_threads(is_eager):  # of one thread its passes go one after the other
             self.training = trainer.Distillation(self.recipe, _teacher(spec, device), None, batches, execution)
         self.stages = STAGES if recipe.adversarial else STAGES[:2]
-        start, graphs = time.perf_counter(), engine.num_graphs()
+        start, self._graphs_before = time.perf_counter(), engine.num_graphs()
         for stage in self.stages:
             for _ in range(_WARM_UP_STEPS):
                 self.step(stage)
         self.sample()
         _wait(device)
-        self.warm_up_seconds, self.num_graphs = time.perf_counter() - start, engine.num_graphs() - graphs
+        self.warm_up_seconds, self._graphs = time.perf_counter() - start, engine.num_graphs()
+        self._taken: list[dict[str, Taken]] = []
+        self._peak = Peak(matrix_product=0, convolution=0)
+
+    def time(self, stage: str) -> "Taken":
+        """Times a step of this stage, or sampling, once more."""
+        taken = _time(self.sample if stage == "sampling" else partial(self.step, stage), self.device)
+        if not self._taken or stage in self._taken[-1]:
+            self._taken.append({})
+        self._taken[-1][stage] = taken
+        return taken
+
+    def note_peak(self) -> None:
+        """Measures the peak once more, of which the highest counts."""
+        now = peak_of(self.recipe.precision, self.device)
+        self._peak = Peak(
+            matrix_product=max(self._peak.matrix_product, now.matrix_product),
+            convolution=max(self._peak.convolution, now.convolution),
+        )
+
+    def measured(self, others: Sequence[Mapping[str, "Taken"]]) -> Measured:
+        """All that was timed; others: what the eager step took each time."""
+        recompiled = engine.num_graphs() - self._graphs
+        flop = flop_of_parts(self.recipe, self.spec)
+        with self.threads():
+            parts = _time_parts(self, flop, len(self._taken))
+        of_stage = {name: [taken[name] for taken in self._taken] for name in self.stages}
+        pairs = list(zip(others, self._taken, strict=True)) if others else []
+        names = self._taken[0] if others else ()
+        return Measured(
+            setting=self.setting,
+            stages=[_stage(self, name, taken, flop, self._peak) for name, taken in of_stage.items()],
+            parts=parts,
+            peak=self._peak,
+            sampling_images_per_sec=self.num_sampled / statistics.median(t["sampling"].seconds for t in self._taken),
+            warm_up_seconds=self.warm_up_seconds,
+            num_graphs=self._graphs - self._graphs_before,
+            num_recompiled=recompiled,
+            ratios={n: statistics.median(other[n].seconds / own[n].seconds for other, own in pairs) for n in names},
+            cpu_ratios={
+                n: statistics.median(other[n].cpu_seconds / own[n].cpu_seconds for other, own in pairs) for n in names
+            },
+        )
 
     def step(self, stage: str) -> None:
         self.training.nimg = _STAGE_NIMG[stage]
@@ -424,44 +470,61 @@ class _Subject:
         return batches * self.recipe.batch_size // self.recipe.num_accumulation_rounds
 
 
-def _measure(subject: _Subject, eager: _Subject | None, num_steps: int) -> Measured:
-    recipe, device = subject.recipe, subject.device
-    seconds: dict[str, list[Taken]] = {}
-    others: dict[str, list[Taken]] = {}
-    peak = Peak(matrix_product=0, convolution=0)
-    graphs = engine.num_graphs()
+def _measure(subject: _Subject, eager: "_Eager | None", num_steps: int) -> Measured:
     for _ in range(num_steps):
         for stage in (*subject.stages, "sampling"):
-            for who, times in ((subject, seconds), (eager, others)):
-                if who is not None:
-                    do: Callable[[], object] = who.sample if stage == "sampling" else partial(who.step, stage)
-                    times.setdefault(stage, []).append(_time(do, device))
-        with subject.threads():
-            now = peak_of(recipe.precision, device)
-        peak = Peak(
-            matrix_product=max(peak.matrix_product, now.matrix_product),
-            convolution=max(peak.convolution, now.convolution),
-        )
-    recompiled = engine.num_graphs() - graphs
-    flop = flop_of_parts(recipe, subject.spec)
-    with subject.threads():
-        parts = _time_parts(subject, flop, num_steps)
-    stages = [_stage(subject, name, seconds[name], flop, peak) for name in subject.stages]
-    pairs = {name: list(zip(times, seconds[name], strict=True)) for name, times in others.items()}
-    ratios = {n: statistics.median(other.seconds / own.seconds for other, own in p) for n, p in pairs.items()}
-    cpu = {n: statistics.median(other.cpu_seconds / own.cpu_seconds for other, own in p) for n, p in pairs.items()}
-    return Measured(
-        setting=subject.setting,
-        stages=stages,
-        parts=parts,
-        peak=peak,
-        sampling_images_per_sec=subject.num_sampled / statistics.median(t.seconds for t in seconds["sampling"]),
-        warm_up_seconds=subject.warm_up_seconds,
-        num_graphs=subject.num_graphs,
-        num_recompiled=recompiled,
-        ratios=ratios,
-        cpu_ratios=cpu,
-    )
+            subject.time(stage)
+            if eager:
+                eager.time(stage)
+        subject.note_peak()
+    return subject.measured(eager.taken[-num_steps:] if eager else [])
+
+
+class _Eager:
+    """An eager subject, timed in turn with others from a process of its own.
+
+    What a process does with freed memory depends on all that it did before: beside another in one process it would
+    find the other's memory ready.
+    """
+
+    def __init__(self, recipe: Recipe, spec: NetSpec, device: torch.device) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve_eager, args=(theirs, recipe, spec, str(device)), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.taken: list[dict[str, Taken]] = []
+        self._told()
+
+    def time(self, stage: str) -> None:
+        self._pipe.send(stage)
+        if not self.taken or stage in self.taken[-1]:
+            self.taken.append({})
+        self.taken[-1][stage] = self._told()
+
+    def measured(self) -> Measured:
+        self._pipe.send(None)
+        measured: Measured = self._told()
+        self._process.join()
+        return measured
+
+    def _told(self) -> Any:
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            hint = "Leave out --against, or pass a smaller --batch-size."
+            raise SidaError("the eager step has failed", hint) from None
+
+
+def _serve_eager(pipe: "Connection[Any, str | None]", recipe: Recipe, spec: NetSpec, device: str) -> None:
+    subject = _Subject(recipe, spec, EAGER, torch.device(device), is_eager=True)
+    pipe.send(None)
+    while stage := pipe.recv():
+        taken = subject.time(stage)
+        if stage == "sampling":
+            subject.note_peak()
+        pipe.send(taken)
+    pipe.send(subject.measured([]))
 
 
 def _stage(subject: _Subject, name: str, taken: Sequence["Taken"], flop: Mapping[str, int], peak: Peak) -> Stage:
@@ -691,9 +754,13 @@ def _peak_bytes(subject: _Subject, stage: str) -> int:
         before = torch.cuda.memory_allocated(subject.device)
         subject.step(stage)
         return held + torch.cuda.max_memory_allocated(subject.device) - before
+    # The profiler does not see into other threads: passes one by one tell what each of them takes.
+    training = subject.training
+    num_threads, training.num_threads = training.num_threads, 1
     activities = [torch.profiler.ProfilerActivity.CPU]
     with _no_native_messages(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         subject.step(stage)
+    training.num_threads = num_threads
     assert profile.profiler is not None
     result = profile.profiler.kineto_results
     assert result is not None
@@ -702,7 +769,7 @@ def _peak_bytes(subject: _Subject, stage: str) -> int:
     for event in events:
         now += event.nbytes()
         most = max(most, now)
-    return held + most
+    return held + most * min(num_threads, len(training.passes))
 
 
 @contextmanager

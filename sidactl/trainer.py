@@ -323,7 +323,7 @@ class Distillation:
         self.passes = engine.passes_of(recipe, execution)
         # Passes of a small net take a core each. Dropout's masks come of one generator, and FSDP2 counts its passes.
         alone = not engine.is_small(self.teacher) or self.fake_score.spec.dropout > 0 or execution.shard
-        self._num_threads = 1 if alone else torch.get_num_threads()
+        self.num_threads = 1 if alone else torch.get_num_threads()
         self._batches = batches
         self._fakes: Tensor | None = None
         self._augmented = _augmentation(recipe.augment_p, teacher.spec)
@@ -505,7 +505,7 @@ class Distillation:
     ) -> dict[str, Tensor]:
         """Goes through the passes and gives the net the sum of their gradients; returns their losses."""
         passes: list[dict[str, Tensor]] = []
-        for stats, taken in engine.side_by_side(gradients_of, self.passes, self._num_threads):
+        for stats, taken in engine.side_by_side(gradients_of, self.passes, self.num_threads):
             gradients.add(taken)
             passes.append({name: value.detach() for name, value in stats.items()})
         if not is_trial:
