@@ -133,6 +133,7 @@ def memory(
         teacher = nets.build(spec)
     num_parameters = sum(p.numel() for p in teacher.parameters())
     training = trainer.Distillation(recipe, teacher, None, MadeUpBatches(recipe, spec, device), execution)
+    engine.keep_memory()  # as the loop does
     for _ in range(2):
         training.step()
     estimate = Memory.of(recipe, spec, num_parameters, execution)

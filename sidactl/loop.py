@@ -287,9 +287,11 @@ def _save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
+    # safetensors knows no other order in memory
+    packed = {name: tensor if engine.is_sharded(tensor) else tensor.contiguous() for name, tensor in tensors.items()}
     with _carrying_os_errors():
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        save(tensors, storage_writer=writer, no_dist=engine.rank_and_size()[1] == 1)
+        save(packed, storage_writer=writer, no_dist=engine.rank_and_size()[1] == 1)
 
 
 def _load_tensors(tensors: dict[str, Tensor], folder: Path) -> None:

@@ -496,3 +496,15 @@ def test_on_a_full_disk_the_run_ends_in_one_line_and_goes_on_once_there_is_space
     )
     assert runner.run()[0] == loop.Event("resumed", 40)
     assert runner.state() == straight
+
+
+@pytest.mark.parametrize("written", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("read", [torch.contiguous_format, torch.channels_last])
+def test_a_checkpoint_does_not_depend_on_how_tensors_lie_in_memory(
+    tmp_path: Path, written: torch.memory_format, read: torch.memory_format
+) -> None:
+    values = torch.randn(4, 6, 3, 3)
+    loop._save_tensors({"weight": values.contiguous(memory_format=written)}, tmp_path)
+    loaded = torch.zeros(4, 6, 3, 3).contiguous(memory_format=read)
+    loop._load_tensors({"weight": loaded}, tmp_path)
+    assert torch.equal(loaded, values)

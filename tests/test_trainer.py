@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sidactl import catalog, losses, nets, trainer
+from sidactl import catalog, engine, losses, nets, trainer
 from sidactl.codec import decode_affine
 from sidactl.errors import SidaError
 from sidactl.recipe import Adversarial, Execution, NetSpec, Recipe, TeacherRecipe
@@ -621,6 +621,20 @@ def test_channels_last_activations_give_the_same_gradients(spec: NetSpec, monkey
     usual, last = (gradients_of_a_step(monkeypatch, spec, Execution(channels_last=on)) for on in (False, True))
     assert not torch.equal(usual[1], last[1]), "the setting reaches the nets"
     assert_close(last, usual, 1e-5)
+
+
+def test_nets_on_a_cpu_that_are_not_small_lie_in_channels_last_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lies_so(channels_last: bool | None) -> bool:
+        run = distillation(execution=Execution(channels_last=channels_last))
+        weight = next(p for p in run.generator.parameters() if p.ndim == 4 and p.shape[1] > 1)
+        in_order = weight.is_contiguous(memory_format=torch.channels_last)
+        assert in_order == (run.teacher.memory_format == torch.channels_last)
+        return in_order
+
+    assert not lies_so(None)
+    monkeypatch.setattr(engine, "SMALL_NET", 0)
+    assert lies_so(None)
+    assert not lies_so(False)
 
 
 @TRACING
