@@ -77,16 +77,6 @@ def load_net(store: Store, artifact: Artifact, device: "str | torch.device") -> 
     return net.eval().requires_grad_(False).to(device)
 
 
-def load_sampled(store: Store, artifact: Artifact, device: "str | torch.device") -> "Preconditioned":
-    """A net to draw images from, laid out as that is fastest."""
-    from sidactl import engine
-
-    net = load_net(store, artifact, device)
-    if engine.gains_from_channels_last(net):
-        engine.to_channels_last(net)
-    return net
-
-
 def mapping(value: Any) -> Mapping[str, Any]:
     assert isinstance(value, Mapping)
     return value

@@ -54,7 +54,7 @@ class Setting:
     """How the same mathematics is carried out; apart from that as `distill` and `sample` do it."""
 
     precision: str = "fp32"
-    channels_last: bool = False  # here nothing is chosen by itself
+    channels_last: bool = False
     compile: bool = False
 
     @property

@@ -347,9 +347,7 @@ def recipe_flags(*classes: type) -> Callable[[Callable[..., None]], Callable[...
 
 
 def _option(name: str, field: "dataclasses.Field[Any]", doc: str) -> Any:
-    """The annotation of a field's option; what is on or off is a switch."""
-    if field.type == "bool | None" or field.type == bool | None:
-        return Annotated[bool | None, typer.Option(f"{_flag(name)}/--no-{_flag(name)[2:]}", help=doc)]
+    """The annotation of a field's option; what is off by default is a switch."""
     if field.default is False:
         return Annotated[bool | None, typer.Option(_flag(name), help=doc)]
     return Annotated[Any, typer.Option(_flag(name), parser=_parser(field), metavar=_metavar(name), help=doc)]

@@ -355,10 +355,11 @@ def arrange(
     if recipe.teacher_precision:
         teacher.compute_dtype = DTYPES[recipe.teacher_precision]
     allow_tf32(recipe.precision == "tf32")
-    if gains_from_channels_last(teacher) if execution.channels_last is None else execution.channels_last:
+    if execution.channels_last:
         for net in (teacher, fake_score, generator, ema):
-            # FSDP2 takes weights in the usual order alone; then every convolution turns them.
-            to_channels_last(net, weights=not execution.shard)
+            net.memory_format = torch.channels_last
+            if not execution.shard:  # FSDP2 takes weights in the usual order alone; then every convolution turns them
+                cast(Any, net).to(memory_format=torch.channels_last)
     if execution.checkpoint_activations:
         for net in (teacher, fake_score, generator):
             for block in blocks_of(net):
@@ -373,18 +374,6 @@ def arrange(
     if execution.compile:
         for net in (teacher, fake_score, generator, ema):
             compile_(net)
-
-
-def gains_from_channels_last(net: Preconditioned) -> bool:
-    """Whether activations that lie pixel by pixel are faster, as far as that was measured: on a CPU, if not small."""
-    return next(net.parameters()).device.type == "cpu" and not is_small(net)
-
-
-def to_channels_last(net: Preconditioned, *, weights: bool = True) -> None:
-    """From now on activations, and weights if wanted, lie in memory pixel by pixel."""
-    net.memory_format = torch.channels_last
-    if weights:
-        cast(Any, net).to(memory_format=torch.channels_last)
 
 
 def allow_tf32(allow: bool) -> None:

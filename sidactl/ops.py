@@ -28,7 +28,6 @@ from sidactl.artifacts import (
     image_source,
     load_dataset,
     load_net,
-    load_sampled,
     mapping,
     named,
     require_images,
@@ -745,7 +744,7 @@ def sample(
     from sidactl import engine, pictures, prepare, sampling
 
     chosen_device = engine.pick_device(device)
-    net = load_sampled(store, subject, chosen_device)
+    net = load_net(store, subject, chosen_device)
     size = images_per_batch(net.spec.img_channels, net.spec.img_resolution)
     batches = sampling.generate(
         net,
@@ -753,7 +752,7 @@ def sample(
         chosen,
         device=chosen_device,
         class_index=class_index,
-        guide=load_sampled(store, inputs["guide"], chosen_device) if "guide" in inputs else None,
+        guide=load_net(store, inputs["guide"], chosen_device) if "guide" in inputs else None,
         guidance=guidance,
         batch_size=size,
     )

@@ -275,8 +275,8 @@ class Execution(Plain):
     checkpoint_activations: bool = False
     """the backward pass computes activations anew, block by block, instead of keeping them"""
     ema_on_cpu: bool = False
-    channels_last: bool | None = None
-    """activations lie in memory pixel by pixel, not channel by channel; None = of nets on a CPU that are not small"""
+    channels_last: bool = False
+    """activations and weights lie in memory pixel by pixel instead of channel by channel"""
     compile: bool = False
     """torch.compile: minutes at the start (less the next time, from a cache), faster steps; other dropout masks"""
 

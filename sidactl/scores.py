@@ -13,7 +13,7 @@ from sidactl.artifacts import (
     answered,
     fetch_detector,
     load_dataset,
-    load_sampled,
+    load_net,
     mapping,
     read_state_dict,
     require_images,
@@ -441,7 +441,7 @@ def _images(asked: _Question, seeds: range | None, device: "torch.device") -> tu
         return len(batches), map(dataset.images, engine.share(batches))
     from sidactl import sampling
 
-    net = load_sampled(asked.store, asked.subject, device)
+    net = load_net(asked.store, asked.subject, device)
     counts: Sequence[int] | None = None
     if asked.settings["labels"] == "dataset" and net.spec.label_dim:
         held = references.dataset_of(asked.store, asked.subject).results["class_counts"]

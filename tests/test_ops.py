@@ -657,7 +657,7 @@ def test_a_repeated_sample_is_answered_from_the_run_directory(
     finished: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = ops.sample("generator/best", seeds=range(10), run=finished.root)
-    monkeypatch.setattr(ops, "load_sampled", None)
+    monkeypatch.setattr(ops, "load_net", None)
     again = ops.sample("generator/best", seeds=range(10), name="ten", run=finished.root)
     assert again.artifact == first.artifact
     assert refs(finished.root)["samples/ten"] == first.artifact.oid

@@ -145,7 +145,7 @@ def test_features_are_taken_once_for_all_trials_and_metrics(
     finished: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores.prec_recall("generator/best", num=20, trials=3, first_seed=900, run=finished.root)
-    monkeypatch.setattr(scores, "load_sampled", None)
+    monkeypatch.setattr(scores, "load_net", None)
     monkeypatch.setattr(scores, "load_dataset", None)
     known = scores.evaluate("generator/best", num=20, trials=2, first_seed=900, run=finished.root)
     assert list(known.values) == [FD, "IS tiny-digits", "KID tiny-digits", "precision", "recall"]
