@@ -29,10 +29,10 @@ from sidactl.nets.inception import FIDInception
 from sidactl.nets.vit import VisionTransformer
 from sidactl.recipe import Execution, NetSpec, OneStepSpec, Recipe, override
 
-STAGES = ("fake score", "SiD", "SiDA")
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
+STAGES = ("fake score", "SiD", "SiDA")
 _WARM_UP_STEPS = 2
 """before anything is timed: allocators, kernels' caches, compilation"""
 _MADE_UP_IMAGES = 1024
@@ -354,10 +354,6 @@ def _teacher(spec: NetSpec, device: torch.device) -> Preconditioned:
     return net.eval().requires_grad_(False)
 
 
-def _is_small(spec: NetSpec, device: torch.device) -> bool:
-    return device.type == "cpu" and _num_parameters(spec) * spec.img_resolution**2 < engine.SMALL_NET
-
-
 def _num_parameters(spec: NetSpec) -> int:
     with torch.device("meta"):
         return sum(p.numel() for p in nets.build(spec).parameters())
@@ -370,8 +366,9 @@ class _Subject:
         self, recipe: Recipe, spec: NetSpec, setting: Setting, device: torch.device, *, is_eager: bool = False
     ) -> None:
         self.setting, self.device, self.spec, self._is_eager = setting, device, spec, is_eager
-        self.is_small = _is_small(spec, device)
         self.recipe = override(recipe, {"precision": setting.precision})
+        if not is_eager:
+            engine.keep_memory()  # as the loop does
         batches = trainer.DatasetBatches(
             _MadeUp(spec),
             DataOrder(_MADE_UP_IMAGES, recipe.seed),
@@ -384,6 +381,7 @@ class _Subject:
         execution = Execution(compile=setting.compile, channels_last=setting.channels_last)
         with engine.fitting_threads(is_eager):  # of one thread its passes go one after the other
             self.training = trainer.Distillation(self.recipe, _teacher(spec, device), None, batches, execution)
+        self.is_small = engine.is_small(self.training.teacher)
         self.stages = STAGES if recipe.adversarial else STAGES[:2]
         start, self._graphs_before = time.perf_counter(), engine.num_graphs()
         for stage in self.stages:
@@ -392,15 +390,13 @@ class _Subject:
         self.sample()
         _wait(device)
         self.warm_up_seconds, self._graphs = time.perf_counter() - start, engine.num_graphs()
-        self._taken: list[dict[str, Taken]] = []
+        self._taken = _Timings()
         self._peak = Peak(matrix_product=0, convolution=0)
 
     def time(self, stage: str) -> "Taken":
         """Times a step of this stage, or sampling, once more."""
         taken = _time(self.sample if stage == "sampling" else partial(self.step, stage), self.device)
-        if not self._taken or stage in self._taken[-1]:
-            self._taken.append({})
-        self._taken[-1][stage] = taken
+        self._taken.note(stage, taken)
         return taken
 
     def note_peak(self) -> None:
@@ -416,7 +412,7 @@ class _Subject:
         recompiled = engine.num_graphs() - self._graphs
         flop = flop_of_parts(self.recipe, self.spec)
         with self.threads():
-            parts = _time_parts(self, flop, len(self._taken))
+            parts = _time_parts(self, flop, 1 if self._is_eager else len(self._taken))
         of_stage = {name: [taken[name] for taken in self._taken] for name in self.stages}
         pairs = list(zip(others, self._taken, strict=True)) if others else []
         names = self._taken[0] if others else ()
@@ -440,7 +436,6 @@ class _Subject:
         assert self.training.stage() == stage
         engine.allow_tf32(self.setting.precision == "tf32")  # another setting may have been timed in between
         with self.threads():
-            engine.keep_memory(not self._is_eager)
             self.training.step()
 
     def threads(self) -> AbstractContextManager[None]:
@@ -449,13 +444,8 @@ class _Subject:
 
     def sample(self) -> None:
         """Draws images in one step as in evaluations."""
-        engine.keep_memory(not self._is_eager)
-        size, net, step = (
-            self.recipe.batch_size // self.recipe.num_accumulation_rounds,
-            self.training.ema,
-            OneStepSpec(),
-        )
-        seeds = range(self.num_sampled)
+        net, step, seeds = self.training.ema, OneStepSpec(), range(self.num_sampled)
+        size = self.recipe.batch_size // self.recipe.num_accumulation_rounds
         if not self._is_eager:
             list(sampling.generate(net, seeds, step, device=self.device, codec=PixelCodec(), batch_size=size))
             return
@@ -493,14 +483,12 @@ class _Eager:
         self._process = context.Process(target=_serve_eager, args=(theirs, recipe, spec, str(device)), daemon=True)
         self._process.start()
         theirs.close()
-        self.taken: list[dict[str, Taken]] = []
+        self.taken = _Timings()
         self._told()
 
     def time(self, stage: str) -> None:
         self._pipe.send(stage)
-        if not self.taken or stage in self.taken[-1]:
-            self.taken.append({})
-        self.taken[-1][stage] = self._told()
+        self.taken.note(stage, self._told())
 
     def measured(self) -> Measured:
         self._pipe.send(None)
@@ -727,6 +715,15 @@ class Taken(NamedTuple):
 
     seconds: float
     cpu_seconds: float
+
+
+class _Timings(list[dict[str, Taken]]):
+    """What each stage and sampling took, round after round."""
+
+    def note(self, stage: str, taken: Taken) -> None:
+        if not self or stage in self[-1]:
+            self.append({})
+        self[-1][stage] = taken
 
 
 def _time(do: Callable[[], object], device: torch.device) -> Taken:

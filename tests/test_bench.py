@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from sidactl import bench, catalog
 from sidactl.cli import app
 from sidactl.errors import SidaError
-from sidactl.recipe import NetSpec
+from sidactl.recipe import Mode, NetSpec, Recipe
 
 TINY = catalog.TEACHERS["tiny-digits"]
 WITHOUT_ATTENTION = dataclasses.replace(TINY.net, attn_resolutions=(), num_blocks=1)
@@ -21,6 +21,11 @@ PASS += ["fake score backward", "generator backward"]
 @pytest.fixture(scope="module")
 def report() -> bench.Report:
     return bench.run("tiny-digits", batch_size=4, num_rounds=2, num_steps=1, against_eager=True, device="cpu")
+
+
+def of_batch(mode: Mode, num: int) -> Recipe:
+    """The built-in recipe with one pass of so many images."""
+    return dataclasses.replace(TINY.recipes[mode], batch_size=num, num_accumulation_rounds=1)
 
 
 def forward_flop(spec: NetSpec, num: int) -> int:
@@ -40,8 +45,7 @@ def forward_flop(spec: NetSpec, num: int) -> int:
 
 
 def test_operations_of_a_forward_pass_equal_a_count_by_hand() -> None:
-    recipe = dataclasses.replace(TINY.recipes["sida"], batch_size=4, num_accumulation_rounds=1)
-    flop = bench.flop_of_parts(recipe, WITHOUT_ATTENTION)
+    flop = bench.flop_of_parts(of_batch("sida", 4), WITHOUT_ATTENTION)
     expected = forward_flop(WITHOUT_ATTENTION, 4)
     # in0 attends whatever attn_resolutions says: q k^T and its product with v, over 16 positions of 32 channels
     expected += 2 * 2 * 4 * 16 * 16 * 32
@@ -49,29 +53,20 @@ def test_operations_of_a_forward_pass_equal_a_count_by_hand() -> None:
 
 
 def test_operations_of_the_parts_relate_as_their_passes_do() -> None:
-    flop = bench.flop_of_parts(
-        dataclasses.replace(TINY.recipes["sida"], batch_size=4, num_accumulation_rounds=1), TINY.net
-    )
+    flop = bench.flop_of_parts(of_batch("sida", 4), TINY.net)
     assert list(flop) == PASS
     assert flop["teacher forward"] == flop["fake score forward"]
     assert flop["teacher backward"] == flop["fake score backward"]
     # gradients of the inputs alone cost about as much as a forward pass, those of weights and inputs twice as much
     assert flop["teacher backward"] == pytest.approx(flop["teacher forward"], rel=0.02)
     assert flop["generator backward"] == pytest.approx(2 * flop["generator forward with graph"], rel=0.02)
-    sid = bench.flop_of_parts(
-        dataclasses.replace(TINY.recipes["sid"], batch_size=4, num_accumulation_rounds=1), TINY.net
-    )
+    sid = bench.flop_of_parts(of_batch("sid", 4), TINY.net)
     assert "discriminator on reals" not in sid
     assert sid["fake-score step forward"] < flop["fake-score step forward"]
 
 
 def test_operations_grow_with_the_batch() -> None:
-    eight, four = (
-        bench.flop_of_parts(
-            dataclasses.replace(TINY.recipes["sida"], batch_size=num, num_accumulation_rounds=1), TINY.net
-        )
-        for num in (8, 4)
-    )
+    eight, four = (bench.flop_of_parts(of_batch("sida", num), TINY.net) for num in (8, 4))
     assert eight["teacher forward"] == 2 * four["teacher forward"]
 
 
