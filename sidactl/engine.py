@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -73,22 +73,20 @@ def fitting_threads(is_small: bool) -> Iterator[None]:
         torch.set_num_threads(usual)
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
-_KEPT_MEMORY = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1}
-_USUAL_MEMORY = {_M_TRIM_THRESHOLD: 64 << 20, _M_MMAP_THRESHOLD: 32 << 20, _M_MMAP_MAX: 65536}
-"""what glibc comes to by itself once large blocks have been freed"""
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
-def keep_memory(keep: bool = True) -> None:
-    """Whether this process keeps the memory that tensors on the CPU leave for those to come.
+@cache
+def keep_memory() -> None:
+    """From now on this process keeps the memory that tensors on the CPU leave for those to come.
 
     By itself glibc gives back what is larger than 32 MB, and every new tensor of that size is fetched and cleared page
     by page, which takes several times as long as most operations on it. Does nothing where there is no glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        for option, value in (_KEPT_MEMORY if keep else _USUAL_MEMORY).items():
-            mallopt(option, value)
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def side_by_side(make: Callable[[In], Out], items: Iterable[In], num_threads: int) -> Iterator[Out]:

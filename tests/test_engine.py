@@ -124,7 +124,8 @@ import resource, torch
 from sidactl import engine
 faults = []
 for keep in (False, True):
-    engine.keep_memory(keep)
+    if keep:
+        engine.keep_memory()
     torch.ones(12_000_000)  # 48 MB
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
