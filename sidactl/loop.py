@@ -29,8 +29,13 @@ _GO_BACK = "The last checkpoint is kept; lower the learning rate or choose anoth
 class Skipped(Protocol):
     """Counts of updates that were skipped, by net."""
 
-    total: dict[str, int]
-    in_a_row: dict[str, int]
+    @property
+    def total(self) -> dict[str, int]: ...
+
+    @property
+    def in_a_row(self) -> dict[str, int]: ...
+
+    def restore(self, total: dict[str, int], in_a_row: dict[str, int]) -> None: ...
 
     @property
     def is_at_hand(self) -> bool:
@@ -345,7 +350,7 @@ def _resume(training: Training, history: History, live: LiveDir) -> list[Event]:
         _load_tensors(_tensors(training, parts=False), path)
         state = json.loads((path / _STATE).read_text())
         training.nimg, training.step_index = state["nimg"], state["step_index"]
-        training.skipped.total, training.skipped.in_a_row = state["skipped"], state["skipped_in_a_row"]
+        training.skipped.restore(state["skipped"], state["skipped_in_a_row"])
         history.scores[:] = [(int(nimg), float(score)) for nimg, score in state["scores"]]
         break
     _forget_events_after(training.nimg, live)

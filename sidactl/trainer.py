@@ -198,15 +198,15 @@ def apply_gradients(optimizer: torch.optim.Optimizer, clip_value: float | None) 
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     gradients = [engine.local(p.grad) for p in parameters]
     finite = torch.isfinite(torch.nn.utils.get_total_norm(gradients))
-    is_sharded = any(map(engine.is_sharded, parameters))
-    if is_sharded:  # of which each process sees a part
-        finite = torch.tensor(not engine.any_process(not bool(finite)))
     if clip_value is not None:
         torch._foreach_clamp_min_(gradients, -clip_value)
         torch._foreach_clamp_max_(gradients, clip_value)
-    if not is_sharded:
+    if any(map(engine.is_sharded, parameters)):  # of which each process sees a part
+        finite = torch.tensor(not engine.any_process(not bool(finite)))
+        if finite:
+            optimizer.step()
+    else:
         vars(optimizer)["found_inf"] = finite.logical_not().to(torch.float32)
-    if not is_sharded or bool(finite):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return finite
@@ -250,17 +250,13 @@ class SkippedSteps:
     def total(self) -> dict[str, int]:
         return {name: int(count) for name, count in self._total.items()}
 
-    @total.setter
-    def total(self, counts: Mapping[str, int]) -> None:
-        self._total = dict(counts)
-
     @property
     def in_a_row(self) -> dict[str, int]:
         return {name: int(count) for name, count in self._in_a_row.items()}
 
-    @in_a_row.setter
-    def in_a_row(self, counts: Mapping[str, int]) -> None:
-        self._in_a_row = dict(counts)
+    def restore(self, total: Mapping[str, int], in_a_row: Mapping[str, int]) -> None:
+        """Goes on from these counts, as an interrupted run left them."""
+        self._total, self._in_a_row = dict(total), dict(in_a_row)
 
     @property
     def is_at_hand(self) -> bool:
