@@ -175,7 +175,10 @@ def main() -> int:
         checks[case] = partial(memory, device, name, batch_size, overrides, settings)
     found: dict[str, Any] = {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}
     failed = 0
-    for name in [arguments.only] if arguments.only in checks else [n for n in checks if arguments.only in n]:
+    chosen = [arguments.only] if arguments.only in checks else [n for n in checks if arguments.only in n]
+    if not chosen:
+        parser.error(f"--only names no check, got {arguments.only!r}; there are {', '.join(checks)}")
+    for name in chosen:
         try:
             found[name] = checks[name]()
             print(f"ok      {name}: {json.dumps(found[name])}", flush=True)

@@ -136,12 +136,10 @@ SMALL_NETS: Mapping[str, NetSpec] = {
 
 
 # Recipes. Source: the published run scripts; where the paper differs, they made the published generators.
-# Runs that were published in float16 had Adam's eps at 1e-6; ours are float32 and keep the 1e-8 of the others.
-
 
 _M = 1_000_000
 _FP16: Mapping[str, Any] = {"precision": "fp16", "adam_eps": 1e-6}
-"""how all but the runs on CIFAR-10 were made"""
+"""how all published runs but those on CIFAR-10 were made"""
 
 
 def _modes(sid: Recipe, mimg: Sequence[int], adversarial: Adversarial) -> dict[Mode, Recipe]:

@@ -72,6 +72,29 @@ Ref = Annotated[
 ]
 
 
+def _from_pipe(ref: str | None) -> str:
+    """The artifact named, or the one line that the command before wrote into the pipe."""
+    if ref not in (None, "-"):
+        assert ref is not None
+        return ref
+    if sys.stdin.isatty():
+        raise SidaError("an artifact is needed, got none", "Name one (see sidactl ls), or pipe one in.")
+    line = sys.stdin.readline().strip()
+    if not line:
+        raise SidaError("the pipe is empty: the command before this one gave no artifact", "See its message.")
+    return line
+
+
+def _piped(ref: str | None) -> str | None:
+    """What was named; - stands for a line of the pipe."""
+    return _from_pipe(ref) if ref == "-" else ref
+
+
+def _ref_option(doc: str, *names: str) -> Any:
+    """An option that names an artifact."""
+    return typer.Option(*names, metavar="REF", help=doc, callback=_piped)
+
+
 def _print_version(asked: bool) -> None:
     if asked:
         ui.print_data(__version__)
@@ -91,6 +114,8 @@ def root(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits with its code: 0 done, 1 failed, 2 wrong usage or input, 130 interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given  # an option of every command, as it is added to one that has failed
+    given = [word for word in given if word != "--debug"]
     # Training has handlers of its own; everything else ends on SIGTERM as it does on Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -98,11 +123,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if code == EXIT_INTERRUPTED:
             raise KeyboardInterrupt  # typer had made a mere number of it
     except SidaError as error:
-        if "--debug" in given:
+        if debug:
             traceback.print_exc()
         code = ui.fail(error)
     except click.exceptions.NoArgsIsHelpError as error:
-        ui.note(error.format_message())
+        click.echo(error.format_message(), err=True)
         code = EXIT_USAGE
     except click.NoSuchOption as error:
         near = " or ".join(map(repr, sorted(error.possibilities or [])))
@@ -113,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (KeyboardInterrupt, click.exceptions.Abort):
         code = ui.fail(SidaError("interrupted", "Repeat the same command to go on.", exit_code=EXIT_INTERRUPTED))
     except Exception as error:  # the last resort: a bug of ours, told in one line
-        if "--debug" in given:
+        if debug:
             raise
         code = ui.fail(_told_plainly(error))
     sys.exit(code)
@@ -280,8 +305,8 @@ def _flag(field: str) -> str:
     return "--" + field.removesuffix("_nimg").replace("_", "-").lower()
 
 
-def _metavar(field: str) -> str:
-    return "COUNT" if field.endswith("_nimg") else "VALUE"
+def _metavar(field: dataclasses.Field[Any]) -> str:
+    return "COUNT" if field.name.endswith("_nimg") else "true|false" if field.type is bool else "VALUE"
 
 
 def _parser(field: dataclasses.Field[Any]) -> Callable[[str], Any]:
@@ -291,18 +316,21 @@ def _parser(field: dataclasses.Field[Any]) -> Callable[[str], Any]:
         if allows_none and text.lower() == "none":
             return _NONE
         if field.type is bool:
-            if text not in ("true", "false"):
-                raise ValueError(text)
-            return text == "true"
-        if "tuple" in str(field.type):
-            return tuple(int(part) for part in text.split(","))
+            if text.lower() not in ("true", "false"):
+                raise SidaError(f"{flag} must be true or false, got {text!r}", f"Pass {flag} true.")
+            return text.lower() == "true"
         if field.name.endswith("_nimg"):
             return ui.parse_count(text, flag)
         if "Literal" in str(field.type) or field.type is str:
             return text
-        return (int if field.type in (int, int | None) else float)(text)
+        try:
+            if "tuple" in str(field.type):
+                return tuple(int(part) for part in text.split(","))
+            return (int if field.type in (int, int | None) else float)(text)
+        except ValueError:
+            what = "whole numbers such as 1,2,2" if "tuple" in str(field.type) else "a number"
+            raise SidaError(f"{flag} must be {what}, got {text!r}", "Pass another value.") from None
 
-    parse.__name__ = "number"  # click shows the name in its error: '3x' is not a valid number.
     return parse
 
 
@@ -324,7 +352,11 @@ def recipe_flags(*classes: type) -> Callable[[Callable[..., None]], Callable[...
         flags: dict[str, tuple[dataclasses.Field[Any], str]] = {}
         for cls in classes:
             docs = _field_docs(cls)
-            flags |= {f.name: (f, docs.get(f.name, "")) for f in dataclasses.fields(cls) if f.name not in _NOT_FLAGS}
+            for field in dataclasses.fields(cls):
+                if field.name not in _NOT_FLAGS:
+                    # Of a distillation the catalog's recipe has numbers of its own.
+                    default = f" [default: {field.default}]" if cls is TeacherRecipe else ""
+                    flags[field.name] = field, docs.get(field.name, "") + default
 
         def with_flags(**arguments: Any) -> None:
             given = {name: arguments.pop(name) for name in flags}
@@ -350,7 +382,7 @@ def _option(name: str, field: "dataclasses.Field[Any]", doc: str) -> Any:
     """The annotation of a field's option; what is off by default is a switch."""
     if field.default is False:
         return Annotated[bool | None, typer.Option(_flag(name), help=doc)]
-    return Annotated[Any, typer.Option(_flag(name), parser=_parser(field), metavar=_metavar(name), help=doc)]
+    return Annotated[Any, typer.Option(_flag(name), parser=_parser(field), metavar=_metavar(field), help=doc)]
 
 
 Log = Annotated[
@@ -362,7 +394,7 @@ Log = Annotated[
 @app.command("train-teacher")
 @recipe_flags(TeacherRecipe, NetSpec)
 def train_teacher(
-    dataset: Annotated[str, typer.Argument(help="a dataset artifact or name")],
+    dataset: Annotated[str, typer.Argument(help="a dataset artifact or name; - reads it from a pipe", callback=_piped)],
     name: Annotated[str, typer.Option(metavar="NAME", help="what to call the teacher")],
     overrides: Mapping[str, Any],
     net: Annotated[str | None, typer.Option(metavar="NAME", help="ddpmpp (if not given), ncsnpp, adm or edm2")] = None,
@@ -385,11 +417,9 @@ def train_teacher(
     _print_artifact(artifact, as_json)
 
 
-TeacherRef = Annotated[str, typer.Option(metavar="REF", help="a teacher artifact or a name from ls --catalog")]
-RealImages = Annotated[str | None, typer.Option(metavar="REF", help="real images; the teacher's own if not given")]
-Compared = Annotated[
-    str | None, typer.Option("--ref", metavar="REF", help="what to score against; the dataset if not given")
-]
+TeacherRef = Annotated[str, _ref_option("a teacher artifact or a name from ls --catalog")]
+RealImages = Annotated[str | None, _ref_option("real images; the teacher's own if not given")]
+Compared = Annotated[str | None, _ref_option("what to score against; the dataset if not given", "--ref")]
 
 
 @app.command("distill")
@@ -398,7 +428,7 @@ def distill(
     teacher: TeacherRef,
     overrides: Mapping[str, Any],
     mode: Annotated[str, typer.Option(help="sid, sida or sid2a")] = "sida",
-    generator: Annotated[str | None, typer.Option(metavar="REF", help="where sid2a starts")] = None,
+    generator: Annotated[str | None, _ref_option("where sid2a starts")] = None,
     dataset: RealImages = None,
     reference: Compared = None,
     log: Log = None,
@@ -422,7 +452,7 @@ def distill(
 @recipe_flags(Recipe, Adversarial, Execution)
 def finetune_sid2a(
     teacher: TeacherRef,
-    generator: Annotated[str, typer.Option(metavar="REF", help="the generator to start from, such as generator/best")],
+    generator: Annotated[str, _ref_option("the generator to start from, such as generator/best")],
     overrides: Mapping[str, Any],
     dataset: RealImages = None,
     reference: Compared = None,
@@ -563,7 +593,7 @@ def bench(
     ] = None,
     rounds: Annotated[int, typer.Option(help="passes per step")] = 1,
     steps: Annotated[int, typer.Option(help="how often everything is timed; medians are printed")] = 3,
-    precision: Annotated[str, typer.Option(help="fp32, tf32, fp16 or bf16")] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32, tf32, fp16 or bf16, whatever the recipe has")] = "fp32",
     channels_last: Annotated[bool, typer.Option("--channels-last", help="activations pixel by pixel")] = False,
     compile_nets: Annotated[bool, typer.Option("--compile", help="torch.compile; minutes at the start")] = False,
     against: Annotated[str | None, typer.Option(metavar="eager", help="time the eager fp32 step in turn, too")] = None,
@@ -612,13 +642,13 @@ def bench(
 def sample(
     ref: Ref = None,
     num: Annotated[
-        str | None, typer.Option(metavar="COUNT", help="how many images, from seed 0 on, such as 10k")
+        str | None, typer.Option(metavar="COUNT", help="how many images, from seed 0 on, such as 10k; 64 if not given")
     ] = None,
     seeds: Annotated[str | None, typer.Option(metavar="LIST", help="which seeds, such as 0-63 or 5,7,100-199")] = None,
     class_index: Annotated[int | None, typer.Option("--class", metavar="K", help="one class for all images")] = None,
     steps: Annotated[int | None, typer.Option(help="number of sampling steps")] = None,
     sampler: Annotated[str | None, typer.Option(metavar="NAME", help="one-step, or heun for a teacher")] = None,
-    guide: Annotated[str | None, typer.Option(metavar="REF", help="a weaker teacher to move away from")] = None,
+    guide: Annotated[str | None, _ref_option("a weaker teacher to move away from")] = None,
     guidance: Annotated[float, typer.Option(help="how far, 1 = not at all")] = 1.0,
     name: Name = None,
     run: Run = None,
@@ -658,10 +688,10 @@ def score_flags(command: Callable[..., None]) -> Callable[..., None]:
 
     def shared(
         ref: Ref = None,
-        reference: Annotated[
-            str | None, typer.Option("--ref", metavar="REF", help="dataset or statistics: oid, name, URL or file")
+        reference: Annotated[str | None, _ref_option("dataset or statistics: oid, name, URL or file", "--ref")] = None,
+        num: Annotated[
+            str | None, typer.Option(metavar="COUNT", help="images per trial; 50k, or all of samples and folders")
         ] = None,
-        num: Annotated[str | None, typer.Option(metavar="COUNT", help="images per trial; 50k")] = None,
         trials: Annotated[int, typer.Option(help="repetitions with fresh seeds")] = 1,
         first_seed: Annotated[int, typer.Option(help="seed of the first image of the first trial")] = 0,
         labels: Annotated[
@@ -900,7 +930,7 @@ def gc(
 
 @app.command()
 def export(
-    ref: Annotated[str, typer.Argument(help="oid, prefix or ref")],
+    ref: Annotated[str, typer.Argument(help="oid, prefix or ref; - reads it from a pipe", callback=_piped)],
     destination: Annotated[Path, typer.Argument(help="file or folder to make")],
     form: Annotated[
         str, typer.Option("--to", metavar="FORM", help="files, png, npz, safetensors, state-dict or onnx")
@@ -931,23 +961,10 @@ def env(run: Run = None, as_json: Json = False) -> None:
         ui.print_json(described)
         return
     for name, value in described.items():
-        ui.print_data(f"{name}: {_short(value)}")
+        ui.print_data(f"{name}: {value if isinstance(value, str) else json.dumps(value)}")
 
 
 # What commands share
-
-
-def _from_pipe(ref: str | None) -> str:
-    """The artifact named, or the one line that the command before wrote into the pipe."""
-    if ref not in (None, "-"):
-        assert ref is not None
-        return ref
-    if sys.stdin.isatty():
-        raise SidaError("an artifact is needed, got none", "Name one (see sidactl ls), or pipe one in.")
-    line = sys.stdin.readline().strip()
-    if not line:
-        raise SidaError("the pipe is empty: the command before this one gave no artifact", "See its message.")
-    return line
 
 
 def _count(text: str | None, flag: str, least: int = 1) -> int | None:

@@ -80,9 +80,14 @@ def show(ref: str, *, run: Path | str | None = None) -> Described:
 
 
 def _published(artifact: Artifact) -> Mapping[str, catalog.Published]:
-    name = str(artifact.params.get("name"))
+    """The paper's scores of a network from the catalog, or of the generator that was trained as this one was."""
+    name, recipe = str(artifact.params.get("name")), artifact.params.get("recipe")
     entries: Mapping[str, Mapping[str, catalog.Entry]] = {"teacher": catalog.TEACHERS, "generator": catalog.GENERATORS}
     entry = entries.get(artifact.kind, {}).get(name)
+    if artifact.kind == "generator" and isinstance(recipe, Mapping):
+        trained = tuple(recipe[field] for field in ("teacher", "mode", "alpha"))
+        alike = (g for g in catalog.GENERATORS.values() if (g.teacher, g.mode, g.alpha) == trained)
+        entry = next(alike, entry)
     return entry.scores if entry else {}
 
 

@@ -55,11 +55,17 @@ class NetSpec(Plain):
 
     architecture: Literal["SongUNet", "DhariwalUNet", "EDM2"]
     img_resolution: int
+    """pixels, or latents, in height and width"""
     img_channels: int
+    """1, 3, or 4 of latents"""
     model_channels: int
+    """channels at the highest resolution, times channel_mult"""
     channel_mult: tuple[int, ...]
+    """channels of each resolution, as multiples of model_channels, from the highest on; each next one has half"""
     num_blocks: int
+    """residual blocks per resolution"""
     attn_resolutions: tuple[int, ...]
+    """resolutions whose blocks have self-attention"""
     label_dim: int = 0
     """number of classes; 0 = unconditional"""
     channel_mult_emb: int | None = 4
@@ -67,20 +73,27 @@ class NetSpec(Plain):
     channel_mult_noise: int | None = 1
     """EDM2: None = the smallest of channel_mult"""
     dropout: float = 0.0
+    """probability of dropout in training"""
     resample_filter: tuple[int, ...] = (1, 1)
+    """taps of the filter between resolutions"""
     sigma_data: float = 0.5
+    """standard deviation of the data, for the preconditioning"""
     augment_dim: int = 0
     """SongUNet and DhariwalUNet: number of augmentation labels"""
     embedding_type: Literal["positional", "fourier"] = "positional"
-    """SongUNet only, as are the next two"""
+    """SongUNet: positional or fourier"""
     encoder_type: Literal["standard", "skip", "residual"] = "standard"
+    """SongUNet: standard, skip or residual"""
     decoder_type: Literal["standard", "skip"] = "standard"
+    """SongUNet: standard or skip"""
     channels_per_head: int = 64
-    """DhariwalUNet and EDM2"""
+    """DhariwalUNet and EDM2: channels of an attention head"""
     logvar_channels: int = 0
     """EDM2 only: width of the uncertainty head u(sigma); 0 = the net has none"""
     label_balance: float = 0.5
+    """EDM2: share of the class in its sum with the noise level"""
     concat_balance: float = 0.5
+    """EDM2: share of the encoder's features in their concatenation with the decoder's"""
 
     def __post_init__(self) -> None:
         depth = len(self.channel_mult) - 1
@@ -178,11 +191,17 @@ class Recipe(Plain):
     dataset: str
     """name or oid of the dataset: real images (sida, sid2a) and labels"""
     alpha: float
+    """weight of the second part of the SiD loss (eq. 6)"""
     batch_size: int
+    """images of one step, over all processes"""
     duration_nimg: int
+    """images to train on, in all"""
     fake_score_lr: float
+    """Adam's learning rate for the fake score"""
     generator_lr: float
+    """Adam's learning rate for the generator"""
     ema_halflife_nimg: int
+    """half-life of the generator's exponential moving average"""
     adversarial: Adversarial | None
     generator_from_nimg: int | None = 100_000
     """the generator is stepped once more than this many images were seen (strictly); None = from the start"""
@@ -199,8 +218,11 @@ class Recipe(Plain):
     P_std: float = 1.2
     """standard deviation of ln sigma in the fake-score loss"""
     fake_score_beta1: float = 0.0
+    """Adam's momentum for the fake score"""
     generator_beta1: float = 0.0
+    """Adam's momentum for the generator"""
     beta2: float = 0.999
+    """Adam's average of squared gradients, of both nets"""
     adam_eps: float = 1e-8
     """1e-6 in fp16, unless another is given"""
     ema_rampup_ratio: float | None = 0.05
@@ -208,6 +230,7 @@ class Recipe(Plain):
     augment_p: float = 0.0
     """probability of EDM's augmentation of the fake score's inputs"""
     dropout: float = 0.0
+    """probability of dropout in fake score and generator as they train"""
     forced_normalization: Literal["off", "published", "intended"] = "off"
     """EDM2: overwrite weights by their normalised values before training passes, as published or of both nets"""
     logvar: bool = True
@@ -215,17 +238,24 @@ class Recipe(Plain):
     share_fakes: bool = False
     """both updates of a step take the same generated images, as Algorithm 1 prints; the published code draws twice"""
     seed: int = 0
+    """of every random number of the run"""
     precision: Precision = "fp32"
     """type of the U-Nets' arithmetic; preconditioning, losses, weights and their updates are float32 in any case"""
     teacher_precision: Precision | None = None
     """the teacher's own; None = as all nets"""
     evaluate_every_nimg: int = 500_000
+    """images trained from one evaluation in the loop to the next"""
     evaluate_num: int = 50_000
     """generated images per evaluation in the loop"""
     checkpoint_every_nimg: int = 500_000
-    """the published runs saved theirs four times as seldom"""
+    """images trained from one checkpoint to the next; the published runs saved theirs four times as seldom"""
     stop_if_nan_steps: int = 20
     """so many updates in a row with a non-finite gradient stop the run"""
+
+    @property
+    def joins_micro_batches(self) -> bool:
+        """Whether a pass may hold several: not with dropout and augmentation, which depend on all of a pass."""
+        return not self.dropout and not self.augment_p
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "duration_nimg", "num_accumulation_rounds", "evaluate_every_nimg"):
@@ -275,6 +305,7 @@ class Execution(Plain):
     checkpoint_activations: bool = False
     """the backward pass computes activations anew, block by block, instead of keeping them"""
     ema_on_cpu: bool = False
+    """the averaged generator lies in the CPU's memory"""
     channels_last: bool = False
     """activations and weights lie in memory pixel by pixel instead of channel by channel"""
     compile: bool = False
@@ -288,19 +319,33 @@ class TeacherRecipe(Plain):
     dataset: str
     net: NetSpec
     batch_size: int = 128
+    """images of one step"""
     duration_nimg: int = 50_000
+    """images to train on, in all"""
     lr: float = 1e-3
+    """Adam's learning rate"""
     lr_rampup_nimg: int = 10_000
+    """images over which the learning rate grows from 0"""
     ema_halflife_nimg: int = 20_000
+    """half-life of the teacher's exponential moving average"""
     ema_rampup_ratio: float | None = 0.05
+    """the EMA half-life is at most this share of the images seen; none = no ramp-up"""
     P_mean: float = -1.2
+    """mean of ln sigma in the loss"""
     P_std: float = 1.2
+    """standard deviation of ln sigma in the loss"""
     beta1: float = 0.9
+    """Adam's momentum"""
     beta2: float = 0.999
+    """Adam's average of squared gradients"""
     adam_eps: float = 1e-8
+    """Adam's epsilon"""
     augment_p: float = 0.0
+    """probability of EDM's augmentation, for nets with augmentation labels"""
     seed: int = 0
+    """of every random number of the run"""
     stop_if_nan_steps: int = 20
+    """so many updates in a row with a non-finite gradient stop the run"""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "duration_nimg"):

@@ -6,7 +6,8 @@
 - `asked/<key>`: the oid of the answer
 - `live/<key>/`: the only mutable place, one process at a time
 - `tmp/`: every write starts here, is flushed, then moved into its place
-- `log.jsonl`: time, host, versions: what must never enter a hash
+- `log.jsonl`: when which question was answered: what must never enter a hash
+- `logs/<key>/`: losses and scores of finished runs, and what loggers write
 """
 
 import difflib
@@ -294,10 +295,15 @@ class LiveDir:
                 path.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Removes everything in it; the lock stays held."""
+        """Removes everything in it but the events, which go to logs/<key>/ in the run directory; it stays locked."""
         if not self.is_writer:
             return
-        with _disk(self.path.parents[1], "written"):
+        root, events = self.path.parents[1], self.path / "events.jsonl"
+        with _disk(root, "written"):
+            if events.exists():
+                kept = root / "logs" / self.path.name[:16] / events.name
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                events.replace(kept)
             for folder, folders, names in os.walk(self.path, topdown=False):
                 for path in {Path(folder, name) for name in names} - {self.path / "lock"}:
                     path.unlink()

@@ -87,6 +87,29 @@ def test_help_of_every_command_begins_with_a_verb_and_has_an_example(command: st
     assert f"Example: sidactl {command}" in " ".join(told.split())
 
 
+def test_the_bare_command_prints_its_help_line_by_line() -> None:
+    done = sidactl(check=2)
+    assert done.stdout == ""
+    assert done.stderr == sidactl("--help").stdout
+
+
+@pytest.mark.parametrize("arguments", [["distill", "--help"], ["train-teacher", "--help"], ["bench", "--help"]])
+def test_every_option_says_what_it_is(arguments: list[str]) -> None:
+    """A name that fills its line stands alone; what it is for begins on the next."""
+    lines = sidactl(*arguments).stdout.partition("Options:\n")[2].splitlines()
+    options = [i for i, line in enumerate(lines) if line.startswith("  -")]
+    silent = [lines[i] for i in options if "  " not in lines[i].strip() and not lines[i + 1].startswith("   ")]
+    assert options
+    assert silent == []
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "show", "3fa2b1"], ["show", "3fa2b1", "--debug"]])
+def test_debug_may_stand_anywhere(arguments: list[str], tmp_path: Path) -> None:
+    done = sidactl(*arguments, run=tmp_path / "run", check=2)
+    assert done.stderr.startswith("Traceback")
+    assert done.stderr.splitlines()[-1].startswith("error: no ")
+
+
 def test_version_is_one_line() -> None:
     assert sidactl("--version").stdout == f"{__version__}\n"
 
@@ -160,6 +183,18 @@ def test_unknown_option_is_one_line() -> None:
         (
             ["train-teacher", "tiny-digits", "--name", "x", "--net", "unet"],
             "the net must be one of ddpmpp, ncsnpp, adm, edm2, got 'unet'. Pass --net ddpmpp.",
+        ),
+        (
+            ["distill", "--teacher", "tiny-digits", "--logvar", "maybe"],
+            "--logvar must be true or false, got 'maybe'. Pass --logvar true.",
+        ),
+        (
+            ["distill", "--teacher", "tiny-digits", "--alpha", "3x"],
+            "--alpha must be a number, got '3x'. Pass another value.",
+        ),
+        (
+            ["train-teacher", "tiny-digits", "--name", "x", "--channel-mult", "1,b"],
+            "--channel-mult must be whole numbers such as 1,2,2, got '1,b'. Pass another value.",
         ),
         (["fid", "tiny-digits", "--convention", "tf"], None),
         (["ls", "pictures"], None),
@@ -330,6 +365,14 @@ def test_sample_reads_a_dash_and_json_names_the_artifact(distilled: tuple[Path, 
     assert described["results"]["num_images"] == 5
 
 
+def test_every_ref_may_come_from_the_pipe(distilled: tuple[Path, str], tmp_path: Path) -> None:
+    run, oid = distilled
+    target = tmp_path / "out"
+    assert sidactl("export", "-", str(target), run=run, stdin=f"{oid}\n").stdout == f"{target}\n"
+    words = ["finetune-sid2a", "--teacher", "tiny-digits", "--generator", "-", "--dry-run"]
+    assert json.loads(sidactl(*words, run=run, stdin=f"{oid}\n").stdout)["inputs"]["generator"] == oid
+
+
 def test_an_edm2_teacher_is_trained_and_planned_with(tmp_path: Path) -> None:
     words = ["train-teacher", "tiny-digits", "--net", "edm2", "--name", "x", "--duration", "256"]
     oid = sidactl(*words, "--batch-size", "64", "--model-channels", "8", run=tmp_path / "run").stdout.strip()
@@ -372,6 +415,7 @@ def test_fid_json_says_how_the_score_was_made(distilled: tuple[Path, str]) -> No
     assert "score" in sidactl("show", oid, run=run).stdout
 
 
+@pytest.mark.slow
 def test_scores_of_two_processes_are_those_of_one_bit_for_bit(distilled: tuple[Path, str], tmp_path: Path) -> None:
     def measured(*launcher: str) -> dict[str, Any]:
         run = shutil.copytree(distilled[0], tmp_path / f"run{len(launcher)}")
@@ -453,7 +497,13 @@ def test_verify_names_a_damaged_object(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "expected"), [("files", "grid.png"), ("safetensors", None), ("state-dict", None), ("onnx", None)]
+    ("form", "expected"),
+    [
+        ("files", "grid.png"),
+        ("safetensors", None),
+        ("state-dict", None),
+        pytest.param("onnx", None, marks=pytest.mark.slow),  # test_artifacts draws images with it
+    ],
 )
 def test_export_writes_a_generator_out(
     distilled: tuple[Path, str], tmp_path: Path, form: str, expected: str | None
