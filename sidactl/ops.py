@@ -22,6 +22,7 @@ from sidactl.artifacts import (
     NET_FILES,
     NETS,
     Tick,
+    agreed_answer,
     answered,
     asked,
     at_work,
@@ -505,12 +506,14 @@ def _fitted(training: "Distillation", execution: Execution, live: LiveDir, devic
 
     if execution.batch_per_device or execution.shard or device.type == "cpu":
         return None
-    remembered = live.path / "batch-per-device"
-    if known := engine.agreed(lambda: remembered.read_text() if remembered.exists() else ""):
-        training.passes = engine.passes_of(training.recipe, Execution(batch_per_device=int(known)))
+    remembered = live.path / "batch-per-device.json"
+    tried_on = [engine.rank_and_size()[1], engine.memory_of(device), execution.to_json()]
+    told = json.loads(engine.agreed(lambda: remembered.read_text() if remembered.exists() else "{}"))
+    if told.get("tried_on") == tried_on:
+        training.passes = engine.passes_of(training.recipe, Execution(batch_per_device=told["images"]))
         return None
     images = training.fit_batch_per_device()
-    live.write(remembered.name, str(images).encode())
+    live.write(remembered.name, json.dumps({"images": images, "tried_on": tried_on}).encode())
     return f"{images} images at a time fit into the memory of {device} (--batch-per-device)"
 
 
@@ -621,9 +624,9 @@ def _train(
     notes: Sequence[str] = (),
 ) -> "History":
     """Runs the loop to its end, passing events on; an interruption leaves a checkpoint and raises, exit code 130."""
-    from sidactl import loop
+    from sidactl import engine, loop
 
-    history = loop.History()
+    history, interrupted = loop.History(), False
     tell = watch or (lambda event: None)
     with _stop_on_signals() as should_stop:
         began = {**facts, "events": str(live.path / "events.jsonl"), "duration_nimg": schedule.duration_nimg}
@@ -633,7 +636,9 @@ def _train(
         events = loop.run(training, schedule, live, evaluate=evaluate, should_stop=should_stop, history=history)
         for event in events:
             tell(event)
-        if should_stop():
+            interrupted |= event.kind == "interrupted"
+        # Whichever of several processes was asked to stop, all of them have.
+        if engine.any_process(interrupted or should_stop()):
             raise SidaError(
                 f"interrupted at {training.nimg:,} of {schedule.duration_nimg:,} images; the checkpoint is kept",
                 "Repeat the same command to go on.",
@@ -738,7 +743,7 @@ def sample(
         raise SidaError(f"guidance {guidance:g} needs a second net, got none", "Pass --guide REF.")
     key = store.key("sample", params, {role: artifact.oid for role, artifact in inputs.items()})
     refs = [name] if name else []
-    if not force and (known := store.asked(key)):
+    if not force and (known := agreed_answer(store, key)):
         return Sampled(named(store, known, refs), store)
 
     from sidactl import engine, pictures, prepare, sampling
@@ -758,7 +763,7 @@ def sample(
     )
     drawn = engine.joined(batches.shared(), len(batches))
     if engine.rank_and_size()[0] > 0:
-        assert next(drawn, None) is None
+        list(drawn)  # nothing, but the others wait for this process's share
         return Sampled(store.get(engine.agreed(str)), store)
     with store.scratch() as path:
         first: NDArray[np.uint8] | None = None

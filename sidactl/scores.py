@@ -10,6 +10,7 @@ from sidactl import __version__, catalog, references
 from sidactl.artifacts import (
     NETS,
     Tick,
+    agreed_answer,
     answered,
     fetch_detector,
     load_dataset,
@@ -172,7 +173,7 @@ def evaluate(ref: str, metrics: Sequence[str] | None = None, **options: Unpack[S
     Source: those of `fid`, `prec_recall` and `inception_score`; KID is Bińkowski et al. (1801.01401), section 4.
     """
     asked = _Question.parse(ref, metrics, options)
-    known = None if asked.force else asked.store.asked(asked.key)
+    known = None if asked.force else agreed_answer(asked.store, asked.key)
     if known is None:
         from sidactl import engine
 
@@ -240,6 +241,10 @@ class _Question:
         for artifact in found.values():
             require_images(artifact)
         detectors = {name: _detector_of(name, options.get("detector"), found, store, subject) for name in chosen}
+        if (scorer := detectors.get("inception-score")) and not _has_classes(scorer):
+            raise SidaError(
+                f"the inception score needs classes, detector {scorer} gives none", "Pass --detector inception."
+            )
         weights = {name: _weights_digest(store, name) for name in set(detectors.values())}
         key = store.key(
             "score",
@@ -276,7 +281,7 @@ def _applicable(store: Store, subject: Artifact, options: ScoreOptions) -> list[
         wanted.append("fd-dinov2")
     if has_images:
         wanted += ["prec-recall", "kid"]
-    return wanted + ([] if detector == "dinov2" else ["inception-score"])
+    return wanted + (["inception-score"] if _has_classes(detector) else [])
 
 
 def _detector_of(metric: str, asked: str | None, found: Mapping[str, Artifact], store: Store, subject: Artifact) -> str:
@@ -289,6 +294,11 @@ def _detector_of(metric: str, asked: str | None, found: Mapping[str, Artifact], 
         return detector_name(found[metric])
     name = references.dataset_name(store, subject)
     return "tiny-digits" if name == "tiny-digits" else "inception"
+
+
+def _has_classes(detector: str) -> bool:
+    """Whether it classifies: the transformer does not, nor do networks in TorchScript, which give features alone."""
+    return detector not in ("dinov2", "inception-torchscript") and not _is_torchscript(detector)
 
 
 def _weights_digest(store: Store, detector: str) -> Any:
@@ -304,12 +314,16 @@ def _is_file(detector: str) -> bool:
     return Path(detector).suffix in (".pt", ".pth", ".safetensors")
 
 
+def _is_torchscript(detector: str) -> bool:
+    return Path(detector).suffix == ".pt"
+
+
 def load_detector(store: Store, name: str, device: "torch.device", resize: "Resize" = "torch") -> "Detector":
     """The named detector, downloaded if need be; or Inception from a file, in TorchScript (.pt) or as a state dict."""
     from sidactl import detectors
 
     if _is_file(name):
-        if Path(name).suffix == ".pt":
+        if _is_torchscript(name):
             return detectors.load_torchscript(name, device=device)
         return detectors.load("inception", read_state_dict(name), device=device)
     artifact = fetch_detector(name, run=store.root)

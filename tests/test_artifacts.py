@@ -914,6 +914,11 @@ def test_the_card_of_a_state_dict_draws_the_same_images(run: Path, tmp_path: Pat
     assert (images.permute(0, 2, 3, 1).numpy() == drawn).all()
 
 
+def test_the_built_in_teacher_takes_a_name_of_your_own(run: Path) -> None:
+    oid = fetch_teacher("tiny-digits", name="mine", run=run).oid
+    assert Store.open(run).resolve("teacher/mine").oid == Store.open(run).resolve("teacher/tiny-digits").oid == oid
+
+
 @pytest.mark.parametrize("form", ["files", "safetensors"])
 def test_the_card_says_how_an_exported_network_comes_back(run: Path, tmp_path: Path, form: ExportForm) -> None:
     original = fetch_teacher("tiny-digits", run=run)

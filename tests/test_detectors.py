@@ -11,7 +11,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from sidactl import catalog, detectors
+from sidactl import catalog, detectors, scores
+from sidactl.artifacts import prepare_data
 from sidactl.errors import SidaError
 from sidactl.metrics import frechet_distance
 from sidactl.nets import inception
@@ -128,12 +129,27 @@ class Scripted(torch.nn.Module):
         return torch.stack([x.mean(dim=[1, 2, 3]), x.std(dim=[1, 2, 3])], 1)
 
 
-def test_a_detector_in_torchscript_is_called_as_the_published_one(tmp_path: Path) -> None:
+@pytest.fixture
+def scripted(tmp_path: Path) -> Path:
     path = tmp_path / "inception-2015-12-05.pt"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         torch.jit.script(Scripted()).save(path)
-    detector = detectors.load_torchscript(path)
+    return path
+
+
+def test_an_evaluation_by_a_detector_without_classes_leaves_out_what_needs_them(scripted: Path, tmp_path: Path) -> None:
+    data = prepare_data("tiny-digits", run=tmp_path / "run").oid
+    score = scores.evaluate(data, reference=data, detector=str(scripted), run=tmp_path / "run")
+    assert sorted(score.values) == ["FID", "KID", "precision", "recall"]
+    with pytest.raises(SidaError) as caught:
+        scores.inception_score(data, detector=str(scripted), run=tmp_path / "run")
+    told = f"the inception score needs classes, detector {scripted} gives none. Pass --detector inception."
+    assert str(caught.value) == told
+
+
+def test_a_detector_in_torchscript_is_called_as_the_published_one(scripted: Path) -> None:
+    detector = detectors.load_torchscript(scripted)
     images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
     torch.testing.assert_close(detector(images), Scripted()(images))
     assert (detector.name, detector.num_features) == ("inception", 2)

@@ -1,5 +1,6 @@
 """Operations by name: what they leave in the run directory, that they go on, and the exact text of errors."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -8,17 +9,20 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from sidactl import cli, loop, metrics, ops, sampling
+from sidactl import catalog, cli, engine, inventory, loop, metrics, ops, sampling
 from sidactl.artifacts import mapping
 from sidactl.errors import SidaError
+from sidactl.recipe import Execution
 from sidactl.store import Artifact, Store, digest
 from tests.conftest import SHORT, Finished, short_distill
 
@@ -31,6 +35,46 @@ def nothing_is_wrong(root: Path) -> bool:
 
 def refs(root: Path) -> dict[str, str]:
     return Store.open(root).refs()
+
+
+# Several processes, several devices
+
+
+def test_a_run_that_another_process_was_told_to_stop_is_interrupted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(loop, "run", lambda *arguments, **options: iter([loop.Event("interrupted", 64)]))
+    schedule = loop.Schedule(duration_nimg=640, evaluate_every_nimg=64, checkpoint_every_nimg=64)
+    with Store(tmp_path).live("key") as live, pytest.raises(SidaError) as caught:
+        ops._train(cast(Any, SimpleNamespace(nimg=64)), schedule, live, None, None, {})
+    assert caught.value.message == "interrupted at 64 of 640 images; the checkpoint is kept"
+    assert caught.value.exit_code == 130
+
+
+def test_the_images_at_a_time_are_tried_anew_with_other_processes_devices_and_settings(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gpu, num_tries = torch.device("cuda:0"), 0
+
+    def fit() -> int:
+        nonlocal num_tries
+        num_tries += 1
+        return 128
+
+    def tries(size: int, memory: int, execution: Execution) -> int:
+        before = num_tries
+        monkeypatch.setattr(engine, "rank_and_size", lambda: (0, size))
+        monkeypatch.setattr(engine, "agreed", lambda make: make())
+        monkeypatch.setattr(engine, "memory_of", lambda device: ["a GPU", memory])
+        training = SimpleNamespace(recipe=catalog.recipe_for("tiny-digits", "sida"), fit_batch_per_device=fit)
+        ops._fitted(cast(Any, training), execution, live, gpu)
+        return num_tries - before
+
+    with Store(tmp_path).live("key") as live:
+        assert [tries(1, 80, Execution()) for _ in range(2)] == [1, 0]
+        assert tries(2, 80, Execution()) == 1
+        assert tries(2, 40, Execution()) == 1
+        assert tries(2, 40, Execution(checkpoint_activations=True)) == 1
 
 
 # Distillation: what it leaves
@@ -95,6 +139,23 @@ def test_events_tell_the_story_in_order(finished: Finished) -> None:
         "generator_sid_loss",
         "generator_adversarial_loss",
     }
+
+
+def test_a_finished_run_leaves_its_events(finished: Finished) -> None:
+    (path,) = finished.root.glob("logs/*/events.jsonl")
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["event"], line["nimg"]) for line in kept] == [(e.kind, e.nimg) for e in finished.events[1:]]
+
+
+@pytest.mark.parametrize(("alpha", "scores"), [(1.0, {"FID": (1.516, 0.010)}), (0.7, {})])
+def test_the_papers_scores_are_shown_beside_a_generator_trained_as_theirs(
+    alpha: float, scores: dict[str, tuple[float, float]], tmp_path: Path
+) -> None:
+    recipe = catalog.recipe_for("edm-cifar10-uncond", "sida")
+    params = {"name": "edm-cifar10-uncond-sida", "recipe": replace(recipe, alpha=alpha).to_json()}
+    made = Store(tmp_path).put("generator", {"model.safetensors": b""}, params=params)
+    published = inventory.show(made.oid, run=tmp_path).published
+    assert {name: tuple(number) for name, number in published.items() if name == "FID"} == scores
 
 
 def test_the_same_distillation_in_another_run_directory_has_the_same_oid(finished: Finished, fresh_run: Path) -> None:
