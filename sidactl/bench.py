@@ -24,7 +24,7 @@ from sidactl import augment, catalog, detectors, engine, losses, nets, sampling,
 from sidactl.codec import PixelCodec
 from sidactl.data import DataOrder
 from sidactl.diffusion import Preconditioned
-from sidactl.errors import SidaError
+from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.nets.inception import FIDInception
 from sidactl.nets.vit import VisionTransformer
 from sidactl.recipe import Execution, NetSpec, OneStepSpec, Recipe, override
@@ -72,7 +72,7 @@ EAGER = Setting()
 class Part:
     """A part of a step: its median seconds each time, how often a step does it, and its floating-point operations.
 
-    inside: the part that it is a piece of, so that sums leave it out.
+    inside: the first of the parts that it is a piece of, so that sums leave it out.
     """
 
     name: str
@@ -484,24 +484,31 @@ class _Eager:
         self._process.start()
         theirs.close()
         self.taken = _Timings()
-        self._told()
+        with self._alive():
+            self._pipe.recv()
 
     def time(self, stage: str) -> None:
-        self._pipe.send(stage)
-        self.taken.note(stage, self._told())
+        self.taken.note(stage, self._asked(stage))
 
     def measured(self) -> Measured:
-        self._pipe.send(None)
-        measured: Measured = self._told()
+        measured: Measured = self._asked(None)
         self._process.join()
         return measured
 
-    def _told(self) -> Any:
-        try:
+    def _asked(self, stage: str | None) -> Any:
+        with self._alive():
+            self._pipe.send(stage)
             return self._pipe.recv()
-        except EOFError:
+
+    @contextmanager
+    def _alive(self) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, OSError):
+            self._process.join()
             hint = "Leave out --against, or pass a smaller --batch-size."
-            raise SidaError("the eager step has failed", hint) from None
+            told = f"the process of the eager step has ended with code {self._process.exitcode}"
+            raise SidaError(told, hint, exit_code=EXIT_FAILED) from None
 
 
 def _serve_eager(pipe: "Connection[Any, str | None]", recipe: Recipe, spec: NetSpec, device: str) -> None:
@@ -536,7 +543,7 @@ def _stage(subject: _Subject, name: str, taken: Sequence["Taken"], flop: Mapping
 # The parts of a step
 
 
-_INSIDE = {"discriminator on reals": "fake-score step"}
+_INSIDE = {"discriminator on reals": "fake-score step forward"}
 """parts that are timed once more by themselves"""
 _OF_FAKE_SCORE = ("data", "generator forward", "fake-score step forward", "fake-score step backward")
 

@@ -98,7 +98,7 @@ class Preconditioned(nn.Module):
         """Gives every block this dropout probability: it is a setting of a run, not of the weights."""
         self.spec = dataclasses.replace(self.spec, dropout=probability)
         for module in self.modules():
-            if isinstance(getattr(module, "dropout", None), float):
+            if isinstance(getattr(module, "dropout", None), int | float):  # 0 without a point, from Python
                 setattr(module, "dropout", probability)  # noqa: B010 (nn.Module types every attribute as a module)
 
     def forward(

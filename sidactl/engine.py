@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
+from datetime import timedelta
 from functools import cache, partial
 from typing import Any, TypeVar, cast
 
@@ -35,8 +37,10 @@ Out = TypeVar("Out")
 def pick_device(name: str | None = None) -> torch.device:
     """The named device ("cpu", "cuda", "cuda:1"), or a GPU where there is one; raises SidaError if it is not there.
 
-    Of the processes that torchrun starts on a machine each gets a GPU of its own.
+    Of the processes that torchrun starts on a machine each gets a GPU of its own. Its float32 is exact from now on,
+    also in convolutions, where torch would round to TF32 unasked.
     """
+    allow_tf32(False)
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:
@@ -115,7 +119,8 @@ def in_order(
         pending: deque[Future[Out]] = deque()
         try:
             for item in items:
-                pending.append(pool.submit(make, item))
+                # torch keeps settings in the context, such as how many graphs it compiles.
+                pending.append(pool.submit(copy_context().run, make, item))
                 if len(pending) > 4 * num_threads:
                     yield pending.popleft().result()
             while pending:
@@ -137,9 +142,12 @@ def rank_and_size() -> tuple[int, int]:
 def _join(**where: Any) -> None:
     if dist.is_initialized():
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # NCCL takes the current one for its own work
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **where)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    has_own = local_rank < torch.cuda.device_count()
+    if has_own:
+        torch.cuda.set_device(local_rank)  # NCCL takes the current one for its own work
+    # One process may prepare or download for hours while the others wait; of one that ends they hear at once.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if has_own else "gloo", timeout=timedelta(days=1), **where)
     atexit.register(_leave)
 
 
@@ -328,9 +336,10 @@ def passes_of(recipe: Recipe, execution: Execution) -> list[Sequence[int]]:
             "For less memory pass --checkpoint-activations, or change the recipe with --num-accumulation-rounds.",
         )
     at_once = images // micro_batch
-    if at_once > 1 and recipe.dropout:
+    if at_once > 1 and not recipe.joins_micro_batches:
+        what = "dropout" if recipe.dropout else "augmentation"
         raise SidaError(
-            f"with dropout a pass holds one micro-batch of {micro_batch}, got --batch-per-device {images}",
+            f"with {what} a pass holds one micro-batch of {micro_batch}, got --batch-per-device {images}",
             f"Pass --batch-per-device {micro_batch}, or leave it out.",
         )
     return [rounds[start : start + at_once] for start in range(0, len(rounds), at_once)]
@@ -372,6 +381,12 @@ def arrange(
     if execution.compile:
         for net in (teacher, fake_score, generator, ema):
             compile_(net)
+
+
+def memory_of(device: torch.device) -> list[str | int]:
+    """A GPU's name, and its memory in bytes."""
+    properties = torch.cuda.get_device_properties(device)
+    return [properties.name, properties.total_memory]
 
 
 def allow_tf32(allow: bool) -> None:
@@ -470,5 +485,5 @@ def gathered(net: Preconditioned, device: torch.device) -> Preconditioned:
         copied = nets.build(net.spec)
     state = {name: whole(tensor.detach()).to(device) for name, tensor in net.state_dict().items()}
     copied.load_state_dict(state, assign=True)
-    copied.compute_dtype = net.compute_dtype
+    copied.compute_dtype, copied.memory_format = net.compute_dtype, net.memory_format
     return copied.eval().requires_grad_(False)

@@ -96,6 +96,8 @@ class History:
     """Every evaluation so far as (images, score), and the best of them, which is never one that is not finite."""
 
     scores: list[tuple[int, float]] = field(default_factory=list)
+    best_sha256: str | None = None
+    """of the file with the best net's weights"""
 
     @property
     def best(self) -> tuple[int, float] | None:
@@ -182,14 +184,21 @@ def _keep(evaluation: Evaluation, training: Training, history: History, live: Li
     history.scores.append((nimg, score))
     live.write(f"preview-{nimg:010d}.png", evaluation.preview)
     if history.best == (nimg, score):
-        live.write(_best_name(nimg), weights(training.ema))
+        best = weights(training.ema)
+        history.best_sha256 = hashlib.sha256(best).hexdigest()
+        live.write(_best_name(nimg), best)
     return Event("evaluation", nimg, {"score": score})
 
 
 def best_weights(history: History, live: LiveDir) -> bytes:
-    """The state dict of the best EMA net, as safetensors bytes."""
+    """The state dict of the best EMA net, as safetensors bytes. Raises SidaError where its file is damaged or gone."""
     assert history.best is not None
-    return (live.path / _best_name(history.best[0])).read_bytes()
+    path = live.path / _best_name(history.best[0])
+    best = path.read_bytes() if path.exists() else b""
+    if hashlib.sha256(best).hexdigest() != history.best_sha256:
+        hint = f"Put it back, or remove {live.path} to train anew."
+        raise SidaError(f"{path} with the best generator is damaged or gone", hint, exit_code=EXIT_FAILED)
+    return best
 
 
 def weights(net: nn.Module) -> bytes:
@@ -270,6 +279,7 @@ def save_checkpoint(training: Training, history: History, live: LiveDir) -> None
                 "skipped": training.skipped.total,
                 "skipped_in_a_row": training.skipped.in_a_row,
                 "scores": history.scores,
+                "best_sha256": history.best_sha256,
             }
             (folder / _STATE).write_text(json.dumps(state))
             (folder / _DIGESTS).write_text("".join(f"{_sha256(p)}  {p.name}\n" for p in sorted(folder.iterdir())))
@@ -352,6 +362,7 @@ def _resume(training: Training, history: History, live: LiveDir) -> list[Event]:
         training.nimg, training.step_index = state["nimg"], state["step_index"]
         training.skipped.restore(state["skipped"], state["skipped_in_a_row"])
         history.scores[:] = [(int(nimg), float(score)) for nimg, score in state["scores"]]
+        history.best_sha256 = state["best_sha256"]
         break
     _forget_events_after(training.nimg, live)
     what = f"the checkpoint at {training.nimg:,} images" if training.nimg else "the beginning"

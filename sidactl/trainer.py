@@ -372,8 +372,7 @@ class Distillation:
         """
         recipe, num_rounds = self.recipe, sum(map(len, self.passes))
         micro_batch = recipe.batch_size // recipe.num_accumulation_rounds
-        # With dropout a pass holds one micro-batch.
-        sizes = [n for n in range(num_rounds, 0, -1) if num_rounds % n == 0 and (n == 1 or not recipe.dropout)]
+        sizes = [n for n in range(num_rounds, 0, -1) if num_rounds % n == 0 and (n == 1 or recipe.joins_micro_batches)]
         fitting = next((n for n in sizes if self._fits(n)), 1)
         images = engine.smallest(fitting) * micro_batch
         self.passes = engine.passes_of(recipe, Execution(batch_per_device=images))

@@ -20,7 +20,7 @@ PASS += ["fake score backward", "generator backward"]
 
 @pytest.fixture(scope="module")
 def report() -> bench.Report:
-    return bench.run("tiny-digits", batch_size=4, num_rounds=2, num_steps=1, against_eager=True, device="cpu")
+    return bench.run("tiny-digits", batch_size=4, num_rounds=2, num_steps=1, device="cpu")
 
 
 def of_batch(mode: Mode, num: int) -> Recipe:
@@ -158,6 +158,14 @@ def test_what_cannot_be_measured_is_refused(options: dict[str, object], message:
     with pytest.raises(SidaError) as caught:
         bench.run("tiny-digits", **options)  # type: ignore[arg-type]
     assert str(caught.value) == message
+
+
+def test_the_end_of_the_eager_process_is_one_line() -> None:
+    recipe, spec = bench._recipe("tiny-digits", "sid", 2, 1, 1, {})
+    eager = bench._Eager(recipe, spec, torch.device("cpu"))
+    eager._process.kill()
+    with pytest.raises(SidaError, match=r"^the process of the eager step has ended with code -9\. Leave out --against"):
+        eager.time("SiD")
 
 
 def test_unknown_teacher_lists_those_with_recipes() -> None:

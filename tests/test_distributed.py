@@ -60,8 +60,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 @pytest.mark.parametrize(
     ("num_processes", "options"),
     [
-        (2, []),
         (2, ["--shard"]),
+        pytest.param(2, [], marks=pytest.mark.slow),  # as after the kill below
         pytest.param(4, [], marks=pytest.mark.slow),
         pytest.param(4, ["--shard"], marks=pytest.mark.slow),
         pytest.param(1, ["--shard"], marks=pytest.mark.slow),
@@ -73,6 +73,7 @@ def test_the_same_generator_and_scores_come_of_any_number_of_processes(
     assert told(num_processes, tmp_path, "distill", *SHORT, *options) == alone[1]
 
 
+@pytest.mark.slow
 def test_memory_levers_change_no_bit(alone: tuple[Path, str], tmp_path: Path) -> None:
     assert told(1, tmp_path, "distill", *SHORT, "--checkpoint-activations", "--ema-on-cpu") == alone[1]
 
@@ -101,7 +102,8 @@ def wait_for_checkpoint(process: "subprocess.Popen[str]", run: Path) -> None:
     raise AssertionError("no checkpoint came")
 
 
-@pytest.mark.parametrize("num_processes", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [1, 4])
 def test_a_sharded_run_of_two_processes_goes_on_in_any_number(
     alone: tuple[Path, str], tmp_path: Path, num_processes: int
 ) -> None:
@@ -140,6 +142,8 @@ def test_what_does_not_fit_the_processes_is_told_before_anything_is_loaded(monke
         engine.passes_of(recipe, Execution(batch_per_device=16))
     with pytest.raises(SidaError, match=r"^with dropout a pass holds one micro-batch of 32, got --batch-per-device 64"):
         engine.passes_of(override(recipe, {"dropout": 0.1}), Execution(batch_per_device=64))
+    with pytest.raises(SidaError, match=r"^with augmentation a pass holds one micro-batch of 32, got"):
+        engine.passes_of(override(recipe, {"augment_p": 0.1}), Execution(batch_per_device=64))
 
 
 def test_a_teacher_is_trained_by_one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

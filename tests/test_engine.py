@@ -6,13 +6,15 @@ import platform
 import subprocess
 import sys
 import time
+from contextvars import ContextVar
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from sidactl import catalog, nets
+from sidactl import catalog, engine, nets
 from sidactl.diffusion import Preconditioned
 from sidactl.engine import GradientSum, batches_of, fitting_threads, in_order, is_small, pick_device, told_plainly
 from sidactl.errors import SidaError
@@ -55,6 +57,48 @@ def test_what_is_no_device_of_ours_is_refused(name: str) -> None:
     with pytest.raises(SidaError) as caught:
         pick_device(name)
     assert str(caught.value) == f"device must be cpu, cuda or cuda:N, got {name!r}. Pass --device cpu."
+
+
+def test_float32_is_exact_on_every_device_that_was_picked() -> None:
+    engine.allow_tf32(True)
+    pick_device("cpu")
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.mark.parametrize(("num_gpus", "backend"), [(0, "gloo"), (1, "gloo"), (2, "cpu:gloo,cuda:nccl")])
+def test_processes_wait_for_each_other_for_a_day_and_take_gpus_that_are_there(
+    monkeypatch: pytest.MonkeyPatch, num_gpus: int, backend: str
+) -> None:
+    joined: dict[str, Any] = {}
+    taken: list[int] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for name, value in (("get_rank", 1), ("get_world_size", 2)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda backend, **options: joined.update(options, backend=backend)
+    )
+    monkeypatch.setattr(engine.atexit, "register", lambda function: None)
+    assert engine.rank_and_size() == (1, 2)
+    assert joined == {"backend": backend, "timeout": timedelta(days=1)}
+    assert taken == [1] * (num_gpus > 1)
+
+
+def test_a_gathered_net_keeps_its_precision_and_order_in_memory() -> None:
+    net = tiny_net()
+    net.compute_dtype, net.memory_format = torch.bfloat16, torch.channels_last
+    found = engine.gathered(net, torch.device("meta"))
+    assert found is not net
+    assert (found.compute_dtype, found.memory_format) == (torch.bfloat16, torch.channels_last)
+
+
+def test_threads_see_the_settings_of_whoever_starts_them() -> None:
+    setting = ContextVar("setting", default=0)
+    setting.set(7)
+    assert list(in_order(lambda item: setting.get(), range(20), 2)) == [7] * 20
 
 
 def tiny_net(**changes: Any) -> Preconditioned:

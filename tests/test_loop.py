@@ -157,6 +157,23 @@ def test_every_evaluation_leaves_a_preview_and_a_line_with_its_score(live: LiveD
     }
 
 
+@pytest.mark.parametrize("damage", ["flip", "remove"])
+def test_a_best_generator_that_is_damaged_is_told_and_never_taken(live: LiveDir, damage: str) -> None:
+    Runner(live).run(should_stop=lambda: False)
+    resumed = Runner(live)
+    resumed.run()
+    (path,) = live.path.glob("best-*.safetensors")
+    assert loop.best_weights(resumed.history, live) == path.read_bytes()
+    if damage == "flip":
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    else:
+        path.unlink()
+    with pytest.raises(SidaError) as caught:
+        loop.best_weights(resumed.history, live)
+    told = f"{path} with the best generator is damaged or gone. Put it back, or remove {live.path} to train anew."
+    assert (str(caught.value), caught.value.exit_code) == (told, 1)
+
+
 def test_a_report_holds_mean_losses_since_the_last_one(live: LiveDir) -> None:
     events = Runner(live).run()
     toy, losses = Toy(), []

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -187,8 +188,9 @@ def test_new_net_starts_near_the_zero_function() -> None:
     torch.testing.assert_close(net(x, 1.0), shrunk, rtol=0, atol=1e-2)
 
 
-def test_dropout_is_a_setting_that_reaches_every_block() -> None:
-    net = nets.build(TINY).train()
+@pytest.mark.parametrize("before", [0.0, 0])
+def test_dropout_is_a_setting_that_reaches_every_block(before: float) -> None:
+    net = nets.build(dataclasses.replace(TINY, dropout=before)).train()
     torch.nn.init.ones_(net.get_parameter("model.enc.8x8_block0.conv1.weight"))
     x = torch.randn(2, 1, 8, 8)
     assert torch.equal(net(x, 1.0), net(x, 1.0))

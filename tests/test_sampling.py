@@ -294,6 +294,17 @@ class OtherClasses(Gaussian):
     spec = dataclasses.replace(TINY, label_dim=4)
 
 
+@pytest.mark.parametrize("counts", [[], [1] * 11])
+def test_classes_that_are_not_those_of_the_net_are_one_line(counts: list[int]) -> None:
+    net: Any = Gaussian()
+    with pytest.raises(SidaError) as error:
+        sampling.generate(net, [0], HeunSpec(), device=CPU, class_counts=counts)
+    assert str(error.value) == (
+        f"the dataset's classes must be those of the net, 10, got {len(counts)}. "
+        "Draw classes uniformly: leave out --labels dataset."
+    )
+
+
 class Unconditional(Gaussian):
     spec = dataclasses.replace(TINY, label_dim=0)
 

@@ -530,8 +530,11 @@ def test_the_images_at_a_time_are_found_by_trying_and_nothing_of_it_remains(monk
     assert torch.equal(weights(run.generator), weights(untouched.generator))
 
 
-def test_with_dropout_one_micro_batch_at_a_time_is_all_that_is_tried() -> None:
-    run = distillation(generator_from_nimg=None, num_accumulation_rounds=4, dropout=0.1)
+@pytest.mark.parametrize("changed", [{"dropout": 0.1}, {"augment_p": 0.1}])
+def test_where_images_depend_on_their_pass_one_micro_batch_at_a_time_is_all_that_is_tried(
+    changed: dict[str, float],
+) -> None:
+    run = distillation(generator_from_nimg=None, num_accumulation_rounds=4, **changed)
     assert run.fit_batch_per_device() == run.recipe.batch_size // 4
 
 
