@@ -401,8 +401,11 @@ _GRAPHS_OF_A_METHOD = 64
 def compile_(net: Preconditioned) -> None:
     """Compiles the net's passes, when they first run with inputs of a form; its weights and their names stay."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS_OF_A_METHOD)
+    # C++ all through takes longer to compile, but passes side by side then do not wait for Python's lock.
+    all_through: dict[str, Any] = {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}
+    options = all_through if is_small(net) else None
     for method in ("forward", "denoise_and_logits", "logits"):
-        setattr(net, method, torch.compile(getattr(net, method), dynamic=False))
+        setattr(net, method, torch.compile(getattr(net, method), dynamic=False, options=options))
 
 
 def is_compiled(net: nn.Module) -> bool:

@@ -2,7 +2,6 @@ import dataclasses
 import json
 import math
 import threading
-from functools import partial
 from typing import Any
 
 import pytest
@@ -619,6 +618,14 @@ SETTINGS = pytest.mark.parametrize("spec", [TINY, TINY_EDM2], ids=["edm", "edm2"
 TRACING = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 
 
+def trace_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the graphs that would be compiled operation by operation: the compiler itself takes minutes."""
+    compile_ = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, dynamic, options: compile_(function, dynamic=dynamic, backend="aot_eager")
+    )
+
+
 @SETTINGS
 def test_channels_last_activations_give_the_same_gradients(spec: NetSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     usual, last = (gradients_of_a_step(monkeypatch, spec, Execution(channels_last=on)) for on in (False, True))
@@ -636,13 +643,13 @@ def test_weights_lie_in_channels_last_order_with_their_activations() -> None:
 @TRACING
 @pytest.mark.parametrize("spec", [TINY, pytest.param(TINY_EDM2, marks=pytest.mark.slow)], ids=["edm", "edm2"])
 def test_traced_nets_give_the_same_gradients(spec: NetSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    # the graphs that would be compiled, run operation by operation: the compiler itself takes minutes
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    trace_alone(monkeypatch)
     usual, traced = (gradients_of_a_step(monkeypatch, spec, Execution(compile=on)) for on in (False, True))
     assert_close(traced, usual, 1e-5)
 
 
 @TRACING
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.slow
 def test_compiled_nets_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = Execution(compile=True, channels_last=True)
@@ -652,7 +659,7 @@ def test_compiled_nets_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) 
 
 @TRACING
 def test_traced_nets_compute_no_gradients_of_frozen_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    trace_alone(monkeypatch)
     run = distillation(execution=Execution(compile=True), generator_from_nimg=None)
     asked: list[bool] = []
     loss = losses.sid_generator_loss
