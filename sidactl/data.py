@@ -387,13 +387,14 @@ class DataOrder:
         self._permutations: dict[int, NDArray[np.int64]] = {}
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        if epoch not in self._permutations:
+        order = self._permutations.get(epoch)
+        if order is None:
             bits = np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(epoch,)))
             # Raw PCG64 output is fixed for ever; numpy may change what Generator.permutation makes of it.
             order = np.argsort(bits.random_raw(self.num_items), kind="stable")
             # Two epochs at most: a batch may straddle one boundary.
             self._permutations = dict([*self._permutations.items(), (epoch, order)][-2:])
-        return self._permutations[epoch]
+        return order  # not looked up again: another thread may have needed other epochs meanwhile
 
     def indices(self, start: int, count: int) -> NDArray[np.int64]:
         """Entries start .. start+count-1 of the order: int64 [count], each in 0..num_items-1."""
