@@ -690,10 +690,15 @@ def at_work(store: Store, key: str) -> Iterator[LiveDir]:
         live.clear()
 
 
+def is_alone() -> bool:
+    """Whether torchrun started no other process with this one; told without importing torch."""
+    return os.environ.get("WORLD_SIZE", "1") == "1"
+
+
 def agreed_answer(store: Store, key: str) -> Artifact | None:
     """The answer that there is, as the first of several processes sees it: one that looks later may see another."""
     known = store.asked(key)
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    if is_alone():
         return known
     from sidactl import engine
 

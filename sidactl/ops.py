@@ -6,7 +6,6 @@ torch and all that needs it are imported where they are used, so that a question
 import dataclasses
 import json
 import math
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from sidactl.artifacts import (
     asked,
     at_work,
     image_source,
+    is_alone,
     load_dataset,
     load_net,
     mapping,
@@ -115,7 +115,7 @@ def train_teacher(
     """
     if net not in (None, *catalog.SMALL_NETS):
         raise SidaError(f"the net must be one of {', '.join(catalog.SMALL_NETS)}, got {net!r}", "Pass --net ddpmpp.")
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if not is_alone():
         raise SidaError("train-teacher runs in one process", "Start it without torchrun.")
     store = Store.open(run)
     store.check_name("teacher", name)
@@ -321,7 +321,7 @@ def distill(
 @contextmanager
 def _first_alone() -> Iterator[None]:
     """See `engine.first_alone`; a process that is alone anyway does not import torch for it."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    if is_alone():
         yield
         return
     from sidactl import engine
