@@ -34,6 +34,20 @@ In = TypeVar("In")
 Out = TypeVar("Out")
 
 
+def _settle_kernels() -> None:
+    """Calls each vector function of MKL that we use once, while no other thread does.
+
+    MKL chooses a function's kernel at its first call; of two threads that make that call together one may be given a
+    coarser kernel for it, off by up to thousands of units in the last place. Source: PyTorch, issue 188792.
+    """
+    for function in (torch.sqrt, torch.exp, torch.log, torch.cos, torch.sin):
+        for dtype in (torch.float32, torch.float64):
+            function(torch.ones(1, dtype=dtype))
+
+
+_settle_kernels()  # here, since whatever starts threads imports this
+
+
 def pick_device(name: str | None = None) -> torch.device:
     """The named device ("cpu", "cuda", "cuda:1"), or a GPU where there is one; raises SidaError if it is not there.
 
