@@ -899,7 +899,9 @@ def verify(run: Run = None, as_json: Json = False) -> None:
         for name, problem in problems:
             ui.print_data(f"{name}: {problem}")
     if problems:
-        raise SidaError(f"{len(problems)} problems in the run directory", "Ask again with --force for what is damaged.")
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        hint = "Ask again with --force for what is damaged."
+        raise SidaError(f"{count} in the run directory", hint, exit_code=EXIT_FAILED)
     ui.note("no problem found")
 
 
@@ -937,6 +939,7 @@ def export(
     ] = "files",
     run: Run = None,
     force: Force = False,
+    as_json: Json = False,
 ) -> None:
     """Write an artifact out; prints where.
 
@@ -945,7 +948,10 @@ def export(
     from sidactl import inventory
 
     path = inventory.export(ref, destination, form=form, run=run, force=force)  # type: ignore[arg-type]  # checked there
-    ui.print_data(str(path))
+    if as_json:
+        ui.print_json({"path": str(path)})
+    else:
+        ui.print_data(str(path))
 
 
 @app.command()

@@ -491,9 +491,9 @@ def test_verify_names_a_damaged_object(tmp_path: Path) -> None:
     path = store.path(artifact, "a.txt")
     path.chmod(0o644)
     path.write_bytes(b"jello")
-    done = sidactl("verify", run=tmp_path / "run", check=2)
+    done = sidactl("verify", run=tmp_path / "run", check=1)
     assert artifact.files["a.txt"].sha256 in done.stdout
-    assert done.stderr.count("\n") == 1
+    assert done.stderr == "error: 1 problem in the run directory. Ask again with --force for what is damaged.\n"
 
 
 @pytest.mark.parametrize(
@@ -546,7 +546,8 @@ def test_export_writes_samples_as_png_and_npz(distilled: tuple[Path, str], tmp_p
     run, oid = distilled
     samples = sidactl("sample", oid, "--num", "12", run=run).stdout.strip()
     sidactl("export", samples, str(tmp_path / "png"), "--to", "png", run=run)
-    sidactl("export", samples, str(tmp_path / "x.npz"), "--to", "npz", run=run)
+    told = sidactl("export", samples, str(tmp_path / "x.npz"), "--to", "npz", "--json", run=run).stdout
+    assert json.loads(told) == {"path": str(tmp_path / "x.npz")}
     assert len(list((tmp_path / "png").rglob("*.png"))) == 12
     with np.load(tmp_path / "x.npz") as arrays:
         assert arrays["arr_0"].shape == (12, 8, 8, 1)
