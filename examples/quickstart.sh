@@ -12,7 +12,7 @@ started=$(date +%s)
 generator=$(sidactl distill --teacher tiny-digits --mode sida)
 distilled=$(date +%s)
 score=$(sidactl sample "$generator" --num 10k | sidactl fid)
-teacher=$(sidactl show "$generator" --json | python -c 'import json, sys; print(json.load(sys.stdin)["results"]["teacher_score"])')
+teacher=$(sidactl show "$generator" --json | python -c 'import json, sys; print("{:.6g}".format(json.load(sys.stdin)["results"]["teacher_score"]))')
 folder=$(sidactl export "$generator" "$SIDACTL_RUN/generator" --force)
 echo
 echo "distilled in $((distilled - started)) s; generator $generator"
