@@ -899,9 +899,8 @@ def verify(run: Run = None, as_json: Json = False) -> None:
         for name, problem in problems:
             ui.print_data(f"{name}: {problem}")
     if problems:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        hint = "Ask again with --force for what is damaged."
-        raise SidaError(f"{count} in the run directory", hint, exit_code=EXIT_FAILED)
+        told = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in the run directory"
+        raise SidaError(told, "Ask again with --force for what is damaged.", exit_code=EXIT_FAILED)
     ui.note("no problem found")
 
 
