@@ -6,6 +6,7 @@ import gc
 import os
 import re
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -419,10 +420,39 @@ def compile_(net: Preconditioned) -> None:
     all_through: dict[str, Any] = {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}
     options = all_through if is_small(net) else None
     for method in ("forward", "denoise_and_logits", "logits"):
-        setattr(net, method, torch.compile(getattr(net, method), dynamic=False, options=options))
+        compiled = torch.compile(getattr(net, method), dynamic=False, options=options)
+        setattr(net, method, _compiled_once(net, compiled))
 
 
-def is_compiled(net: nn.Module) -> bool:
+def _compiled_once(net: Preconditioned, compiled: Callable[..., Out]) -> Callable[..., Out]:
+    """The compiled method; of threads that call it with inputs of a new form the first compiles, the others wait.
+
+    torch would compile it once for each of them.
+    """
+    lock, known = threading.Lock(), set[Any]()
+
+    def call(*inputs: Any, **options: Any) -> Out:
+        trains = net.training, next(net.parameters()).requires_grad
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        form = trains, modes, *map(_form, inputs), *((name, _form(value)) for name, value in options.items())
+        if form in known:
+            return compiled(*inputs, **options)
+        with lock:
+            output = compiled(*inputs, **options)
+        known.add(form)
+        return output
+
+    return call
+
+
+def _form(value: Any) -> Any:
+    """What of an input a compiled graph depends on."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.requires_grad
+    return value
+
+
+def is_compiled(net: Denoiser) -> bool:
     """Whether `compile_` was here."""
     return "forward" in vars(net)
 
