@@ -27,7 +27,7 @@ from sidactl.diffusion import Preconditioned
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.nets.inception import FIDInception
 from sidactl.nets.vit import VisionTransformer
-from sidactl.recipe import Execution, NetSpec, OneStepSpec, Recipe, override
+from sidactl.recipe import Execution, NetSpec, OneStepSpec, Precision, Recipe, Setting, override
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -47,21 +47,6 @@ def _short(number: float | None) -> float | None:
 
 Progress = Callable[[str], None]
 """told what is measured next"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """How the same mathematics is carried out; apart from that as `distill` and `sample` do it."""
-
-    precision: str = "fp32"
-    channels_last: bool = False
-    compile: bool = False
-
-    @property
-    def name(self) -> str:
-        """For people, such as "bf16 channels-last compiled"."""
-        words = [self.precision, "channels-last" * self.channels_last, "compiled" * self.compile]
-        return " ".join(filter(None, words))
 
 
 EAGER = Setting()
@@ -290,7 +275,9 @@ def run(
 
 def sweep(device: str | None = None) -> list[Setting]:
     """The settings worth trying on a device: each precision that it has, by operations and compiled."""
-    precisions = ["fp32", "tf32", "bf16", "fp16"] if engine.pick_device(device).type == "cuda" else ["fp32", "bf16"]
+    precisions: list[Precision] = ["fp32", "bf16"]
+    if engine.pick_device(device).type == "cuda":
+        precisions = ["fp32", "tf32", "bf16", "fp16"]
     forms = [(False, False), (True, False), (False, True), (True, True)]
     return [Setting(precision=p, channels_last=last, compile=compiled) for p in precisions for last, compiled in forms]
 

@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 
 from sidactl import __version__, ui
 from sidactl.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, SidaError
-from sidactl.recipe import Adversarial, Execution, NetSpec, Recipe, TeacherRecipe
+from sidactl.recipe import Adversarial, Execution, NetSpec, Recipe, Setting, TeacherRecipe
 
 if TYPE_CHECKING:
     from sidactl.loop import Event
@@ -583,7 +583,9 @@ def _ticking(title: str, unit: str = "images") -> Iterator[Callable[[int, int], 
 
 
 @app.command()
+@recipe_flags(Setting)
 def bench(
+    overrides: Mapping[str, Any],
     teacher: Annotated[
         str, typer.Argument(metavar="[TEACHER]", help="a name from ls --catalog")
     ] = "edm-cifar10-uncond",
@@ -593,9 +595,6 @@ def bench(
     ] = None,
     rounds: Annotated[int, typer.Option(help="passes per step")] = 1,
     steps: Annotated[int, typer.Option(help="how often everything is timed; medians are printed")] = 3,
-    precision: Annotated[str, typer.Option(help="fp32, tf32, fp16 or bf16, whatever the recipe has")] = "fp32",
-    channels_last: Annotated[bool, typer.Option("--channels-last", help="activations pixel by pixel")] = False,
-    compile_nets: Annotated[bool, typer.Option("--compile", help="torch.compile; minutes at the start")] = False,
     against: Annotated[str | None, typer.Option(metavar="eager", help="time the eager fp32 step in turn, too")] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="try all settings of the device")] = False,
     detector: Annotated[bool, typer.Option("--detector/--no-detector", help="whether to time the detector")] = True,
@@ -609,13 +608,10 @@ def bench(
     Example: sidactl bench tiny-digits --against eager
     """
     from sidactl import bench as benchmark
-    from sidactl.recipe import PRECISIONS
 
     if against not in (None, "eager"):
         raise SidaError(f"--against must be eager, got {against!r}", "Leave it out, or pass --against eager.")
-    if precision not in PRECISIONS:
-        raise SidaError(f"--precision must be one of {', '.join(PRECISIONS)}, got {precision!r}", "Pass another one.")
-    one = benchmark.Setting(precision=precision, channels_last=channels_last, compile=compile_nets)
+    one = Setting(**overrides)
     report = benchmark.run(
         teacher,
         mode=mode,
@@ -639,7 +635,9 @@ def bench(
 
 
 @app.command()
+@recipe_flags(Setting)
 def sample(
+    overrides: Mapping[str, Any],
     ref: Ref = None,
     num: Annotated[
         str | None, typer.Option(metavar="COUNT", help="how many images, from seed 0 on, such as 10k; 64 if not given")
@@ -674,6 +672,7 @@ def sample(
             sampler=sampler,  # type: ignore[arg-type]  # ops checks it, with a better error
             guide=guide,
             guidance=guidance,
+            setting=Setting(**overrides),
             name=name,
             run=run,
             device=device,
@@ -712,13 +711,14 @@ def score_flags(command: Callable[..., None]) -> Callable[..., None]:
 
     own = [p for p in inspect.signature(command).parameters.values() if p.name not in ("ref", "as_json", "options")]
 
-    def with_flags(ref: str | None, as_json: bool, **arguments: Any) -> None:
+    def with_flags(ref: str | None, as_json: bool, overrides: Mapping[str, Any], **arguments: Any) -> None:
         special = {p.name: arguments.pop(p.name) for p in own}
+        arguments["setting"] = Setting(**overrides)
         arguments["num"] = _count(arguments["num"], "--num", least=2)
         with _ticking(command.__name__.replace("_", "-")) as tick:
             command(_from_pipe(ref), as_json, arguments | {"tick": tick}, **special)
 
-    return _signed(with_flags, command, [*inspect.signature(shared).parameters.values(), *own])
+    return recipe_flags(Setting)(_signed(with_flags, command, [*inspect.signature(shared).parameters.values(), *own]))
 
 
 Resize = Annotated[str, typer.Option(metavar="NAME", help="of dinov2: torch, as in published statistics, or pil")]

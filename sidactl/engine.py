@@ -26,7 +26,7 @@ from sidactl.diffusion import Denoiser, Preconditioned
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.nets.edm import UNetBlock
 from sidactl.nets.edm2 import Block
-from sidactl.recipe import Execution, Recipe
+from sidactl.recipe import Execution, Recipe, Setting
 
 SMALL_NET = 1 << 25
 """parameters times pixels below which a net on the CPU is run by one thread"""
@@ -379,9 +379,8 @@ def arrange(
     allow_tf32(recipe.precision == "tf32")
     if execution.channels_last:
         for net in (teacher, fake_score, generator, ema):
-            net.memory_format = torch.channels_last
-            if not execution.shard:  # FSDP2 takes weights in the usual order alone; then every convolution turns them
-                cast(Any, net).to(memory_format=torch.channels_last)
+            # FSDP2 takes weights in the usual order alone; then every convolution turns them
+            lay_out_by_pixel(net, weights=not execution.shard)
     if execution.checkpoint_activations:
         for net in (teacher, fake_score, generator):
             for block in blocks_of(net):
@@ -396,6 +395,29 @@ def arrange(
     if execution.compile:
         for net in (teacher, fake_score, generator, ema):
             compile_(net)
+
+
+def set_up(net: Preconditioned, setting: Setting) -> Preconditioned:
+    """Gives a net that is sampled its precision and form, and returns it."""
+    net.compute_dtype = DTYPES[setting.precision]
+    if setting.channels_last:
+        lay_out_by_pixel(net)
+    if setting.compile:
+        compile_(net)
+    return net
+
+
+def lay_out_by_pixel(net: Preconditioned, *, weights: bool = True) -> None:
+    """Puts the net's activations, and its weights, into channels-last order."""
+    net.memory_format = torch.channels_last
+    if weights:
+        cast(Any, net).to(memory_format=torch.channels_last)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on this device; what goes to a GPU goes from pinned memory, so that the host need not wait for it."""
+    source = tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
+    return source.to(device, non_blocking=True)
 
 
 def memory_of(device: torch.device) -> list[str | int]:

@@ -48,6 +48,7 @@ from sidactl.recipe import (
     NetSpec,
     OneStepSpec,
     Recipe,
+    Setting,
     TeacherRecipe,
     override,
 )
@@ -708,6 +709,7 @@ def sample(
     sampler: Literal["one-step", "heun"] | None = None,
     guide: str | None = None,
     guidance: float = 1.0,
+    setting: Setting | None = None,
     name: str | None = None,
     run: Path | str | None = None,
     device: str | None = None,
@@ -718,7 +720,7 @@ def sample(
 
     The sampler defaults to the net's own: one step for a generator, Heun for a teacher. guide: a weaker teacher that
     Heun's sampler moves away from, `guidance` times as far (1 = not at all). Noise and class of an image depend on its
-    seed alone.
+    seed alone. setting: of the nets' arithmetic, float32 by default; another precision is another question.
     """
     if not seeds:
         raise SidaError("sample count must be >= 1, got 0", "Pass --num 1 or more.")
@@ -728,10 +730,12 @@ def sample(
     with _first_alone():
         subject = resolve(store, ref, NETS)
     chosen = _sampler(subject, sampler, steps)
+    setting = setting or Setting()
     params: dict[str, Any] = {
         "seeds": _seeds_to_json(seeds),
         "class_index": class_index,
         "sampler": chosen.to_json(),
+        **setting.of_images(),
     }
     inputs = {"net": subject}
     if not math.isfinite(guidance):
@@ -749,7 +753,8 @@ def sample(
     from sidactl import engine, pictures, prepare, sampling
 
     chosen_device = engine.pick_device(device)
-    net = load_net(store, subject, chosen_device)
+    used = {role: engine.set_up(load_net(store, artifact, chosen_device), setting) for role, artifact in inputs.items()}
+    net = used["net"]
     size = images_per_batch(net.spec.img_channels, net.spec.img_resolution)
     batches = sampling.generate(
         net,
@@ -757,7 +762,7 @@ def sample(
         chosen,
         device=chosen_device,
         class_index=class_index,
-        guide=load_net(store, inputs["guide"], chosen_device) if "guide" in inputs else None,
+        guide=used.get("guide"),
         guidance=guidance,
         batch_size=size,
     )

@@ -313,6 +313,36 @@ class Execution(Plain):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Setting(Plain):
+    """How the same mathematics is carried out where nets alone are at work: in sampling, and in benchmarks."""
+
+    precision: Precision = "fp32"
+    """of the network's arithmetic: fp32, tf32, fp16 or bf16"""
+    channels_last: bool = False
+    """activations and weights lie in memory pixel by pixel instead of channel by channel"""
+    compile: bool = False
+    """torch.compile: seconds to minutes at the start (less the next time, from a cache), then faster"""
+
+    def __post_init__(self) -> None:
+        _must_be("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}", self.precision)
+
+    @property
+    def name(self) -> str:
+        """For people, such as "bf16 channels-last compiled"."""
+        words = [self.precision, "channels-last" * self.channels_last, "compiled" * self.compile]
+        return " ".join(filter(None, words))
+
+    def of_images(self) -> dict[str, str]:
+        """What of it shapes images, for the question that they answer: a precision that is not float32's.
+
+        Raises SidaError for TF32, a setting of the device, which would reach the detector, too.
+        """
+        if self.precision == "tf32":
+            raise SidaError("precision must be fp32, fp16 or bf16 here, got tf32", "Pass another --precision.")
+        return {} if self.precision == "fp32" else {"precision": self.precision}
+
+
+@dataclass(frozen=True, kw_only=True)
 class TeacherRecipe(Plain):
     """How a teacher is trained from scratch with the EDM loss. Source: EDM (2206.00364), eq. 2 and table 1."""
 

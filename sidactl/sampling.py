@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sidactl.codec import Codec, codec_for
 from sidactl.diffusion import Denoiser, Preconditioned, as_one_hot, karras_sigmas
-from sidactl.engine import batches_of, share
+from sidactl.engine import batches_of, is_compiled, share
 from sidactl.errors import SidaError
 from sidactl.recipe import HeunSpec, OneStepSpec
 
@@ -74,18 +74,21 @@ class Samples:
 
     @torch.inference_mode()
     def _batch(self, start: int) -> SampleBatch:
-        seeds = self.seeds[start : start + self.batch_size]
+        seeds = drawn = self.seeds[start : start + self.batch_size]
+        if start and is_compiled(self.net):  # a smaller batch would be compiled anew
+            drawn = [*seeds, *[seeds[-1]] * (self.batch_size - len(seeds))]
         images, labels = sample_batch(
             self.net,
             self.sampler,
-            seeds,
+            drawn,
             self.device,
             class_index=self.class_index,
             class_counts=self.class_counts,
             guide=self.guide,
             guidance=self.guidance,
         )
-        return SampleBatch(self.codec.decode(images).cpu(), None if labels is None else labels.cpu(), seeds)
+        images, labels = images[: len(seeds)], None if labels is None else labels[: len(seeds)].cpu()
+        return SampleBatch(self.codec.decode(images).cpu(), labels, seeds)
 
 
 def generate(

@@ -22,7 +22,7 @@ from sidactl.artifacts import (
     source_identity,
 )
 from sidactl.errors import SidaError
-from sidactl.recipe import HeunSpec, OneStepSpec
+from sidactl.recipe import HeunSpec, OneStepSpec, Setting
 from sidactl.references import Moments, Need, detector_name, images_per_batch
 from sidactl.store import Artifact, Store
 
@@ -70,6 +70,7 @@ class ScoreOptions(TypedDict, total=False):
         that the subject was made from, or that dataset.
     num, trials, first_seed: images per trial (50,000), trials, and the first one's first seed; the next go on from it.
     labels: classes drawn uniformly for each seed, as EDM does, or by their share of the dataset, as SiD does.
+    setting: of the arithmetic of a generator or teacher, float32 by default; that of detectors is always float32.
     detector: inception, dinov2, tiny-digits, or a file: Inception in TorchScript, or a state dict of Inception's.
     resize: of dinov2: torch, as in the published statistics, or pil.
     convention: whose arithmetic: edm (N - 1 in covariances, float32 distances), sid (N for generated images, float16
@@ -83,6 +84,7 @@ class ScoreOptions(TypedDict, total=False):
     trials: int
     first_seed: int
     labels: str
+    setting: Setting
     detector: str | None
     resize: str
     convention: str
@@ -196,6 +198,7 @@ class _Question:
     num: int
     seeds: Sequence[Sequence[int]]
     settings: Mapping[str, Any]
+    setting: Setting
     key: str
     device: str | None
     force: bool
@@ -208,7 +211,8 @@ class _Question:
             raise SidaError(f"sample count must be >= 2, got {num}", "Pass --num 2 or more.")
         if trials < 1:
             raise SidaError(f"the number of trials must be >= 1, got {trials}", "Pass --trials 1 or more.")
-        settings = {
+        setting = options.get("setting", Setting())
+        settings = setting.of_images() | {
             "labels": options.get("labels", "uniform"),
             "convention": options.get("convention", "edm"),
             "resize": options.get("resize", "torch"),
@@ -231,7 +235,7 @@ class _Question:
             num, first = num or 50_000, options.get("first_seed", 0)
             seeds = [[first + t * num, first + (t + 1) * num] for t in range(trials)]
         else:
-            num = _fixed_count(subject, num, trials)
+            num = _fixed_count(subject, num, trials, setting)
         chosen = list(metrics or _applicable(store, subject, options))
         found = {
             name: references.find(store, options.get("reference"), subject, need)
@@ -260,6 +264,7 @@ class _Question:
             num,
             seeds,
             settings,
+            setting,
             key,
             options.get("device"),
             options.get("force", False),
@@ -398,6 +403,7 @@ def _features(asked: _Question, trial: int, loaded: Mapping[str, "Detector"], ke
         "num": asked.num,
         "seeds": asked.seeds[trial] if asked.seeds else None,
         "labels": asked.settings["labels"],
+        **asked.setting.of_images(),
     }
     keys = {
         name: store.key("features", params | {"detector": d.identity}, {"subject": asked.subject.oid})
@@ -455,7 +461,7 @@ def _images(asked: _Question, seeds: range | None, device: "torch.device") -> tu
         return len(batches), map(dataset.images, engine.share(batches))
     from sidactl import sampling
 
-    net = load_net(asked.store, asked.subject, device)
+    net = engine.set_up(load_net(asked.store, asked.subject, device), asked.setting)
     counts: Sequence[int] | None = None
     if asked.settings["labels"] == "dataset" and net.spec.label_dim:
         held = references.dataset_of(asked.store, asked.subject).results["class_counts"]
@@ -585,7 +591,7 @@ def score_of(artifact: Artifact) -> Score:
     )
 
 
-def _fixed_count(subject: Artifact, num: int | None, trials: int) -> int:
+def _fixed_count(subject: Artifact, num: int | None, trials: int, setting: Setting) -> int:
     available = subject.results["num_images"]
     assert isinstance(available, int)
     what = "samples" if subject.kind == "samples" else "images of a dataset"
@@ -593,6 +599,11 @@ def _fixed_count(subject: Artifact, num: int | None, trials: int) -> int:
         raise SidaError(
             f"trials need images drawn anew, got {trials} trials of fixed {what}",
             "Score the generator itself, or leave out --trials.",
+        )
+    if setting != Setting():
+        raise SidaError(
+            f"precision and form are those of a net that draws images, got {setting.name} and fixed {what}",
+            "Score the generator itself, or leave out --precision, --channels-last and --compile.",
         )
     if num is not None and num > available:
         raise SidaError(

@@ -153,7 +153,7 @@ class DatasetBatches:
 
     def get(self, batch: int, round: int) -> MicroBatch:
         return MicroBatch(
-            self._dataset.one_hot(self._chosen(batch, round)).to(self._device, non_blocking=True),
+            engine.sent(self._dataset.one_hot(self._chosen(batch, round)), self._device),
             self._draws("latent", batch, round),
             self._draws("diffusion", batch, round),
             self._draws("augment", batch, round),
@@ -162,7 +162,7 @@ class DatasetBatches:
 
     def images(self, batch: int, round: int) -> Tensor:
         """Real images in [-1, 1]; of a dataset of latents, samples of their posterior that every visit draws anew."""
-        items = self._dataset.images(self._chosen(batch, round)).to(self._device, non_blocking=True)
+        items = engine.sent(self._dataset.images(self._chosen(batch, round)), self._device)
         return self._codec.encode(items, self._draws("posterior", batch, round))
 
     def _chosen(self, batch: int, round: int) -> Any:

@@ -154,6 +154,14 @@ def test_unknown_option_is_one_line() -> None:
             "Use --mode sida, or leave it out.",
         ),
         (["sample", "tiny-digits", "--num", "0"], "sample count must be >= 1, got 0. Pass --num 1 or more."),
+        (
+            ["sample", "tiny-digits", "--precision", "fp8"],
+            "precision must be one of fp32, tf32, fp16, bf16, got fp8. Pass another --precision.",
+        ),
+        (
+            ["fid", "tiny-digits", "--num", "9", "--precision", "tf32"],
+            "precision must be fp32, fp16 or bf16 here, got tf32. Pass another --precision.",
+        ),
         (["fid", "tiny-digits", "--num", "1"], "sample count must be >= 2, got 1. Pass --num 2 or more."),
         (["sample", "generator/best"], "no ref 'generator/best' in {run}. See what there is with: sidactl ls"),
         (

@@ -21,8 +21,9 @@ from PIL import Image
 
 from sidactl import catalog, cli, engine, inventory, loop, metrics, ops, sampling
 from sidactl.artifacts import mapping
+from sidactl.diffusion import Preconditioned
 from sidactl.errors import SidaError
-from sidactl.recipe import Execution
+from sidactl.recipe import Execution, Setting
 from sidactl.store import Artifact, Store, digest
 from tests.conftest import SHORT, Finished, short_distill
 
@@ -746,9 +747,46 @@ def test_steps_and_sampler_are_those_of_the_net_unless_asked_for(finished: Finis
     assert nfe("generator/best", steps=3) == 3
 
 
+def test_another_precision_is_another_question_and_another_form_is_not(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[torch.dtype, torch.memory_format]] = []
+    generate = sampling.generate
+
+    def noting(net: Preconditioned, *arguments: Any, **options: Any) -> sampling.Samples:
+        seen.append((net.compute_dtype, net.memory_format))
+        return generate(net, *arguments, **options)
+
+    monkeypatch.setattr(sampling, "generate", noting)
+
+    def images(force: bool = False, **setting: Any) -> ops.Sampled:
+        return ops.sample("generator/best", seeds=range(80), setting=Setting(**setting), force=force, run=finished.root)
+
+    usual, half, by_pixel = images(force=True), images(precision="bf16"), images(force=True, channels_last=True)
+    assert seen == [
+        (torch.float32, torch.contiguous_format),
+        (torch.bfloat16, torch.contiguous_format),
+        (torch.float32, torch.channels_last),
+    ]
+    assert "precision" not in usual.artifact.params
+    assert half.artifact.params["precision"] == "bf16"
+    apart = {
+        name: np.abs(other.images.astype(int) - usual.images) for name, other in (("bf16", half), ("form", by_pixel))
+    }
+    assert 0 < apart["bf16"].mean() < 1
+    assert apart["form"].max() <= 1
+    assert images(channels_last=True).artifact == images().artifact
+    assert len(seen) == 3
+
+
 @pytest.mark.parametrize(
     ("ref", "options", "message"),
     [
+        (
+            "generator/best",
+            {"setting": Setting(precision="tf32")},
+            "precision must be fp32, fp16 or bf16 here, got tf32. Pass another --precision.",
+        ),
         ("generator/best", {"seeds": []}, "sample count must be >= 1, got 0. Pass --num 1 or more."),
         (
             "generator/best",

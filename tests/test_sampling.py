@@ -216,6 +216,31 @@ def test_batches_are_sized_and_cover_all_seeds(net: Preconditioned) -> None:
     assert [seed for batch in samples for seed in batch.seeds] == list(range(3, 14))
 
 
+def test_a_compiled_net_gets_full_batches_alone_and_each_seed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual, compiled = nets.build(TINY).eval(), nets.build(TINY).eval()
+    compiled.load_state_dict(usual.state_dict())
+    sizes: list[int] = []
+
+    def as_if_compiled(x: Tensor, *rest: Any) -> Tensor:
+        sizes.append(len(x))
+        return type(compiled).forward(compiled, x, *rest)
+
+    monkeypatch.setattr(compiled, "forward", as_if_compiled)
+    wanted, got = (
+        list(sampling.generate(net, range(10), OneStepSpec(), device=CPU, batch_size=4)) for net in (usual, compiled)
+    )
+    assert sizes == [4, 4, 4]
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert ours.seeds == theirs.seeds
+        assert ours.labels is not None
+        assert theirs.labels is not None
+        assert torch.equal(ours.labels, theirs.labels)
+        assert_same_pixels(ours.images, theirs.images.numpy())
+    sizes.clear()
+    list(sampling.generate(compiled, range(3), OneStepSpec(), device=CPU, batch_size=4))
+    assert sizes == [3]
+
+
 def test_fixed_class_leaves_the_noise_as_it_is(net: Preconditioned) -> None:
     samples = sampling.generate(net, range(20), OneStepSpec(), device=CPU, batch_size=20)
     (free,) = samples

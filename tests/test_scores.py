@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from sidactl import detectors, inventory, metrics, ops, references, scores
 from sidactl.artifacts import load_dataset
 from sidactl.errors import SidaError
+from sidactl.recipe import Setting
 from sidactl.store import Store
 from tests.conftest import Finished
 
@@ -163,9 +164,26 @@ def test_statistics_of_a_dataset_are_taken_once(finished: Finished) -> None:
     np.testing.assert_allclose(kept.covariance, np.cov(expected, rowvar=False), rtol=1e-7, atol=1e-12)
 
 
+def test_a_score_in_another_precision_says_so_and_is_that_of_such_samples(finished: Finished) -> None:
+    half = Setting(precision="bf16")
+    drawn = ops.sample("generator/best", seeds=range(50), setting=half, run=finished.root).artifact
+    score = scores.fid("generator/best", num=50, setting=half, run=finished.root)
+    assert score.value == pytest.approx(scores.fid(drawn.oid, run=finished.root).value, rel=1e-9)
+    assert score.to_json()["settings"]["precision"] == "bf16"
+    usual = scores.fid("generator/best", num=50, run=finished.root)
+    assert "precision" not in usual.settings
+    assert usual.value != score.value
+
+
 @pytest.mark.parametrize(
     ("ref", "options", "message"),
     [
+        (
+            "samples",
+            {"setting": Setting(precision="bf16", compile=True)},
+            "precision and form are those of a net that draws images, got bf16 compiled and fixed samples. "
+            "Score the generator itself, or leave out --precision, --channels-last and --compile.",
+        ),
         ("generator/best", {"num": 0}, "sample count must be >= 2, got 0. Pass --num 2 or more."),
         ("generator/best", {"num": 1}, "sample count must be >= 2, got 1. Pass --num 2 or more."),
         ("generator/best", {"trials": 0}, "the number of trials must be >= 1, got 0. Pass --trials 1 or more."),

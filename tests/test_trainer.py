@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sidactl import catalog, losses, nets, trainer
+from sidactl import catalog, engine, losses, nets, trainer
 from sidactl.codec import decode_affine
 from sidactl.errors import SidaError
-from sidactl.recipe import Adversarial, Execution, NetSpec, Recipe, TeacherRecipe
+from sidactl.recipe import Adversarial, Execution, NetSpec, Recipe, Setting, TeacherRecipe
 from tests.golden import golden
 from tests.playback import Playback
 
@@ -672,6 +672,17 @@ def test_traced_nets_compute_no_gradients_of_frozen_weights(monkeypatch: pytest.
     run.step()
     assert asked == [False]
     assert all(p.requires_grad for p in run.fake_score.parameters())
+
+
+@TRACING
+def test_threads_that_need_a_graph_together_compile_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace_alone(monkeypatch)
+    torch._dynamo.reset()  # nets of one shape share their graphs
+    net = engine.set_up(nets.build(TINY).eval().requires_grad_(False), Setting(compile=True))
+    x, before = torch.zeros(2, 1, 8, 8), engine.num_graphs()
+    made = list(engine.side_by_side(lambda _: net(x, 2.5), range(4), 2))
+    assert engine.num_graphs() - before == 1
+    assert all(torch.equal(each, made[0]) for each in made)
 
 
 def test_compiled_nets_cannot_be_sharded() -> None:
