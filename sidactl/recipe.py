@@ -317,7 +317,7 @@ class Setting(Plain):
     """How the same mathematics is carried out where nets alone are at work: in sampling, and in benchmarks."""
 
     precision: Precision = "fp32"
-    """of the network's arithmetic: fp32, tf32, fp16 or bf16"""
+    """of the network's arithmetic: fp32, fp16 or bf16; in benchmarks tf32, too"""
     channels_last: bool = False
     """activations and weights lie in memory pixel by pixel instead of channel by channel"""
     compile: bool = False
