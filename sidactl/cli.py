@@ -11,6 +11,7 @@ import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -290,7 +291,8 @@ _NONE = object()
 """what "none" on the command line becomes until the field is set, since None means that a flag was not given"""
 
 
-def _field_docs(cls: type) -> dict[str, str]:
+@cache
+def _field_docs(cls: type) -> Mapping[str, str]:
     """The documentation strings below a dataclass's fields."""
     (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(body, ast.ClassDef)
