@@ -852,7 +852,9 @@ def test_network_in_place_of_a_dataset_is_refused(run: Path) -> None:
     assert str(caught.value) == "net.pkl cannot be read as a dataset. Give an artifact or another file."
 
 
-@pytest.mark.parametrize("source", ["sida_gen_edm", "sid_gen_edm2_nogan", "onestep_uncond"])
+@pytest.mark.parametrize(
+    "source", ["sida_gen_edm", "sid_gen_edm2_nogan", pytest.param("onestep_uncond", marks=pytest.mark.slow)]
+)
 def test_a_generator_in_onnx_draws_the_same_images(run: Path, tmp_path: Path, source: str) -> None:
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'sidactl[dev]'")
     if source == "onestep_uncond":

@@ -447,7 +447,8 @@ def distill_quietly(root: Path) -> None:
     short_distill(root)
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 15))])
+@pytest.mark.slow  # test_kill.py does the same to the command
+@pytest.mark.parametrize("seed", range(15))
 def test_killed_at_random_moments_the_same_call_goes_on_to_the_same_oid(
     finished: Finished, fresh_run: Path, seed: int
 ) -> None:
