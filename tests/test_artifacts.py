@@ -536,7 +536,7 @@ def test_bad_sources_are_refused_by_the_command_in_one_line(run: Path, tmp_path:
     picture(folder / "b.png", size=(16, 16))
     assert refused_data(run, folder) == (
         f"images must all have one size, got 8x8 for {folder}/a.png and 16x16 for {folder}/b.png. "
-        "Pass --resolution, e.g. 32x32, and a --transform if the aspect ratio shall be kept."
+        "Pass --resolution to prepare-data, e.g. 32x32, and a --transform if the aspect ratio shall be kept."
     )
     (folder / "dataset.json").write_text('{"labels": [["a.png", 0]]}')
     assert refused_data(run, folder, resolution=(8, 8)) == (
