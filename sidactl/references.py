@@ -358,5 +358,5 @@ def detector_name(reference: Artifact) -> str:
             return str(reference.params["detector"]).partition("@")[0].removesuffix("-torchscript")
         return "inception" if "inception.npz" in reference.files else "dinov2"
     entry = catalog.DATASETS.get(str(reference.params["name"]))
-    is_tiny = reference.results["resolution"] == 8 and reference.results["num_channels"] == 1
+    is_tiny = [reference.results.get(n) for n in ("resolution", "width", "num_channels")] == [8, None, 1]
     return entry.detector if entry else "tiny-digits" if is_tiny else "inception"

@@ -25,7 +25,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from sidactl import artifacts, catalog, inventory, nets, ops, sampling
+from sidactl import artifacts, catalog, inventory, nets, ops, pickles, sampling
 from sidactl.artifacts import (
     fetch_teacher,
     image_source,
@@ -432,6 +432,42 @@ def test_claimed_network_of_any_size_is_compared_before_it_is_built(run: Path, t
     huge = described(model_channels=1 << 20)
     safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", metadata=huge)
     assert refused("a.safetensors", run).startswith("the weights do not fit the network: ")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.index_fill(0, torch.tensor([0]), float("nan")), "weights must be finite, "),
+        (lambda t: t / 0, "weights must be finite, "),
+        (lambda t: t.to(torch.complex64), "weights must be real floating-point numbers, {name} is complex64. "),
+        (lambda t: t.to(torch.int32), "weights must be real floating-point numbers, {name} is int32. "),
+        (lambda t: t > 0, "weights must be real floating-point numbers, {name} is bool. "),
+    ],
+)
+def test_weights_that_are_not_real_and_finite_are_refused_by_name(
+    change: Any, message: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "export.safetensors"
+    exported(run, "tiny-digits", path)
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    weights = safetensors.torch.load_file(path)
+    name = sorted(name for name in weights if weights[name].ndim == 4)[3]
+    changed = weights | {name: change(weights[name])}
+    safetensors.torch.save_file({k: v.contiguous() for k, v in changed.items()}, path, metadata=metadata)
+    before = {artifact.oid for artifact in Store(run).artifacts()}
+    told = refused("export.safetensors", run)
+    assert told.startswith(message.format(name=name))
+    assert name in told
+    assert {artifact.oid for artifact in Store(run).artifacts()} == before
+    # A pickle has its weights from the same reader of records.
+    record = pickles.read(network("sida_gen_edm"))["ema"]
+    state = pickles.state_dict(record)
+    first = sorted(name for name in state if state[name].ndim == 4)[0]
+    monkeypatch.setattr(pickles, "state_dict", lambda record: state | {first: change(state[first])})
+    told = refused(network("sida_gen_edm"), run)
+    assert told.startswith(message.format(name=first))
+    assert first in told
 
 
 def test_damaged_safetensors(run: Path, tmp_path: Path) -> None:
