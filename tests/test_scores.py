@@ -366,10 +366,9 @@ def test_numbers_of_images_in_parts_depend_on_the_images_alone(
             archive.writestr(f"{index:05d}.png", prepare.encode_png(image.permute(1, 2, 0).squeeze(2).numpy()))
     options: dict[str, Any] = {"reference": "dataset/tiny-digits", "run": finished.root}
     subjects = [diverse, str(folder), str(npz), str(reversed_zip)]
-    for convention in ("edm", "guided-diffusion"):
-        found = [scores.evaluate(ref, ["inception-score", "kid"], convention=convention, **options) for ref in subjects]
-        assert [score.values for score in found[1:]] == [found[0].values] * 3
-        assert {score.settings["order"] for score in found} == {"content"}
+    found = [scores.evaluate(ref, ["inception-score", "kid"], **options) for ref in subjects]
+    assert [score.values for score in found[1:]] == [found[0].values] * 3
+    assert {score.settings["order"] for score in found} == {"content"}
     # The order is none of a file's, by which a part is certain of its one class, and as good as drawn.
     detector = detectors.load("tiny-digits")
     logits, rng = detector.logits(detector(images)), np.random.RandomState(0)
@@ -502,20 +501,20 @@ def test_images_of_a_size_that_the_detector_does_not_take_are_told_what_does(
     )
 
 
-def broken(finished: Finished) -> str:
-    """A generator whose last layer overflows, as an older version may have stored it."""
+def changed(finished: Finished, ref: str, factor: float) -> str:
+    """A net whose last biases are multiplied; by NaN it is one that an older version may have stored."""
     store = Store.open(finished.root)
-    artifact = store.resolve("generator/best")
+    artifact = store.resolve(ref)
     weights = safetensors.torch.load(store.read(artifact, "model.safetensors"))
-    name = next(name for name in weights if name.endswith("out_conv.bias") or "aux_conv.bias" in name)
-    weights[name] = torch.full_like(weights[name], float("nan"))
+    for name in weights:
+        if name.endswith("aux_conv.bias"):
+            weights[name] = weights[name] * factor
     files: dict[str, Path | bytes] = {"model.safetensors": safetensors.torch.save(weights)}
-    params = dict(artifact.params) | {"name": "broken"}
-    return store.put("generator", files, inputs=dict(artifact.inputs), params=params).oid
+    return store.put(artifact.kind, files, inputs=dict(artifact.inputs), params=dict(artifact.params)).oid
 
 
 def test_an_image_that_is_not_finite_ends_a_command_by_its_seed(finished: Finished) -> None:
-    oid = broken(finished)
+    oid = changed(finished, "generator/best", math.nan)
     store = Store.open(finished.root)
 
     def kept() -> list[str]:
@@ -533,8 +532,9 @@ def test_an_image_that_is_not_finite_ends_a_command_by_its_seed(finished: Finish
         )
         assert caught.value.exit_code == 1
     assert kept() == []
+    guide = changed(finished, "teacher/tiny-digits", 0.5)
     with pytest.raises(SidaError, match=r"^the image of seed 0 is not finite\."):
-        ops.sample("tiny-digits", seeds=[0], guide="tiny-digits", guidance=1e308, steps=3, run=finished.root)
+        ops.sample("tiny-digits", seeds=[0], guide=guide, guidance=1e308, steps=3, run=finished.root)
 
 
 @pytest.mark.parametrize("seeds", [[-1], [3, 1 << 32], range(-5, 3)])
@@ -553,7 +553,9 @@ def test_an_evaluation_while_training_of_images_that_are_not_finite_is_no_number
     sound = evaluate(load_net(store, finished.best, "cpu"), lambda: False)
     assert sound
     assert (sound.score > 0, sound.warning) == (True, None)
-    evaluation = evaluate(load_net(store, store.get(broken(finished)), "cpu"), lambda: False)
+    evaluation = evaluate(
+        load_net(store, store.get(changed(finished, "generator/best", math.nan)), "cpu"), lambda: False
+    )
     assert evaluation
     assert (math.isnan(evaluation.score), evaluation.preview) == (True, None)
     assert evaluation.warning == "no score after these updates: the image of seed 2147483648 is not finite"
