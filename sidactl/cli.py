@@ -693,6 +693,9 @@ def score_flags(command: Callable[..., None]) -> Callable[..., None]:
         num: Annotated[
             str | None, typer.Option(metavar="COUNT", help="images per trial; 50k, or all of samples and folders")
         ] = None,
+        subset_seed: Annotated[
+            int | None, typer.Option(help="what draws --num images where samples or folders hold more; 0")
+        ] = None,
         trials: Annotated[int, typer.Option(help="repetitions with fresh seeds")] = 1,
         first_seed: Annotated[int, typer.Option(help="seed of the first image of the first trial")] = 0,
         labels: Annotated[
@@ -700,7 +703,9 @@ def score_flags(command: Callable[..., None]) -> Callable[..., None]:
         ] = "uniform",
         detector: Annotated[
             str | None,
-            typer.Option(metavar="NAME", help="inception, dinov2, tiny-digits or a file; the reference's own"),
+            typer.Option(
+                metavar="NAME", help="inception, dinov2, tiny-digits, random-features or a file; the reference's own"
+            ),
         ] = None,
         convention: Annotated[
             str, typer.Option(metavar="NAME", help="whose arithmetic: edm, sid or guided-diffusion")
@@ -1024,6 +1029,9 @@ def _score_lines(score: "Score") -> list[str]:
     """One line per number: mean, standard deviation, minimum, and how it was made."""
     told = score.to_json()
     trials = f"{len(told['seeds'])} x {score.num:,} images" if told["seeds"] else f"{score.num:,} images"
+    if "subset_of" in score.settings:
+        of, seed = score.settings["subset_of"], score.settings["subset_seed"]
+        trials = f"{score.num:,} of {of:,} images, drawn by seed {seed}"
 
     def line(name: str, n: Mapping[str, Any]) -> str:
         spread = "" if n["std"] is None else f" +- {n['std']:.2g} (minimum {n['minimum']:.4g})"
