@@ -157,7 +157,7 @@ def export(
         require_images(artifact)
     outputs = [Output(path, partial(_problem_of, form))]
     if artifact.kind in NETS and form != "files":
-        outputs.insert(0, Output(path.with_name(f"{path.name}.md"), _problem_of_card))
+        outputs.insert(0, Output(path.parent / f"{path.name}.md", _problem_of_card))
     with whole(outputs, force=force, run=store.root) as (*cards, temporary):
         for card in cards:
             card.write_text(model_card(store, artifact, form, path.name), encoding="utf-8")

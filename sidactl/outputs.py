@@ -232,10 +232,10 @@ def _place(staged: Path, output: Output, force: bool, undo: ExitStack) -> None:
         if not _renameat2(staged, target, _NO_REPLACE):
             os.rename(staged, target)
         undo.callback(os.rename, target, staged)
-    elif target.is_file() and staged.is_file() and filecmp.cmp(staged, target, shallow=False):
-        return  # what a killed export had brought to its place
     elif not force:
-        raise _exists(target)
+        # What a killed export had brought to its place already is right as it is.
+        if not (target.is_file() and staged.is_file() and filecmp.cmp(staged, target, shallow=False)):
+            raise _exists(target)
     elif _renameat2(staged, target, _EXCHANGE):
         undo.callback(_renameat2, staged, target, _EXCHANGE)
         # Somebody may have put another thing there since we looked.

@@ -357,7 +357,7 @@ def _problem_in_live(path: Path) -> str:
     except FileNotFoundError:  # a process is at work
         return ""
     except OSError as error:
-        return f"cannot be read: {error.strerror}. {_let_be_read(path)}"
+        return _cannot_be_read(error, path)
     return ""
 
 
@@ -392,8 +392,11 @@ def _problem_of_checkpoint(folder: Path) -> str:
     return f"{bad[0]} is {_DAMAGED}" if bad else ""
 
 
-def _let_be_read(path: Path) -> str:
-    return f"Let it be read: chmod -R u+rX {shell_word(path)}"
+def _cannot_be_read(error: BaseException | None, path: Path) -> str:
+    assert isinstance(error, OSError)
+    is_shut = error.errno in (errno.EACCES, errno.EPERM)
+    way = "Let it be read: chmod -R u+rX" if is_shut else "Remove it: rm -rf"
+    return f"cannot be read: {error.strerror}. {way} {shell_word(path)}"
 
 
 @dataclass(frozen=True)
@@ -404,15 +407,16 @@ class _Checked:
     artifacts: Mapping[str, Artifact]
     """the sound ones by oid, without parameters and results"""
     damaged: Collection[str]
-    unreadable: Mapping[str, str]
+    unreadable: Mapping[str, BaseException | None]
     """what the disk said, by SHA-256"""
 
     @cached_property
     def _names(self) -> Mapping[str, list[str]]:
         """The refs of artifacts."""
         names: dict[str, list[str]] = {}
-        for name, oid in self.store.refs().items():
-            names.setdefault(oid, []).append(name)
+        for name, file in self.store._ref_files().items():
+            with suppress(SidaError):  # `refs` tells that it cannot be read
+                names.setdefault(self.store._oid(f"refs/{file}") or "", []).append(name)
         return names
 
     @cached_property
@@ -462,7 +466,7 @@ class _Checked:
             what = f"{uses[0][0]}{f' and {len(uses) - 1} more' if len(uses) > 1 else ''}: " if uses else ""
             path = self.store._object(sha256)
             if sha256 in self.unreadable:
-                yield sha256, f"{what}cannot be read: {self.unreadable[sha256]}. {_let_be_read(path)}"
+                yield sha256, what + _cannot_be_read(self.unreadable[sha256], path)
             else:
                 then = f", then {self._make_anew(uses[0][1])}" if uses else ""
                 yield sha256, f"{what}{_DAMAGED}. Remove it: rm -rf {shell_word(path)}{then}"
@@ -489,35 +493,38 @@ class _Checked:
     def refs(self) -> Iterator[tuple[str, str]]:
         """Refs that name nothing, or something of another kind."""
         for name, file in self.store._ref_files().items():
-            kind, remove = name.partition("/")[0], f"Remove it: rm -f {shell_word(self.store.root / 'refs' / file)}"
-            if problem := self._problem_of_name(f"refs/{file}", kind):
-                yield name, f"{problem}. {remove}"
+            if problem := self._problem_of_name(f"refs/{file}", name.partition("/")[0], "Remove it"):
+                yield name, problem
 
     def answers(self) -> Iterator[tuple[str, str]]:
         """Answers that name nothing, or what never answered their question."""
         for key in filter(_SHA256.fullmatch, self.store._listdir("asked")):
-            answers = self._log.get(key, {})
-            command = f" ({next(iter(answers.values()))})" if answers else ""
-            if problem := self._problem_of_name(f"asked/{key}", None, answers):
-                remove = f"Remove it, and it is worked out anew: rm -f {shell_word(self.store.root / 'asked' / key)}"
-                yield f"asked/{key}", f"{problem}{command}. {remove}"
+            way = "Remove it, and it is worked out anew"
+            if problem := self._problem_of_name(f"asked/{key}", None, way, self._log.get(key, {})):
+                yield f"asked/{key}", problem
 
-    def _problem_of_name(self, path: str, kind: str | None, answers: Collection[str] = ()) -> str:
+    def _problem_of_name(self, name: str, kind: str | None, way: str, answers: Mapping[str, str] = _EMPTY) -> str:
+        path = self.store.root / name
         try:
-            oid = self.store._oid(path)
+            oid = self.store._oid(name)
         except SidaError as error:
-            return f"it cannot be read: {error.__cause__}"
+            return _cannot_be_read(error.__cause__, path)
         if oid is None or oid in self.damaged or oid in self.unreadable:
             return ""  # it is gone meanwhile, or the object itself is told
-        if not _SHA256.fullmatch(oid):
-            return f"it names {oid[:12]!r}, which is no oid"
         artifact = self.artifacts.get(oid) or self.store._sound(oid)  # younger than our look at the objects
-        if artifact is None:
+        if not _SHA256.fullmatch(oid):
+            problem = f"it names {oid[:12]!r}, which is no oid"
+        elif artifact is None:
             what = "missing" if self.store._size_bytes(oid) is None else "no artifact"
-            return f"it names artifact {oid[:12]}, which is {what}"
-        if kind not in (None, artifact.kind):
-            return f"it names {self._label(artifact)}, which is not of its kind"
-        return f"it names {self._label(artifact)}, which never answered it" if answers and oid not in answers else ""
+            problem = f"it names artifact {oid[:12]}, which is {what}"
+        elif kind not in (None, artifact.kind):
+            problem = f"it names {self._label(artifact)}, which is not of its kind"
+        elif answers and oid not in answers:
+            command = next(iter(answers.values()))
+            problem = f"it names {self._label(artifact)}, which never answered it ({command})"
+        else:
+            return ""
+        return f"{problem}. {way}: rm -f {shell_word(path)}"
 
 
 class Store:
@@ -738,7 +745,7 @@ class Store:
         with self._reading():
             yield from self._verify_folders()
             damaged: set[str] = set()
-            unreadable: dict[str, str] = {}
+            unreadable: dict[str, BaseException | None] = {}
             artifacts: dict[str, Artifact] = {}
             for sha256 in self._objects():
                 try:
@@ -747,7 +754,7 @@ class Store:
                     elif artifact := self._sound(sha256):
                         artifacts[sha256] = replace(artifact, params=_EMPTY, results=_EMPTY)
                 except SidaError as error:
-                    unreadable[sha256] = str(error.__cause__)
+                    unreadable[sha256] = error.__cause__
             checked = _Checked(self, artifacts, damaged, unreadable)
             yield from checked.objects()
             yield from checked.refs()
@@ -798,7 +805,7 @@ class Store:
                 problem = _problem_in_live(path)
                 found += [(f"live/{key[:12]}/{path.name}", problem)] if problem else []
         except OSError as error:
-            found.append((f"live/{key[:12]}", f"cannot be read: {error.strerror}. {_let_be_read(folder)}"))
+            found.append((f"live/{key[:12]}", _cannot_be_read(error, folder)))
         # Asked at the end: what a process is at work on changes under our eyes.
         lock = folder / "lock"
         if found and (not self._is_file(f"live/{key}/lock") or _is_abandoned(lock)):

@@ -119,7 +119,7 @@ def test_force_replaces_a_folder_only_if_its_manifest_lists_all_that_is_in_it(ru
         assert refused("samples/four", folder, run=run, force=False) == (
             f"{folder} exists already. Choose another name, or pass --force to replace it."
         )
-        inner = folder / ("00000" if form == "png" else ".")
+        inner = next(path.parent for path in sorted(folder.rglob("*.png")))
         for name, make in {
             "notes.txt": lambda path: path.write_text("mine"),
             "mine": lambda path: path.mkdir(),
@@ -137,10 +137,7 @@ def test_force_replaces_a_folder_only_if_its_manifest_lists_all_that_is_in_it(ru
     export("samples/six", folder, form="png", run=run, force=True)
     assert len(list(folder.rglob("*.png"))) == 6
     assert set(before) < set(content(folder))
-    assert [path.name for path in tmp_path.iterdir()] == ["cwd", "out"] or sorted(os.listdir(tmp_path)) == [
-        "cwd",
-        "out",
-    ]
+    assert sorted(os.listdir(tmp_path)) == ["cwd", "out"]
 
 
 def test_an_export_of_an_earlier_version_is_known_by_its_manifest(run: Path, tmp_path: Path) -> None:
@@ -308,7 +305,7 @@ def exported(root: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("form", "old", "new", "system"),
     [
-        ("files", "samples/six", "samples/four", "exchange"),
+        pytest.param("files", "samples/six", "samples/four", "exchange", marks=pytest.mark.slow),
         ("files", "samples/six", "samples/four", "plain"),
         ("safetensors", None, TEACHER, "exchange"),
         pytest.param("safetensors", "teacher/other", TEACHER, "exchange", marks=pytest.mark.slow),
@@ -471,7 +468,8 @@ def test_a_model_card_takes_names_and_licences_as_text(run: Path, tmp_path: Path
     for form in ("safetensors", "state-dict"):
         export(oid, tmp_path / "a\n```\n<b>", form=form, run=run)  # type: ignore[arg-type]
         card = (tmp_path / "a\n```\n<b>.md").read_text()
-        text = r"MIT\\n\\n## Use\\n&lt;script&gt;alert(1)&lt;/script&gt; \| \[x\](http://y) \`z\` \\x1b\[31m\\u202e&amp;lt;"
+        text = r"MIT\\n\\n## Use\\n&lt;script&gt;alert(1)&lt;/script&gt; \| \[x\](http://y) \`z\` "
+        text += r"\\x1b\[31m\\u202e&amp;lt;"
         lines = card.splitlines()
         assert lines[0] == f"# {text}"
         assert f"- licence: {text}" in lines
@@ -533,9 +531,9 @@ def test_a_dataset_that_a_foreign_network_names_is_never_read_as_a_path(run: Pat
 def test_a_catalog_dataset_is_not_read_from_a_folder_of_its_name(run: Path, tmp_path: Path) -> None:
     from sidactl.references import dataset_of
 
-    export("samples/four", tmp_path / "cwd/ffhq-64x64", form="png", run=run)
-    own, oid = hostile(run, tmp_path, "ffhq-64x64")
-    with pytest.raises(SidaError, match=r"^dataset ffhq-64x64 must be prepared from its files\. Get them from "):
+    export("samples/four", tmp_path / "cwd/ffhq64", form="png", run=run)
+    own, oid = hostile(run, tmp_path, "ffhq64")
+    with pytest.raises(SidaError, match=r"^dataset ffhq64 must be prepared from its files\. Get them from "):
         dataset_of(Store(own), Store(own).get(oid))
 
 
@@ -552,13 +550,7 @@ def test_show_tells_foreign_text_in_one_line(
         out, err = capsys.readouterr()
         assert not re.search("[\x1b\u202e]", out + err)
         if words == ["show", oid]:
-            assert [line for line in out.splitlines() if "licence" in line] == [
-                rf"  setting  licence: {HOSTILE[:97]}...".replace("\n", r"\n")
-                .replace("\x1b", r"\x1b")
-                .replace("\u202e", r"\u202e")
-                if len(HOSTILE) > 100
-                else "  setting  licence: "
-                + HOSTILE.replace("\n", r"\n").replace("\x1b", r"\x1b").replace("\u202e", r"\u202e")
-            ]
+            shown = r"MIT\n\n## Use\n<script>alert(1)</script> | [x](http://y) `z` \x1b[31m\u202e&lt;"
+            assert [line for line in out.splitlines() if "licence" in line] == [f"  setting  licence: {shown}"]
         elif words[0] == "export":
             assert out == f"{tmp_path}/a\\n\\x1bb\n"
