@@ -49,6 +49,7 @@ _DIGESTS = "SHA256SUMS"
 """the file in a folder of live/ that lists the others, as `sha256sum` does"""
 # Sorted keys put this first in a manifest: ten bytes tell it from nearly any other object, whatever its size.
 _MANIFEST_HEAD = b'{"files":{'
+_MANIFEST_FIELDS = {"schema", "kind", "files", "inputs", "params", "results"}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HEX = re.compile(r"[0-9a-fA-F]+")
 _PART = r"[A-Za-z0-9_+][A-Za-z0-9._+-]*"
@@ -99,8 +100,11 @@ def canonical_json(value: object) -> bytes:
 
     ValueError: NaN, infinity, lone surrogates. TypeError: keys that are not str, types that JSON does not have.
     """
-    text = json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return text.encode()
+    return _plain_json(_plain(value))
+
+
+def _plain_json(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def _plain(value: object) -> object:
@@ -132,8 +136,11 @@ def _parse_manifest(oid: str, manifest: bytes) -> Artifact | None:
         artifact = Artifact(oid=oid, files=files, **parts)
         oids = [*artifact.inputs.values(), *(entry.sha256 for entry in files.values())]
         sound = artifact.kind in KINDS and all(map(_NAME.fullmatch, files)) and all(map(_SHA256.fullmatch, oids))
-        return artifact if sound and _manifest_bytes(artifact) == manifest else None
-    except (ValueError, KeyError, TypeError, AttributeError):
+        # What comes from JSON is plain already; this is `_manifest_bytes(artifact) == manifest`, in half the time.
+        sound = sound and set(fields) == _MANIFEST_FIELDS and type(fields["schema"]) is int
+        sound = sound and fields["schema"] == SCHEMA_VERSION and _plain_json(fields) == manifest
+        return artifact if sound else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

@@ -63,8 +63,8 @@ def test_print_data_is_one_line_on_stdout_alone(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr() == ("1.9234\n", "")
 
 
-HOSTILE = "a\x1b[31m\n## b\u202ec\u2066d\u200ee\x9bf\x7f\ud800\udcff<b>"
-SHOWN = r"a\x1b[31m\n## b\u202ec\u2066d\u200ee\x9bf\x7f\ud800\xff<b>"
+HOSTILE = "a\x1b[31m\n## b\u202ec\u2066d\u200ee\x9bf\x7f\ud800-\udcff<b>"
+SHOWN = r"a\x1b[31m\n## b\u202ec\u2066d\u200ee\x9bf\x7f\ud800-\xff<b>"
 
 
 def test_text_from_outside_is_shown_with_visible_escapes_everywhere(
