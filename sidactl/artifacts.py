@@ -46,7 +46,7 @@ def resolve(store: Store, text: str, kinds: Sequence[str], *, any_size: bool = F
     if ("teacher" in kinds and text in catalog.TEACHERS) or ("generator" in kinds and text in catalog.GENERATORS):
         return fetch_teacher(text, run=store.root)
     if "dataset" in kinds and text in catalog.DATASETS:
-        is_prepared = not catalog.DATASETS[text].builtin and f"dataset/{text}" in store.refs()
+        is_prepared = not catalog.DATASETS[text].builtin and store.ref("dataset", text)
         return store.resolve(f"dataset/{text}") if is_prepared else prepare_data(text, run=store.root)
     if "://" in text or suffix in NET_FILES:
         if not nets:
@@ -57,8 +57,33 @@ def resolve(store: Store, text: str, kinds: Sequence[str], *, any_size: bool = F
     return store.resolve(text, kinds)
 
 
+def dataset_called(store: Store, name: str) -> Artifact:
+    """The dataset that a network says it is of: one of the catalog, or a ref.
+
+    What a file from outside says is a name, never the path or URL of something to be read.
+    """
+    entry = catalog.DATASETS.get(name)
+    if entry and entry.builtin:
+        return prepare_data(name, run=store.root)
+    if store.ref("dataset", name):
+        return store.resolve(f"dataset/{name}", ["dataset"])
+    if entry:
+        raise _must_be_prepared(entry)
+    raise SidaError(
+        f"the network is of dataset {name!r}, which is no name of the catalog and no ref in {store.root}",
+        "Pass the dataset: --ref in a score, --dataset in training.",
+    )
+
+
+def _must_be_prepared(entry: catalog.Dataset) -> SidaError:
+    return SidaError(
+        f"dataset {entry.name} must be prepared from its files",
+        f"Get them from {entry.where}, then run sidactl prepare-data PATH --preset {entry.name} --name {entry.name}.",
+    )
+
+
 def _is_ref(store: Store, text: str) -> bool:
-    return any(text in (ref, ref.partition("/")[2]) for ref in store.refs())
+    return bool(store.refs_called(text))
 
 
 def load(ref: str, run: Path | str | None = None, device: str = "cpu") -> "Preconditioned":
@@ -541,10 +566,7 @@ def _prepare_images(
         key = store.key("prepare-data", question | {"any_size": True}, {})
     entry = catalog.DATASETS.get(source)
     if entry and not entry.builtin and not Path(source).exists():
-        raise SidaError(
-            f"dataset {source} must be prepared from its files",
-            f"Get them from {entry.where}, then run sidactl prepare-data PATH --preset {source} --name {source}.",
-        )
+        raise _must_be_prepared(entry)
     refs = [*([source] if entry and entry.builtin else []), *([name] if name else [])]
     with _answering(store, key, source, force) as work:
         if isinstance(work, Artifact):
@@ -795,13 +817,14 @@ def _is_within(folder: str, other: str) -> bool:
 
 
 def answered(store: Store, key: str, artifact: Artifact, command: str, *, refs: Sequence[str] = ()) -> Artifact:
-    store.answer(key, artifact.oid)
+    # In this order, so that every answer is in the log, by which verify knows one that was swapped.
     store.log({"command": command, "key": key, "oid": artifact.oid})
+    store.answer(key, artifact.oid)
     return named(store, artifact, refs)
 
 
 def named(store: Store, artifact: Artifact, refs: Sequence[str]) -> Artifact:
     for name in refs:
-        if store.refs().get(f"{artifact.kind}/{name}") != artifact.oid:
+        if store.ref(artifact.kind, name) != artifact.oid:
             store.set_ref(artifact.kind, name, artifact.oid)
     return artifact

@@ -907,7 +907,7 @@ def verify(run: Run = None, as_json: Json = False) -> None:
             ui.print_data(f"{name}: {problem}")
     if problems:
         told = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in the run directory"
-        raise SidaError(told, "Ask again with --force for what is damaged.", exit_code=EXIT_FAILED)
+        raise SidaError(told, "Each line says what helps.", exit_code=EXIT_FAILED)
     ui.note("no problem found")
 
 

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener, url2pathname
 
 from sidactl.errors import EXIT_FAILED, SidaError
+from sidactl.text import visible
 
 Progress = Callable[[int, int], None]
 """called with (bytes done, bytes in all); the latter is 0 where the server does not tell"""
@@ -32,7 +33,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 def to_stderr(line: str) -> None:
     """Prints one line on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    print(visible(line), file=sys.stderr, flush=True)
 
 
 def fetch(

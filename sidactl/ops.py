@@ -26,6 +26,7 @@ from sidactl.artifacts import (
     asked,
     at_work,
     check_seeds,
+    dataset_called,
     image_source,
     is_alone,
     load_dataset,
@@ -363,7 +364,7 @@ def _resolved(
     teacher_artifact = resolve(store, teacher, ["teacher"])
     inputs = {"teacher": teacher_artifact}
     teacher_net = NetSpec.from_json(mapping(teacher_artifact.params["net"]))
-    data = inputs["dataset"] = _training_data(store, planned, teacher_net, dataset)
+    data = inputs["dataset"] = _training_data(store, planned, teacher_artifact, dataset)
     recipe = dataclasses.replace(
         planned.recipe, dataset=planned.recipe.dataset if dataset is None else str(data.params["name"])
     )
@@ -387,15 +388,17 @@ def _resolved(
     return recipe, inputs, notes
 
 
-def _training_data(store: Store, planned: Plan, net: NetSpec, asked: str | None) -> Artifact:
+def _training_data(store: Store, planned: Plan, teacher: Artifact, asked: str | None) -> Artifact:
     """The dataset to train on; in mode sid, where it is not there and none was named, the net's classes alone."""
     try:
-        data = resolve(store, planned.inputs["dataset"], ["dataset"])
+        data = resolve(store, asked, ["dataset"]) if asked else dataset_called(store, planned.inputs["dataset"])
     except SidaError:
+        if not asked and "dataset" in teacher.inputs:
+            return store.get(teacher.inputs["dataset"])
         if asked or planned.recipe.mode != "sid":
             raise
         # A net without classes looks at no label: one class does as well.
-        return prepare_data(None, classes=net.label_dim or 1, run=store.root)
+        return prepare_data(None, classes=int(mapping(teacher.params["net"])["label_dim"]) or 1, run=store.root)
     if planned.recipe.mode != "sid":
         require_images(data)
     return data

@@ -9,6 +9,7 @@ from sidactl import catalog
 from sidactl.artifacts import (
     NETS,
     answered,
+    dataset_called,
     fetched_file,
     load_dataset,
     mapping,
@@ -122,7 +123,7 @@ def dataset_of(store: Store, subject: Artifact) -> Artifact:
         return dataset_of(store, store.get(subject.inputs["net"]))
     if subject.params["dataset"] is None:
         raise SidaError("it is not known which dataset this network is of", "Pass --ref DATASET.")
-    return resolve(store, str(subject.params["dataset"]), ["dataset"])
+    return dataset_called(store, str(subject.params["dataset"]))
 
 
 def _published(store: Store, entry: catalog.Reference, need: Need) -> Artifact:

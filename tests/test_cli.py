@@ -500,8 +500,11 @@ def test_verify_names_a_damaged_object(tmp_path: Path) -> None:
     path.chmod(0o644)
     path.write_bytes(b"jello")
     done = sidactl("verify", run=tmp_path / "run", check=1)
-    assert artifact.files["a.txt"].sha256 in done.stdout
-    assert done.stderr == "error: 1 problem in the run directory. Ask again with --force for what is damaged.\n"
+    assert done.stdout == (
+        f"{artifact.files['a.txt'].sha256}: file a.txt of samples {artifact.oid[:12]}: damaged: its content no longer "
+        f"matches its name. Remove it: rm -rf {path}, then repeat the command that made it with --force\n"
+    )
+    assert done.stderr == "error: 1 problem in the run directory. Each line says what helps.\n"
 
 
 @pytest.mark.parametrize(
