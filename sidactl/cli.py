@@ -22,7 +22,7 @@ from typer.core import TyperGroup
 
 from sidactl import __version__, ui
 from sidactl.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, SidaError
-from sidactl.recipe import Adversarial, Execution, NetSpec, Recipe, Setting, TeacherRecipe
+from sidactl.recipe import Adversarial, Execution, NetSpec, Recipe, Setting, TeacherRecipe, flag_of
 
 if TYPE_CHECKING:
     from sidactl.loop import Event
@@ -303,16 +303,12 @@ def _field_docs(cls: type) -> Mapping[str, str]:
     return docs
 
 
-def _flag(field: str) -> str:
-    return "--" + field.removesuffix("_nimg").replace("_", "-").lower()
-
-
 def _metavar(field: dataclasses.Field[Any]) -> str:
     return "COUNT" if field.name.endswith("_nimg") else "true|false" if field.type is bool else "VALUE"
 
 
 def _parser(field: dataclasses.Field[Any]) -> Callable[[str], Any]:
-    flag, allows_none = _flag(field.name), "None" in str(field.type)
+    flag, allows_none = flag_of(field.name), "None" in str(field.type)
 
     def parse(text: str) -> Any:
         if allows_none and text.lower() == "none":
@@ -383,8 +379,8 @@ def recipe_flags(*classes: type) -> Callable[[Callable[..., None]], Callable[...
 def _option(name: str, field: "dataclasses.Field[Any]", doc: str) -> Any:
     """The annotation of a field's option; what is off by default is a switch."""
     if field.default is False:
-        return Annotated[bool | None, typer.Option(_flag(name), help=doc)]
-    return Annotated[Any, typer.Option(_flag(name), parser=_parser(field), metavar=_metavar(field), help=doc)]
+        return Annotated[bool | None, typer.Option(flag_of(name), help=doc)]
+    return Annotated[Any, typer.Option(flag_of(name), parser=_parser(field), metavar=_metavar(field), help=doc)]
 
 
 Log = Annotated[

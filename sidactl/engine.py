@@ -387,8 +387,6 @@ def arrange(
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if execution.ema_on_cpu:
         ema.cpu()
-    if execution.shard and execution.compile:
-        raise SidaError("compiled nets cannot be sharded, got both", "Leave out --shard or --compile.")
     if execution.shard:
         for net in (teacher, fake_score, generator, ema):
             shard_(net)

@@ -126,9 +126,8 @@ def run(
 
     Continues from the newest sound checkpoint in `live`. Leaves there: two checkpoints, the EMA net with the lowest
     score (`best_weights`), `preview-<images>.png`, and `events.jsonl`. A checkpoint is written before every evaluation,
-    too, so that one that fails costs no training. On a CPU, with as many threads, a continued run
-    ends in the same bits as an uninterrupted one. Of several processes all take the same way through it: one that is
-    told to stop stops all.
+    too, so that one that fails costs no training. On a CPU, with as many threads, a continued run ends in the same bits
+    as an uninterrupted one. Of several processes all take the same way through it: one that is told to stop stops all.
     Raises SidaError (exit code 1) when too many updates in a row had to be skipped or a weight is not finite.
     """
 
@@ -144,6 +143,9 @@ def run(
         is_last = seen < training.nimg >= schedule.duration_nimg
         return evaluate is not None and (is_last or _passes(seen, training.nimg, schedule.evaluate_every_nimg))
 
+    warnings = _resume(training, history, live)
+    saved = training.nimg, len(history.scores)
+
     def save() -> None:
         nonlocal saved
         _refuse_non_finite_weights(training)
@@ -151,8 +153,6 @@ def run(
             save_checkpoint(training, history, live)
             saved = position
 
-    warnings = _resume(training, history, live)
-    saved = training.nimg, len(history.scores)
     if training.nimg:
         yield Event("resumed", training.nimg)
     for warning in warnings:
@@ -401,9 +401,10 @@ def _forget_events_after(nimg: int, history: History, live: LiveDir) -> None:
     def is_known(line: bytes) -> bool:
         try:
             event = json.loads(line)
-            return int(event["nimg"]) <= nimg and (event["event"] != "evaluation" or event["nimg"] in evaluated)
-        except ValueError:  # the half line that a killed process left
+            return bool(event["nimg"] <= nimg) and (event["event"] != "evaluation" or event["nimg"] in evaluated)
+        except (ValueError, LookupError, TypeError):  # the half line that a killed process left
             return False
 
     if events.exists():
-        live.write("events.jsonl", b"".join(filter(is_known, events.read_bytes().splitlines(keepends=True))))
+        kept = [line for line in events.read_bytes().splitlines(keepends=True) if is_known(line)]
+        live.write("events.jsonl", b"".join(kept))
