@@ -389,14 +389,14 @@ def fetch_detector(name: str, *, run: Path | str | None = None, progress: downlo
     Raises SidaError for an unknown name, with the nearest one, and for a file that is not that network.
     """
     entry, store = catalog.detector(name), Store.open(run)
-    source = entry.source.url if entry.source else asset_digest(str(entry.asset))
+    source = entry.source.url if entry.source else asset_digest(entry.asset) if entry.asset else name
     key = store.key("fetch-detector", {"source": source}, {})
     if known := store.asked(key):
         return known
     params: dict[str, Any] = {"name": name, "licence": entry.licence}
     files: dict[str, Path | bytes]
     if entry.source is None:
-        files = {"model.safetensors": catalog.ASSETS / str(entry.asset)}
+        files = {"model.safetensors": catalog.ASSETS / entry.asset if entry.asset else _drawn_weights()}
         return answered(store, key, store.put("detector", files, params=params), "fetch-detector", refs=[name])
     with fetched_file(store, entry.source.url, name, entry, progress) as (path, sha256):
         if known := store.asked(key):
@@ -415,6 +415,14 @@ def fetch_detector(name: str, *, run: Path | str | None = None, progress: downlo
             files = {"model.safetensors": safetensors.torch.save(weights)}
         artifact = store.put("detector", files, params=params | {"source_url": source, "source_sha256": sha256})
         return answered(store, key, artifact, "fetch-detector", refs=[name])
+
+
+def _drawn_weights() -> bytes:
+    import safetensors.torch
+
+    from sidactl.detectors import RandomFeatures
+
+    return safetensors.torch.save(RandomFeatures.drawn())
 
 
 def read_state_dict(path: Path | str) -> "dict[str, Tensor]":

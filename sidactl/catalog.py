@@ -88,7 +88,7 @@ class Detector(Entry):
     """The weights of a feature detector."""
 
     asset: str | None = None
-    """file of the package, for a built-in one"""
+    """file of the package, for a built-in one; with neither this nor a source, the weights are drawn from a seed"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -597,6 +597,11 @@ DETECTORS: Mapping[str, Detector] = {
             about="classifier of 8x8 digits, 64 features",
             licence="Apache-2.0",
             asset="tiny-digits-detector.safetensors",
+        ),
+        Detector(
+            name="random-features",
+            about="convolutions with seeded weights, for images of any size, 128 features; built in",
+            licence="Apache-2.0",
         ),
         Detector(
             name="inception",

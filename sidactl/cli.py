@@ -696,7 +696,9 @@ def score_flags(command: Callable[..., None]) -> Callable[..., None]:
         ] = "uniform",
         detector: Annotated[
             str | None,
-            typer.Option(metavar="NAME", help="inception, dinov2, tiny-digits or a file; the reference's own"),
+            typer.Option(
+                metavar="NAME", help="inception, dinov2, tiny-digits, random-features or a file; the reference's own"
+            ),
         ] = None,
         convention: Annotated[
             str, typer.Option(metavar="NAME", help="whose arithmetic: edm, sid or guided-diffusion")

@@ -34,7 +34,12 @@ if TYPE_CHECKING:
     from sidactl.metrics import FeatureStats
 
 SCORED = (*NETS, "samples", "dataset")
-SCORE_NAMES = {"tiny-digits": "FD tiny-digits", "inception": "FID", "dinov2": "FD-DINOv2"}
+SCORE_NAMES = {
+    "tiny-digits": "FD tiny-digits",
+    "random-features": "random-features FD",
+    "inception": "FID",
+    "dinov2": "FD-DINOv2",
+}
 """what a Fréchet distance is called by its detector; only Inception's is a FID"""
 Convention = Literal["edm", "sid", "guided-diffusion"]
 CONVENTIONS: tuple[Convention, ...] = ("edm", "sid", "guided-diffusion")
@@ -71,7 +76,8 @@ class ScoreOptions(TypedDict, total=False):
     num, trials, first_seed: images per trial (50,000), trials, and the first one's first seed; the next go on from it.
     labels: classes drawn uniformly for each seed, as EDM does, or by their share of the dataset, as SiD does.
     setting: of the arithmetic of a generator or teacher, float32 by default; that of detectors is always float32.
-    detector: inception, dinov2, tiny-digits, or a file: Inception in TorchScript, or a state dict of Inception's.
+    detector: inception, dinov2, tiny-digits, random-features (built in, for any images), or a file: Inception in
+        TorchScript, or a state dict of Inception's.
     resize: of dinov2: torch, as in the published statistics, or pil.
     convention: whose arithmetic: edm (N - 1 in covariances, float32 distances), sid (N for generated images, float16
         distances) or guided-diffusion (its precision and recall).
@@ -302,8 +308,8 @@ def _detector_of(metric: str, asked: str | None, found: Mapping[str, Artifact], 
 
 
 def _has_classes(detector: str) -> bool:
-    """Whether it classifies: the transformer does not, nor do networks in TorchScript, which give features alone."""
-    return detector not in ("dinov2", "inception-torchscript") and not _is_torchscript(detector)
+    """Whether it classifies: only the digits' and Inception do; in TorchScript that, too, gives features alone."""
+    return detector not in ("dinov2", "random-features", "inception-torchscript") and not _is_torchscript(detector)
 
 
 def _weights_digest(store: Store, detector: str) -> Any:

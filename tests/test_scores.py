@@ -277,3 +277,16 @@ def test_classes_can_be_drawn_as_in_the_dataset(finished: Finished) -> None:
     with pytest.raises(SidaError) as caught:
         scores.fid("generator/best", num=300, labels="balanced", run=finished.root)
     assert str(caught.value) == "labels must be one of uniform, dataset, got 'balanced'. Pass another."
+
+
+def test_the_seeded_detector_scores_anything_by_its_own_name(finished: Finished, collapsed: str, diverse: str) -> None:
+    options: dict[str, Any] = {"detector": "random-features", "run": finished.root}
+    score = scores.evaluate(diverse, **options)
+    assert list(score.values) == ["KID random-features", "precision", "random-features FD", "recall"]
+    assert score.value == score.values["KID random-features"][0]
+    distance = scores.fid(diverse, **options)
+    assert list(distance.values) == ["random-features FD"]
+    assert distance.value < scores.fid(collapsed, **options).value
+    assert distance.detectors == {"random-features FD": detectors.load("random-features").identity}
+    with pytest.raises(SidaError, match=r"^the inception score needs classes, detector random-features gives none\."):
+        scores.inception_score(diverse, **options)
