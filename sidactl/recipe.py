@@ -397,6 +397,23 @@ class Recipe(Plain):
             )
         assert (self.adversarial is None) == (self.mode == "sid"), "sid has no adversarial part, the others do"
 
+    def lasting(self, duration_nimg: int) -> Self:
+        """The recipe for another duration, by whose change all that is counted in images changes in proportion."""
+        changed = dataclasses.replace(self, duration_nimg=duration_nimg)
+        ratio = duration_nimg / self.duration_nimg
+
+        def scaled(value: Plain, *names: str) -> dict[str, Any]:
+            counts = {name: getattr(value, name) for name in names}
+            return {name: n and max(round(n * ratio), 1) for name, n in counts.items()}
+
+        part = self.adversarial
+        names = ("generator_from_nimg", "ema_halflife_nimg", "evaluate_every_nimg", "checkpoint_every_nimg")
+        return dataclasses.replace(
+            changed,
+            **scaled(self, *names),
+            adversarial=part and dataclasses.replace(part, **scaled(part, "adversarial_from_nimg")),
+        )
+
     def trains_generator(self, nimg: int) -> bool:
         """Whether the step that begins after so many images updates the generator, not the fake score alone."""
         return self.generator_from_nimg is None or nimg > self.generator_from_nimg
@@ -462,6 +479,35 @@ class Execution(Plain):
         _at_least(self, 1, "batch_per_device")
         if self.shard and self.compile:
             raise SidaError("compiled nets cannot be sharded, got both", "Leave out --shard or --compile.")
+
+
+def passes_of(recipe: Recipe, execution: Execution, rank: int = 0, num_processes: int = 1) -> list[Sequence[int]]:
+    """The accumulation rounds of a process, in groups that go through the nets at once.
+
+    Raises SidaError where the processes cannot share the rounds evenly, or where the images at a time do not fit them.
+    """
+    num_rounds, micro_batch = recipe.num_accumulation_rounds, recipe.batch_size // recipe.num_accumulation_rounds
+    if num_rounds % num_processes:
+        raise SidaError(
+            f"the {num_rounds} micro-batches of a batch must be shared evenly, got {num_processes} processes",
+            "Start as many processes as divide it, or pass another --num-accumulation-rounds.",
+        )
+    rounds = range(rank, num_rounds, num_processes)
+    images = execution.batch_per_device or micro_batch
+    if images % micro_batch or len(rounds) % (images // micro_batch):
+        fitting = ", ".join(str(micro_batch * n) for n in range(1, len(rounds) + 1) if len(rounds) % n == 0)
+        raise SidaError(
+            f"batch-per-device must be one of {fitting} (micro-batches of {micro_batch}), got {images}",
+            "For less memory pass --checkpoint-activations, or change the recipe with --num-accumulation-rounds.",
+        )
+    at_once = images // micro_batch
+    if at_once > 1 and not recipe.joins_micro_batches:
+        what = "dropout" if recipe.dropout else "augmentation"
+        raise SidaError(
+            f"with {what} a pass holds one micro-batch of {micro_batch}, got --batch-per-device {images}",
+            f"Pass --batch-per-device {micro_batch}, or leave it out.",
+        )
+    return [rounds[start : start + at_once] for start in range(0, len(rounds), at_once)]
 
 
 @dataclass(frozen=True, kw_only=True)

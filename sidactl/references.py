@@ -33,6 +33,7 @@ Need = Literal["moments", "images"]
 """what a metric compares with: mean and covariance of features, or the features of single images"""
 MAX_BATCH_SIZE, BATCH_VALUES = 250, 1 << 20
 """images per batch: few enough that all their pixels are at most BATCH_VALUES values"""
+RANDOM_FEATURES = "random-features"
 _PUBLISHED_NAMES = {"inception": "fid", "dinov2": "fd_dinov2"}
 """what EDM2's reference files call the statistics by a detector"""
 
@@ -309,6 +310,22 @@ def position_batches(
 def images_per_batch(num_channels: int, resolution: int) -> int:
     """How many images of this size are held at once."""
     return max(1, min(MAX_BATCH_SIZE, BATCH_VALUES // (num_channels * resolution**2)))
+
+
+def training_detector(reference: Artifact) -> str:
+    """The detector that a run is scored with unless another is asked for: for a dataset of one's own one built in.
+
+    Such a score chooses the best generator of one run, no more, so that it need not be one that papers print.
+    """
+    name = detector_name(reference)
+    is_own = reference.kind == "dataset" and name == "inception" and not _entry_of(reference)
+    return RANDOM_FEATURES if is_own else name
+
+
+def _entry_of(dataset: Artifact) -> catalog.Dataset | None:
+    """The catalog's entry of a dataset, by its name or by the preset that made it."""
+    known = (catalog.DATASETS.get(str(dataset.params.get(key))) for key in ("name", "preset"))
+    return next(filter(None, known), None)
 
 
 def detector_name(reference: Artifact) -> str:
