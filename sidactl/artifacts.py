@@ -737,6 +737,16 @@ def require_images(artifact: Artifact) -> None:
         )
 
 
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raises SidaError where images of these seeds cannot be drawn, or would be those of other seeds."""
+    ends = (seeds[0], seeds[-1]) if isinstance(seeds, range) else (min(seeds), max(seeds))
+    if outside := [int(seed) for seed in ends if not 0 <= seed < 1 << 32]:
+        raise SidaError(
+            f"seeds of images must be from 0 to {(1 << 32) - 1}, got {outside[0]}",
+            "Draw from others: only their lower 32 bits would count.",
+        )
+
+
 def shape_for_nets(data: Artifact) -> tuple[int | None, int | None, int]:
     """Resolution, channels and classes of a dataset as a network sees it; no resolution or channels without images."""
     results: Mapping[str, Any] = data.results

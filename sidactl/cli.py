@@ -689,6 +689,9 @@ def score_flags(command: Callable[..., None]) -> Callable[..., None]:
         num: Annotated[
             str | None, typer.Option(metavar="COUNT", help="images per trial; 50k, or all of samples and folders")
         ] = None,
+        subset_seed: Annotated[
+            int | None, typer.Option(help="what draws --num images where samples or folders hold more; 0")
+        ] = None,
         trials: Annotated[int, typer.Option(help="repetitions with fresh seeds")] = 1,
         first_seed: Annotated[int, typer.Option(help="seed of the first image of the first trial")] = 0,
         labels: Annotated[
@@ -1022,6 +1025,9 @@ def _score_lines(score: "Score") -> list[str]:
     """One line per number: mean, standard deviation, minimum, and how it was made."""
     told = score.to_json()
     trials = f"{len(told['seeds'])} x {score.num:,} images" if told["seeds"] else f"{score.num:,} images"
+    if "subset_of" in score.settings:
+        of, seed = score.settings["subset_of"], score.settings["subset_seed"]
+        trials = f"{score.num:,} of {of:,} images, drawn by seed {seed}"
 
     def line(name: str, n: Mapping[str, Any]) -> str:
         spread = "" if n["std"] is None else f" +- {n['std']:.2g} (minimum {n['minimum']:.4g})"

@@ -372,6 +372,13 @@ class Dataset:
         return [] if self.labels is None else class_counts(self.labels)
 
 
+def drawn_subset(num_items: int, size: int, seed: int) -> NDArray[np.int64]:
+    """`size` of the positions 0 .. num_items - 1 in ascending order, drawn as EDM's and EDM2's tools draw a subset."""
+    positions = np.arange(num_items)
+    np.random.RandomState(seed % (1 << 31)).shuffle(positions)
+    return np.sort(positions[:size])
+
+
 class DataOrder:
     """An endless shuffled order of `num_items` positions that depends on the seed alone.
 

@@ -224,12 +224,19 @@ def load(
 
 def _digits_detector(net: DigitsClassifier, identity: str, device: torch.device) -> Detector:
     def extract(images: Tensor) -> Tensor:
-        return net.raw_features(images.to(torch.float32) / 127.5 - 1) * net.feature_scale
+        # Fewer than four are added up in another order.
+        pixels = _padded(images, 4).to(torch.float32) / 127.5 - 1
+        return (net.raw_features(pixels) * net.feature_scale)[: len(images)]
 
     def classify(features: Tensor) -> Tensor:
         return F.linear(features / net.feature_scale, net.classifier.weight)
 
     return Detector(BUILT_IN, 64, identity, device, extract, classify, shape=(1, 8, 8), images_at_once=1000)
+
+
+def _padded(images: Tensor, least: int) -> Tensor:
+    """These images [N, C, H, W], and black ones after them up to `least`."""
+    return F.pad(images, (0, 0, 0, 0, 0, 0, 0, max(0, least - len(images))))
 
 
 def _random_detector(state_dict: Mapping[str, Tensor], identity: str, device: torch.device) -> Detector:
@@ -239,8 +246,7 @@ def _random_detector(state_dict: Mapping[str, Tensor], identity: str, device: to
 
     def extract(images: Tensor) -> Tensor:
         # Always as many at a time: by their number libraries choose among ways to add, whose last digits differ.
-        padding = IMAGES_AT_ONCE - len(images)
-        features: Tensor = net(F.pad(images, (0, 0, 0, 0, 0, 0, 0, padding)))[: len(images)]
+        features: Tensor = net(_padded(images, IMAGES_AT_ONCE))[: len(images)]
         return features
 
     return Detector(RANDOM_FEATURES, net.NUM_FEATURES, identity, device, extract)

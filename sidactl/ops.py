@@ -26,6 +26,7 @@ from sidactl.artifacts import (
     answered,
     asked,
     at_work,
+    check_seeds,
     image_source,
     is_alone,
     load_dataset,
@@ -968,6 +969,7 @@ def sample(
     """
     if not seeds:
         raise SidaError("sample count must be >= 1, got 0", "Pass --num 1 or more.")
+    check_seeds(seeds)
     store = Store.open(run)
     if name:
         store.check_name("samples", name)

@@ -146,6 +146,17 @@ def warning(artifact: Artifact) -> str | None:
     return None
 
 
+def num_images(store: Store, reference: Artifact) -> int | None:
+    """How many images a reference's statistics are of; None where it is not known."""
+    import numpy as np
+
+    if "stats.npz" in reference.files:
+        with np.load(io.BytesIO(store.read(reference, "stats.npz")), allow_pickle=False) as held:
+            return int(held["num_items"])
+    count = reference.results.get("num_images") if reference.kind == "dataset" else reference.params.get("num_images")
+    return count if isinstance(count, int) else None
+
+
 def _has_moments(path: str) -> bool:
     return _has(path, "mu") and _has(path, "sigma")
 

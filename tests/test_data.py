@@ -27,7 +27,7 @@ from PIL import Image
 
 from sidactl import prepare as prepare_module
 from sidactl.codec import LatentCodec
-from sidactl.data import DataOrder, Dataset, ZipArchive, tiny_digits_arrays
+from sidactl.data import DataOrder, Dataset, ZipArchive, drawn_subset, tiny_digits_arrays
 from sidactl.errors import SidaError
 from sidactl.prepare import PRESETS, ZipWriter, contact_sheet, encode_png, prepare, prepare_latents
 from tests.golden import golden_metrics
@@ -1079,3 +1079,12 @@ def test_order_is_uniform() -> None:
     for epoch in range(2000):
         counts[np.arange(4), order.indices(4 * epoch, 4)] += 1
     assert np.abs(counts / 2000 - 0.25).max() < 0.04  # four standard deviations
+
+
+def test_a_subset_is_drawn_as_the_published_tools_draw_it() -> None:
+    loader = json.loads(golden_metrics(EXPECTED).read_text())["loader"]
+    for size in (10, 25, 1000):
+        for seed in (0, 1, 12345):
+            expected = loader[f"edm_max{size}_seed{seed}"]
+            assert drawn_subset(60, size, seed).tolist() == expected
+            assert drawn_subset(60, size, seed + (1 << 31)).tolist() == expected

@@ -60,6 +60,16 @@ def test_statistics_do_not_depend_on_batches_and_are_those_of_the_features(
         np.testing.assert_allclose(stats.covariance(), np.cov(features, rowvar=False), rtol=1e-4, atol=1e-6)
 
 
+def test_features_are_the_same_bits_beside_whatever_other_images(
+    detector: detectors.Detector, digits: tuple[Tensor, Tensor]
+) -> None:
+    images = digits[0][:70]
+    features = detector(images)
+    for size in (1, 2, 3, 23):
+        assert torch.equal(detectors.features_of(detector, images.split(size)), features)
+    assert torch.equal(detector(images.flip(0)).flip(0), features)
+
+
 def test_noise_lies_further_from_the_digits_than_the_digits_from_each_other(
     detector: detectors.Detector, digits: tuple[Tensor, Tensor]
 ) -> None:

@@ -2,16 +2,18 @@
 
 import shutil
 import statistics
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from numpy.typing import NDArray
 
-from sidactl import detectors, inventory, metrics, ops, references, scores
-from sidactl.artifacts import load_dataset
+from sidactl import cli, detectors, inventory, metrics, ops, prepare, references, scores
+from sidactl.artifacts import load_dataset, resolve
 from sidactl.errors import SidaError
 from sidactl.recipe import Setting
 from sidactl.store import Store
@@ -194,6 +196,34 @@ def test_a_score_in_another_precision_says_so_and_is_that_of_such_samples(finish
         ),
         (
             "samples",
+            {"num": 100, "subset_seed": -1},
+            "the subset seed must be from 0 to 2147483647, got -1. Pass --subset-seed 0.",
+        ),
+        (
+            "samples",
+            {"subset_seed": 1},
+            "a subset must have fewer than all 200 images, got a seed for one of 200. "
+            "Pass a smaller --num, or leave out --subset-seed.",
+        ),
+        (
+            "generator/best",
+            {"num": 10, "subset_seed": 1},
+            "a subset is of images that there are, got a net that draws them. Pass --first-seed.",
+        ),
+        (
+            "generator/best",
+            {"num": 10, "first_seed": -1},
+            "seeds of images must be from 0 to 4294967295, got -1. "
+            "Draw from others: only their lower 32 bits would count.",
+        ),
+        (
+            "generator/best",
+            {"num": 10, "trials": 3, "first_seed": (1 << 32) - 29},
+            "seeds of images must be from 0 to 4294967295, got 4294967296. "
+            "Draw from others: only their lower 32 bits would count.",
+        ),
+        (
+            "samples",
             {"trials": 2},
             "trials need images drawn anew, got 2 trials of fixed samples. "
             "Score the generator itself, or leave out --trials.",
@@ -290,3 +320,123 @@ def test_the_seeded_detector_scores_anything_by_its_own_name(finished: Finished,
     assert distance.detectors == {"random-features FD": detectors.load("random-features").identity}
     with pytest.raises(SidaError, match=r"^the inception score needs classes, detector random-features gives none\."):
         scores.inception_score(diverse, **options)
+
+
+def test_fewer_images_than_there_are_are_drawn_by_seed(finished: Finished) -> None:
+    """The first of a set sorted by class are all of one class."""
+    store = Store.open(finished.root)
+    dataset = load_dataset(store, store.resolve("dataset/tiny-digits"))
+    assert dataset.labels is not None
+    found = features(finished, "dataset/tiny-digits")
+    real = found.mean(0), np.cov(found, rowvar=False)
+    options: dict[str, Any] = {"reference": "dataset/tiny-digits", "num": 120, "run": finished.root}
+    for seed in (0, 5):
+        order = np.arange(1797)
+        np.random.RandomState(seed).shuffle(order)
+        rows = found[np.sort(order[:120])]
+        expected = metrics.frechet_distance(rows.mean(0), np.cov(rows, rowvar=False), *real)
+        score = scores.fid("dataset/tiny-digits", subset_seed=seed, **options)
+        assert score.value == pytest.approx(expected, rel=1e-9)
+        assert score.to_json()["settings"] | {"subset_seed": seed, "subset_of": 1797} == score.settings
+        assert score.num == 120
+    assert scores.fid("dataset/tiny-digits", **options) == scores.fid("dataset/tiny-digits", subset_seed=0, **options)
+    assert cli._score_lines(score) == [
+        f"{FD} {score.value:.4g}; 120 of 1,797 images, drawn by seed 5, {score.detectors[FD]}"
+    ]
+    whole = scores.fid("dataset/tiny-digits", **options | {"num": 1797})
+    assert not {"subset_seed", "subset_of"} & set(whole.settings)
+
+
+def test_numbers_of_images_in_parts_depend_on_the_images_alone(
+    finished: Finished, diverse: str, tmp_path: Path
+) -> None:
+    """As samples in the order of seeds, and as a folder by class, an npz and a zip in reverse."""
+    folder = inventory.export(diverse, tmp_path / "folder", form="png", run=finished.root)
+    by_class = load_dataset(Store.open(finished.root), resolve(Store.open(finished.root), str(folder), ["dataset"]))
+    assert by_class.labels is not None
+    assert (np.diff(by_class.labels) >= 0).all()
+    npz, images = tmp_path / "shuffled.npz", by_class.images(range(by_class.num_images))
+    order = np.random.RandomState(0).permutation(len(images))
+    np.savez(npz, arr_0=images.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()[order])
+    reversed_zip = tmp_path / "reversed.zip"
+    with zipfile.ZipFile(reversed_zip, "w") as archive:
+        for index, image in enumerate(images.flip(0)):
+            archive.writestr(f"{index:05d}.png", prepare.encode_png(image.permute(1, 2, 0).squeeze(2).numpy()))
+    options: dict[str, Any] = {"reference": "dataset/tiny-digits", "run": finished.root}
+    subjects = [diverse, str(folder), str(npz), str(reversed_zip)]
+    for convention in ("edm", "guided-diffusion"):
+        found = [scores.evaluate(ref, ["inception-score", "kid"], convention=convention, **options) for ref in subjects]
+        assert [score.values for score in found[1:]] == [found[0].values] * 3
+        assert {score.settings["order"] for score in found} == {"content"}
+    # The order is none of a file's, by which a part is certain of its one class, and as good as drawn.
+    detector = detectors.load("tiny-digits")
+    logits, rng = detector.logits(detector(images)), np.random.RandomState(0)
+    score = scores.inception_score(diverse, **options)
+    assert metrics.inception_score(logits)[0] < 0.7 * score.value
+    drawn = [metrics.inception_score(logits[torch.from_numpy(rng.permutation(200))])[0] for _ in range(20)]
+    assert min(drawn) - 0.2 < score.value < max(drawn) + 0.2
+
+
+def test_the_convention_sid_takes_images_in_the_order_of_their_seeds(finished: Finished, tmp_path: Path) -> None:
+    drawn = ops.sample("generator/best", seeds=range(60), run=finished.root).artifact.oid
+    options: dict[str, Any] = {"convention": "sid", "run": finished.root}
+    expected, _ = metrics.inception_score(
+        detectors.load("tiny-digits").logits(torch.tensor(features(finished, drawn)).float())
+    )
+    for score in (
+        scores.inception_score("generator/best", num=60, **options),
+        scores.inception_score(drawn, **options),
+    ):
+        assert score.value == pytest.approx(expected, rel=1e-9)
+        assert "order" not in score.settings
+    assert scores.inception_score(drawn, run=finished.root).value != pytest.approx(expected, rel=1e-9)
+
+
+def test_features_that_an_older_version_kept_are_taken_anew(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def older(tensors: dict[str, torch.Tensor], **options: Any) -> bytes:
+        return save({name: tensor for name, tensor in tensors.items() if name != "digests"}, **options)
+
+    save = safetensors.torch.save
+    with monkeypatch.context() as patched:
+        patched.setattr(safetensors.torch, "save", older)
+        scores.prec_recall("generator/best", num=33, run=finished.root)
+    score = scores.inception_score("generator/best", num=33, run=finished.root)
+    assert score == scores.inception_score("generator/best", num=33, run=finished.root, force=True)
+
+
+def test_an_evaluation_is_by_the_detector_of_its_reference(finished: Finished, diverse: str, tmp_path: Path) -> None:
+    folder = str(inventory.export(diverse, tmp_path / "mine", form="png", run=finished.root))
+    score = scores.evaluate(folder, reference="tiny-digits", run=finished.root)
+    assert list(score.values) == [FD, "IS tiny-digits", "KID tiny-digits", "precision", "recall"]
+    assert set(score.detectors.values()) == {detectors.load("tiny-digits").identity}
+    alone = scores.inception_score(folder, reference="tiny-digits", run=finished.root)
+    assert alone.values == {"IS tiny-digits": score.values["IS tiny-digits"]}
+
+
+def test_few_reference_images_are_warned_of(finished: Finished, diverse: str) -> None:
+    few = ops.sample("tiny-digits", seeds=range(50), steps=4, run=finished.root).artifact.oid
+    assert scores.fid(diverse, run=finished.root).warnings == []
+    images = str(Store.open(finished.root).path(Store.open(finished.root).get(few), "images.zip"))
+    reference = ops.prepare_data(_copy(images, finished.root.parent / "few.zip"), run=finished.root).oid
+    told = (
+        "50 reference images are few for 64 features: the distance is far too high by their number alone; compare only "
+        "with scores against the same ones, better take more"
+    )
+    assert scores.fid(diverse, reference=reference, run=finished.root).warnings == [told]
+    stats = ops.dataset_stats(reference, run=finished.root).oid
+    assert scores.fid(diverse, reference=stats, run=finished.root).warnings == [told]
+    assert scores.prec_recall(diverse, reference=reference, run=finished.root).warnings == []
+
+
+def _copy(source: str, destination: Path) -> str:
+    return str(shutil.copy(source, destination))
+
+
+def test_more_reference_images_than_are_taken_are_told(
+    finished: Finished, diverse: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scores, "MAX_REAL_IMAGES", 150)
+    score = scores.prec_recall(diverse, reference="dataset/tiny-digits", num=190, run=finished.root)
+    assert score.warnings == ["150 of 1,797 reference images, drawn by seed 0, stand for all of them"]
