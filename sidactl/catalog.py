@@ -806,8 +806,8 @@ def recipe_for(teacher_name: str, mode: Mode, net: NetSpec | None = None, num_pa
     large = TEACHERS[near].recipes[mode]
     if is_edm2:
         part = small.adversarial and replace(small.adversarial, discriminator_scale=100.0)
-        rates = {"fake_score_lr": 10 * small.fake_score_lr, "generator_lr": 10 * small.generator_lr}
-        small = replace(small, adversarial=part, **rates)
+        lrs = 10 * small.fake_score_lr, 10 * small.generator_lr
+        small = replace(small, adversarial=part, fake_score_lr=lrs[0], generator_lr=lrs[1])
     smallest, largest = NUM_PARAMETERS["tiny-digits"], NUM_PARAMETERS[near]
     share = min(max(math.log(num_parameters / smallest) / math.log(largest / smallest), 0.0), 1.0)
 

@@ -332,9 +332,7 @@ def _suited(recipe: Recipe, teacher: preflight.Input, overrides: Mapping[str, An
     return recipe.lasting(overrides["duration_nimg"]) if "duration_nimg" in overrides else recipe
 
 
-def _planned_data(
-    store: Store, recipe: Recipe, asked: str | None
-) -> tuple[preflight.Input | None, list[SidaError]]:
+def _planned_data(store: Store, recipe: Recipe, asked: str | None) -> tuple[preflight.Input | None, list[SidaError]]:
     """The dataset to train on; none where mode sid takes classes alone, or where the user has to prepare it first."""
     try:
         return preflight.find(store, recipe.dataset, ["dataset"]), []
@@ -364,7 +362,7 @@ def _planned_scoring(
     try:
         compared = preflight.reference(store, asked, teacher, data)
     except SidaError as error:
-        if _needs_reference(recipe, asked, detector, data and data.artifact) or error.exit_code != EXIT_USAGE:
+        if _needs_reference(recipe, asked, detector, data.artifact if data else None) or error.exit_code != EXIT_USAGE:
             raise
         return None, [], error.message
     default = preflight.default_detector(compared)
@@ -571,9 +569,7 @@ def _resolved(store: Store, *, teacher: str, execution: Execution, device: str |
         detector = detector or default
         if compared.oid != data.oid:
             inputs["reference"] = compared
-    return _Run(
-        recipe, planned.default, execution, inputs, compared, detector, settings, planned.warnings, notes
-    )
+    return _Run(recipe, planned.default, execution, inputs, compared, detector, settings, planned.warnings, notes)
 
 
 def _training_data(store: Store, planned: Plan, net: NetSpec, asked: str | None) -> Artifact:
@@ -783,7 +779,8 @@ def _teacher_score(store: Store, wanted: _Run, device: str | None, watch: Watch 
             tell(f"scoring the teacher on {total:,} images ({nfe} evaluations each) for comparison")
 
     try:
-        return fid(teacher.oid, **_teacher_question(store, wanted), device=device, tick=tick).value
+        options = _teacher_question(store, wanted) | {"device": device, "tick": tick}
+        return fid(teacher.oid, **options).value
     except (SidaError, RuntimeError, MemoryError) as error:
         if not is_alone():  # the others wait for this process
             raise

@@ -297,7 +297,8 @@ def check_disk(store: Store, num_parameters: int) -> int:
             held += path.stat().st_size
     if needed > free + held:
         raise SidaError(
-            f"the run needs about {needed / 1e9:.1f} GB in the run directory {store.root}, {free / 1e9:.1f} GB are free",
+            f"the run needs about {needed / 1e9:.1f} GB in the run directory {store.root}, where {free / 1e9:.1f} GB "
+            "are free",
             "Free some space or choose another with --run DIR.",
         )
     return free
