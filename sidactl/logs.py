@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -62,7 +63,7 @@ def check(names: Sequence[str]) -> None:
     for name in names:
         if name not in LOGGERS:
             raise SidaError(f"the logger must be one of {', '.join(LOGGERS)}, got {name!r}", "Pass another --log.")
-        if importlib.util.find_spec(name) is None:
+        if name not in sys.modules and importlib.util.find_spec(name) is None:
             raise _missing(name, name)
 
 

@@ -328,9 +328,10 @@ def training_detector(reference: Artifact) -> str:
 
     Such a score chooses the best generator of one run, no more, so that it need not be one that papers print.
     """
+    if reference.kind == "dataset" and (entry := _entry_of(reference)):
+        return entry.detector
     name = detector_name(reference)
-    is_own = reference.kind == "dataset" and name == "inception" and not _entry_of(reference)
-    return RANDOM_FEATURES if is_own else name
+    return RANDOM_FEATURES if reference.kind == "dataset" and name == "inception" else name
 
 
 def _entry_of(dataset: Artifact) -> catalog.Dataset | None:
