@@ -35,11 +35,11 @@ NET_FILES = (".pkl", ".safetensors")
 DATA_FILES = (".zip", ".npz")
 
 
-def resolve(store: Store, text: str, kinds: Sequence[str]) -> Artifact:
+def resolve(store: Store, text: str, kinds: Sequence[str], *, any_size: bool = False) -> Artifact:
     """The artifact that `text` means: an oid, a prefix, a ref, a catalog name, a foreign file, a URL or a folder.
 
-    What is not in the run directory yet is fetched, imported or prepared first. Raises SidaError where there is none,
-    it is ambiguous, or it is of another kind.
+    What is not in the run directory yet is fetched, imported or prepared first. any_size: of images, for scores.
+    Raises SidaError where there is none, it is ambiguous, or it is of another kind.
     """
     nets = [kind for kind in NETS if kind in kinds]
     suffix = _suffix(text)
@@ -53,7 +53,7 @@ def resolve(store: Store, text: str, kinds: Sequence[str]) -> Artifact:
             raise SidaError(f"{text} cannot be read as a {' or '.join(kinds)}", "Give an artifact or another file.")
         return fetch_teacher(text, kind=nets[0] if len(nets) == 1 else None, run=store.root)
     if "dataset" in kinds and (suffix in DATA_FILES or (Path(text).is_dir() and not _is_ref(store, text))):
-        return prepare_data(text, run=store.root)
+        return prepare_data(text, any_size=any_size, run=store.root)
     return store.resolve(text, kinds)
 
 
@@ -321,6 +321,7 @@ def _read_safetensors(path: Path) -> _Foreign:
         ) from error
     # Before any memory is taken for what the file merely claims to hold.
     teachers.load_weights(layout, {name: tensor.to("meta") for name, tensor in stored.items()})
+    nets.check_values(stored)
     net = nets.build(spec)
     teachers.load_weights(net, stored)
     return _Foreign(net, stored, kind, True, sampler, params)
@@ -484,6 +485,7 @@ def prepare_data(
     latents: bool = False,
     labels_only: bool = False,
     classes: int | None = None,
+    any_size: bool = False,
     name: str | None = None,
     run: Path | str | None = None,
     device: str | None = None,
@@ -495,6 +497,7 @@ def prepare_data(
     Takes what `prepare.prepare` takes; an interrupted preparation goes on where it was, to the same artifact.
     latents: the VAE's means and standard deviations of the images instead, for EDM2; the source may then be a dataset
         artifact too. The VAE runs on `device`.
+    any_size: images of any one size, to be scored; nets are trained on squares with a side that is a power of two.
     labels_only: no images, but their classes, from a dataset.json; or, without a source, `classes` of them, each once.
         That is all that mode sid needs for its training batches.
 
@@ -518,7 +521,7 @@ def prepare_data(
         raise SidaError("a source is needed, got none", "Name a folder, an archive, or tiny-digits.")
     if latents:
         return _prepare_latents(store, source, options, workers, name, device, force, tick)
-    return _prepare_images(store, source, options, workers, name, force, tick)
+    return _prepare_images(store, source, options, workers, name, force, tick, any_size=any_size)
 
 
 def _prepare_images(
@@ -529,8 +532,13 @@ def _prepare_images(
     name: str | None,
     force: bool,
     tick: Tick | None,
+    *,
+    any_size: bool = False,
 ) -> Artifact:
-    key = store.key("prepare-data", {"source": source_identity(source), **options}, {})
+    question: dict[str, Any] = {"source": source_identity(source), **options}
+    key = store.key("prepare-data", question, {})
+    if any_size and (force or not store.asked(key)):  # what is fit for training is fit for scores
+        key = store.key("prepare-data", question | {"any_size": True}, {})
     entry = catalog.DATASETS.get(source)
     if entry and not entry.builtin and not Path(source).exists():
         raise SidaError(
@@ -545,11 +553,13 @@ def _prepare_images(
         from sidactl.data import Dataset
 
         path = work.path / "images.zip"
-        made = prepare.prepare(source, path, **options, workers=workers, work=work.path, progress=tick)
+        made = prepare.prepare(
+            source, path, **options, any_size=any_size, workers=workers, work=work.path, progress=tick
+        )
         files: dict[str, Path | bytes] = {"images.zip": path}
         if made.kind == "pixels":
             files["contact-sheet.png"] = prepare.contact_sheet(Dataset(path))
-        results = dataclasses.asdict(made)
+        results = {name: value for name, value in dataclasses.asdict(made).items() if (name, value) != ("width", None)}
         entry = entry or catalog.DATASETS.get(options["preset"] or "")
         params: dict[str, Any] = {
             "name": name or Path(source).name,
@@ -611,6 +621,7 @@ def _prepare_latents(
             "vae": codec.VAE_NAME,
         }
         results = dataclasses.asdict(made) | {"skipped": pixels.results["skipped"]}
+        del results["width"]  # latents are square
         artifact = store.put("dataset", files, inputs={"dataset": pixels.oid}, params=params, results=results)
         engine.agreed(lambda: artifact.oid)
         return answered(store, key, artifact, "prepare-data", refs=refs)

@@ -19,7 +19,7 @@ from sidactl.catalog import ASSETS
 from sidactl.engine import fitting_threads, keep_memory
 from sidactl.errors import SidaError
 from sidactl.metrics import FeatureStats
-from sidactl.nets import inception, vit
+from sidactl.nets import check_values, inception, vit
 
 Resize = Literal["torch", "pil"]
 RESIZES: tuple[Resize, ...] = ("torch", "pil")
@@ -143,7 +143,8 @@ class Detector:
             grey, (_, height, width) = self.shape[0] == 1, self.shape
             what = f"{'grey' if grey else 'RGB'} uint8 images of {width}x{height} pixels"
             raise SidaError(
-                f"detector {self.name} needs {what}, got {got}", "Score these images with another --detector."
+                f"detector {self.name} needs {what}, got {got}",
+                "Score these images with --detector random-features or inception.",
             )
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             raise SidaError(
@@ -196,6 +197,7 @@ def load(
             raise SidaError(f"detector {name} does not ship with its weights, got none", "Pass its state_dict.")
         asset = ASSETS / "tiny-digits-detector.safetensors"
         state_dict = RandomFeatures.drawn() if name == RANDOM_FEATURES else safetensors.torch.load_file(asset)
+    check_values({k: v for k, v in state_dict.items() if not k.endswith(".num_batches_tracked")})
     resized = f"-{resize}" if name == "dinov2" else ""
     identity, chosen = f"{name}@{weights_digest(state_dict)[:16]}{resized}-fp32", torch.device(device)
     if name == BUILT_IN:

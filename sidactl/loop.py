@@ -74,10 +74,14 @@ class Event:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How good the EMA net is (lower is better), and a picture of what it draws (PNG)."""
+    """How good the EMA net is (lower is better), and a picture of what it draws (PNG).
+
+    A net that draws images which are not finite has the score NaN, no picture, and a warning that says so.
+    """
 
     score: float
-    preview: bytes
+    preview: bytes | None
+    warning: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +180,8 @@ def run(
             save()
             if evaluation := evaluate(training.ema, should_stop):
                 yield note(_keep(evaluation, training, history, live))
+                if evaluation.warning:
+                    yield note(Event("warning", training.nimg, {"message": evaluation.warning}))
         stopping = engine.any_process(should_stop())
         is_last = training.nimg >= schedule.duration_nimg and not awaits_evaluation()
         if is_last or stopping or _passes(before, training.nimg, schedule.checkpoint_every_nimg):
@@ -190,7 +196,8 @@ def _keep(evaluation: Evaluation, training: Training, history: History, live: Li
     """Enters an evaluation into the history; a new best is written beside the old one, which goes with a checkpoint."""
     nimg, score = training.nimg, evaluation.score
     history.scores.append((nimg, score))
-    live.write(f"preview-{nimg:010d}.png", evaluation.preview)
+    if evaluation.preview:
+        live.write(f"preview-{nimg:010d}.png", evaluation.preview)
     if history.best == (nimg, score):
         best = weights(training.ema)
         history.best_sha256 = hashlib.sha256(best).hexdigest()

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -167,6 +167,7 @@ def train_teacher(
 def _teacher_recipe(
     recipe: TeacherRecipe | None, form: str | None, data: Artifact, overrides: Mapping[str, Any]
 ) -> TeacherRecipe:
+    _check_trainable(data)
     shape = dict(zip(("img_resolution", "img_channels", "label_dim"), shape_for_nets(data), strict=True))
     net_fields = {f.name for f in dataclasses.fields(NetSpec)}
     fields = {f.name for f in dataclasses.fields(TeacherRecipe)} - {"dataset", "net"}
@@ -295,6 +296,8 @@ def plan(
         used.append(data)
         if data.artifact and recipe.mode != "sid":
             require_images(data.artifact)
+        if data.artifact:
+            _check_trainable(data.artifact)
         _check_fit(preflight.shape_of(data), net, "teacher")
     if dataset is None and recipe.mode == "sid" and not (data and _has_images(data)):
         notes.append(f"dataset {recipe.dataset}: mode sid needs no images, training on classes alone")
@@ -561,6 +564,7 @@ def _resolved(store: Store, *, teacher: str, execution: Execution, device: str |
     if generator is not None:
         inputs["generator"] = resolve(store, generator, ["generator"])
         _check_generator(inputs["generator"].params, teacher_artifact.params)
+    _check_trainable(data)
     _check_fit(shape_for_nets(data), net, "teacher")
     if compared:
         default = references.training_detector(compared)
@@ -607,7 +611,7 @@ def _distill(
     """Trains, stores the last and the best generator under their keys, and a run that binds them."""
     import safetensors.torch
 
-    from sidactl import engine, loop, pictures, teachers, trainer
+    from sidactl import engine, loop, pictures, sampling, teachers, trainer
 
     recipe, execution, inputs, compared = wanted.recipe, wanted.execution, wanted.inputs, wanted.compared
     chosen_device = engine.pick_device(device)
@@ -663,9 +667,13 @@ def _distill(
     for which, (nimg, score) in (("last", last), ("best", best)):
         if which == "best" and history.best:
             teachers.load_weights(net, safetensors.torch.load(loop.best_weights(history, live)))
+        pictured: dict[str, bytes] = {}
+        # Of a run that was scored the last may draw what is no image; the best is there all the same.
+        with suppress(*([sampling.NotFiniteError] if compared else [])):
+            pictured["grid.png"] = _preview(net, sampler)
         made[which] = store.put(
             "generator",
-            {"model.safetensors": loop.weights(net), "grid.png": _preview(net, sampler), **curve},
+            {"model.safetensors": loop.weights(net), **pictured, **curve},
             inputs={role: artifact.oid for role, artifact in inputs.items()},
             params={
                 "name": f"{recipe.teacher}-{recipe.mode}",
@@ -735,6 +743,8 @@ def _evaluation(
     detector: "Detector", reference: references.Moments, sampler: OneStepSpec, num_images: int
 ) -> "Evaluate":
     """What scores a net while it trains: its distance from the reference, and a grid of images."""
+    import torch
+
     from sidactl import engine, loop, metrics, sampling
 
     seeds = range(SELECTION_SEED, SELECTION_SEED + num_images)
@@ -744,16 +754,37 @@ def _evaluation(
         size = images_per_batch(net.spec.img_channels, net.spec.img_resolution)
         samples = sampling.generate(net, seeds, sampler, device=detector.device, batch_size=size)
         generated = metrics.FeatureStats()
-        features = (detector(batch.images) for batch in samples.shared())
-        for rows in engine.joined(features, len(samples), should_stop=should_stop):
-            generated.add(rows)
+        problem: str | None = None
+        unusable: str | None = None
+
+        def features() -> "Iterator[torch.Tensor]":
+            nonlocal problem
+            try:
+                for batch in samples.shared():
+                    yield detector(batch.images)
+            except sampling.NotFiniteError as error:
+                problem = error.message
+                while True:  # other processes count on this one's share
+                    yield torch.full((1, detector.num_features), math.nan)
+
+        for rows in engine.joined(features(), len(samples), should_stop=should_stop):
+            if bool(rows.isfinite().all()):
+                generated.add(rows)
+            else:
+                unusable = f"features by {detector.name} are not finite"
         if engine.any_process(should_stop()):
             return None
+        if told := engine.first_told(problem) or engine.first_told(unusable):
+            return loop.Evaluation(math.nan, None, f"no score after these updates: {told}")
 
         def score() -> str:
             return repr(metrics.frechet_distance(generated.mean, generated.covariance(), *reference))
 
-        return loop.Evaluation(float(engine.agreed(score)), _preview(net, sampler))
+        value = float(engine.agreed(score))
+        try:
+            return loop.Evaluation(value, _preview(net, sampler))
+        except sampling.NotFiniteError as error:
+            return loop.Evaluation(value, None, f"no picture: {error.message}")
 
     return evaluate
 
@@ -829,6 +860,19 @@ def _check_generator(generator: Mapping[str, Any], teacher: Mapping[str, Any]) -
             f"the generator must have the teacher's network, got {wrong} {theirs.get(wrong)} for {ours[wrong]}",
             "Give a generator that was distilled from this teacher.",
         )
+
+
+def _check_trainable(data: Artifact) -> None:
+    """Raises SidaError for images of a size that scores take but nets do not."""
+    height: Any = data.results["resolution"]
+    width: Any = data.results.get("width", height)
+    if height is None or (width == height and height & (height - 1) == 0):
+        return
+    side = 1 << round(math.log2(min(width, height)))
+    raise SidaError(
+        f"images to train on must be square with a side that is a power of two, got {width}x{height}",
+        f"Make a dataset of them with: sidactl prepare-data PATH --resolution {side}x{side}",
+    )
 
 
 def _check_fit(got: tuple[int | None, int | None, int] | None, net: NetSpec, whose: str) -> None:

@@ -25,7 +25,7 @@ from sidactl.artifacts import (
 )
 from sidactl.errors import SidaError
 from sidactl.recipe import HeunSpec, OneStepSpec, Setting
-from sidactl.references import Moments, Need, detector_name, images_per_batch
+from sidactl.references import ENOUGH, Moments, Need, detector_name, images_per_batch
 from sidactl.store import Artifact, Store
 
 if TYPE_CHECKING:
@@ -52,8 +52,6 @@ Labels = Literal["uniform", "dataset"]
 LABELS: tuple[Labels, ...] = ("uniform", "dataset")
 MAX_REAL_IMAGES = 200_000
 """so many images of a dataset, drawn by a fixed seed, stand for it in precision, recall and KID, as in SiD"""
-ENOUGH = 1.1
-"""images per feature below which a Fréchet distance is warned of: the covariance has not its full rank"""
 
 
 @dataclass(frozen=True)
@@ -257,7 +255,7 @@ class _Question:
         if (asked := options.get("detector")) and not _is_file(asked):
             catalog.detector(asked)
         store = Store.open(options.get("run"))
-        subject = resolve(store, ref, SCORED)
+        subject = resolve(store, ref, SCORED, any_size=True)
         require_images(subject)
         seeds: list[list[int]] = []
         if subject.kind in NETS:

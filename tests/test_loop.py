@@ -126,6 +126,18 @@ def straight(tmp_path: Path) -> Iterator[dict[str, Any]]:
         yield runner.state()
 
 
+def test_an_evaluation_without_a_number_is_warned_of_and_leaves_no_picture(live: LiveDir) -> None:
+    runner = Runner(live)
+    runner.evaluate = lambda net, stop: (  # type: ignore[method-assign]
+        loop.Evaluation(math.nan, None, "no score") if runner.toy.nimg == 60 else loop.Evaluation(1.0, b"picture")
+    )
+    events = runner.run()
+    assert [(e.nimg, e.values["message"]) for e in events if e.kind == "warning"] == [(60, "no score")]
+    assert runner.history.best == (30, 1.0)
+    assert math.isnan(runner.history.scores[1][1])
+    assert sorted(p.name for p in live.path.glob("preview-*")) == [f"preview-{n:010d}.png" for n in (30, 90, 120)]
+
+
 def kinds(events: list[loop.Event], kind: str) -> list[int]:
     return [event.nimg for event in events if event.kind == kind]
 

@@ -1,5 +1,6 @@
 """Scores of artifacts: what they are of, that they repeat, and the exact text of errors."""
 
+import math
 import shutil
 import statistics
 import zipfile
@@ -11,11 +12,12 @@ import pytest
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from sidactl import cli, detectors, inventory, metrics, ops, prepare, references, scores
-from sidactl.artifacts import load_dataset, resolve
+from sidactl.artifacts import load_dataset, load_net, resolve
 from sidactl.errors import SidaError
-from sidactl.recipe import Setting
+from sidactl.recipe import OneStepSpec, Setting
 from sidactl.store import Store
 from tests.conftest import Finished
 
@@ -364,10 +366,9 @@ def test_numbers_of_images_in_parts_depend_on_the_images_alone(
             archive.writestr(f"{index:05d}.png", prepare.encode_png(image.permute(1, 2, 0).squeeze(2).numpy()))
     options: dict[str, Any] = {"reference": "dataset/tiny-digits", "run": finished.root}
     subjects = [diverse, str(folder), str(npz), str(reversed_zip)]
-    for convention in ("edm", "guided-diffusion"):
-        found = [scores.evaluate(ref, ["inception-score", "kid"], convention=convention, **options) for ref in subjects]
-        assert [score.values for score in found[1:]] == [found[0].values] * 3
-        assert {score.settings["order"] for score in found} == {"content"}
+    found = [scores.evaluate(ref, ["inception-score", "kid"], **options) for ref in subjects]
+    assert [score.values for score in found[1:]] == [found[0].values] * 3
+    assert {score.settings["order"] for score in found} == {"content"}
     # The order is none of a file's, by which a part is certain of its one class, and as good as drawn.
     detector = detectors.load("tiny-digits")
     logits, rng = detector.logits(detector(images)), np.random.RandomState(0)
@@ -440,3 +441,121 @@ def test_more_reference_images_than_are_taken_are_told(
     monkeypatch.setattr(scores, "MAX_REAL_IMAGES", 150)
     score = scores.prec_recall(diverse, reference="dataset/tiny-digits", num=190, run=finished.root)
     assert score.warnings == ["150 of 1,797 reference images, drawn by seed 0, stand for all of them"]
+
+
+def images_of(width: int, height: int, num: int = 150) -> NDArray[np.uint8]:
+    """Uint8 [num, height, width, 3], each of one shade with some grain."""
+    rng = np.random.RandomState(width * height)
+    shades = rng.randint(40, 200, (num, 1, 1, 3))
+    return (shades + rng.randint(-20, 20, (num, height, width, 3))).astype(np.uint8)
+
+
+@pytest.mark.parametrize(("width", "height"), [(28, 28), (12, 20), (130, 130)])
+def test_images_of_any_one_size_are_scored(finished: Finished, tmp_path: Path, width: int, height: int) -> None:
+    images = images_of(width, height, 150 if width < 100 else 12)
+    npz, folder = tmp_path / "mine.npz", tmp_path / "mine"
+    np.savez(npz, arr_0=images)
+    folder.mkdir()
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{index:03d}.png")
+    options: dict[str, Any] = {"detector": "random-features", "run": finished.root}
+    score = scores.fid(str(folder), reference=str(npz), **options)
+    assert score.value == pytest.approx(0, abs=1e-6)
+    assert scores.fid("dataset/tiny-digits", reference=str(npz), **options).value > 1
+    store = Store.open(finished.root)
+    results = store.get(score.subject).results
+    assert (results["resolution"], results.get("width")) == (height, None if width == height else width)
+    with pytest.raises(SidaError) as caught:
+        ops.train_teacher(score.subject, name="mine", run=finished.root)
+    side = {28: 32, 12: 16, 130: 128}[width]
+    assert str(caught.value) == (
+        f"images to train on must be square with a side that is a power of two, got {width}x{height}. "
+        f"Make a dataset of them with: sidactl prepare-data PATH --resolution {side}x{side}"
+    )
+
+
+def test_a_folder_that_is_fit_for_training_is_one_dataset_for_scores_too(finished: Finished, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for index, image in enumerate(images_of(16, 16, 20)):
+        Image.fromarray(image).save(folder / f"{index:02d}.png")
+    scored = scores.fid(str(folder), reference=str(folder), detector="random-features", run=finished.root)
+    assert scored.subject == ops.prepare_data(str(folder), run=finished.root).oid
+
+
+def test_images_of_a_size_that_the_detector_does_not_take_are_told_what_does(
+    finished: Finished, tmp_path: Path
+) -> None:
+    npz = tmp_path / "mine.npz"
+    np.savez(npz, arr_0=images_of(28, 28))
+    with pytest.raises(SidaError) as caught:
+        scores.fid(str(npz), reference="tiny-digits", run=finished.root)
+    assert str(caught.value) == (
+        "detector tiny-digits needs grey uint8 images of 8x8 pixels, got torch.uint8 [150, 3, 28, 28]. "
+        "Score these images with --detector random-features or inception."
+    )
+    with pytest.raises(SidaError) as caught:
+        ops.prepare_data(str(npz), run=finished.root)
+    assert str(caught.value).endswith(
+        "Pass --resolution to prepare-data, e.g. 32x32, and a --transform if the aspect ratio shall be kept."
+    )
+
+
+def changed(finished: Finished, ref: str, factor: float) -> str:
+    """A net whose last biases are multiplied; by NaN it is one that an older version may have stored."""
+    store = Store.open(finished.root)
+    artifact = store.resolve(ref)
+    weights = safetensors.torch.load(store.read(artifact, "model.safetensors"))
+    for name in weights:
+        if name.endswith("aux_conv.bias"):
+            weights[name] = weights[name] * factor
+    files: dict[str, Path | bytes] = {"model.safetensors": safetensors.torch.save(weights)}
+    return store.put(artifact.kind, files, inputs=dict(artifact.inputs), params=dict(artifact.params)).oid
+
+
+def test_an_image_that_is_not_finite_ends_a_command_by_its_seed(finished: Finished) -> None:
+    oid = changed(finished, "generator/best", math.nan)
+    store = Store.open(finished.root)
+
+    def kept() -> list[str]:
+        return [artifact.kind for artifact in store.artifacts() if oid in artifact.inputs.values()]
+
+    for act in (
+        lambda: ops.sample(oid, seeds=[17, 18], run=finished.root),
+        lambda: scores.fid(oid, num=20, first_seed=17, run=finished.root),
+        lambda: scores.evaluate(oid, num=20, first_seed=17, run=finished.root),
+    ):
+        with pytest.raises(SidaError) as caught:
+            act()
+        assert str(caught.value) == (
+            "the image of seed 17 is not finite. Take another network or precision, or less --guidance."
+        )
+        assert caught.value.exit_code == 1
+    assert kept() == []
+    guide = changed(finished, "teacher/tiny-digits", 0.5)
+    with pytest.raises(SidaError, match=r"^the image of seed 0 is not finite\."):
+        ops.sample("tiny-digits", seeds=[0], guide=guide, guidance=1e308, steps=3, run=finished.root)
+
+
+@pytest.mark.parametrize("seeds", [[-1], [3, 1 << 32], range(-5, 3)])
+def test_samples_of_seeds_beyond_32_bits_are_refused(finished: Finished, seeds: Any) -> None:
+    with pytest.raises(SidaError) as caught:
+        ops.sample("tiny-digits", seeds=seeds, run=finished.root)
+    assert str(caught.value).startswith("seeds of images must be from 0 to 4294967295, got ")
+    assert caught.value.exit_code == 2
+
+
+def test_an_evaluation_while_training_of_images_that_are_not_finite_is_no_number(finished: Finished) -> None:
+    store = Store.open(finished.root)
+    detector = detectors.load("tiny-digits")
+    reference = references.moments(store, store.resolve("dataset/tiny-digits"), detector)
+    evaluate = ops._evaluation(detector, reference, OneStepSpec(), 300)
+    sound = evaluate(load_net(store, finished.best, "cpu"), lambda: False)
+    assert sound
+    assert (sound.score > 0, sound.warning) == (True, None)
+    evaluation = evaluate(
+        load_net(store, store.get(changed(finished, "generator/best", math.nan)), "cpu"), lambda: False
+    )
+    assert evaluation
+    assert (math.isnan(evaluation.score), evaluation.preview) == (True, None)
+    assert evaluation.warning == "no score after these updates: the image of seed 2147483648 is not finite"
