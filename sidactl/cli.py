@@ -22,7 +22,7 @@ from typer.core import TyperGroup
 
 from sidactl import __version__, ui
 from sidactl.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, SidaError
-from sidactl.recipe import Adversarial, Execution, NetSpec, Recipe, Setting, TeacherRecipe
+from sidactl.recipe import Adversarial, Execution, NetSpec, Recipe, Setting, TeacherRecipe, flag_of
 
 if TYPE_CHECKING:
     from sidactl.loop import Event
@@ -303,16 +303,12 @@ def _field_docs(cls: type) -> Mapping[str, str]:
     return docs
 
 
-def _flag(field: str) -> str:
-    return "--" + field.removesuffix("_nimg").replace("_", "-").lower()
-
-
 def _metavar(field: dataclasses.Field[Any]) -> str:
     return "COUNT" if field.name.endswith("_nimg") else "true|false" if field.type is bool else "VALUE"
 
 
 def _parser(field: dataclasses.Field[Any]) -> Callable[[str], Any]:
-    flag, allows_none = _flag(field.name), "None" in str(field.type)
+    flag, allows_none = flag_of(field.name), "None" in str(field.type)
 
     def parse(text: str) -> Any:
         if allows_none and text.lower() == "none":
@@ -383,8 +379,8 @@ def recipe_flags(*classes: type) -> Callable[[Callable[..., None]], Callable[...
 def _option(name: str, field: "dataclasses.Field[Any]", doc: str) -> Any:
     """The annotation of a field's option; what is off by default is a switch."""
     if field.default is False:
-        return Annotated[bool | None, typer.Option(_flag(name), help=doc)]
-    return Annotated[Any, typer.Option(_flag(name), parser=_parser(field), metavar=_metavar(field), help=doc)]
+        return Annotated[bool | None, typer.Option(flag_of(name), help=doc)]
+    return Annotated[Any, typer.Option(flag_of(name), parser=_parser(field), metavar=_metavar(field), help=doc)]
 
 
 Log = Annotated[
@@ -422,6 +418,25 @@ def train_teacher(
 TeacherRef = Annotated[str, _ref_option("a teacher artifact or a name from ls --catalog")]
 RealImages = Annotated[str | None, _ref_option("real images; the teacher's own if not given")]
 Compared = Annotated[str | None, _ref_option("what to score against; the dataset if not given", "--ref")]
+NoScore = Annotated[bool, typer.Option("--no-score", help="score nothing; the last generator is the result")]
+RunDetector = Annotated[
+    str | None,
+    typer.Option(
+        "--detector",
+        metavar="NAME",
+        help="what scores the run: inception, dinov2, tiny-digits, random-features or a file; the reference's own, "
+        "of a dataset of your own random-features",
+    ),
+]
+NoTeacherScore = Annotated[
+    bool, typer.Option("--no-teacher-score", help="do not score the teacher at the end, for comparison")
+]
+AllowUntrained = Annotated[
+    bool,
+    typer.Option(
+        "--allow-untrained", help="go on where the run ends before the generator, or its adversarial part, trains"
+    ),
+]
 
 
 @app.command("distill")
@@ -433,6 +448,10 @@ def distill(
     generator: Annotated[str | None, _ref_option("where sid2a starts")] = None,
     dataset: RealImages = None,
     reference: Compared = None,
+    detector: RunDetector = None,
+    no_score: NoScore = False,
+    no_teacher_score: NoTeacherScore = False,
+    allow_untrained: AllowUntrained = False,
     log: Log = None,
     name: Name = None,
     run: Run = None,
@@ -445,9 +464,16 @@ def distill(
 
     Example: sidactl distill --teacher tiny-digits --mode sida | sidactl sample --num 10k | sidactl fid
     """
-    arguments = {"teacher": teacher, "mode": mode, "generator": generator, "dataset": dataset}
-    others = {"reference": reference, "name": name, "run": run, "device": device, "force": force}
-    _distill(arguments, others, overrides, log, as_json, dry_run)
+    planned: dict[str, Any] = {
+        "teacher": teacher,
+        "mode": mode,
+        "generator": generator,
+        "dataset": dataset,
+        "reference": reference,
+    }
+    planned |= {"score": not no_score, "detector": detector, "allow_untrained": allow_untrained, "device": device}
+    others = {"teacher_score": not no_teacher_score, "name": name, "run": run, "force": force}
+    _distill(planned, others, overrides, log, as_json, dry_run)
 
 
 @app.command("finetune-sid2a")
@@ -458,6 +484,10 @@ def finetune_sid2a(
     overrides: Mapping[str, Any],
     dataset: RealImages = None,
     reference: Compared = None,
+    detector: RunDetector = None,
+    no_score: NoScore = False,
+    no_teacher_score: NoTeacherScore = False,
+    allow_untrained: AllowUntrained = False,
     log: Log = None,
     name: Name = None,
     run: Run = None,
@@ -470,9 +500,16 @@ def finetune_sid2a(
 
     Example: sidactl finetune-sid2a --teacher tiny-digits --generator generator/tiny-digits-sid
     """
-    arguments = {"teacher": teacher, "mode": "sid2a", "generator": generator, "dataset": dataset}
-    others = {"reference": reference, "name": name, "run": run, "device": device, "force": force}
-    _distill(arguments, others, overrides, log, as_json, dry_run)
+    planned: dict[str, Any] = {
+        "teacher": teacher,
+        "mode": "sid2a",
+        "generator": generator,
+        "dataset": dataset,
+        "reference": reference,
+    }
+    planned |= {"score": not no_score, "detector": detector, "allow_untrained": allow_untrained, "device": device}
+    others = {"teacher_score": not no_teacher_score, "name": name, "run": run, "force": force}
+    _distill(planned, others, overrides, log, as_json, dry_run)
 
 
 def _distill(
@@ -490,7 +527,10 @@ def _distill(
     execution = Execution(**{name: value for name, value in overrides.items() if name in settings})
     overrides = {name: value for name, value in overrides.items() if name not in settings}
     if dry_run:
-        _print_plan(planned, others["run"], overrides, execution)
+        from sidactl import logs
+
+        logs.check(log or ())
+        _print_plan(planned, others["run"], overrides, execution, with_teacher_score=others["teacher_score"])
         return
     with _watching(log) as watch:
         artifact = ops.distill(**planned, **others, execution=execution, watch=watch, **overrides)
@@ -498,12 +538,21 @@ def _distill(
 
 
 def _print_plan(
-    arguments: Mapping[str, Any], run: Path | None, overrides: Mapping[str, Any], execution: Execution
+    arguments: Mapping[str, Any],
+    run: Path | None,
+    overrides: Mapping[str, Any],
+    execution: Execution,
+    *,
+    with_teacher_score: bool,
 ) -> None:
-    from sidactl import ops
+    from sidactl import ops, preflight
     from sidactl.store import Store
 
     planned = ops.plan(**arguments, store=Store.open(run), overrides=overrides, execution=execution)
+    for warning in planned.warnings:
+        ui.warn(warning)
+    for note in planned.notes:
+        ui.note(note)
     recipe, cost, one = planned.recipe, planned.cost, planned.memory[1, execution.shard]
     pace = f"{cost.sec_per_kimg:g} s per 1,000 images on {cost.machine}, as published" if cost else "not published"
     at_once = execution.batch_per_device or recipe.batch_size // recipe.num_accumulation_rounds
@@ -525,7 +574,29 @@ def _print_plan(
         "hours": None if planned.hours is None else round(planned.hours, 1),
         "pace": pace,
     }
-    ui.print_json({"inputs": dict(planned.inputs), "recipe": recipe.to_json(), "estimate": estimate})
+    scoring = planned.scoring and {
+        "score": planned.scoring.score_name,
+        "detector": planned.scoring.detector,
+        "reference": planned.scoring.reference.text,
+        "evaluations": planned.num_evaluations,
+        "images": recipe.evaluate_num,
+        "teacher_at_the_end": with_teacher_score,
+    }
+    ui.print_json(
+        {
+            "inputs": dict(planned.inputs),
+            "recipe": recipe.to_json(),
+            "stages": [{"trains": name, "from_nimg": start} for name, start in recipe.stages().items()],
+            "scoring": scoring,
+            "first": [dataclasses.asdict(need) for need in planned.needs],
+            "missing": [str(problem) for problem in planned.missing],
+            "estimate": estimate
+            | {
+                "disk_gb": round(preflight.disk_bytes(one.num_parameters) / 1e9, 2),
+                "disk_free_gb": round(planned.free_bytes / 1e9, 2),
+            },
+        }
+    )
 
 
 _LOSS_NAMES = {
@@ -546,10 +617,13 @@ def _watching(log: Sequence[str] | None) -> Iterator[Callable[["Event"], None]]:
 
     with ExitStack() as stack:
         shown: list[ui.Progress] = []
+        score_name = "score"
 
         def watch(event: "Event") -> None:
+            nonlocal score_name
             values = event.values
             if event.kind == "started":
+                score_name = values.get("score_name", score_name)
                 shown.append(stack.enter_context(ui.progress(values["title"], values["duration_nimg"])))
                 return
             (progress,) = shown
@@ -558,8 +632,8 @@ def _watching(log: Sequence[str] | None) -> Iterator[Callable[["Event"], None]]:
                 skipped = {"skipped updates": values["skipped_steps"]} if values["skipped_steps"] else {}
                 progress.update(event.nimg, {"stage": values["stage"], **losses, **skipped})
             elif event.kind == "evaluation":
-                progress.update(event.nimg, {"score": f"{values['score']:.4g}"})
-                progress.note(f"score {values['score']:.4g} after {event.nimg:,} images")
+                progress.update(event.nimg, {score_name: f"{values['score']:.4g}"})
+                progress.note(f"{score_name} {values['score']:.4g} after {event.nimg:,} images")
             elif event.kind == "resumed":
                 progress.note(f"going on from the checkpoint at {event.nimg:,} images")
             elif "message" in values:
@@ -1002,14 +1076,23 @@ def _print_artifact(artifact: "Artifact", as_json: bool) -> None:
 
 
 def _print_generator(artifact: "Artifact", as_json: bool) -> None:
+    from sidactl.scores import score_name
+
     results: Mapping[str, Any] = artifact.results
+    recipe, seen = Recipe.from_json(artifact.params["recipe"]), results["images_seen"]  # type: ignore[arg-type]
     look = f"Look at it: sidactl export {artifact.oid[:12]} FOLDER"
+    if untrained := recipe.untrained(seen):
+        start = "its teacher" if recipe.mode != "sid2a" else "the generator that it started from"
+        what = f"it is {start}, unchanged" if "generator" in untrained else "it is from before the adversarial part"
+        ui.warn(f"nothing of the {untrained[0]} was trained in the {seen:,} images of this generator: {what}")
     if results["selection_score"] is None:
-        ui.note(f"last generator, not scored: {results['images_seen']:,} images, one step. {look}")
+        ui.note(f"last generator, not scored: {seen:,} images, one step. {look}")
     else:
+        teacher = results["teacher_score"]
+        beside = "not scored" if teacher is None else f"{teacher:.4g}"
         ui.note(
-            f"best generator: score {results['selection_score']:.4g} after {results['images_seen']:,} images, one "
-            f"step; its teacher: {results['teacher_score']:.4g}. {look}"
+            f"best generator: {score_name(str(results['detector']))} {results['selection_score']:.4g} after {seen:,} "
+            f"images, one step; its teacher: {beside}. {look}"
         )
     _print_artifact(artifact, as_json)
 

@@ -105,11 +105,11 @@ class History:
 
     @property
     def best(self) -> tuple[int, float] | None:
-        return self.best_up_to(math.inf)
+        return self.best_of_first(len(self.scores))
 
-    def best_up_to(self, nimg: float) -> tuple[int, float] | None:
-        """The best of the evaluations up to this many images, the first of equals."""
-        fitting = [point for point in self.scores if point[0] <= nimg and math.isfinite(point[1])]
+    def best_of_first(self, count: int) -> tuple[int, float] | None:
+        """The best of the first so many evaluations, the first of equals."""
+        fitting = [point for point in self.scores[:count] if math.isfinite(point[1])]
         return min(fitting, key=lambda point: point[1], default=None)
 
 
@@ -129,9 +129,9 @@ def run(
     """Trains to the end of the schedule, or until should_stop() is true after a step; yields what happened.
 
     Continues from the newest sound checkpoint in `live`. Leaves there: two checkpoints, the EMA net with the lowest
-    score (`best_weights`), `preview-<images>.png`, and `events.jsonl`. On a CPU, with as many threads, a continued run
-    ends in the same bits as an uninterrupted one. Of several processes all take the same way through it: one that is
-    told to stop stops all.
+    score (`best_weights`), `preview-<images>.png`, and `events.jsonl`. A checkpoint is written before every evaluation,
+    too, so that one that fails costs no training. On a CPU, with as many threads, a continued run ends in the same bits
+    as an uninterrupted one. Of several processes all take the same way through it: one that is told to stop stops all.
     Raises SidaError (exit code 1) when too many updates in a row had to be skipped or a weight is not finite.
     """
 
@@ -148,6 +148,15 @@ def run(
         return evaluate is not None and (is_last or _passes(seen, training.nimg, schedule.evaluate_every_nimg))
 
     warnings = _resume(training, history, live)
+    saved = training.nimg, len(history.scores)
+
+    def save() -> None:
+        nonlocal saved
+        _refuse_non_finite_weights(training)
+        if saved != (position := (training.nimg, len(history.scores))):
+            save_checkpoint(training, history, live)
+            saved = position
+
     if training.nimg:
         yield Event("resumed", training.nimg)
     for warning in warnings:
@@ -168,7 +177,7 @@ def run(
                 window.clear()
                 yield note(Event("progress", training.nimg, values))
         if evaluate and awaits_evaluation():
-            _refuse_non_finite_weights(training)
+            save()
             if evaluation := evaluate(training.ema, should_stop):
                 yield note(_keep(evaluation, training, history, live))
                 if evaluation.warning:
@@ -176,8 +185,7 @@ def run(
         stopping = engine.any_process(should_stop())
         is_last = training.nimg >= schedule.duration_nimg and not awaits_evaluation()
         if is_last or stopping or _passes(before, training.nimg, schedule.checkpoint_every_nimg):
-            _refuse_non_finite_weights(training)
-            save_checkpoint(training, history, live)
+            save()
             yield note(Event("checkpoint", training.nimg))
         if stopping:
             yield note(Event("interrupted", training.nimg))
@@ -295,11 +303,12 @@ def save_checkpoint(training: Training, history: History, live: LiveDir) -> None
         return
     # What is newer is a damaged one that was passed over; it must not take the place of a sound one.
     there = _checkpoints(live)
-    kept = there[: there.index(live.path / name) + 1][-CHECKPOINTS_KEPT:]
+    newest_of = {_position_of(path)[0]: path for path in there[: there.index(live.path / name) + 1]}
+    kept = list(newest_of.values())[-CHECKPOINTS_KEPT:]
     for path in there:
         if path not in kept:
             live.remove(path.name)
-    bests = {_best_name(best[0]) for path in kept if (best := history.best_up_to(_nimg_in(path)))}
+    bests = {_best_name(best[0]) for path in kept if (best := history.best_of_first(_position_of(path)[1]))}
     for path in live.path.glob("best-*.safetensors"):
         if path.name not in bests:
             live.remove(path.name)
@@ -346,11 +355,13 @@ def _sha256(path: Path) -> str:
 
 def _checkpoints(live: LiveDir) -> list[Path]:
     """From the oldest to the newest."""
-    return sorted(live.path.glob("checkpoint-*-*"), key=lambda path: [int(n) for n in path.name.split("-")[1:]])
+    return sorted(live.path.glob("checkpoint-*-*"), key=_position_of)
 
 
-def _nimg_in(checkpoint: Path) -> int:
-    return int(checkpoint.name.split("-")[1])
+def _position_of(checkpoint: Path) -> tuple[int, int]:
+    """The images seen, and the evaluations made."""
+    nimg, num_scores = checkpoint.name.split("-")[1:]
+    return int(nimg), int(num_scores)
 
 
 def _best_name(nimg: int) -> str:
@@ -371,7 +382,7 @@ def _resume(training: Training, history: History, live: LiveDir) -> list[Event]:
         history.scores[:] = [(int(nimg), float(score)) for nimg, score in state["scores"]]
         history.best_sha256 = state["best_sha256"]
         break
-    _forget_events_after(training.nimg, live)
+    _forget_events_after(training.nimg, history, live)
     what = f"the checkpoint at {training.nimg:,} images" if training.nimg else "the beginning"
     return [Event("warning", training.nimg, {"message": f"{told}; going on from {what}"}) for told in problems]
 
@@ -390,15 +401,17 @@ def _problem_of(checkpoint: Path) -> str:
         return f"cannot be read ({type(error).__name__})"
 
 
-def _forget_events_after(nimg: int, live: LiveDir) -> None:
+def _forget_events_after(nimg: int, history: History, live: LiveDir) -> None:
     events = live.path / "events.jsonl"
+    evaluated = {point[0] for point in history.scores}
+
+    def is_known(line: bytes) -> bool:
+        try:
+            event = json.loads(line)
+            return bool(event["nimg"] <= nimg) and (event["event"] != "evaluation" or event["nimg"] in evaluated)
+        except (ValueError, LookupError, TypeError):  # the half line that a killed process left
+            return False
+
     if events.exists():
-        kept = [line for line in events.read_bytes().splitlines(keepends=True) if _nimg_of(line) <= nimg]
+        kept = [line for line in events.read_bytes().splitlines(keepends=True) if is_known(line)]
         live.write("events.jsonl", b"".join(kept))
-
-
-def _nimg_of(line: bytes) -> float:
-    try:
-        return int(json.loads(line)["nimg"])
-    except ValueError:  # the half line that a killed process left
-        return math.inf

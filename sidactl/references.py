@@ -36,6 +36,7 @@ ENOUGH = 1.1
 """images per feature below which a Fréchet distance is warned of: the covariance has not its full rank"""
 MAX_BATCH_SIZE, BATCH_VALUES = 250, 1 << 20
 """images per batch: few enough that all their pixels are at most BATCH_VALUES values"""
+RANDOM_FEATURES = "random-features"
 _PUBLISHED_NAMES = {"inception": "fid", "dinov2": "fd_dinov2"}
 """what EDM2's reference files call the statistics by a detector"""
 
@@ -350,6 +351,23 @@ def position_batches(
 def images_per_batch(num_channels: int, resolution: int, width: int | None = None) -> int:
     """How many images of this height (and width, where it is another) are held at once."""
     return max(1, min(MAX_BATCH_SIZE, BATCH_VALUES // (num_channels * resolution * (width or resolution))))
+
+
+def training_detector(reference: Artifact) -> str:
+    """The detector that a run is scored with unless another is asked for: for a dataset of one's own one built in.
+
+    Such a score chooses the best generator of one run, no more, so that it need not be one that papers print.
+    """
+    if reference.kind == "dataset" and (entry := _entry_of(reference)):
+        return entry.detector
+    name = detector_name(reference)
+    return RANDOM_FEATURES if reference.kind == "dataset" and name == "inception" else name
+
+
+def _entry_of(dataset: Artifact) -> catalog.Dataset | None:
+    """The catalog's entry of a dataset, by its name or by the preset that made it."""
+    known = (catalog.DATASETS.get(str(dataset.params.get(key))) for key in ("name", "preset"))
+    return next(filter(None, known), None)
 
 
 def detector_name(reference: Artifact) -> str:

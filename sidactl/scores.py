@@ -200,6 +200,17 @@ def evaluate(ref: str, metrics: Sequence[str] | None = None, **options: Unpack[S
     return score_of(known)
 
 
+def score_name(detector: str) -> str:
+    """What a Fréchet distance by this detector is called: by a name, or by the file that holds it."""
+    return SCORE_NAMES.get(detector, f"FD {Path(detector).name}")
+
+
+def is_answered(ref: str, metrics: Sequence[str], options: ScoreOptions) -> bool:
+    """Whether `evaluate` would have its answer from the run directory."""
+    question = _Question.parse(ref, metrics, options)
+    return question.store.asked(question.key) is not None
+
+
 @dataclass(frozen=True)
 class _Question:
     """All that shapes a score, with every word resolved and checked."""
