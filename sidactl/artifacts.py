@@ -11,11 +11,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeAlias
 
 from sidactl import catalog, download
 from sidactl.errors import SidaError
+from sidactl.inputs import Count, Ref, Size, count_of, optional_ref, ref_text, run_of, size_of, whole
 from sidactl.recipe import HeunSpec, NetSpec, OneStepSpec
 from sidactl.store import Artifact, LiveDir, Store
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 Tick = Callable[[int, int], None]
 """called with (images done, images in all)"""
+RunDir: TypeAlias = str | os.PathLike[str] | None
 NetKind = Literal["teacher", "generator"]
 NETS: tuple[NetKind, ...] = ("teacher", "generator")
 NET_FILES = (".pkl", ".safetensors")
@@ -86,10 +89,19 @@ def _is_ref(store: Store, text: str) -> bool:
     return bool(store.refs_called(text))
 
 
-def load(ref: str, run: Path | str | None = None, device: str = "cpu") -> "Preconditioned":
+def part_of(watcher: object, what: str) -> Tick | None:
+    """A tick for a part of some work that has images of its own to count, such as those of a reference.
+
+    None where `watcher`, a tick or watch, has no method `part` for them, as a plain function has not.
+    """
+    part = getattr(watcher, "part", None)
+    return part(what) if part else None
+
+
+def load(ref: Ref, run: RunDir = None, device: str = "cpu") -> "Preconditioned":
     """The denoiser of a teacher or generator, in eval mode and float32."""
-    store = Store.open(run)
-    return load_net(store, resolve(store, ref, NETS), device)
+    store = Store.open(run_of(ref, run))
+    return load_net(store, resolve(store, ref_text(ref), NETS), device)
 
 
 def load_net(store: Store, artifact: Artifact, device: "str | torch.device") -> "Preconditioned":
@@ -126,14 +138,14 @@ def image_source(store: Store, artifact: Artifact) -> "ImageSource":
 
 
 def fetch_teacher(
-    source: str,
+    source: Ref,
     *,
     kind: NetKind | None = None,
     dataset: str | None = None,
     name: str | None = None,
     offline: bool = False,
     mirror: str | None = None,
-    run: Path | str | None = None,
+    run: RunDir = None,
     force: bool = False,
     progress: download.Progress | None = None,
     say: download.Say = download.to_stderr,
@@ -144,9 +156,12 @@ def fetch_teacher(
     kind: of a pickle; by default a file that holds nothing but the net, as SiD and SiDA save it, is a generator.
     dataset: the name of what a foreign net was trained on. name: a ref for it; by default the catalog's or the file's.
 
-    Raises SidaError for an unknown name, with the nearest one, and for a file that is no network or not the right one.
+    A detector of the catalog is fetched, too. Raises SidaError for an unknown name, with the nearest one, and for a
+    file that is no network or not the right one.
     """
-    store = Store.open(run)
+    source, store = ref_text(source, "the source"), Store.open(run)
+    if source in catalog.DETECTORS and source not in catalog.TEACHERS:
+        return fetch_detector(source, run=store.root, progress=progress, offline=offline, mirror=mirror)
     entry, url = _locate(source)
     if entry:
         _check_kind(source, _kind_of(entry), kind)
@@ -233,6 +248,12 @@ def _locate(source: str) -> tuple[catalog.Teacher | catalog.Generator | None, st
     if _suffix(source) not in NET_FILES:
         if is_url or Path(source).exists():
             raise SidaError(f"a network file must be {' or '.join(NET_FILES)}, got {source}", "Convert it to one.")
+        if source in catalog.DATASETS:
+            where = f"Get it from {page}, then use" if (page := catalog.DATASETS[source].where) else "Use"
+            raise SidaError(f"{source} is a dataset, not a network", f"{where} sidactl prepare-data.")
+        if source in catalog.REFERENCES:
+            hint = f"Pass --ref {source} to a score, which fetches it."
+            raise SidaError(f"{source} is a reference, not a network", hint)
         raise SidaError(f"unknown teacher {source!r}", catalog.did_you_mean(source, nets, "See sidactl ls --catalog."))
     if not is_url and not Path(source).is_file():
         raise SidaError(f"{source}: no such file", "Check the path.")
@@ -409,7 +430,14 @@ def _teacher_params(entry: catalog.Teacher) -> dict[str, Any]:
     }
 
 
-def fetch_detector(name: str, *, run: Path | str | None = None, progress: download.Progress | None = None) -> Artifact:
+def fetch_detector(
+    name: str,
+    *,
+    run: RunDir = None,
+    progress: download.Progress | None = None,
+    offline: bool = False,
+    mirror: str | None = None,
+) -> Artifact:
     """The detector artifact of a catalog name: its weights as safetensors, downloaded once and checked.
 
     Raises SidaError for an unknown name, with the nearest one, and for a file that is not that network.
@@ -424,7 +452,7 @@ def fetch_detector(name: str, *, run: Path | str | None = None, progress: downlo
     if entry.source is None:
         files = {"model.safetensors": catalog.ASSETS / entry.asset if entry.asset else _drawn_weights()}
         return answered(store, key, store.put("detector", files, params=params), "fetch-detector", refs=[name])
-    with fetched_file(store, entry.source.url, name, entry, progress) as (path, sha256):
+    with fetched_file(store, entry.source.url, name, entry, progress, offline, mirror) as (path, sha256):
         if known := store.asked(key):
             return known
         import safetensors.torch
@@ -477,6 +505,8 @@ def fetched_file(
     what: str,
     entry: catalog.Entry | None = None,
     progress: download.Progress | None = None,
+    offline: bool = False,
+    mirror: str | None = None,
 ) -> Iterator[tuple[Path, str]]:
     """Within the block: the local path of a file or URL, and its SHA-256; what was downloaded is removed afterwards."""
     if "://" not in source:
@@ -487,7 +517,7 @@ def fetched_file(
     say = download.to_stderr
     with download.exclusive(path.with_suffix(".lock"), lambda: say(f"waiting for another process: {what}")):
         try:
-            yield path, _download(entry, source, path, what, False, None, progress, say)
+            yield path, _download(entry, source, path, what, offline, mirror, progress, say)
         finally:
             path.unlink(missing_ok=True)
 
@@ -499,20 +529,20 @@ def asset_digest(name: str) -> str | None:
 
 
 def prepare_data(
-    source: str | None,
+    source: Ref | None,
     *,
     preset: str | None = None,
     transform: str | None = None,
-    resolution: tuple[int, int] | None = None,
-    max_images: int | None = None,
+    resolution: Size | None = None,
+    max_images: Count | None = None,
     workers: int | None = None,
     skip_bad: bool = False,
     latents: bool = False,
     labels_only: bool = False,
-    classes: int | None = None,
+    classes: SupportsIndex | None = None,
     any_size: bool = False,
     name: str | None = None,
-    run: Path | str | None = None,
+    run: RunDir = None,
     device: str | None = None,
     force: bool = False,
     tick: Tick | None = None,
@@ -531,11 +561,13 @@ def prepare_data(
     store = Store.open(run)
     if name:
         store.check_name("dataset", name)
+    source = optional_ref(source, "the source")
+    classes = None if classes is None else whole(classes, "classes")
     options: dict[str, Any] = {
         "preset": preset,
         "transform": transform,
-        "resolution": resolution,
-        "max_images": max_images,
+        "resolution": None if resolution is None else size_of(resolution, "--resolution"),
+        "max_images": None if max_images is None else count_of(max_images, "--max-images"),
         "skip_bad": skip_bad,
     }
     if labels_only or classes is not None:
@@ -770,16 +802,6 @@ def require_images(artifact: Artifact) -> None:
         )
 
 
-def check_seeds(seeds: Sequence[int]) -> None:
-    """Raises SidaError where images of these seeds cannot be drawn, or would be those of other seeds."""
-    ends = (seeds[0], seeds[-1]) if isinstance(seeds, range) else (min(seeds), max(seeds))
-    if outside := [int(seed) for seed in ends if not 0 <= seed < 1 << 32]:
-        raise SidaError(
-            f"seeds of images must be from 0 to {(1 << 32) - 1}, got {outside[0]}",
-            "Draw from others: only their lower 32 bits would count.",
-        )
-
-
 def shape_for_nets(data: Artifact) -> tuple[int | None, int | None, int]:
     """Resolution, channels and classes of a dataset as a network sees it; no resolution or channels without images."""
     results: Mapping[str, Any] = data.results
@@ -817,8 +839,9 @@ def _is_within(folder: str, other: str) -> bool:
 
 
 def answered(store: Store, key: str, artifact: Artifact, command: str, *, refs: Sequence[str] = ()) -> Artifact:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
     # In this order, so that every answer is in the log, by which verify knows one that was swapped.
-    store.log({"command": command, "key": key, "oid": artifact.oid})
+    store.log({"time": now, "command": command, "key": key, "oid": artifact.oid})
     store.answer(key, artifact.oid)
     return named(store, artifact, refs)
 

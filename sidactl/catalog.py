@@ -702,12 +702,22 @@ class Row(NamedTuple):
     size_bytes: int | None
     licence: str
     scores: Mapping[str, Published]
+    url: str | None
+    """of the file, or of the page to get it from; None for what ships with the package"""
 
 
 def rows() -> list[Row]:
     """Every entry, by kind."""
     return [
-        Row(e.name, kind, e.about, e.source.size_bytes if e.source else None, e.licence, e.scores)
+        Row(
+            e.name,
+            kind,
+            e.about,
+            e.source.size_bytes if e.source else None,
+            e.licence,
+            e.scores,
+            e.source.url if e.source else getattr(e, "where", None),
+        )
         for kind, group in _KINDS.items()
         for e in group.values()
     ]

@@ -17,8 +17,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from sidactl import __version__, catalog
-from sidactl.artifacts import NETS, load_dataset, load_net, mapping, require_images
+from sidactl.artifacts import NETS, RunDir, load_dataset, load_net, mapping, require_images
 from sidactl.errors import SidaError
+from sidactl.inputs import Ref, ref_text, run_of
 from sidactl.outputs import Output, type_of, whole
 from sidactl.scores import Score, score_of
 from sidactl.store import KINDS, Artifact, GcReport, Store
@@ -73,10 +74,10 @@ class Described:
         }
 
 
-def show(ref: str, *, run: Path | str | None = None) -> Described:
+def show(ref: Ref, *, run: RunDir = None) -> Described:
     """An artifact, the graph behind it, and its scores."""
-    store = Store.open(run)
-    artifact = store.resolve(ref, KINDS)
+    store = Store.open(run_of(ref, run))
+    artifact = store.resolve(ref_text(ref), KINDS)
     scores = store.artifacts(kind="score", source=artifact.oid)
     return Described(
         artifact,
@@ -86,6 +87,22 @@ def show(ref: str, *, run: Path | str | None = None) -> Described:
         {name: store.path(artifact, name) for name in artifact.files},
         _published(artifact),
     )
+
+
+def unfetched(name: str, *, run: RunDir = None) -> list[catalog.Row]:
+    """The catalog's entries of this name, where nothing in the run directory has it yet."""
+    named = (ref for ref in Store.open(run).refs() if name in (ref, ref.partition("/")[2]))
+    return [] if any(named) else [row for row in catalog.rows() if row.name == name]
+
+
+def files(ref: Ref, *, run: RunDir = None) -> dict[str, Path]:
+    """Where the files of an artifact lie, by name; read-only, and checked.
+
+    Objects are named by their content, without a suffix, so readers that go by the suffix need a copy (`export`).
+    Others read them as they are: zipfile.ZipFile(paths["images.zip"]), PIL.Image.open(paths["grid.png"]),
+    safetensors.torch.load_file(paths["model.safetensors"]), numpy.load(paths["stats.npz"]).
+    """
+    return show(ref, run=run).paths
 
 
 def _published(artifact: Artifact) -> Mapping[str, catalog.Published]:
@@ -107,7 +124,7 @@ def _ancestors(store: Store, artifact: Artifact, path: str) -> Iterator[tuple[st
         yield from _ancestors(store, parent, f"{path}{role}.")
 
 
-def ls(kind: str | None = None, *, run: Path | str | None = None) -> list[tuple[Artifact, list[str]]]:
+def ls(kind: str | None = None, *, run: RunDir = None) -> list[tuple[Artifact, list[str]]]:
     """Every artifact (of one kind) with its names, by kind and then name."""
     if kind is not None and kind not in KINDS:
         raise SidaError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}", "Leave it out to list everything.")
@@ -119,12 +136,12 @@ def ls(kind: str | None = None, *, run: Path | str | None = None) -> list[tuple[
     return sorted(found, key=lambda item: (KINDS.index(item[0].kind), not item[1], item[1], item[0].oid))
 
 
-def verify(*, run: Path | str | None = None) -> list[tuple[str, str]]:
+def verify(*, run: RunDir = None) -> list[tuple[str, str]]:
     """What is wrong with the run directory, as (object, problem); every object is hashed again."""
     return list(Store.open(run).verify())
 
 
-def gc(*, dry_run: bool = False, drop: Sequence[str] = (), run: Path | str | None = None) -> GcReport:
+def gc(*, dry_run: bool = False, drop: Sequence[str] = (), run: RunDir = None) -> GcReport:
     """Removes what no ref reaches; first drops the refs named in `drop`, such as "generator/best"."""
     store = Store.open(run)
     for name in drop:
@@ -138,7 +155,12 @@ def gc(*, dry_run: bool = False, drop: Sequence[str] = (), run: Path | str | Non
 
 
 def export(
-    ref: str, destination: Path | str, *, form: ExportForm = "files", run: Path | str | None = None, force: bool = False
+    ref: Ref,
+    destination: os.PathLike[str] | str,
+    *,
+    form: ExportForm = "files",
+    run: RunDir = None,
+    force: bool = False,
 ) -> Path:
     """Writes an artifact out, whole or not at all, and returns where.
 
@@ -151,8 +173,8 @@ def export(
     """
     if form not in EXPORT_FORMS:
         raise SidaError(f"--to must be one of {', '.join(EXPORT_FORMS)}, got {form!r}", "Leave it out for the files.")
-    store, path = Store.open(run), Path(destination)
-    artifact = store.resolve(ref, _FORM_KINDS[form])
+    store, path = Store.open(run_of(ref, run)), Path(destination)
+    artifact = store.resolve(ref_text(ref), _FORM_KINDS[form])
     if form in ("png", "npz"):
         require_images(artifact)
     outputs = [Output(path, partial(_problem_of, form))]
@@ -424,7 +446,7 @@ def _export_onnx(store: Store, artifact: Artifact, path: Path) -> None:
         logging.disable(level)
 
 
-def env(*, run: Path | str | None = None) -> dict[str, Any]:
+def env(*, run: RunDir = None) -> dict[str, Any]:
     """Versions, devices and the run directory: what a bug report needs."""
     import torch
 

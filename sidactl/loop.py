@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -158,7 +159,8 @@ def run(
     def note(event: Event) -> Event:
         # JSON has no word for NaN and infinity.
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.values.items()}
-        live.append("events.jsonl", json.dumps({"event": event.kind, "nimg": event.nimg} | values).encode())
+        line = {"event": event.kind, "nimg": event.nimg, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+        live.append("events.jsonl", json.dumps(line | values).encode())
         return event
 
     def awaits_evaluation() -> bool:

@@ -15,18 +15,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 from sidactl import catalog, preflight, references
 from sidactl.artifacts import (
     NET_FILES,
     NETS,
+    RunDir,
     Tick,
     agreed_answer,
     answered,
     asked,
     at_work,
-    check_seeds,
     dataset_called,
     image_source,
     is_alone,
@@ -34,6 +34,7 @@ from sidactl.artifacts import (
     load_net,
     mapping,
     named,
+    part_of,
     require_images,
     resolve,
     shape_for_nets,
@@ -43,8 +44,10 @@ from sidactl.artifacts import fetch_teacher as fetch_teacher
 from sidactl.artifacts import load as load
 from sidactl.artifacts import prepare_data as prepare_data
 from sidactl.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, SidaError
+from sidactl.inputs import Count, Ref, Seeds, count_of, field_values, optional_ref, ref_text, run_of, seeds_of, whole
 from sidactl.recipe import (
     MODES,
+    Adversarial,
     Execution,
     HeunSpec,
     Memory,
@@ -84,7 +87,12 @@ SELECTION_SEED = 1 << 31
 
 
 def dataset_stats(
-    ref: str, *, detector: str | None = None, run: Path | str | None = None, device: str | None = None
+    ref: Ref,
+    *,
+    detector: str | os.PathLike[str] | None = None,
+    run: RunDir = None,
+    device: str | None = None,
+    tick: Tick | None = None,
 ) -> Artifact:
     """The feature statistics of all images of a dataset, as scores compare with them; by default of its own detector.
 
@@ -92,23 +100,23 @@ def dataset_stats(
     """
     from sidactl.engine import pick_device
 
-    store = Store.open(run)
-    data = resolve(store, ref, ["dataset"])
+    store, detector = Store.open(run_of(ref, run)), optional_ref(detector, "the detector")
+    data = resolve(store, ref_text(ref), ["dataset"])
     require_images(data)
     names = [name.partition("/")[2] for name in store.names_of(data.oid)]
     data = references.pixels_of(store, data)
     chosen = load_detector(store, detector or detector_name(data), pick_device(device))
-    made = references.reference_stats(store, data, chosen)
+    made = references.reference_stats(store, data, chosen, tick)
     return named(store, made, [f"{name}-{chosen.name}" for name in names])
 
 
 def train_teacher(
-    dataset: str,
+    dataset: Ref,
     *,
     name: str,
     net: str | None = None,
     recipe: TeacherRecipe | None = None,
-    run: Path | str | None = None,
+    run: RunDir = None,
     device: str | None = None,
     force: bool = False,
     watch: Watch | None = None,
@@ -117,7 +125,7 @@ def train_teacher(
     """A teacher trained from scratch on a dataset with the EDM loss; the EMA net at the end of training.
 
     net: the form to start from, ddpmpp (default), ncsnpp, adm or edm2, small, and shaped to the dataset. Overrides name
-    fields of TeacherRecipe or NetSpec.
+    fields of TeacherRecipe or NetSpec, or their flags: duration="50k" is duration_nimg=50_000.
     """
     if net not in (None, *catalog.SMALL_NETS):
         raise SidaError(f"the net must be one of {', '.join(catalog.SMALL_NETS)}, got {net!r}", "Pass --net ddpmpp.")
@@ -125,8 +133,9 @@ def train_teacher(
         raise SidaError("train-teacher runs in one process", "Start it without torchrun.")
     store = Store.open(run)
     store.check_name("teacher", name)
-    data = resolve(store, dataset, ["dataset"])
+    data = resolve(store, ref_text(dataset, "the dataset"), ["dataset"])
     require_images(data)
+    recipe_overrides = field_values(recipe_overrides, TeacherRecipe, NetSpec)
     recipe = _teacher_recipe(recipe, net, data, recipe_overrides)
     key = store.key("train-teacher", {"recipe": recipe.to_json()}, {"dataset": data.oid})
     if not force and (known := asked(store, key)):
@@ -409,17 +418,17 @@ def _is_foreign(text: str) -> bool:
 
 def distill(
     *,
-    teacher: str,
+    teacher: Ref,
     mode: str,
-    generator: str | None = None,
-    dataset: str | None = None,
-    reference: str | None = None,
+    generator: Ref | None = None,
+    dataset: Ref | None = None,
+    reference: Ref | None = None,
     score: bool = True,
-    detector: str | None = None,
+    detector: str | os.PathLike[str] | None = None,
     teacher_score: bool = True,
     allow_untrained: bool = False,
     name: str | None = None,
-    run: Path | str | None = None,
+    run: RunDir = None,
     device: str | None = None,
     force: bool = False,
     watch: Watch | None = None,
@@ -441,9 +450,17 @@ def distill(
     allow_untrained: go on where the duration ends before the generator, or its adversarial part, would be trained.
 
     A run that was interrupted is continued; one that finished before is answered from the run directory. Overrides
-    name fields of Recipe or Adversarial; with a teacher of one's own, `duration_nimg` alone changes all that is counted
-    in images in proportion. Source: SiDA (2410.14919), Algorithms 1 and 2.
+    name fields of Recipe, Adversarial or Execution, or their flags: duration="2k" is duration_nimg=2000. With a
+    teacher of one's own, the duration alone changes all that is counted in images in proportion.
+    Source: SiDA (2410.14919), Algorithms 1 and 2.
     """
+    teacher, generator = ref_text(teacher, "the teacher"), optional_ref(generator, "the generator")
+    dataset, reference = optional_ref(dataset, "the dataset"), optional_ref(reference, "the reference")
+    detector = optional_ref(detector, "the detector")
+    recipe_overrides = field_values(recipe_overrides, Recipe, Adversarial, Execution)
+    settings = {f.name for f in dataclasses.fields(Execution)} & set(recipe_overrides)
+    chosen = {name: recipe_overrides.pop(name) for name in settings}
+    execution = dataclasses.replace(execution or Execution(), **chosen)
     store = Store.open(run)
     if name:
         store.check_name("generator", name)
@@ -455,7 +472,7 @@ def distill(
             generator=generator,
             dataset=dataset,
             overrides=recipe_overrides,
-            execution=execution or Execution(),
+            execution=execution,
             reference=reference,
             score=score,
             detector=detector,
@@ -628,9 +645,9 @@ def _distill(
         assert wanted.detector
         detector = load_detector(store, wanted.detector, chosen_device)
         facts["score_name"] = score_name(detector.name)
-        moments = references.moments(store, compared, detector)
+        moments = references.moments(store, compared, detector, watch)
         _try_scoring(detector, moments, start or teacher, sampler)
-        evaluate = _evaluation(detector, moments, sampler, recipe.evaluate_num)
+        evaluate = _evaluation(detector, moments, sampler, recipe.evaluate_num, part_of(watch, "scoring the generator"))
         if with_teacher_score and not _is_scored(store, wanted):
             notes.append(
                 f"at the end the teacher is scored, too, on {recipe.evaluate_num:,} images of "
@@ -743,7 +760,11 @@ def _fitted(training: "Distillation", execution: Execution, live: LiveDir, devic
 
 
 def _evaluation(
-    detector: "Detector", reference: references.Moments, sampler: OneStepSpec, num_images: int
+    detector: "Detector",
+    reference: references.Moments,
+    sampler: OneStepSpec,
+    num_images: int,
+    tick: Tick | None = None,
 ) -> "Evaluate":
     """What scores a net while it trains: its distance from the reference, and a grid of images."""
     import torch
@@ -756,7 +777,7 @@ def _evaluation(
         net = engine.gathered(net, detector.device)
         size = images_per_batch(net.spec.img_channels, net.spec.img_resolution)
         samples = sampling.generate(net, seeds, sampler, device=detector.device, batch_size=size)
-        generated = metrics.FeatureStats()
+        generated, done = metrics.FeatureStats(), 0
         problem: str | None = None
         unusable: str | None = None
 
@@ -775,6 +796,9 @@ def _evaluation(
                 generated.add(rows)
             else:
                 unusable = f"features by {detector.name} are not finite"
+            if tick:
+                done += len(rows)
+                tick(done, num_images)
         if engine.any_process(should_stop()):
             return None
         if told := engine.first_told(problem) or engine.first_told(unusable):
@@ -802,6 +826,8 @@ def _teacher_score(store: Store, wanted: _Run, device: str | None, watch: Watch 
     from sidactl import loop
 
     recipe, teacher = wanted.recipe, wanted.inputs["teacher"]
+    nfe = sampler_of(teacher).nfe
+    show = part_of(watch, f"scoring the teacher ({nfe} evaluations each)")
 
     def tell(message: str, kind: str = "note") -> None:
         if watch:
@@ -809,8 +835,9 @@ def _teacher_score(store: Store, wanted: _Run, device: str | None, watch: Watch 
 
     def tick(done: int, total: int) -> None:
         if done == 0:
-            nfe = sampler_of(teacher).nfe
             tell(f"scoring the teacher on {total:,} images ({nfe} evaluations each) for comparison")
+        if show:
+            show(done, total)
 
     try:
         options = _teacher_question(store, wanted) | {"device": device, "tick": tick}
@@ -838,7 +865,7 @@ def _is_scored(store: Store, wanted: _Run) -> bool:
     return is_answered(wanted.inputs["teacher"].oid, ["fid"], _teacher_question(store, wanted))
 
 
-def finetune_sid2a(*, teacher: str, generator: str, **options: Any) -> Artifact:
+def finetune_sid2a(*, teacher: Ref, generator: Ref, **options: Any) -> Artifact:
     """`distill` in mode sid2a: SiDA started from a generator; options as there.
 
     Source: SiDA (2410.14919), section 4.3.
@@ -970,10 +997,18 @@ def _preview(net: "Preconditioned", sampler: OneStepSpec | HeunSpec) -> bytes:
 
 @dataclass(frozen=True)
 class Sampled:
-    """A samples artifact with its content: images uint8 [N, H, W, C], labels int64 [N] or None, seeds."""
+    """A samples artifact with its content: images uint8 [N, H, W, C], labels int64 [N] or None, seeds.
+
+    Wherever a ref is expected it does as one, and says which run directory it lies in.
+    """
 
     artifact: Artifact
     store: Store
+
+    @property
+    def oid(self) -> str:
+        """That of the artifact."""
+        return self.artifact.oid
 
     @cached_property
     def images(self) -> "NDArray[np.uint8]":
@@ -990,35 +1025,42 @@ class Sampled:
 
 
 def sample(
-    ref: str,
+    ref: Ref,
     *,
-    seeds: Sequence[int],
-    class_index: int | None = None,
-    steps: int | None = None,
+    seeds: Seeds | None = None,
+    num: Count | None = None,
+    class_index: SupportsIndex | None = None,
+    steps: SupportsIndex | None = None,
     sampler: Literal["one-step", "heun"] | None = None,
-    guide: str | None = None,
+    guide: Ref | None = None,
     guidance: float = 1.0,
     setting: Setting | None = None,
     name: str | None = None,
-    run: Path | str | None = None,
+    run: RunDir = None,
     device: str | None = None,
     force: bool = False,
     tick: Tick | None = None,
 ) -> Sampled:
     """Images of a teacher or generator, one per seed, as a samples artifact (a zip in the EDM layout, and a grid).
 
+    num: so many from seed 0 on, such as "10k", instead of `seeds`; 64 where neither is given.
     The sampler defaults to the net's own: one step for a generator, Heun for a teacher. guide: a weaker teacher that
     Heun's sampler moves away from, `guidance` times as far (1 = not at all). Noise and class of an image depend on its
     seed alone. setting: of the nets' arithmetic, float32 by default; another precision is another question.
     """
+    if seeds is not None and num is not None:
+        raise SidaError("num and seeds cannot both be given", "Pass one of them.")
+    count = 64 if num is None else count_of(num, "num")
+    seeds = seeds_of(range(count) if seeds is None else seeds)
     if not seeds:
-        raise SidaError("sample count must be >= 1, got 0", "Pass --num 1 or more.")
-    check_seeds(seeds)
-    store = Store.open(run)
+        raise SidaError(f"sample count must be >= 1, got {min(count, 0)}", "Pass --num 1 or more.")
+    class_index = None if class_index is None else whole(class_index, "class_index")
+    steps = None if steps is None else whole(steps, "steps")
+    store = Store.open(run_of(ref, run))
     if name:
         store.check_name("samples", name)
     with _first_alone():
-        subject = resolve(store, ref, NETS)
+        subject = resolve(store, ref_text(ref), NETS)
     chosen = _sampler(subject, sampler, steps)
     setting = setting or Setting()
     params: dict[str, Any] = {
@@ -1031,7 +1073,7 @@ def sample(
     if not math.isfinite(guidance):
         raise SidaError(f"guidance must be finite, got {guidance}", "Pass another --guidance.")
     if guide is not None:
-        inputs["guide"] = resolve(store, guide, ["teacher"])
+        inputs["guide"] = resolve(store, ref_text(guide, "the guide"), ["teacher"])
         params["guidance"] = guidance
     elif guidance != 1:
         raise SidaError(f"guidance {guidance:g} needs a second net, got none", "Pass --guide REF.")

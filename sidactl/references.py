@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from sidactl import catalog
 from sidactl.artifacts import (
     NETS,
+    Tick,
     answered,
     dataset_called,
     fetched_file,
     load_dataset,
     mapping,
+    part_of,
     prepare_data,
     resolve,
     source_identity,
@@ -272,8 +274,8 @@ def _moments(mu: Any, sigma: Any, where: str) -> Moments:
     return Moments(mean, covariance)
 
 
-def moments(store: Store, reference: Artifact, detector: "Detector") -> Moments:
-    """Mean and covariance of the reference's features by this detector.
+def moments(store: Store, reference: Artifact, detector: "Detector", watcher: object = None) -> Moments:
+    """Mean and covariance of the reference's features by this detector; computed with `part_of(watcher)` where need be.
 
     Raises SidaError where statistics were made by another detector, by other weights, or with another resize.
     """
@@ -286,7 +288,7 @@ def moments(store: Store, reference: Artifact, detector: "Detector") -> Moments:
             return dict(held)
 
     if reference.kind == "dataset":
-        reference = reference_stats(store, reference, detector)
+        reference = reference_stats(store, reference, detector, part_of(watcher, reference_part(reference)))
     if "detector" in reference.params:
         if reference.params["detector"] != detector.identity:
             raise SidaError(
@@ -317,7 +319,12 @@ def moments(store: Store, reference: Artifact, detector: "Detector") -> Moments:
     return Moments(published["mu"], published["sigma"])
 
 
-def reference_stats(store: Store, data: Artifact, detector: "Detector") -> Artifact:
+def reference_part(data: Artifact) -> str:
+    """What the work on a reference's images is called where its progress is shown."""
+    return f"features of {data.params.get('name') or data.oid[:12]}"
+
+
+def reference_stats(store: Store, data: Artifact, detector: "Detector", tick: Tick | None = None) -> Artifact:
     """Feature statistics of all images of a dataset, a stats artifact; computed once."""
     import numpy as np
 
@@ -326,7 +333,7 @@ def reference_stats(store: Store, data: Artifact, detector: "Detector") -> Artif
     key = store.key("stats", {"detector": detector.identity}, {"dataset": data.oid})
     if known := store.asked(key):
         return known
-    stats = detectors.stats_of(detector, dataset_images(load_dataset(store, data)))
+    stats = detectors.stats_of(detector, dataset_images(load_dataset(store, data), tick=tick))
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **stats.arrays())
     params = {"detector": detector.identity}
@@ -334,9 +341,19 @@ def reference_stats(store: Store, data: Artifact, detector: "Detector") -> Artif
     return answered(store, key, artifact, "stats")
 
 
-def dataset_images(dataset: "Dataset", positions: "Sequence[int] | NDArray[np.int64] | None" = None) -> "Images":
+def dataset_images(
+    dataset: "Dataset", positions: "Sequence[int] | NDArray[np.int64] | None" = None, *, tick: Tick | None = None
+) -> "Images":
     """Batches of the images at these positions, in order; of all by default."""
-    return map(dataset.images, position_batches(dataset, positions))
+    batches = position_batches(dataset, positions)
+    done, total = 0, sum(map(len, batches))
+    for batch in batches:
+        if tick:
+            tick(done, total)
+        yield dataset.images(batch)
+        done += len(batch)
+    if tick:
+        tick(done, total)
 
 
 def position_batches(

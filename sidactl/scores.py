@@ -1,29 +1,32 @@
 """Scores of images against a reference, by trials over fresh seed ranges, kept as score artifacts."""
 
 import hashlib
+import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypedDict, Unpack
 
 from sidactl import __version__, catalog, references
 from sidactl.artifacts import (
     NETS,
+    RunDir,
     Tick,
     agreed_answer,
     answered,
-    check_seeds,
     fetch_detector,
     load_dataset,
     load_net,
     mapping,
+    part_of,
     read_state_dict,
     require_images,
     resolve,
     source_identity,
 )
 from sidactl.errors import SidaError
+from sidactl.inputs import Count, Ref, count_of, optional_ref, ref_text, run_of, seeds_of, whole
 from sidactl.recipe import HeunSpec, OneStepSpec, Setting
 from sidactl.references import ENOUGH, Moments, Need, detector_name, images_per_batch
 from sidactl.store import Artifact, Store
@@ -80,7 +83,8 @@ class ScoreOptions(TypedDict, total=False):
 
     reference: a dataset or statistics by oid, name, file or URL; by default the published statistics of the dataset
         that the subject was made from, or that dataset.
-    num, trials, first_seed: images per trial (50,000), trials, and the first one's first seed; the next go on from it.
+    num, trials, first_seed: images per trial (50,000; "10k" does), trials, and the first one's first seed; the
+        next go on from it.
     subset_seed: what draws `num` images of samples, a folder or a dataset that hold more; 0 by default.
     labels: classes drawn uniformly for each seed, as EDM does, or by their share of the dataset, as SiD does.
     setting: of the arithmetic of a generator or teacher, float32 by default; that of detectors is always float32.
@@ -94,19 +98,19 @@ class ScoreOptions(TypedDict, total=False):
     tick: called with images done and in all.
     """
 
-    reference: str | None
-    num: int | None
-    trials: int
-    first_seed: int
-    subset_seed: int | None
+    reference: Ref | None
+    num: Count | None
+    trials: SupportsIndex
+    first_seed: SupportsIndex
+    subset_seed: SupportsIndex | None
     labels: str
     setting: Setting
-    detector: str | None
+    detector: str | os.PathLike[str] | None
     resize: str
     convention: str
-    neighbours: int
-    num_splits: int
-    run: Path | str | None
+    neighbours: SupportsIndex
+    num_splits: SupportsIndex
+    run: RunDir
     device: str | None
     force: bool
     tick: Tick | None
@@ -133,8 +137,11 @@ class Score:
 
     @property
     def value(self) -> float:
-        """The mean over trials of the first number."""
+        """The mean over trials of the first number; also `float(score)`."""
         return statistics.fmean(next(iter(self.values.values())))
+
+    def __float__(self) -> float:
+        return self.value
 
     def to_json(self) -> dict[str, Any]:
         """Every number as mean, standard deviation (null for one trial), minimum and values; and how it was made."""
@@ -161,7 +168,7 @@ class Score:
         }
 
 
-def fid(ref: str, **options: Unpack[ScoreOptions]) -> Score:
+def fid(ref: Ref, **options: Unpack[ScoreOptions]) -> Score:
     """Fréchet distance of images to a reference: called FID only with Inception's features.
 
     A generator or teacher is sampled anew in each trial by its own sampler; samples, folders, zips and npz files are
@@ -170,27 +177,27 @@ def fid(ref: str, **options: Unpack[ScoreOptions]) -> Score:
     return evaluate(ref, ["fid"], **options)
 
 
-def fd_dinov2(ref: str, **options: Unpack[ScoreOptions]) -> Score:
+def fd_dinov2(ref: Ref, **options: Unpack[ScoreOptions]) -> Score:
     """Fréchet distance of DINOv2's features. Source: Stein et al. (2306.04675), as EDM2 (2312.02696) computes it."""
     return evaluate(ref, ["fd-dinov2"], **options)
 
 
-def prec_recall(ref: str, **options: Unpack[ScoreOptions]) -> Score:
+def prec_recall(ref: Ref, **options: Unpack[ScoreOptions]) -> Score:
     """Improved precision and recall, in this order. Source: Kynkäänniemi et al. (1904.06991), eqs. 1-3."""
     return evaluate(ref, ["prec-recall"], **options)
 
 
-def inception_score(ref: str, **options: Unpack[ScoreOptions]) -> Score:
+def inception_score(ref: Ref, **options: Unpack[ScoreOptions]) -> Score:
     """Inception score, the mean over parts of the images. Source: Salimans et al. (1606.03498), section 4."""
     return evaluate(ref, ["inception-score"], **options)
 
 
-def evaluate(ref: str, metrics: Sequence[str] | None = None, **options: Unpack[ScoreOptions]) -> Score:
+def evaluate(ref: Ref, metrics: Sequence[str] | None = None, **options: Unpack[ScoreOptions]) -> Score:
     """Several metrics in one pass over the images; all that apply to the reference if none is named.
 
     Source: those of `fid`, `prec_recall` and `inception_score`; KID is Bińkowski et al. (1801.01401), section 4.
     """
-    asked = _Question.parse(ref, metrics, options)
+    asked = _Question.parse(ref_text(ref), metrics, _plain_options(ref, options))
     known = None if asked.force else agreed_answer(asked.store, asked.key)
     if known is None:
         from sidactl import engine
@@ -207,8 +214,23 @@ def score_name(detector: str) -> str:
 
 def is_answered(ref: str, metrics: Sequence[str], options: ScoreOptions) -> bool:
     """Whether `evaluate` would have its answer from the run directory."""
-    question = _Question.parse(ref, metrics, options)
+    question = _Question.parse(ref, metrics, _plain_options(ref, options))
     return question.store.asked(question.key) is not None
+
+
+def _plain_options(ref: Ref, options: ScoreOptions) -> Mapping[str, Any]:
+    """The options as text and ints, whatever they came as."""
+    plain: dict[str, Any] = {**options, "run": run_of(ref, options.get("run"))}
+    if unknown := sorted(set(plain) - set(ScoreOptions.__annotations__)):
+        raise SidaError(f"unknown option {unknown[0]!r}", f"There are {', '.join(ScoreOptions.__annotations__)}.")
+    for name in ("reference", "detector"):
+        plain[name] = optional_ref(plain.get(name), f"the {name}")
+    if plain.get("num") is not None:
+        plain["num"] = count_of(plain["num"], "num")
+    for name in ("trials", "first_seed", "subset_seed", "neighbours", "num_splits"):
+        if plain.get(name) is not None:
+            plain[name] = whole(plain[name], name)
+    return plain
 
 
 @dataclass(frozen=True)
@@ -232,7 +254,7 @@ class _Question:
     tick: Tick | None
 
     @classmethod
-    def parse(cls, ref: str, metrics: Sequence[str] | None, options: ScoreOptions) -> "_Question":
+    def parse(cls, ref: str, metrics: Sequence[str] | None, options: Mapping[str, Any]) -> "_Question":
         num, trials = options.get("num"), options.get("trials", 1)
         if num is not None and num < 2:
             raise SidaError(f"sample count must be >= 2, got {num}", "Pass --num 2 or more.")
@@ -260,8 +282,8 @@ class _Question:
         seeds: list[list[int]] = []
         if subject.kind in NETS:
             num, first = num or 50_000, options.get("first_seed", 0)
+            seeds_of(range(first, first + trials * num), "seeds of all trials")
             seeds = [[first + t * num, first + (t + 1) * num] for t in range(trials)]
-            check_seeds(range(first, first + trials * num))
             if options.get("subset_seed") is not None:
                 raise SidaError("a subset is of images that there are, got a net that draws them", "Pass --first-seed.")
         else:
@@ -307,7 +329,7 @@ class _Question:
         )
 
 
-def _applicable(store: Store, subject: Artifact, options: ScoreOptions) -> list[str]:
+def _applicable(store: Store, subject: Artifact, options: Mapping[str, Any]) -> list[str]:
     """The metrics of an evaluation: all with the reference's own detector, and FD-DINOv2 where Inception is used."""
     reference = references.find(store, options.get("reference"), subject, "moments")
     detector = options.get("detector") or detector_name(reference)
@@ -325,7 +347,7 @@ def _applicable(store: Store, subject: Artifact, options: ScoreOptions) -> list[
 
 
 def _detector_of(
-    metric: str, options: ScoreOptions, found: Mapping[str, Artifact], store: Store, subject: Artifact
+    metric: str, options: Mapping[str, Any], found: Mapping[str, Artifact], store: Store, subject: Artifact
 ) -> str:
     fixed, asked = METRICS[metric].detector, options.get("detector")
     if fixed and asked not in (None, fixed):
@@ -600,11 +622,11 @@ def _known_features(store: Store, keys: Mapping[str, str]) -> dict[str, _Feature
 def _against(asked: _Question, metric: str, detector: "Detector") -> "Moments | _Features | None":
     """What a metric compares with: moments, features of real images, or nothing."""
     if METRICS[metric].need == "moments":
-        return references.moments(asked.store, asked.references[metric], detector)
-    return _real_features(asked.store, asked.references[metric], detector) if METRICS[metric].need else None
+        return references.moments(asked.store, asked.references[metric], detector, asked.tick)
+    return _real_features(asked.store, asked.references[metric], detector, asked.tick) if METRICS[metric].need else None
 
 
-def _real_features(store: Store, data: Artifact, detector: "Detector") -> _Features:
+def _real_features(store: Store, data: Artifact, detector: "Detector", watcher: object) -> _Features:
     import numpy as np
     import torch
 
@@ -618,8 +640,9 @@ def _real_features(store: Store, data: Artifact, detector: "Detector") -> _Featu
     chosen = np.arange(dataset.num_images)
     if len(chosen) > MAX_REAL_IMAGES:
         chosen = drawn_subset(dataset.num_images, MAX_REAL_IMAGES, seed=0)
-    parts = [(detector(images), _digests(images)) for images in references.dataset_images(dataset, chosen)]
-    rows, digests = zip(*parts, strict=True)
+    tick = part_of(watcher, references.reference_part(data))
+    images = references.dataset_images(dataset, chosen, tick=tick)
+    rows, digests = zip(*((detector(batch), _digests(batch)) for batch in images), strict=True)
     features = _Features(torch.cat(rows), torch.cat(digests))
     _keep_features(store, key, data, params, detector, features)
     return features

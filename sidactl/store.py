@@ -546,9 +546,13 @@ class Store:
         self._verified: set[tuple[str, int, int]] = set()
 
     @classmethod
-    def open(cls, root: Path | str | None = None) -> "Store":
-        """The store at `root`, or $SIDACTL_RUN, or ./sida-run; SidaError where its format is not ours."""
-        store = cls(Path(root or os.environ.get("SIDACTL_RUN") or "sida-run"))
+    def open(cls, root: os.PathLike[str] | str | None = None) -> "Store":
+        """The store at `root`, or $SIDACTL_RUN, or ./sida-run (~ is a home); SidaError where its format is not ours."""
+        # A shell leaves the ~ of --run=~/x and of quoted variables as it is.
+        path = os.path.expanduser(root or os.environ.get("SIDACTL_RUN") or "sida-run")
+        if path.startswith("~"):
+            raise SidaError(f"there is no home directory for {path}", f"Write ./{path} for a folder of that name.")
+        store = cls(Path(path))
         store._has_format()
         return store
 
