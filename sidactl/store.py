@@ -456,6 +456,11 @@ class _Checked:
             for role, oid in artifact.inputs.items():
                 if oid in uses:
                     uses[oid].append((f"input {role} of {self._label(artifact)}", oid))
+        for key in self.store._listdir("asked") if uses else []:
+            with suppress(SidaError):  # `answers` tells that it cannot be read
+                oid = self.store._oid(f"asked/{key}") or ""
+                if oid in uses:
+                    uses[oid].append((f"artifact that answers {self._commands.get(oid, 'a question')}", oid))
         return uses
 
     def _label(self, artifact: Artifact) -> str:

@@ -1151,7 +1151,7 @@ def write(store):
     with store.live("cd" * 32) as live:
         live.write("state.bin", b"one")
         live.write("state.bin", b"two")
-        live.append("events.jsonl", b"{}")
+        live.append("events.jsonl", b'{"event": "progress", "nimg": 1}')
         key = Store.key("distill", {}, {"teacher": teacher.oid})
         for data in (b"first", b"second"):
             generator = store.put("generator", {"w": data, "v": b"v" * 3000000}, inputs={"teacher": teacher.oid})
