@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sidactl import catalog, download
 from sidactl.errors import SidaError
 from sidactl.recipe import HeunSpec, NetSpec, OneStepSpec
-from sidactl.store import Artifact, LiveDir, Store
+from sidactl.store import KINDS, Artifact, LiveDir, Store
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from sidactl.data import Dataset
     from sidactl.diffusion import Preconditioned
+    from sidactl.prepare import PreparedDataset
+    from sidactl.sources import ClassOrder, Convention
     from sidactl.trainer import ImageSource
 
 Tick = Callable[[int, int], None]
@@ -33,6 +35,17 @@ NetKind = Literal["teacher", "generator"]
 NETS: tuple[NetKind, ...] = ("teacher", "generator")
 NET_FILES = (".pkl", ".safetensors")
 DATA_FILES = (".zip", ".npz")
+_IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+_OTHER_FILES = {suffix: f"a single {suffix[1:].upper()} image" for suffix in _IMAGE_FILES} | {
+    ".npy": "an .npy array",
+    ".tar": "a tar archive",
+    ".tgz": "a tar archive",
+    ".gz": "a compressed file",
+    ".pt": "a torch file",
+    ".pth": "a torch file",
+    ".ckpt": "a checkpoint of another tool",
+}
+"""what people take for a dataset or network, by suffix"""
 
 
 def resolve(store: Store, text: str, kinds: Sequence[str]) -> Artifact:
@@ -54,7 +67,32 @@ def resolve(store: Store, text: str, kinds: Sequence[str]) -> Artifact:
         return fetch_teacher(text, kind=nets[0] if len(nets) == 1 else None, run=store.root)
     if "dataset" in kinds and (suffix in DATA_FILES or (Path(text).is_dir() and not _is_ref(store, text))):
         return prepare_data(text, run=store.root)
+    if problem := _not_readable(store, text, kinds):
+        raise problem
     return store.resolve(text, kinds)
+
+
+def _not_readable(store: Store, text: str, kinds: Sequence[str]) -> SidaError | None:
+    """What is wrong with a word that is no ref but looks like a path; None for any other word."""
+    path, suffix = Path(text), _suffix(text)
+    is_below = "/" in text and text.partition("/")[0] not in KINDS
+    looks_like_path = is_below or text.startswith((".", "~")) or suffix in (*NET_FILES, *DATA_FILES, *_OTHER_FILES)
+    if _is_ref(store, text) or not (looks_like_path or path.exists()):
+        return None
+    wanted = [*([" or ".join(NET_FILES)] if set(NETS) & set(kinds) else [])]
+    wanted += ["a folder, .zip or .npz of images"] if "dataset" in kinds else []
+    if not wanted or re.fullmatch("[0-9a-fA-F]{4,}", text):
+        return None
+    if not path.exists():
+        return SidaError(f"{text}: no such file or folder", "Check the path, or see sidactl ls for names.")
+    if path.is_dir():
+        got, hint = "a folder", "Name a file in it."
+    else:
+        got = f"{_OTHER_FILES.get(suffix, f'a {suffix} file' if suffix else 'a file without a suffix')}"
+        hint = "Give the folder that it lies in." if suffix in _IMAGE_FILES else "Convert it to one of these."
+        if text.lower().endswith((".tar", ".tar.gz", ".tgz", "idx3-ubyte", "idx3-ubyte.gz")) and "dataset" in kinds:
+            hint = "Make a dataset of it with: sidactl prepare-data"
+    return SidaError(f"{text} is {got}, {' or '.join(wanted)} is needed", hint)
 
 
 def _is_ref(store: Store, text: str) -> bool:
@@ -96,8 +134,8 @@ def image_source(store: Store, artifact: Artifact) -> "ImageSource":
         return load_dataset(store, artifact)
     from sidactl import data, trainer
 
-    labels = data.read_labels(store.path(artifact, data.LABEL_FILE))
-    return trainer.ClassesAlone(len(data.class_counts(list(labels.values()))), list(labels.values()))
+    found = data.read_labels(store.path(artifact, data.LABEL_FILE))
+    return trainer.ClassesAlone(found.label_dim, list((found.labels or {}).values()))
 
 
 def fetch_teacher(
@@ -215,7 +253,8 @@ def _locate(source: str) -> tuple[catalog.Teacher | catalog.Generator | None, st
 
 
 def _suffix(path_or_url: str) -> str:
-    return Path(path_or_url.partition("?")[0]).suffix if "://" in path_or_url else Path(path_or_url).suffix
+    """The suffix in lower case, with its dot."""
+    return Path(path_or_url.partition("?")[0] if "://" in path_or_url else path_or_url).suffix.lower()
 
 
 def _kind_of(entry: catalog.Teacher | catalog.Generator) -> NetKind:
@@ -406,7 +445,7 @@ def fetch_detector(name: str, *, run: Path | str | None = None, progress: downlo
         from sidactl import detectors
 
         # Loading refuses what is another network.
-        if path.suffix == ".pt":
+        if path.suffix.lower() == ".pt":
             detectors.load_torchscript(path)
             files = {"model.pt": path}
         else:
@@ -425,7 +464,7 @@ def read_state_dict(path: Path | str) -> "dict[str, Tensor]":
     import torch
 
     try:
-        if Path(path).suffix == ".safetensors":
+        if Path(path).suffix.lower() == ".safetensors":
             return safetensors.torch.load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
@@ -471,6 +510,10 @@ def prepare_data(
     transform: str | None = None,
     resolution: tuple[int, int] | None = None,
     max_images: int | None = None,
+    channels: int | None = None,
+    exif_rotate: bool = False,
+    class_order: "ClassOrder | None" = None,
+    convention: "Convention | None" = None,
     workers: int | None = None,
     skip_bad: bool = False,
     latents: bool = False,
@@ -502,6 +545,16 @@ def prepare_data(
         "max_images": max_images,
         "skip_bad": skip_bad,
     }
+    # Only what is not as usual, so that a dataset prepared as usual keeps its oid.
+    others = {
+        "channels": channels,
+        "exif_rotate": exif_rotate,
+        "class_order": None if class_order == "numeric" and convention is None else class_order,
+        "convention": convention,
+        # Which ones: once it was the first so many.
+        "subset": "by class in turn" if max_images is not None and convention is None else None,
+    }
+    options |= {option: value for option, value in others.items() if value}
     if labels_only or classes is not None:
         if latents or any(options.values()):
             raise SidaError("labels without images take no options of images, got some", "Leave them out.")
@@ -537,14 +590,16 @@ def _prepare_images(
         from sidactl.data import Dataset
 
         path = work.path / "images.zip"
-        made = prepare.prepare(source, path, **options, workers=workers, work=work.path, progress=tick)
+        say = download.to_stderr
+        chosen = {option: value for option, value in options.items() if option != "subset"}
+        made = prepare.prepare(source, path, **chosen, workers=workers, work=work.path, progress=tick, say=say)
         files: dict[str, Path | bytes] = {"images.zip": path}
         if made.kind == "pixels":
             files["contact-sheet.png"] = prepare.contact_sheet(Dataset(path))
-        results = dataclasses.asdict(made)
+        results = _results(made)
         entry = entry or catalog.DATASETS.get(options["preset"] or "")
         params: dict[str, Any] = {
-            "name": name or Path(source).name,
+            "name": name or _file_name(source),
             "licence": entry.licence if entry else None,
         }
         artifact = store.put("dataset", files, params={**params, **options}, results=results)
@@ -595,6 +650,7 @@ def _prepare_latents(
             device=chosen,
             work=work.path,
             progress=tick,
+            say=download.to_stderr,
         )
         files = {"images.zip": path, "contact-sheet.png": store.path(pixels, "contact-sheet.png")}
         params = {
@@ -602,10 +658,21 @@ def _prepare_latents(
             "licence": pixels.params["licence"],
             "vae": codec.VAE_NAME,
         }
-        results = dataclasses.asdict(made) | {"skipped": pixels.results["skipped"]}
+        results = _results(made) | {"skipped": pixels.results["skipped"]}
         artifact = store.put("dataset", files, inputs={"dataset": pixels.oid}, params=params, results=results)
         engine.agreed(lambda: artifact.oid)
         return answered(store, key, artifact, "prepare-data", refs=refs)
+
+
+def _results(made: "PreparedDataset") -> dict[str, Any]:
+    """A preparation's results; names of classes only where there are some."""
+    results = dataclasses.asdict(made)
+    return results if made.class_names else {name: value for name, value in results.items() if name != "class_names"}
+
+
+def _file_name(source: str) -> str:
+    """A file's own name as JSON holds it, whatever its bytes."""
+    return os.fsencode(Path(source).name).decode("utf-8", "backslashreplace")
 
 
 def _help_with_latents(store: Store, device: "torch.device") -> Artifact:
@@ -634,16 +701,17 @@ def _prepare_labels(store: Store, source: str | None, classes: int | None, name:
     refs = [name] if name else []
     if not force and (known := store.asked(key)):
         return named(store, known, refs)
-    from sidactl.data import LABEL_FILE, MAX_LABEL, class_counts, read_labels
+    from sidactl.data import LABEL_FILE, MAX_LABEL, LabelFile, class_counts, read_labels
 
     if source is not None:
-        labels = read_labels(Path(source))
+        found = read_labels(Path(source))
     else:
         assert classes is not None
         if not 1 <= classes <= MAX_LABEL + 1:
             raise SidaError(f"--classes must be from 1 to {MAX_LABEL + 1}, got {classes}", "Pass the teacher's number.")
-        labels = {f"class {index}": index for index in range(classes)}
-    counts = class_counts(list(labels.values()))
+        found = LabelFile({f"class {index}": index for index in range(classes)})
+    labels = found.labels or {}
+    counts = class_counts(list(labels.values()), found.label_dim)
     results: dict[str, Any] = {
         "num_images": len(labels),
         "resolution": None,
@@ -653,8 +721,10 @@ def _prepare_labels(store: Store, source: str | None, classes: int | None, name:
         "skipped": [],
         "kind": "labels",
     }
-    params = {"name": name or (Path(source).name if source else f"classes-{classes}"), "licence": None}
-    document = json.dumps({"labels": list(labels.items())}).encode()
+    names = {"class_names": found.class_names} if found.class_names else {}
+    results |= names
+    params = {"name": name or (_file_name(source) if source else f"classes-{classes}"), "licence": None}
+    document = json.dumps({"labels": list(labels.items()), **names}).encode()
     artifact = store.put("dataset", {LABEL_FILE: document}, params=params, results=results)
     return answered(store, key, artifact, "prepare-data", refs=refs)
 

@@ -52,7 +52,7 @@ from sidactl.recipe import (
     TeacherRecipe,
     override,
 )
-from sidactl.references import detector_name, images_per_batch
+from sidactl.references import class_of, detector_name, images_per_batch
 from sidactl.scores import SCORE_NAMES, load_detector, sampler_of
 from sidactl.scores import evaluate as evaluate
 from sidactl.scores import fd_dinov2 as fd_dinov2
@@ -266,7 +266,7 @@ def _stored_teacher(store: Store, text: str) -> Artifact:
 
 
 def _is_foreign(text: str) -> bool:
-    return "://" in text or Path(text).suffix in NET_FILES
+    return "://" in text or Path(text).suffix.lower() in NET_FILES
 
 
 def distill(
@@ -704,7 +704,7 @@ def sample(
     ref: str,
     *,
     seeds: Sequence[int],
-    class_index: int | None = None,
+    class_index: int | str | None = None,
     steps: int | None = None,
     sampler: Literal["one-step", "heun"] | None = None,
     guide: str | None = None,
@@ -720,7 +720,8 @@ def sample(
 
     The sampler defaults to the net's own: one step for a generator, Heun for a teacher. guide: a weaker teacher that
     Heun's sampler moves away from, `guidance` times as far (1 = not at all). Noise and class of an image depend on its
-    seed alone. setting: of the nets' arithmetic, float32 by default; another precision is another question.
+    seed alone. class_index: one class for all images, by its index or by its name in the net's dataset.
+    setting: of the nets' arithmetic, float32 by default; another precision is another question.
     """
     if not seeds:
         raise SidaError("sample count must be >= 1, got 0", "Pass --num 1 or more.")
@@ -730,6 +731,8 @@ def sample(
     with _first_alone():
         subject = resolve(store, ref, NETS)
     chosen = _sampler(subject, sampler, steps)
+    if isinstance(class_index, str):
+        class_index = class_of(store, subject, class_index)
     setting = setting or Setting()
     params: dict[str, Any] = {
         "seeds": _seeds_to_json(seeds),
