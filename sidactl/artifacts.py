@@ -599,7 +599,7 @@ def _prepare_images(
         results = _results(made)
         entry = entry or catalog.DATASETS.get(options["preset"] or "")
         params: dict[str, Any] = {
-            "name": name or _file_name(source),
+            "name": name or _json_name(Path(source).name),
             "licence": entry.licence if entry else None,
         }
         artifact = store.put("dataset", files, params={**params, **options}, results=results)
@@ -670,9 +670,9 @@ def _results(made: "PreparedDataset") -> dict[str, Any]:
     return results if made.class_names else {name: value for name, value in results.items() if name != "class_names"}
 
 
-def _file_name(source: str) -> str:
-    """A file's own name as JSON holds it, whatever its bytes."""
-    return os.fsencode(Path(source).name).decode("utf-8", "backslashreplace")
+def _json_name(path: str) -> str:
+    """A path as JSON holds it, whatever its bytes."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _help_with_latents(store: Store, device: "torch.device") -> Artifact:
@@ -723,7 +723,7 @@ def _prepare_labels(store: Store, source: str | None, classes: int | None, name:
     }
     names = {"class_names": found.class_names} if found.class_names else {}
     results |= names
-    params = {"name": name or (_file_name(source) if source else f"classes-{classes}"), "licence": None}
+    params = {"name": name or (_json_name(Path(source).name) if source else f"classes-{classes}"), "licence": None}
     document = json.dumps({"labels": list(labels.items()), **names}).encode()
     artifact = store.put("dataset", {LABEL_FILE: document}, params=params, results=results)
     return answered(store, key, artifact, "prepare-data", refs=refs)
@@ -817,7 +817,7 @@ def source_identity(source: str) -> Any:
     if path.is_file():
         labels = path.with_name(path.name.replace("images-idx3", "labels-idx1").replace("images.idx3", "labels.idx1"))
         files = [path] if labels == path or not labels.exists() else [path, labels]
-        return [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+        return [[_json_name(str(p.resolve())), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
     total = hashlib.sha256()
     for folder, subfolders, names in os.walk(path, followlinks=True):
         here = os.path.realpath(folder)
@@ -827,8 +827,9 @@ def source_identity(source: str) -> Any:
             file = os.path.join(folder, name)
             if os.path.isfile(file):
                 stat = os.stat(file)
-                total.update(f"{os.path.relpath(file, path)}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
-    return [str(path.resolve()), total.hexdigest()]
+                encoded = os.fsencode(os.path.relpath(file, path))
+                total.update(encoded + f"\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+    return [_json_name(str(path.resolve())), total.hexdigest()]
 
 
 def _is_within(folder: str, other: str) -> bool:

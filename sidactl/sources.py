@@ -26,6 +26,7 @@ from sidactl.data import (
     MAX_LABEL,
     MAX_MEMBER_BYTES,
     ZipArchive,
+    check_directory,
     check_label,
     first_line,
     is_hidden,
@@ -413,6 +414,8 @@ def _zip(path: Path, keep_layout: bool, rules: _Rules) -> Source:
     names, base, labels, class_names = _classified(listing, rules, archive.read, in_folders=False)
     # What is read is checked as it is; what is not might be an image, were it not for a damaged name.
     archive.check(archive.names if rules.is_partial else set(archive.names) - set(names))
+    if re.search(r"(^|/)\d{5}/$", base):  # all images in the first folder of a layout
+        base = base[:-6]
     kept = keep_layout and all(_LAYOUT.fullmatch(name, len(base)) for name in names)
     if not kept and names[0].endswith(".npy"):
         raise SidaError(
@@ -662,6 +665,7 @@ def _npz_arrays(path: Path) -> tuple[tuple[int, ...], NDArray[np.integer] | None
                 with archive.open(member) as file:
                     while file.read(_BLOCK_BYTES):  # to the end, where its checksum is compared
                         pass
+        check_directory(path)
         with np.load(path, allow_pickle=False) as arrays:
             classes = arrays.get("arr_1")
     except KeyError as error:
