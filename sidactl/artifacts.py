@@ -19,7 +19,7 @@ from sidactl import catalog, download
 from sidactl.errors import SidaError
 from sidactl.inputs import Count, Ref, Size, count_of, optional_ref, ref_text, run_of, size_of, whole
 from sidactl.recipe import HeunSpec, NetSpec, OneStepSpec
-from sidactl.store import Artifact, LiveDir, Store
+from sidactl.store import KINDS, Artifact, LiveDir, Store
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from sidactl.data import Dataset
     from sidactl.diffusion import Preconditioned
+    from sidactl.prepare import PreparedDataset
+    from sidactl.sources import ClassOrder, Convention
     from sidactl.trainer import ImageSource
 
 Tick = Callable[[int, int], None]
@@ -36,6 +38,17 @@ NetKind = Literal["teacher", "generator"]
 NETS: tuple[NetKind, ...] = ("teacher", "generator")
 NET_FILES = (".pkl", ".safetensors")
 DATA_FILES = (".zip", ".npz")
+_IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+_OTHER_FILES = {suffix: f"a single {suffix[1:].upper()} image" for suffix in _IMAGE_FILES} | {
+    ".npy": "an .npy array",
+    ".tar": "a tar archive",
+    ".tgz": "a tar archive",
+    ".gz": "a compressed file",
+    ".pt": "a torch file",
+    ".pth": "a torch file",
+    ".ckpt": "a checkpoint of another tool",
+}
+"""what people take for a dataset or network, by suffix"""
 
 
 def resolve(store: Store, text: str, kinds: Sequence[str], *, any_size: bool = False) -> Artifact:
@@ -57,7 +70,32 @@ def resolve(store: Store, text: str, kinds: Sequence[str], *, any_size: bool = F
         return fetch_teacher(text, kind=nets[0] if len(nets) == 1 else None, run=store.root)
     if "dataset" in kinds and (suffix in DATA_FILES or (Path(text).is_dir() and not _is_ref(store, text))):
         return prepare_data(text, any_size=any_size, run=store.root)
+    if problem := _not_readable(store, text, kinds):
+        raise problem
     return store.resolve(text, kinds)
+
+
+def _not_readable(store: Store, text: str, kinds: Sequence[str]) -> SidaError | None:
+    """What is wrong with a word that is no ref but looks like a path; None for any other word."""
+    path, suffix = Path(text), _suffix(text)
+    is_below = "/" in text and text.partition("/")[0] not in KINDS
+    looks_like_path = is_below or text.startswith((".", "~")) or suffix in (*NET_FILES, *DATA_FILES, *_OTHER_FILES)
+    if _is_ref(store, text) or not (looks_like_path or path.exists()):
+        return None
+    wanted = [*([" or ".join(NET_FILES)] if set(NETS) & set(kinds) else [])]
+    wanted += ["a folder, .zip or .npz of images"] if "dataset" in kinds else []
+    if not wanted or re.fullmatch("[0-9a-fA-F]{4,}", text):
+        return None
+    if not path.exists():
+        return SidaError(f"{text}: no such file or folder", "Check the path, or see sidactl ls for names.")
+    if path.is_dir():
+        got, hint = "a folder", "Name a file in it."
+    else:
+        got = f"{_OTHER_FILES.get(suffix, f'a {suffix} file' if suffix else 'a file without a suffix')}"
+        hint = "Give the folder that it lies in." if suffix in _IMAGE_FILES else "Convert it to one of these."
+        if text.lower().endswith((".tar", ".tar.gz", ".tgz", "idx3-ubyte", "idx3-ubyte.gz")) and "dataset" in kinds:
+            hint = "Make a dataset of it with: sidactl prepare-data"
+    return SidaError(f"{text} is {got}, {' or '.join(wanted)} is needed", hint)
 
 
 def dataset_called(store: Store, name: str) -> Artifact:
@@ -133,8 +171,8 @@ def image_source(store: Store, artifact: Artifact) -> "ImageSource":
         return load_dataset(store, artifact)
     from sidactl import data, trainer
 
-    labels = data.read_labels(store.path(artifact, data.LABEL_FILE))
-    return trainer.ClassesAlone(len(data.class_counts(list(labels.values()))), list(labels.values()))
+    found = data.read_labels(store.path(artifact, data.LABEL_FILE))
+    return trainer.ClassesAlone(found.label_dim, list((found.labels or {}).values()))
 
 
 def fetch_teacher(
@@ -261,7 +299,8 @@ def _locate(source: str) -> tuple[catalog.Teacher | catalog.Generator | None, st
 
 
 def _suffix(path_or_url: str) -> str:
-    return Path(path_or_url.partition("?")[0]).suffix if "://" in path_or_url else Path(path_or_url).suffix
+    """The suffix in lower case, with its dot."""
+    return Path(path_or_url.partition("?")[0] if "://" in path_or_url else path_or_url).suffix.lower()
 
 
 def _kind_of(entry: catalog.Teacher | catalog.Generator) -> NetKind:
@@ -460,7 +499,7 @@ def fetch_detector(
         from sidactl import detectors
 
         # Loading refuses what is another network.
-        if path.suffix == ".pt":
+        if path.suffix.lower() == ".pt":
             detectors.load_torchscript(path)
             files = {"model.pt": path}
         else:
@@ -487,7 +526,7 @@ def read_state_dict(path: Path | str) -> "dict[str, Tensor]":
     import torch
 
     try:
-        if Path(path).suffix == ".safetensors":
+        if Path(path).suffix.lower() == ".safetensors":
             return safetensors.torch.load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
@@ -535,6 +574,10 @@ def prepare_data(
     transform: str | None = None,
     resolution: Size | None = None,
     max_images: Count | None = None,
+    channels: int | None = None,
+    exif_rotate: bool = False,
+    class_order: "ClassOrder | None" = None,
+    convention: "Convention | None" = None,
     workers: int | None = None,
     skip_bad: bool = False,
     latents: bool = False,
@@ -570,6 +613,16 @@ def prepare_data(
         "max_images": None if max_images is None else count_of(max_images, "--max-images"),
         "skip_bad": skip_bad,
     }
+    # Only what is not as usual, so that a dataset prepared as usual keeps its oid.
+    others = {
+        "channels": channels,
+        "exif_rotate": exif_rotate,
+        "class_order": None if class_order == "numeric" and convention is None else class_order,
+        "convention": convention,
+        # Which ones: once it was the first so many.
+        "subset": "by class in turn" if max_images is not None and convention is None else None,
+    }
+    options |= {option: value for option, value in others.items() if value}
     if labels_only or classes is not None:
         if latents or any(options.values()):
             raise SidaError("labels without images take no options of images, got some", "Leave them out.")
@@ -607,16 +660,18 @@ def _prepare_images(
         from sidactl.data import Dataset
 
         path = work.path / "images.zip"
+        say = download.to_stderr
+        chosen = {option: value for option, value in options.items() if option != "subset"}
         made = prepare.prepare(
-            source, path, **options, any_size=any_size, workers=workers, work=work.path, progress=tick
+            source, path, **chosen, any_size=any_size, workers=workers, work=work.path, progress=tick, say=say
         )
         files: dict[str, Path | bytes] = {"images.zip": path}
         if made.kind == "pixels":
             files["contact-sheet.png"] = prepare.contact_sheet(Dataset(path))
-        results = {name: value for name, value in dataclasses.asdict(made).items() if (name, value) != ("width", None)}
+        results = _results(made)
         entry = entry or catalog.DATASETS.get(options["preset"] or "")
         params: dict[str, Any] = {
-            "name": name or Path(source).name,
+            "name": name or _json_name(Path(source).name),
             "licence": entry.licence if entry else None,
         }
         artifact = store.put("dataset", files, params={**params, **options}, results=results)
@@ -667,6 +722,7 @@ def _prepare_latents(
             device=chosen,
             work=work.path,
             progress=tick,
+            say=download.to_stderr,
         )
         files = {"images.zip": path, "contact-sheet.png": store.path(pixels, "contact-sheet.png")}
         params = {
@@ -674,11 +730,21 @@ def _prepare_latents(
             "licence": pixels.params["licence"],
             "vae": codec.VAE_NAME,
         }
-        results = dataclasses.asdict(made) | {"skipped": pixels.results["skipped"]}
-        del results["width"]  # latents are square
+        results = _results(made) | {"skipped": pixels.results["skipped"]}
         artifact = store.put("dataset", files, inputs={"dataset": pixels.oid}, params=params, results=results)
         engine.agreed(lambda: artifact.oid)
         return answered(store, key, artifact, "prepare-data", refs=refs)
+
+
+def _results(made: "PreparedDataset") -> dict[str, Any]:
+    """A preparation's results; a width and names of classes only where there are some."""
+    rare = ("width", "class_names")
+    return {name: value for name, value in dataclasses.asdict(made).items() if name not in rare or value}
+
+
+def _json_name(path: str) -> str:
+    """A path as JSON holds it, whatever its bytes."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _help_with_latents(store: Store, device: "torch.device") -> Artifact:
@@ -707,16 +773,17 @@ def _prepare_labels(store: Store, source: str | None, classes: int | None, name:
     refs = [name] if name else []
     if not force and (known := store.asked(key)):
         return named(store, known, refs)
-    from sidactl.data import LABEL_FILE, MAX_LABEL, class_counts, read_labels
+    from sidactl.data import LABEL_FILE, MAX_LABEL, LabelFile, class_counts, read_labels
 
     if source is not None:
-        labels = read_labels(Path(source))
+        found = read_labels(Path(source))
     else:
         assert classes is not None
         if not 1 <= classes <= MAX_LABEL + 1:
             raise SidaError(f"--classes must be from 1 to {MAX_LABEL + 1}, got {classes}", "Pass the teacher's number.")
-        labels = {f"class {index}": index for index in range(classes)}
-    counts = class_counts(list(labels.values()))
+        found = LabelFile({f"class {index}": index for index in range(classes)})
+    labels = found.labels or {}
+    counts = class_counts(list(labels.values()), found.label_dim)
     results: dict[str, Any] = {
         "num_images": len(labels),
         "resolution": None,
@@ -726,8 +793,10 @@ def _prepare_labels(store: Store, source: str | None, classes: int | None, name:
         "skipped": [],
         "kind": "labels",
     }
-    params = {"name": name or (Path(source).name if source else f"classes-{classes}"), "licence": None}
-    document = json.dumps({"labels": list(labels.items())}).encode()
+    names = {"class_names": found.class_names} if found.class_names else {}
+    results |= names
+    params = {"name": name or (_json_name(Path(source).name) if source else f"classes-{classes}"), "licence": None}
+    document = json.dumps({"labels": list(labels.items()), **names}).encode()
     artifact = store.put("dataset", {LABEL_FILE: document}, params=params, results=results)
     return answered(store, key, artifact, "prepare-data", refs=refs)
 
@@ -820,7 +889,7 @@ def source_identity(source: str) -> Any:
     if path.is_file():
         labels = path.with_name(path.name.replace("images-idx3", "labels-idx1").replace("images.idx3", "labels.idx1"))
         files = [path] if labels == path or not labels.exists() else [path, labels]
-        return [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+        return [[_json_name(str(p.resolve())), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
     total = hashlib.sha256()
     for folder, subfolders, names in os.walk(path, followlinks=True):
         here = os.path.realpath(folder)
@@ -830,8 +899,9 @@ def source_identity(source: str) -> Any:
             file = os.path.join(folder, name)
             if os.path.isfile(file):
                 stat = os.stat(file)
-                total.update(f"{os.path.relpath(file, path)}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
-    return [str(path.resolve()), total.hexdigest()]
+                encoded = os.fsencode(os.path.relpath(file, path))
+                total.update(encoded + f"\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+    return [_json_name(str(path.resolve())), total.hexdigest()]
 
 
 def _is_within(folder: str, other: str) -> bool:

@@ -7,6 +7,7 @@ import errno
 import inspect
 import json
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -262,7 +263,21 @@ def prepare_data(
     preset: Annotated[str | None, typer.Option(metavar="NAME", help="the paper's preparation of a dataset")] = None,
     transform: Annotated[str | None, typer.Option(metavar="NAME", help="center-crop, center-crop-wide, ...")] = None,
     resolution: Annotated[str | None, typer.Option(metavar="WxH", help="size to scale to, such as 64x64")] = None,
-    max_images: Annotated[str | None, typer.Option(metavar="COUNT", help="only the first so many")] = None,
+    max_images: Annotated[
+        str | None, typer.Option(metavar="COUNT", help="only so many, by class in turn; at random without classes")
+    ] = None,
+    channels: Annotated[
+        int | None, typer.Option(metavar="1|3", help="1 makes all images grey (ITU-R 601), 3 all RGB")
+    ] = None,
+    exif_rotate: Annotated[
+        bool, typer.Option("--exif-rotate", help="turn images as their orientation tag says; ignored if not given")
+    ] = False,
+    class_order: Annotated[
+        str, typer.Option(metavar="NAME", help="of folders that are whole numbers: numeric, or text (1, 10, 2)")
+    ] = "numeric",
+    convention: Annotated[
+        str | None, typer.Option(metavar="NAME", help="edm or edm2: classes, order and modes as its tool takes them")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="decoding threads; one per core if not given")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave out images that cannot be read")] = False,
     latents: Annotated[bool, typer.Option("--latents", help="the VAE's latents of the images, for EDM2")] = False,
@@ -282,12 +297,16 @@ def prepare_data(
 ) -> None:
     """Make a dataset from images; prints its oid.
 
-    SOURCE is a folder (its top-level folders, or its dataset.json, are the classes), a zip (one in the EDM or EDM2
-    layout is verified and taken as it is), cifar-10-python.tar.gz, MNIST's IDX files, an ImageNet training folder, an
-    npz batch, or tiny-digits; with --latents a dataset artifact, too.
+    SOURCE is a folder or zip of images (a zip in the EDM or EDM2 layout is verified and taken as it is), ImageNet as a
+    folder, Kaggle's zip or ILSVRC2012_img_train.tar, cifar-10-python.tar.gz, MNIST's IDX files, an npz batch, or
+    tiny-digits; with --latents a dataset artifact, too.
 
-    Image files become 8-bit RGB: grey, palette and CMYK images are converted, alpha is dropped, the first frame of an
-    animation is taken, RGB of 16 bits is cut to 8. Refused: 16-bit grey, damaged files, absurd sizes.
+    Classes come from dataset.json, or else from the folders, in a zip as well: numbered from 0 in the order of their
+    names, and by number where all are whole numbers. Hidden and system files are passed over.
+
+    Image files become 8-bit RGB unless --channels says otherwise: grey, palette and CMYK images are converted, alpha is
+    dropped, the first frame of an animation is taken, RGB of 16 bits is cut to 8, orientation tags are ignored unless
+    --exif-rotate is given. Refused: 16-bit grey, damaged files, absurd sizes.
 
     An interrupted preparation goes on with the same command.
 
@@ -304,6 +323,10 @@ def prepare_data(
             transform=transform,
             resolution=None if resolution is None else inputs.size_of(resolution, "--resolution"),
             max_images=_count(max_images, "--max-images"),
+            channels=channels,
+            exif_rotate=exif_rotate,
+            class_order=class_order,  # type: ignore[arg-type]  # prepare checks it, as the next
+            convention=convention,  # type: ignore[arg-type]
             workers=workers,
             skip_bad=skip_bad,
             latents=latents,
@@ -316,6 +339,7 @@ def prepare_data(
             tick=tick,
         )
     _tell_skipped(artifact.results)
+    _tell_classes(artifact.results)
     if stats:
         with _ticking("feature statistics") as tick:
             made = ops.dataset_stats(artifact.oid, detector=detector, run=run, device=device, tick=tick)
@@ -331,6 +355,19 @@ def _tell_skipped(results: Mapping[str, Any]) -> None:
         rest = f"; and {len(skipped) - 3:,} more" if len(skipped) > 3 else ""
         total = results["num_images"] + len(skipped)
         ui.warn(f"{len(skipped):,} of {total:,} images were left out: {first}{rest}")
+
+
+def _tell_classes(results: Mapping[str, Any]) -> None:
+    """One line with the first few classes by index and name, and those without images."""
+    names, counts = results.get("class_names"), results["class_counts"]
+    if names:
+        empty = sum(not count for count in counts)
+        ui.note(f"{_named_classes(names)}{f'; {empty:,} of them without images' if empty else ''}")
+
+
+def _named_classes(names: Sequence[str]) -> str:
+    first = ", ".join(f"{index} {name}" for index, name in enumerate(names[:5]))
+    return f"{len(names):,} classes: {first}{', ...' if len(names) > 5 else ''}"
 
 
 # Training. A command's recipe flags are made from the recipe's fields, so that each is written once.
@@ -772,7 +809,9 @@ def sample(
         str | None, typer.Option(metavar="COUNT", help="how many images, from seed 0 on, such as 10k; 64 if not given")
     ] = None,
     seeds: Annotated[str | None, typer.Option(metavar="LIST", help="which seeds, such as 0-63 or 5,7,100-199")] = None,
-    class_index: Annotated[int | None, typer.Option("--class", metavar="K", help="one class for all images")] = None,
+    class_index: Annotated[
+        str | None, typer.Option("--class", metavar="K|NAME", help="one class for all images: its index, or its name")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="number of sampling steps")] = None,
     sampler: Annotated[str | None, typer.Option(metavar="NAME", help="one-step, or heun for a teacher")] = None,
     guide: Annotated[str | None, _ref_option("a weaker teacher to move away from")] = None,
@@ -796,7 +835,7 @@ def sample(
         result = ops.sample(
             _from_pipe(ref),
             seeds=chosen,
-            class_index=class_index,
+            class_index=int(class_index) if class_index and re.fullmatch("-?[0-9]{1,9}", class_index) else class_index,
             steps=steps,
             sampler=sampler,  # type: ignore[arg-type]  # ops checks it, with a better error
             guide=guide,
@@ -961,7 +1000,8 @@ def show(
         ui.print_data(f"  {'file':8} {name} ({ui.format_bytes(artifact.files[name].size_bytes)}): {path}")
     for title, values in (("setting", artifact.params), ("result", artifact.results)):
         for key, value in values.items():
-            ui.print_data(f"  {title:8} {key}: {_short(value)}")
+            told = _named_classes(value) if key == "class_names" else value  # type: ignore[arg-type]
+            ui.print_data(f"  {title:8} {key}: {_short(told)}")
     for score in described.scores:
         for line in _score_lines(score):
             ui.print_data(f"  {'score':8} {line}")

@@ -60,7 +60,7 @@ from sidactl.recipe import (
     override,
     passes_of,
 )
-from sidactl.references import detector_name, images_per_batch
+from sidactl.references import class_of, detector_name, images_per_batch
 from sidactl.scores import ScoreOptions, is_answered, load_detector, sampler_of, score_name
 from sidactl.scores import evaluate as evaluate
 from sidactl.scores import fd_dinov2 as fd_dinov2
@@ -413,7 +413,7 @@ def _teacher_of(store: Store, text: str) -> preflight.Input:
 
 
 def _is_foreign(text: str) -> bool:
-    return "://" in text or Path(text).suffix in NET_FILES
+    return "://" in text or Path(text).suffix.lower() in NET_FILES
 
 
 def distill(
@@ -1029,7 +1029,7 @@ def sample(
     *,
     seeds: Seeds | None = None,
     num: Count | None = None,
-    class_index: SupportsIndex | None = None,
+    class_index: SupportsIndex | str | None = None,
     steps: SupportsIndex | None = None,
     sampler: Literal["one-step", "heun"] | None = None,
     guide: Ref | None = None,
@@ -1046,7 +1046,8 @@ def sample(
     num: so many from seed 0 on, such as "10k", instead of `seeds`; 64 where neither is given.
     The sampler defaults to the net's own: one step for a generator, Heun for a teacher. guide: a weaker teacher that
     Heun's sampler moves away from, `guidance` times as far (1 = not at all). Noise and class of an image depend on its
-    seed alone. setting: of the nets' arithmetic, float32 by default; another precision is another question.
+    seed alone. class_index: one class for all images, by its index or by its name in the net's dataset.
+    setting: of the nets' arithmetic, float32 by default; another precision is another question.
     """
     if seeds is not None and num is not None:
         raise SidaError("num and seeds cannot both be given", "Pass one of them.")
@@ -1054,7 +1055,8 @@ def sample(
     seeds = seeds_of(range(count) if seeds is None else seeds)
     if not seeds:
         raise SidaError(f"sample count must be >= 1, got {min(count, 0)}", "Pass --num 1 or more.")
-    class_index = None if class_index is None else whole(class_index, "class_index")
+    if class_index is not None and not isinstance(class_index, str):
+        class_index = whole(class_index, "class_index")
     steps = None if steps is None else whole(steps, "steps")
     store = Store.open(run_of(ref, run))
     if name:
@@ -1062,6 +1064,8 @@ def sample(
     with _first_alone():
         subject = resolve(store, ref_text(ref), NETS)
     chosen = _sampler(subject, sampler, steps)
+    if isinstance(class_index, str):
+        class_index = class_of(store, subject, class_index)
     setting = setting or Setting()
     params: dict[str, Any] = {
         "seeds": _seeds_to_json(seeds),

@@ -62,7 +62,7 @@ def find(store: Store, text: str | None, subject: Artifact, need: Need) -> Artif
     published = catalog.REFERENCES.get(text) or _by_url(text)
     if published:
         return _published(store, published, need)
-    suffix = Path(text.partition("?")[0]).suffix
+    suffix = Path(text.partition("?")[0]).suffix.lower()
     if suffix == ".pkl" or (suffix == ".npz" and ("://" in text or _has_moments(text))):
         if need == "moments":
             return _imported(store, text, None)
@@ -129,6 +129,30 @@ def dataset_of(store: Store, subject: Artifact) -> Artifact:
     return dataset_called(store, str(subject.params["dataset"]))
 
 
+def class_of(store: Store, net: Artifact, name: str) -> int:
+    """The index of a class by its name in the dataset that a network is of; SidaError with the nearest name."""
+    names = _class_names(store, net)
+    if names is None:
+        raise SidaError(f"the classes of {net.params['name']} have no names, got --class {name}", "Pass its index.")
+    if name not in names:
+        some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        near = catalog.did_you_mean(name, dict.fromkeys(names), f"They are {some}: see sidactl show DATASET.")
+        raise SidaError(f"the class must be one of {len(names):,}, got {name!r}", near)
+    return names.index(name)
+
+
+def _class_names(store: Store, artifact: Artifact) -> Sequence[str] | None:
+    """The names of the classes of the dataset that an artifact descends from, or is said to be of."""
+    names: Any = artifact.results.get("class_names")
+    for role in ("dataset", "teacher", "generator"):
+        if not names and role in artifact.inputs:
+            names = _class_names(store, store.get(artifact.inputs[role]))
+    if names:
+        return list(names)
+    known = store.refs().get(f"dataset/{artifact.params.get('dataset')}")
+    return _class_names(store, store.get(known)) if known and artifact.kind in NETS else None
+
+
 def _published(store: Store, entry: catalog.Reference, need: Need) -> Artifact:
     assert entry.source
     if entry.holds == "images" and need == "images":
@@ -190,7 +214,7 @@ def _imported(store: Store, source: str, entry: catalog.Reference | None) -> Art
     from sidactl import pickles
 
     with fetched_file(store, source, entry.name if entry else source, entry) as (path, sha256):
-        contents = pickles.read(path) if path.suffix == ".pkl" else None
+        contents = pickles.read(path) if path.suffix.lower() == ".pkl" else None
         found = {"inception": _read_npz(path)} if contents is None else _read_pickle(path, contents)
     files: dict[str, Path | bytes] = {}
     for name, moments in found.items():

@@ -382,11 +382,11 @@ def _weights_digest(store: Store, detector: str) -> Any:
 
 
 def _is_file(detector: str) -> bool:
-    return Path(detector).suffix in (".pt", ".pth", ".safetensors")
+    return Path(detector).suffix.lower() in (".pt", ".pth", ".safetensors")
 
 
 def _is_torchscript(detector: str) -> bool:
-    return Path(detector).suffix == ".pt"
+    return Path(detector).suffix.lower() == ".pt"
 
 
 def load_detector(store: Store, name: str, device: "torch.device", resize: "Resize" = "torch") -> "Detector":

@@ -549,7 +549,7 @@ def zipped(path: Path, *names: str) -> Path:
     return path
 
 
-SKIP = "Mend or remove it, or pass --skip-bad to go on without."
+SKIP = "Mend or remove it, or go on without: prepare-data --skip-bad."
 
 
 def test_bad_sources_are_refused_by_the_command_in_one_line(run: Path, tmp_path: Path) -> None:
@@ -566,7 +566,7 @@ def test_bad_sources_are_refused_by_the_command_in_one_line(run: Path, tmp_path:
     picture(folder / "a.png", "I;16")
     assert refused_data(run, folder) == (
         f"{folder}/a.png must have 8 bits per channel, got Pillow's mode I;16. "
-        "Convert it, or pass --skip-bad to go on without."
+        "Convert it, or go on without: prepare-data --skip-bad."
     )
     picture(folder / "a.png")
     picture(folder / "b.png", size=(16, 16))
@@ -688,7 +688,7 @@ def test_two_at_once_prepare_once(run: Path) -> None:
 
 
 def test_changed_source_is_another_question(run: Path, tmp_path: Path) -> None:
-    picture(tmp_path / "in/a.png")
+    picture(tmp_path / "in/own/a.png")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "in/link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     (tmp_path / "in/loop").symlink_to(tmp_path / "in", target_is_directory=True)
