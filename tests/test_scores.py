@@ -160,8 +160,8 @@ def test_statistics_of_a_dataset_are_taken_once(finished: Finished) -> None:
     store = Store.open(finished.root)
     data = store.resolve("dataset/tiny-digits")
     scores.fid("dataset/tiny-digits", reference="dataset/tiny-digits", run=finished.root)
-    stats = [artifact for artifact in store.artifacts() if artifact.kind == "stats"]
-    assert [artifact.inputs for artifact in stats] == [{"dataset": data.oid}]
+    stats = [a for a in store.artifacts(kind="stats") if a.inputs == {"dataset": data.oid}]
+    assert len([a for a in stats if str(a.params["detector"]).startswith("tiny-digits@")]) == 1
     kept = references.moments(store, data, detectors.load("tiny-digits"))
     expected = features(finished, "dataset/tiny-digits")
     np.testing.assert_allclose(kept.mean, expected.mean(0), rtol=1e-9)
@@ -215,14 +215,14 @@ def test_a_score_in_another_precision_says_so_and_is_that_of_such_samples(finish
         (
             "generator/best",
             {"num": 10, "first_seed": -1},
-            "seeds of images must be from 0 to 4294967295, got -1. "
-            "Draw from others: only their lower 32 bits would count.",
+            "seeds of all trials must be from 0 to 4294967295, got -1. "
+            "Choose others.",
         ),
         (
             "generator/best",
             {"num": 10, "trials": 3, "first_seed": (1 << 32) - 29},
-            "seeds of images must be from 0 to 4294967295, got 4294967296. "
-            "Draw from others: only their lower 32 bits would count.",
+            "seeds of all trials must be from 0 to 4294967295, got 4294967296. "
+            "Choose others.",
         ),
         (
             "samples",
@@ -541,7 +541,7 @@ def test_an_image_that_is_not_finite_ends_a_command_by_its_seed(finished: Finish
 def test_samples_of_seeds_beyond_32_bits_are_refused(finished: Finished, seeds: Any) -> None:
     with pytest.raises(SidaError) as caught:
         ops.sample("tiny-digits", seeds=seeds, run=finished.root)
-    assert str(caught.value).startswith("seeds of images must be from 0 to 4294967295, got ")
+    assert str(caught.value).startswith("seeds must be from 0 to 4294967295, got ")
     assert caught.value.exit_code == 2
 
 
