@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -964,19 +965,32 @@ def _train(
     return history
 
 
+SIGTERM_REPEATS_SEC = 10.0
+"""clusters send SIGTERM to every process of a job, and torchrun sends it on: one request comes more than once"""
+
+
 @contextmanager
 def _stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """Within the block the first SIGINT or SIGTERM makes the yielded function true; the next one acts as usual."""
+    """Within the block the first SIGINT or SIGTERM makes the yielded function true; the next one acts as usual.
+
+    A SIGTERM within SIGTERM_REPEATS_SEC of the first signal is a repetition and goes unheeded.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop.is_set
         return
     usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    first_sec = 0.0
 
     def ask(number: int, frame: FrameType | None) -> None:
-        stop.set()
-        for each, handler in usual.items():
-            signal.signal(each, handler)
+        nonlocal first_sec
+        if not stop.is_set():
+            stop.set()
+            first_sec = time.monotonic()
+        elif number != signal.SIGTERM or time.monotonic() - first_sec >= SIGTERM_REPEATS_SEC:
+            for each, handler in usual.items():
+                signal.signal(each, handler)
+            signal.raise_signal(number)
 
     for number in usual:
         signal.signal(number, ask)

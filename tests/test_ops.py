@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sidactl import catalog, cli, engine, inventory, loop, metrics, ops, preflight, references, sampling
+from sidactl import catalog, cli, engine, inventory, loop, metrics, ops, preflight, references, sampling, trainer
 from sidactl.artifacts import mapping
 from sidactl.diffusion import Preconditioned
 from sidactl.errors import SidaError
@@ -280,6 +280,54 @@ def test_a_second_signal_acts_as_usual(fresh_run: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):  # the second one comes with the second event
         short_distill(fresh_run, watch, evaluate_every_nimg=16)
+
+
+def test_sigterm_that_comes_twice_in_a_row_loses_no_checkpoint(finished: Finished, fresh_run: Path) -> None:
+    """As where a cluster sends it to every process, and torchrun sends it on."""
+    seen: list[loop.Event] = []
+
+    def watch(event: loop.Event) -> None:
+        seen.append(event)
+        if event.nimg < 48:
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SidaError, match=r"^interrupted at 16 of 96 images; the checkpoint is kept\. Repeat"):
+        short_distill(fresh_run, watch)
+    assert [(e.kind, e.nimg) for e in seen] == [("started", 0), ("checkpoint", 16), ("interrupted", 16)]
+    assert short_distill(fresh_run) == finished.best
+
+
+def test_sigterm_acts_as_usual_once_it_is_no_repetition(fresh_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([100.0, 109.9, 110.0])
+    monkeypatch.setattr(ops, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    usual = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with ops._stop_on_signals() as should_stop:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert should_stop()
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, usual)
+
+
+@pytest.mark.slow  # a CPU takes its time over float16; test_trainer does the same with a smaller net
+def test_a_float16_run_goes_on_to_the_same_bits_with_a_loss_scale_that_was_falling(
+    fresh_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So large a scale at the start that the first updates overflow.
+    monkeypatch.setattr(trainer, "IMAGES_PER_LOSS_SCALE", 2.0**-8)
+    options = {"precision": "fp16", "duration_nimg": 64, "evaluate_every_nimg": 64, "evaluate_num": 2, "batch_size": 8}
+    other = Path(shutil.copytree(fresh_run, tmp_path / "other"))
+    straight = short_distill(fresh_run, **options)
+    with pytest.raises(SidaError):
+        short_distill(other, interrupting(signal.SIGINT, "started", 0, []), **options)
+    (checkpoint,) = other.glob("live/*/checkpoint-0000000008-0")
+    scales = json.loads((checkpoint / "state.json").read_text())["loss_scales"]
+    assert scales["generator"] == {"value": 1024.0, "good_updates": 0}
+    assert short_distill(other, **options).oid == straight.oid
 
 
 def test_a_signal_during_an_evaluation_acts_at_once_and_the_evaluation_is_made_later(

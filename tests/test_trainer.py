@@ -2,17 +2,19 @@ import dataclasses
 import json
 import math
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from sidactl import catalog, engine, losses, nets, trainer
+from sidactl import catalog, engine, loop, losses, nets, trainer
 from sidactl.codec import decode_affine
 from sidactl.diffusion import _channel_mean
 from sidactl.errors import SidaError
 from sidactl.recipe import Adversarial, Execution, NetSpec, Recipe, Setting, TeacherRecipe
+from sidactl.store import Store
 from tests.golden import golden
 from tests.playback import Playback
 
@@ -900,20 +902,47 @@ def test_the_generators_gradient_in_float16_goes_scaled_through_all_three_nets()
     assert float(kept.norm() / exact.norm()) == pytest.approx(1, abs=0.02)
 
 
+SMALL = dataclasses.replace(TINY, model_channels=8, channel_mult=(1, 1), num_blocks=1)
+
+
 def test_an_update_that_overflows_float16_is_skipped_and_the_next_has_half_the_scale(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(trainer, "IMAGES_PER_LOSS_SCALE", 2.0**-14)
-    small = dataclasses.replace(TINY, model_channels=8, channel_mult=(1, 1), num_blocks=1)
-    run = distillation(small, precision="fp16", generator_from_nimg=None)
-    run.nimg = 10**6
-    before = weights(run.fake_score), weights(run.generator)
-    for _ in range(8):
-        run.step()
-    for name, scale in run.skipped.loss_scales.items():
-        assert 0 < run.skipped.total[name] < 8
-        assert float(scale.value) == 2.0 ** (17 - run.skipped.total[name])
-        assert run.skipped.made[name] == 8 - run.skipped.total[name]
-    for net, start in zip((run.fake_score, run.generator), before, strict=True):
-        assert not torch.equal(weights(net), start)
-        assert bool(weights(net).isfinite().all())
+    """And so does a run that was interrupted in between, to the same bits."""
+    monkeypatch.setattr(trainer, "IMAGES_PER_LOSS_SCALE", 2.0**-11)
+    schedule = loop.Schedule(duration_nimg=48, evaluate_every_nimg=48, checkpoint_every_nimg=48, report_every_steps=1)
+
+    def run(name: str, stops_at: int | None = None) -> tuple[trainer.Distillation, list[str]]:
+        training = distillation(SMALL, precision="fp16", generator_from_nimg=None)
+        with Store.open(tmp_path).live(name) as live:
+            events = loop.run(
+                training,
+                schedule,
+                live,
+                evaluate=None,
+                should_stop=lambda: training.nimg == stops_at,
+                history=loop.History(),
+            )
+            told = [str(event.values["message"]) for event in events if event.kind == "warning"]
+        return training, told
+
+    straight, told = run("straight")
+    for name, scale in straight.skipped.loss_scales.items():
+        assert 0 < straight.skipped.total[name] <= 6
+        assert float(scale.value) == 2.0 ** (14 - straight.skipped.total[name])
+        assert straight.skipped.made[name] == 6 - straight.skipped.total[name]
+    assert bool(weights(straight.generator).isfinite().all())
+    assert (
+        "the generator had gradients that are not finite: their updates were skipped, and its loss scale fell from "
+        "16384 to 8192"
+    ) in told
+    _, told_before = run("interrupted", stops_at=16)
+    (state,) = tmp_path.glob("live/interrupted/checkpoint-*/state.json")
+    saved = json.loads(state.read_text())
+    assert saved["schema"] == 2
+    assert saved["loss_scales"]["generator"] == {"value": 2.0**12, "good_updates": 0}
+    again, told_again = run("interrupted")
+    assert told_before + told_again == told
+    assert torch.equal(weights(again.generator), weights(straight.generator))
+    assert torch.equal(weights(again.fake_score), weights(straight.fake_score))
+    assert again.skipped.total == straight.skipped.total
