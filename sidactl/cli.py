@@ -193,6 +193,7 @@ def fetch_teacher(
             run=run,
             force=force,
             progress=tick,
+            say=ui.note,
         )
     _print_artifact(artifact, as_json)
 
@@ -256,11 +257,12 @@ def prepare_data(
             run=run,
             device=device,
             force=force,
+            say=ui.note,
             tick=tick,
         )
     _tell_skipped(artifact.results)
     if stats:
-        made = ops.dataset_stats(artifact.oid, detector=detector, run=run, device=device)
+        made = ops.dataset_stats(artifact.oid, detector=detector, run=run, device=device, force=force)
         ui.note(f"feature statistics: {made.oid}")
     _print_artifact(artifact, as_json)
 
@@ -414,7 +416,7 @@ def train_teacher(
 
     with _watching(log) as watch:
         artifact = ops.train_teacher(
-            dataset, name=name, net=net, run=run, device=device, force=force, watch=watch, **overrides
+            dataset, name=name, net=net, run=run, device=device, force=force, say=ui.note, watch=watch, **overrides
         )
     _print_artifact(artifact, as_json)
 
@@ -493,7 +495,7 @@ def _distill(
         _print_plan(planned, others["run"], overrides, execution)
         return
     with _watching(log) as watch:
-        artifact = ops.distill(**planned, **others, execution=execution, watch=watch, **overrides)
+        artifact = ops.distill(**planned, **others, execution=execution, say=ui.note, watch=watch, **overrides)
     _print_generator(artifact, as_json)
 
 
@@ -679,6 +681,7 @@ def sample(
             run=run,
             device=device,
             force=force,
+            say=ui.note,
             tick=tick,
         )
     _print_artifact(result.artifact, as_json)
@@ -718,7 +721,7 @@ def score_flags(command: Callable[..., None]) -> Callable[..., None]:
         arguments["setting"] = Setting(**overrides)
         arguments["num"] = _count(arguments["num"], "--num", least=2)
         with _ticking(command.__name__.replace("_", "-")) as tick:
-            command(_from_pipe(ref), as_json, arguments | {"tick": tick}, **special)
+            command(_from_pipe(ref), as_json, arguments | {"tick": tick, "say": ui.note}, **special)
 
     return recipe_flags(Setting)(_signed(with_flags, command, [*inspect.signature(shared).parameters.values(), *own]))
 
@@ -797,9 +800,10 @@ def evaluate(
         ui.warn(warning)
     if as_json:
         ui.print_json(score.to_json())
-        return
-    for line in _score_lines(score):
-        ui.print_data(line)
+    else:
+        for line in _score_lines(score):
+            ui.print_data(line)
+    _refuse_unkept(score)
 
 
 # The run directory
@@ -1014,10 +1018,17 @@ def _print_score(score: "Score", as_json: bool) -> None:
         ui.warn(warning)
     if as_json:
         ui.print_json(score.to_json())
-        return
-    for line in _score_lines(score):
-        ui.note(line)
-    ui.print_data(" ".join(f"{numbers['value']:.6g}" for numbers in score.to_json()["scores"].values()))
+    else:
+        for line in _score_lines(score):
+            ui.note(line)
+        ui.print_data(" ".join(f"{numbers['value']:.6g}" for numbers in score.to_json()["scores"].values()))
+    _refuse_unkept(score)
+
+
+def _refuse_unkept(score: "Score") -> None:
+    """Ends with exit code 1, after the numbers, where they unexpectedly could not be kept."""
+    if score.unkept:
+        raise SidaError(f"the score above is not kept: {score.unkept}", "Free some space.", exit_code=EXIT_FAILED)
 
 
 def _score_lines(score: "Score") -> list[str]:

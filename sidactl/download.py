@@ -18,7 +18,7 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener, url2pathname
 
-from sidactl.errors import EXIT_FAILED, SidaError
+from sidactl.errors import EXIT_FAILED, MissingError, SidaError
 
 Progress = Callable[[int, int], None]
 """called with (bytes done, bytes in all); the latter is 0 where the server does not tell"""
@@ -31,8 +31,9 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def to_stderr(line: str) -> None:
-    """Prints one line on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    """Prints one line on stderr; of the processes that torchrun starts the first one alone does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
 
 
 def fetch(
@@ -65,7 +66,7 @@ def fetch(
     if offline or os.environ.get("SIDACTL_OFFLINE", "0") not in ("", "0"):
         places = [place for place in places if place.startswith("file:")]
         if not places:
-            raise SidaError(
+            raise MissingError(
                 f"{what} must be downloaded from {url}, which offline forbids",
                 "Allow it, or set SIDACTL_MIRROR to a folder that holds the file.",
             )

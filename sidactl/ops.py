@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
-from sidactl import catalog, references
+from sidactl import catalog, download, references
 from sidactl.artifacts import (
     NET_FILES,
     NETS,
@@ -25,20 +25,24 @@ from sidactl.artifacts import (
     answered,
     asked,
     at_work,
+    dataset_named,
+    fetch_detector,
     image_source,
     is_alone,
     load_dataset,
     load_net,
     mapping,
     named,
+    plain_name,
     require_images,
     resolve,
     shape_for_nets,
+    tell_old,
 )
 from sidactl.artifacts import fetch_teacher as fetch_teacher
 from sidactl.artifacts import load as load
 from sidactl.artifacts import prepare_data as prepare_data
-from sidactl.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, SidaError
+from sidactl.errors import EXIT_FAILED, EXIT_INTERRUPTED, MissingError, SidaError
 from sidactl.recipe import (
     MODES,
     Execution,
@@ -53,7 +57,7 @@ from sidactl.recipe import (
     override,
 )
 from sidactl.references import detector_name, images_per_batch
-from sidactl.scores import SCORE_NAMES, load_detector, sampler_of
+from sidactl.scores import ScoreOptions, distance_name, load_detector, sampler_of
 from sidactl.scores import evaluate as evaluate
 from sidactl.scores import fd_dinov2 as fd_dinov2
 from sidactl.scores import fid as fid
@@ -79,7 +83,12 @@ SELECTION_SEED = 1 << 31
 
 
 def dataset_stats(
-    ref: str, *, detector: str | None = None, run: Path | str | None = None, device: str | None = None
+    ref: str,
+    *,
+    detector: str | None = None,
+    run: Path | str | None = None,
+    device: str | None = None,
+    force: bool = False,
 ) -> Artifact:
     """The feature statistics of all images of a dataset, as scores compare with them; by default of its own detector.
 
@@ -88,12 +97,15 @@ def dataset_stats(
     from sidactl.engine import pick_device
 
     store = Store.open(run)
-    data = resolve(store, ref, ["dataset"])
+    data = resolve(store, ref, ["dataset"], recheck=force)
     require_images(data)
     names = [name.partition("/")[2] for name in store.names_of(data.oid)]
     data = references.pixels_of(store, data)
-    chosen = load_detector(store, detector or detector_name(data), pick_device(device))
-    made = references.reference_stats(store, data, chosen)
+    called = detector or detector_name(data)
+    if force and called in catalog.DETECTORS:
+        fetch_detector(called, run=run, recheck=True)
+    chosen = load_detector(store, called, pick_device(device))
+    made = references.reference_stats(store, data, chosen, recheck=force)
     return named(store, made, [f"{name}-{chosen.name}" for name in names])
 
 
@@ -106,13 +118,14 @@ def train_teacher(
     run: Path | str | None = None,
     device: str | None = None,
     force: bool = False,
+    say: download.Say | None = download.to_stderr,
     watch: Watch | None = None,
     **recipe_overrides: Any,
 ) -> Artifact:
     """A teacher trained from scratch on a dataset with the EDM loss; the EMA net at the end of training.
 
     net: the form to start from, ddpmpp (default), ncsnpp, adm or edm2, small, and shaped to the dataset. Overrides name
-    fields of TeacherRecipe or NetSpec.
+    fields of TeacherRecipe or NetSpec. say: takes the line that an answer is an old one.
     """
     if net not in (None, *catalog.SMALL_NETS):
         raise SidaError(f"the net must be one of {', '.join(catalog.SMALL_NETS)}, got {net!r}", "Pass --net ddpmpp.")
@@ -120,11 +133,12 @@ def train_teacher(
         raise SidaError("train-teacher runs in one process", "Start it without torchrun.")
     store = Store.open(run)
     store.check_name("teacher", name)
-    data = resolve(store, dataset, ["dataset"])
+    data = resolve(store, dataset, ["dataset"], recheck=force)
     require_images(data)
     recipe = _teacher_recipe(recipe, net, data, recipe_overrides)
     key = store.key("train-teacher", {"recipe": recipe.to_json()}, {"dataset": data.oid})
     if not force and (known := asked(store, key)):
+        tell_old(store, key, say)
         return named(store, known, [name])
     with at_work(store, key) as live:
         import torch
@@ -280,6 +294,7 @@ def distill(
     run: Path | str | None = None,
     device: str | None = None,
     force: bool = False,
+    say: download.Say | None = download.to_stderr,
     watch: Watch | None = None,
     execution: Execution | None = None,
     **recipe_overrides: Any,
@@ -293,30 +308,85 @@ def distill(
         published statistics. In mode sid, where there are neither, nothing is scored, and the last generator is the
         result.
 
-    A run that was interrupted is continued; one that finished before is answered from the run directory. Overrides
-    name fields of Recipe or Adversarial. Source: SiDA (2410.14919), Algorithms 1 and 2.
+    A run that was interrupted is continued; one that finished before is answered from the run directory, which moves
+    no name but the one given. A run that finishes now is called `generator/latest` and by its teacher and mode, its
+    last generator `generator/last`. `generator/best-DATASET` (with the detector, where it is not the dataset's usual
+    one) and `generator/best` move only to a better one. Of two on the same dataset, under the same detector and against
+    the same reference, the one that was scored on more images is the better, of as many the one with the lower score;
+    others do not compare, and `generator/best` stays. say: takes a line where it stays, or where the answer is an old
+    one. Overrides name fields of Recipe or Adversarial. Source: SiDA (2410.14919), Algorithms 1 and 2.
     """
     store = Store.open(run)
     if name:
         store.check_name("generator", name)
     with _first_alone():
-        recipe, inputs, notes = _resolved(store, teacher, mode, generator, dataset, reference, recipe_overrides)
+        recipe, inputs, notes = _resolved(store, teacher, mode, generator, dataset, reference, recipe_overrides, force)
         oids = {role: artifact.oid for role, artifact in inputs.items()}
         keys = {
             which: store.key("distill", {"recipe": recipe.to_json(), "which": which}, oids)
             for which in ("best", "last")
         }
         is_known = not force and asked(store, keys["best"]) is not None
-    if not is_known:
+    if is_known:
+        tell_old(store, keys["best"], say)
+    else:
         with _together(store, keys["best"]) as live:
-            _distill(store, live, keys, recipe, execution or Execution(), inputs, device, watch, notes)
+            _distill(store, live, keys, recipe, execution or Execution(), inputs, device, watch, notes, force, say)
     with _first_alone():
-        found = {which: store.asked(key) for which, key in keys.items()}
-        if found["last"]:
-            named(store, found["last"], ["last"])
-        assert found["best"]
-        mode_name = f"{recipe.teacher}-{recipe.mode}".replace("/", "-")
-        return named(store, found["best"], ["best", mode_name, *([name] if name else [])])
+        found = store.asked(keys["best"])
+        assert found
+        return named(store, found, [name] if name else [])
+
+
+def _name_generators(store: Store, made: Mapping[str, Artifact], data: Artifact, say: download.Say) -> None:
+    """Gives a finished run its names; see `distill` for which of them move."""
+    new, recipe = made["best"], mapping(made["best"].params["recipe"])
+    named(store, made["last"], ["last"])
+    named(store, new, ["latest", f"{recipe['teacher']}-{recipe['mode']}".replace("/", "-")])
+    detector = new.results["detector"]
+    of_dataset = f"best-{plain_name(str(new.params['dataset']))}"
+    of_dataset += "" if detector in (None, detector_name(data)) else f"-{detector}"
+    for name in (of_dataset, "best"):
+        try:
+            old = store.resolve(f"generator/{name}", ["generator"])
+        except SidaError:  # there is none, or it is damaged
+            old = new
+        verdict = _is_better(new, old)
+        if old.oid == new.oid or verdict:
+            named(store, new, [name])
+        elif name == "best" and verdict is None:
+            say(
+                f"generator/best stays {old.oid[:12]} ({old.params['name']}, of {old.params['dataset']}), which does "
+                f"not compare with this run; the best of its dataset is generator/{of_dataset}"
+            )
+        elif name == "best" or verdict is None:
+            say(
+                f"generator/latest {_told_score(new)} is not better than generator/{name} {_told_score(old)} "
+                f"({old.params['name']}, {old.oid[:12]}); generator/{name} stays"
+            )
+
+
+def _is_better(new: Artifact, old: Artifact) -> bool | None:
+    """Whether a generator did better than another by their selection scores; None where these do not compare."""
+
+    def shared(generator: Artifact) -> list[object]:
+        against = generator.inputs.get("reference", generator.inputs.get("dataset"))
+        return [generator.params.get("dataset"), generator.results.get("detector"), against]
+
+    def rank(generator: Artifact) -> tuple[int, float]:
+        score, recipe = generator.results.get("selection_score"), generator.params.get("recipe")
+        if not isinstance(score, int | float) or not isinstance(recipe, Mapping):
+            return 0, 0.0
+        return recipe.get("evaluate_num", 0), -score
+
+    if rank(old)[0] == 0 and new.params["dataset"] == old.params.get("dataset"):
+        return rank(new)[0] > 0
+    return rank(new) > rank(old) if shared(new) == shared(old) else None
+
+
+def _told_score(generator: Artifact) -> str:
+    score = generator.results.get("selection_score")
+    return f"{score:.4g}" if isinstance(score, int | float) else "(not scored)"
 
 
 @contextmanager
@@ -353,15 +423,18 @@ def _resolved(
     dataset: str | None,
     reference: str | None,
     overrides: Mapping[str, Any],
+    recheck: bool,
 ) -> tuple[Recipe, dict[str, Artifact], list[str]]:
     """The complete recipe of a distillation, its inputs by role, and what people should know of them."""
     if _is_foreign(teacher):
-        teacher = resolve(store, teacher, ["teacher"]).oid
+        teacher = resolve(store, teacher, ["teacher"], recheck=recheck).oid
+    elif recheck:
+        resolve(store, teacher, ["teacher"], recheck=True)  # before the plan reads it
     planned = plan(teacher=teacher, mode=mode, generator=generator, dataset=dataset, store=store, overrides=overrides)
     teacher_artifact = resolve(store, teacher, ["teacher"])
     inputs = {"teacher": teacher_artifact}
     teacher_net = NetSpec.from_json(mapping(teacher_artifact.params["net"]))
-    data = inputs["dataset"] = _training_data(store, planned, teacher_net, dataset)
+    data = inputs["dataset"] = _training_data(store, planned, teacher_net, dataset, recheck)
     recipe = dataclasses.replace(
         planned.recipe, dataset=planned.recipe.dataset if dataset is None else str(data.params["name"])
     )
@@ -369,15 +442,14 @@ def _resolved(
     if data.results["kind"] == "labels" and dataset is None:
         notes.append(f"dataset {recipe.dataset}: mode sid needs no images, training on classes alone")
     try:
-        inputs["reference"] = _training_reference(store, teacher_artifact, data, reference)
-    except SidaError as error:
+        inputs["reference"] = _training_reference(store, teacher_artifact, data, reference, recheck)
+    except MissingError as error:
         # What failed, such as a download, may work another time; what is not there does not come.
-        is_needed = reference is not None or recipe.mode != "sid" or data.results["kind"] != "labels"
-        if is_needed or error.exit_code != EXIT_USAGE:
+        if reference is not None or recipe.mode != "sid" or data.results["kind"] != "labels":
             raise
         notes.append(f"nothing is scored, and the last generator is the result: {error.message}")
     if generator is not None:
-        inputs["generator"] = resolve(store, generator, ["generator"])
+        inputs["generator"] = resolve(store, generator, ["generator"], recheck=recheck)
         _check_generator(inputs["generator"], teacher_artifact)
     _check_fit(data, teacher_net, "teacher")
     if "reference" in inputs and inputs["reference"].oid == data.oid:
@@ -385,26 +457,29 @@ def _resolved(
     return recipe, inputs, notes
 
 
-def _training_data(store: Store, planned: Plan, net: NetSpec, asked: str | None) -> Artifact:
+def _training_data(store: Store, planned: Plan, net: NetSpec, asked: str | None, recheck: bool) -> Artifact:
     """The dataset to train on; in mode sid, where it is not there and none was named, the net's classes alone."""
     try:
-        data = resolve(store, planned.inputs["dataset"], ["dataset"])
-    except SidaError:
+        if asked:
+            data = resolve(store, asked, ["dataset"], recheck=recheck)
+        else:
+            data = dataset_named(store, planned.inputs["dataset"], recheck=recheck)
+    except MissingError:
         if asked or planned.recipe.mode != "sid":
             raise
         # A net without classes looks at no label: one class does as well.
-        return prepare_data(None, classes=net.label_dim or 1, run=store.root)
+        return prepare_data(None, classes=net.label_dim or 1, run=store.root, recheck=recheck, say=None)
     if planned.recipe.mode != "sid":
         require_images(data)
     return data
 
 
-def _training_reference(store: Store, teacher: Artifact, data: Artifact, asked: str | None) -> Artifact:
+def _training_reference(store: Store, teacher: Artifact, data: Artifact, asked: str | None, recheck: bool) -> Artifact:
     """What the generator is scored against while it trains."""
     pixels = references.pixels_of(store, data)
     if asked is None and pixels.results["kind"] == "pixels":
         return pixels
-    return references.find(store, asked, teacher, "moments")
+    return references.find(store, asked, teacher, "moments", recheck=recheck)
 
 
 def _distill(
@@ -417,6 +492,8 @@ def _distill(
     device: str | None,
     watch: Watch | None,
     notes: Sequence[str],
+    force: bool,
+    say: download.Say | None,
 ) -> None:
     """Trains, stores the last and the best generator under their keys, and a run that binds them."""
     import safetensors.torch
@@ -430,8 +507,11 @@ def _distill(
     compared = inputs.get("reference", None if data.results["kind"] == "labels" else data)
     detector, evaluate = None, None
     if compared:
+        if force:
+            fetch_detector(detector_name(compared), run=store.root, recheck=True)
         detector = load_detector(store, detector_name(compared), chosen_device)
-        evaluate = _evaluation(detector, references.moments(store, compared, detector), sampler, recipe.evaluate_num)
+        against = references.moments(store, compared, detector, recheck=force)
+        evaluate = _evaluation(detector, against, sampler, recipe.evaluate_num)
     teacher = load_net(store, inputs["teacher"], chosen_device)
     start = load_net(store, inputs["generator"], chosen_device) if "generator" in inputs else None
     batches = _batches(store, data, recipe.batch_size, recipe.num_accumulation_rounds, recipe.seed, chosen_device)
@@ -454,12 +534,12 @@ def _distill(
         if history.best is None:
             raise SidaError("no evaluation gave a finite score", "Lower the learning rate.", exit_code=EXIT_FAILED)
         last, best = history.scores[-1], history.best
-        teacher_score = _teacher_score(store, inputs["teacher"], compared, recipe, device, watch)
+        teacher_score = _teacher_score(store, inputs["teacher"], compared, recipe, device, watch, force)
         curve["curve.png"] = pictures.curve(
             history.scores,
             teacher_score=teacher_score,
             title=f"{recipe.mode} of {recipe.teacher}, one step",
-            ylabel=SCORE_NAMES[detector.name],
+            ylabel=distance_name(detector),
         )
     net, made = engine.gathered(training.ema, chosen_device), {}
     if engine.rank_and_size()[0] > 0:
@@ -492,6 +572,7 @@ def _distill(
     )
     # A run keeps its generators reachable when a later run takes over the names best and last.
     store.set_ref("run", f"{recipe.teacher}-{recipe.mode}-{record.oid[:8]}".replace("/", "-"), record.oid)
+    _name_generators(store, made, data, say or (lambda line: None))
     # The best comes last: once it is there, the question is answered.
     for which, artifact in made.items():
         answered(store, keys[which], artifact, "distill")
@@ -551,7 +632,13 @@ def _finite(score: float | None) -> float | None:
 
 
 def _teacher_score(
-    store: Store, teacher: Artifact, compared: Artifact, recipe: Recipe, device: str | None, watch: Watch | None
+    store: Store,
+    teacher: Artifact,
+    compared: Artifact,
+    recipe: Recipe,
+    device: str | None,
+    watch: Watch | None,
+    force: bool,
 ) -> float:
     from sidactl import loop
 
@@ -561,8 +648,16 @@ def _teacher_score(
             message = f"scoring the teacher on {total:,} images ({nfe} evaluations each) for comparison"
             watch(loop.Event("note", recipe.duration_nimg, {"message": message}))
 
-    score = fid(teacher.oid, reference=compared.oid, num=recipe.evaluate_num, run=store.root, device=device, tick=tick)
-    return score.value
+    options: ScoreOptions = {
+        "reference": compared.oid,
+        "num": recipe.evaluate_num,
+        "run": store.root,
+        "device": device,
+        "force": force,
+        "say": None,
+        "tick": tick,
+    }
+    return fid(teacher.oid, **options).value
 
 
 def finetune_sid2a(*, teacher: str, generator: str, **options: Any) -> Artifact:
@@ -714,13 +809,15 @@ def sample(
     run: Path | str | None = None,
     device: str | None = None,
     force: bool = False,
+    say: download.Say | None = download.to_stderr,
     tick: Tick | None = None,
 ) -> Sampled:
     """Images of a teacher or generator, one per seed, as a samples artifact (a zip in the EDM layout, and a grid).
 
     The sampler defaults to the net's own: one step for a generator, Heun for a teacher. guide: a weaker teacher that
     Heun's sampler moves away from, `guidance` times as far (1 = not at all). Noise and class of an image depend on its
-    seed alone. setting: of the nets' arithmetic, float32 by default; another precision is another question.
+    seed alone. setting: of the nets' arithmetic, float32 by default; another precision is another question. say: takes
+    the line that an answer is an old one.
     """
     if not seeds:
         raise SidaError("sample count must be >= 1, got 0", "Pass --num 1 or more.")
@@ -728,7 +825,7 @@ def sample(
     if name:
         store.check_name("samples", name)
     with _first_alone():
-        subject = resolve(store, ref, NETS)
+        subject = resolve(store, ref, NETS, recheck=force)
     chosen = _sampler(subject, sampler, steps)
     setting = setting or Setting()
     params: dict[str, Any] = {
@@ -741,14 +838,16 @@ def sample(
     if not math.isfinite(guidance):
         raise SidaError(f"guidance must be finite, got {guidance}", "Pass another --guidance.")
     if guide is not None:
-        inputs["guide"] = resolve(store, guide, ["teacher"])
+        inputs["guide"] = resolve(store, guide, ["teacher"], recheck=force)
         params["guidance"] = guidance
     elif guidance != 1:
         raise SidaError(f"guidance {guidance:g} needs a second net, got none", "Pass --guide REF.")
     key = store.key("sample", params, {role: artifact.oid for role, artifact in inputs.items()})
     refs = [name] if name else []
     if not force and (known := agreed_answer(store, key)):
+        tell_old(store, key, say)
         return Sampled(named(store, known, refs), store)
+    store.check_writable()
 
     from sidactl import engine, pictures, prepare, sampling
 

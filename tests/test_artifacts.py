@@ -214,7 +214,8 @@ def test_url_is_fetched_once_and_answered_without_network_after(
     monkeypatch.setenv("SIDACTL_OFFLINE", "1")
     assert fetch_teacher(url, run=run, say=said.append) == artifact
     assert resolve(Store(run), url, ["teacher"]).files == artifact.files
-    assert len(said) == 2
+    assert len(said) == 3
+    assert said[2].startswith("answered from the run directory, asked on 20")
     assert len(site.requests) == 1
 
 
