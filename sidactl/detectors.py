@@ -107,10 +107,10 @@ class Detector:
     def _features(self, images: Tensor) -> Tensor:
         features: object = self.extract(images)
         wanted = [len(images), self.num_features]
-        if not (isinstance(features, Tensor) and [*features.shape] == wanted and features.dtype == torch.float32):
-            got = f"{features.dtype} {[*features.shape]}" if isinstance(features, Tensor) else type(features).__name__
-            message = f"detector {self.short_identity} must give float32 features {wanted}, got {got}"
-            raise SidaError(message, "Give another --detector.")
+        if not _are_features(features, wanted):
+            message = f"detector {self.short_identity} must give features {wanted} of {len(images)} images"
+            raise SidaError(f"{message}, got {_told(features)}", "Give another --detector.")
+        assert isinstance(features, Tensor)
         return features.cpu()
 
     @torch.inference_mode()
@@ -120,6 +120,14 @@ class Detector:
             raise SidaError(f"the inception score needs classes, detector {self.name} has none", "Use inception.")
         with exact_float32():
             return self.classify(features.to(self.device)).cpu()
+
+
+def _are_features(value: object, shape: list[int]) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and [*value.shape] == shape
+
+
+def _told(value: object) -> str:
+    return f"{value.dtype} {[*value.shape]}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 @contextmanager
@@ -204,9 +212,9 @@ def load_torchscript(path: Path | str, *, device: torch.device | str = "cpu") ->
             f"{path} is not a detector in TorchScript ({str(error).strip().splitlines()[0]})",
             "Give inception-2015-12-05.pt, or use --detector inception.",
         ) from error
-    if not (isinstance(features, Tensor) and features.ndim == 2 and len(features) == 2):
-        got = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        raise SidaError(f"{path} must give features [2, F] of 2 images, got {got}", "Give another --detector.")
+    width = features.shape[1] if isinstance(features, Tensor) and features.ndim == 2 else 0
+    if not width or not _are_features(features, [2, width]):
+        raise SidaError(f"{path} must give features [2, F] of 2 images, got {_told(features)}", "Give another.")
     with Path(path).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -219,7 +227,7 @@ def load_torchscript(path: Path | str, *, device: torch.device | str = "cpu") ->
         return found
 
     identity = f"inception-torchscript@{digest[:16]}-fp32"
-    return Detector("inception", features.shape[1], identity, torch.device(device), extract)
+    return Detector("inception", width, identity, torch.device(device), extract)
 
 
 def refuse_damaged(path: Path | str) -> None:

@@ -273,7 +273,10 @@ class _Question:
             raise SidaError(
                 f"the inception score needs classes, detector {scorer} gives none", "Pass --detector inception."
             )
-        weights = {name: _weights_digest(store, name, force) for name in set(detectors.values())}
+        if force:
+            for name in set(detectors.values()):
+                _read_again(store, name)
+        weights = {name: _weights_digest(store, name) for name in set(detectors.values())}
         key = store.key(
             "score",
             {"metrics": chosen, "num": num, "seeds": seeds, "settings": settings, **_by_whom(detectors, weights)},
@@ -332,13 +335,21 @@ def _has_classes(detector: str) -> bool:
     return detector not in ("dinov2", "inception-torchscript") and not _is_torchscript(detector)
 
 
-def _weights_digest(store: Store, detector: str, recheck: bool = False) -> Any:
+def _weights_digest(store: Store, detector: str) -> Any:
     """What stands for a detector's weights in a question, without reading more than it must."""
     if _is_file(detector):
         if not Path(detector).is_file():
             raise SidaError(f"{detector}: no such file", "Check the path, or use --detector inception.")
-        return source_identity(store, detector, recheck=recheck)
-    return fetch_detector(detector, run=store.root, recheck=recheck).oid
+        return source_identity(store, detector)
+    return fetch_detector(detector, run=store.root).oid
+
+
+def _read_again(store: Store, detector: str) -> None:
+    """Hashes a detector's file anew; fetches one of the catalog again where it is damaged."""
+    if _is_file(detector):
+        source_identity(store, detector, recheck=True)
+    else:
+        fetch_detector(detector, run=store.root, recheck=True)
 
 
 def _by_whom(detectors: Mapping[str, str], weights: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -25,7 +25,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from sidactl import artifacts, catalog, inventory, nets, ops, sampling
+from sidactl import artifacts, catalog, inventory, nets, ops, references, sampling
 from sidactl.artifacts import (
     fetch_teacher,
     image_source,
@@ -459,12 +459,82 @@ def test_folder_and_zip_in_place_of_a_dataset_are_prepared(run: Path, tmp_path: 
     assert resolve(store, "copy.zip", KINDS).files["images.zip"] == prepared.files["images.zip"]
 
 
-def test_ref_comes_before_a_folder_of_the_same_name(run: Path, tmp_path: Path) -> None:
+def refused_as_ambiguous(run: Path, text: str, kinds: Sequence[str]) -> str:
+    with pytest.raises(SidaError) as caught:
+        resolve(Store(run), text, kinds)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_a_word_that_names_a_folder_and_an_artifact_is_refused_with_both_ways_to_say_it(
+    run: Path, tmp_path: Path
+) -> None:
     pictures(tmp_path / "images")
-    named = prepare_data("tiny-digits", run=run, name="x")
+    (tmp_path / "images.zip").write_bytes(b"")
+    store, digits = Store(run), prepare_data("tiny-digits", run=run)
+    store.set_ref("dataset", "images", digits.oid)
+    store.set_ref("dataset", "images.zip", digits.oid)
+    assert refused_as_ambiguous(run, "images", ["dataset"]) == (
+        "'images' is the name of a folder and of dataset/images. Write ./images for the folder, or dataset/images."
+    )
+    assert refused_as_ambiguous(run, "images.zip", KINDS) == (
+        "'images.zip' is the name of a file and of dataset/images.zip. "
+        "Write ./images.zip for the file, or dataset/images.zip."
+    )
+    assert resolve(store, "dataset/images", ["dataset"]) == digits
+    assert resolve(store, "./images", ["dataset"]).results["num_images"] == 3
+    assert resolve(store, str(tmp_path / "images"), ["dataset"]).results["num_images"] == 3
+    with pytest.raises(SidaError, match=r"^'images' is the name of a folder and of dataset/images"):
+        references.find(store, "images", digits, "images")
+    with pytest.raises(SidaError, match=r"^'images' is the name of a folder and of dataset/images"):
+        prepare_data("images", latents=True, run=run)
+    # A ref of a kind that is not asked for hides nothing.
+    store.delete_ref("dataset", "images")
+    store.set_ref("stats", "images", store.put("stats", {}).oid)
+    assert resolve(store, "images", ["dataset"]).results["num_images"] == 3
+
+
+def test_a_folder_called_as_an_entry_of_the_catalog_is_refused_where_it_could_be_meant(
+    run: Path, tmp_path: Path
+) -> None:
+    for name in ("tiny-digits", "cifar10"):
+        pictures(tmp_path / name)
     store = Store(run)
-    store.set_ref("dataset", "images", named.oid)
-    assert resolve(store, "images", ["dataset"]) == named
+    kinds = ("teacher", "generator", "samples", "dataset")
+    told = "Write ./tiny-digits for the folder, or teacher/tiny-digits or dataset/tiny-digits."
+    assert refused_as_ambiguous(run, "tiny-digits", kinds) == (
+        f"'tiny-digits' is the name of a folder and of teacher/tiny-digits and dataset/tiny-digits. {told}"
+    )
+    with pytest.raises(SidaError, match=r"Write \./tiny-digits for the folder, or dataset/tiny-digits"):
+        prepare_data("tiny-digits", run=run)
+    assert resolve(store, "tiny-digits", ["teacher"]).kind == "teacher"  # no folder can be a teacher
+    assert resolve(store, "dataset/tiny-digits", kinds).results["num_images"] == 1797
+    assert prepare_data("dataset/tiny-digits", run=run).results["num_images"] == 1797
+    assert prepare_data("./tiny-digits", run=run).results["num_images"] == 3
+    assert prepare_data("cifar10", run=run).results["num_images"] == 3  # the files that the catalog asks for
+    own = store.put("generator", {}, params={"net": {}, "dataset": "tiny-digits"})
+    assert references.dataset_of(store, own).results["num_images"] == 1797
+    with pytest.raises(SidaError) as caught:
+        references.find(store, "cifar10", own, "moments")
+    assert str(caught.value) == (
+        "'cifar10' is the name of a folder and of dataset/cifar10 and stats/cifar10. "
+        "Write ./cifar10 for the folder, or dataset/cifar10 or stats/cifar10."
+    )
+
+
+def test_a_folder_whose_name_reads_as_an_oid_is_refused_only_where_there_is_such_an_artifact(
+    run: Path, tmp_path: Path
+) -> None:
+    store, digits = Store(run), prepare_data("tiny-digits", run=run)
+    free = "0000" if not digits.oid.startswith("0000") else "1111"
+    for name in (digits.oid[:6], free):
+        pictures(tmp_path / name)
+    assert resolve(store, free, ["dataset"]).results["num_images"] == 3
+    assert refused_as_ambiguous(run, digits.oid[:6], ["dataset"]) == (
+        f"'{digits.oid[:6]}' is the name of a folder and of {digits.oid[:12]}. "
+        f"Write ./{digits.oid[:6]} for the folder, or {digits.oid[:12]}."
+    )
+    assert resolve(store, digits.oid[:12], ["dataset"]) == digits
 
 
 def test_dataset_of_the_catalog_tells_where_to_get_it_until_it_is_prepared(run: Path, tmp_path: Path) -> None:

@@ -80,6 +80,7 @@ def test_trials_take_fresh_seeds_and_are_told_by_mean_deviation_and_minimum(fini
     told = score.to_json()
     assert told["scores"] == {
         FD: {
+            "name": FD,
             "value": statistics.fmean(values),
             "std": statistics.stdev(values),
             "minimum": min(values),
