@@ -63,7 +63,7 @@ from sidactl.scores import fd_dinov2 as fd_dinov2
 from sidactl.scores import fid as fid
 from sidactl.scores import inception_score as inception_score
 from sidactl.scores import prec_recall as prec_recall
-from sidactl.store import Artifact, LiveDir, Store
+from sidactl.store import Artifact, BrokenError, LiveDir, Store
 
 if TYPE_CHECKING:
     import numpy as np
@@ -653,11 +653,16 @@ def _teacher_score(
         "num": recipe.evaluate_num,
         "run": store.root,
         "device": device,
-        "force": force,
         "say": None,
         "tick": tick,
     }
-    return fid(teacher.oid, **options).value
+    try:
+        return fid(teacher.oid, **options).value
+    except BrokenError:
+        if not force:
+            raise
+        options["force"] = True
+        return fid(teacher.oid, **options).value
 
 
 def finetune_sid2a(*, teacher: str, generator: str, **options: Any) -> Artifact:

@@ -40,14 +40,11 @@ class Finished:
     events: "list[Event]"
 
 
-def short_distill(
-    root: Path, watch: "Callable[[Event], None] | None" = None, *, force: bool = False, **overrides: Any
-) -> "Artifact":
+def short_distill(root: Path, watch: "Callable[[Event], None] | None" = None, **overrides: Any) -> "Artifact":
     """A very short distillation of tiny-digits in mode sida."""
     from sidactl import ops
 
-    chosen = SHORT | overrides
-    return ops.distill(teacher="tiny-digits", mode="sida", run=root, force=force, watch=watch, device="cpu", **chosen)
+    return ops.distill(teacher="tiny-digits", mode="sida", run=root, watch=watch, device="cpu", **(SHORT | overrides))
 
 
 @pytest.fixture(scope="session")
