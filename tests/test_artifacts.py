@@ -25,7 +25,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from sidactl import artifacts, catalog, inventory, nets, ops, references, sampling
+from sidactl import artifacts, catalog, inventory, nets, ops, references, sampling, scores
 from sidactl.artifacts import (
     fetch_teacher,
     image_source,
@@ -738,6 +738,110 @@ def test_changed_source_is_another_question(run: Path, tmp_path: Path) -> None:
         labels.write_bytes(bytes((0, 0, 8, 1)) + struct.pack(">I", 1) + bytes([number]))
         assert prepare_data(str(images), run=run).results["label_dim"] == number + 1
         os.utime(labels, ns=(number, number))
+
+
+def rewrite(path: Path, data: bytes) -> None:
+    """Other bytes with the size and the times that the file had."""
+    stat = path.stat()
+    assert len(data) == stat.st_size
+    path.write_bytes(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def flat(path: Path, value: int) -> None:
+    """A picture whose file has one size for any value."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (8, 8), value).convert("RGB").save(path, format="BMP")
+    os.utime(path, ns=(315532800 * 10**9,) * 2)
+
+
+def test_a_source_is_known_by_its_content_wherever_it_lies(run: Path, tmp_path: Path) -> None:
+    flat(tmp_path / "in/a.bmp", 10)
+    flat(tmp_path / "in/b.bmp", 20)
+    first, said = prepare_data("in", run=run), list[str]()
+    flat(tmp_path / "in/a.bmp", 30)
+    second = prepare_data("in", run=run, say=said.append)
+    assert said == []
+    pixels = [load_dataset(Store(run), made).images([0])[0, 0, 0, 0].item() for made in (first, second)]
+    assert pixels == [10, 30]
+    assert prepare_data("in", run=run, force=True) == second
+    shutil.move(tmp_path / "in", tmp_path / "elsewhere")
+    assert prepare_data("elsewhere", run=run, tick=stop_at(1, []), say=said.append) == second
+    assert len(said) == 1
+    named = prepare_data("elsewhere", run=run, name="mine", tick=stop_at(1, []))
+    assert (named.params["name"], named.files) == ("mine", second.files)
+    assert named == prepare_data("elsewhere", run=tmp_path / "other", name="mine")
+
+
+def test_networks_statistics_and_detectors_are_known_by_their_content(run: Path, tmp_path: Path) -> None:
+    store, subject = Store(run), Store(run).put("dataset", {}, params={"name": "x"})
+    np.savez(tmp_path / "s.npz", mu=np.zeros(2), sigma=np.eye(2))
+    first = references.find(store, "s.npz", subject, "moments")
+    same = tmp_path / "t.npz"
+    np.savez(same, mu=np.ones(2), sigma=np.eye(2))
+    rewrite(tmp_path / "s.npz", same.read_bytes())
+    assert references.find(store, "s.npz", subject, "moments").files != first.files
+    data = (tmp_path / "s.npz").read_bytes()
+    (tmp_path / "d.pth").write_bytes(data)
+    weights = scores._weights_digest(store, "d.pth")
+    (tmp_path / "moved").mkdir()
+    shutil.move(tmp_path / "d.pth", tmp_path / "moved/e.pth")
+    assert scores._weights_digest(store, "moved/e.pth") == weights
+    rewrite(tmp_path / "moved/e.pth", data[:-1] + b"?")
+    assert scores._weights_digest(store, "moved/e.pth") != weights
+    exported = inventory.export(fetch_teacher("tiny-digits", run=run).oid, tmp_path / "net", run=run)
+    known = artifacts.source_identity(store, str(exported / "model.safetensors"))
+    manifest = exported / "manifest.json"
+    rewrite(manifest, manifest.read_bytes().replace(b"tiny-digits", b"other-names"))
+    assert artifacts.source_identity(store, str(exported / "model.safetensors")) != known
+
+
+def test_a_source_that_was_left_alone_is_hashed_once(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flat(tmp_path / "in/a.bmp", 10)
+    first, read = prepare_data("in", run=run), list[Path]()
+    digest = artifacts.file_digest
+    monkeypatch.setattr(artifacts, "file_digest", lambda path: read.append(path) or digest(path))
+    assert prepare_data("in", run=run) == first
+    assert len(read) == 1  # it was written a moment ago
+    monkeypatch.setattr(artifacts, "SETTLED_NS", -(10**12))
+    for expected in (2, 2, 2):
+        assert prepare_data("in", run=run) == first
+        assert len(read) == expected
+    assert prepare_data("in", run=run, recheck=True) == first
+    assert len(read) == 3
+    monkeypatch.setattr(artifacts, "SETTLED_NS", 2 * 10**9)
+    rewrite(tmp_path / "in/a.bmp", (tmp_path / "in/a.bmp").read_bytes()[:-3] + bytes(3))
+    assert prepare_data("in", run=run) != first
+    # What cannot be noted is no error.
+    shutil.rmtree(run / "digests")
+    (run / "digests").write_text("")
+    assert prepare_data("in", run=run) != first
+
+
+def test_a_rewrite_within_one_tick_of_the_clock_is_seen(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flat(tmp_path / "in/a.bmp", 10)
+    now = time.time_ns()
+    monkeypatch.setattr(artifacts, "_look_at", lambda files: ("as before", now))
+    first = prepare_data("in", run=run)
+    flat(tmp_path / "in/a.bmp", 30)
+    assert prepare_data("in", run=run) != first
+
+
+def test_a_source_that_changes_while_it_is_read_becomes_no_answer(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flat(tmp_path / "in/a.bmp", 10)
+    with pytest.raises(SidaError) as caught:
+        prepare_data("in", run=run, tick=lambda done, total: flat(tmp_path / "in/a.bmp", 30))
+    assert str(caught.value) == "in changed while it was read. Repeat the command once nothing writes to it."
+    assert caught.value.exit_code == 1
+    assert not any((run / "live").iterdir())
+    assert not (run / "asked").exists() or not any((run / "asked").iterdir())
+    assert load_dataset(Store(run), prepare_data("in", run=run)).images([0])[0, 0, 0, 0] == 30
 
 
 # ---- latents, classes without images, statistics ----

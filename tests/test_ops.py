@@ -24,8 +24,8 @@ from sidactl.artifacts import mapping
 from sidactl.diffusion import Preconditioned
 from sidactl.errors import SidaError
 from sidactl.recipe import Execution, Setting
-from sidactl.store import Artifact, Store, digest
-from tests.conftest import SHORT, Finished, short_distill
+from sidactl.store import Artifact, Store, UnwritableError, digest
+from tests.conftest import SHORT, Finished, read_only, short_distill
 
 SHORT_SID = {name: value for name, value in SHORT.items() if name != "adversarial_from_nimg"}
 
@@ -84,8 +84,8 @@ def test_the_images_at_a_time_are_tried_anew_with_other_processes_devices_and_se
 def test_a_distillation_leaves_its_best_and_its_last_generator_under_their_names(finished: Finished) -> None:
     store, best = Store.open(finished.root), finished.best
     last = store.resolve("generator/last")
-    names = ["best", "best-tiny-digits", "latest", "tiny-digits-sida"]
-    assert store.names_of(best.oid)[: len(names)] == [f"generator/{name}" for name in names]
+    names = ("best", "best-tiny-digits", "latest", "tiny-digits-sida")
+    assert {f"generator/{name}" for name in names} <= {*store.names_of(best.oid)}
     history = best.results["scores"]
     assert isinstance(history, list)
     assert [nimg for nimg, _ in history] == [32, 64, 96]
@@ -1017,6 +1017,26 @@ def test_what_was_asked_for_and_cannot_be_had_stays_an_error_in_mode_sid(
     monkeypatch.setattr(ops.references, "find", broken)
     with pytest.raises(SidaError, match=r"^the download broke off\. Try again later\.$"):
         ops.distill(teacher=far, mode="sid", run=root, device="cpu", **SHORT_SID)
+
+
+def test_a_dataset_that_cannot_be_written_is_not_taken_for_one_that_is_not_there(
+    edm2: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, oid = edm2
+
+    def full(*arguments: object, **options: object) -> Artifact:
+        raise UnwritableError("the run directory cannot be written: No space left on device", "Free some space.")
+
+    monkeypatch.setattr(ops, "dataset_named", full)
+    with pytest.raises(SidaError, match=r"No space left on device\. Free some space\.$"):
+        ops.distill(teacher=moved_away(root, oid, "imagenet512"), mode="sid", run=root, device="cpu", **SHORT_SID)
+
+
+def test_samples_that_could_not_be_kept_are_not_drawn(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Store, "_writing", read_only)
+    monkeypatch.setattr(ops, "load_net", never)
+    with pytest.raises(SidaError, match=r"^the run directory .* cannot be written: Read-only file system\."):
+        ops.sample("generator/best", seeds=range(777), run=finished.root)
 
 
 def test_mode_sid_of_a_teacher_without_classes_needs_no_dataset_either(edm2: tuple[Path, str]) -> None:

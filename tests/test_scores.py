@@ -1,5 +1,6 @@
 """Scores of artifacts: what they are of, that they repeat, and the exact text of errors."""
 
+import re
 import shutil
 import statistics
 from pathlib import Path
@@ -10,12 +11,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from sidactl import detectors, inventory, metrics, ops, references, scores
+from sidactl import cli, detectors, inventory, metrics, ops, references, scores
 from sidactl.artifacts import load_dataset
 from sidactl.errors import SidaError
 from sidactl.recipe import Setting
-from sidactl.store import Store
-from tests.conftest import Finished
+from sidactl.store import Store, UnwritableError
+from tests.conftest import Finished, read_only
 
 FD = "FD tiny-digits"
 
@@ -278,3 +279,110 @@ def test_classes_can_be_drawn_as_in_the_dataset(finished: Finished) -> None:
     with pytest.raises(SidaError) as caught:
         scores.fid("generator/best", num=300, labels="balanced", run=finished.root)
     assert str(caught.value) == "labels must be one of uniform, dataset, got 'balanced'. Pass another."
+
+
+def told(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command, in this process."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    streams = capsys.readouterr()
+    return int(caught.value.code or 0), streams.out, streams.err
+
+
+def test_an_old_answer_says_so_once_and_since_when(finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["fid", "generator/best", "--num", "35", "--run", str(finished.root)]
+    first, again = told(arguments, capsys), told(arguments, capsys)
+    assert again[:2] == first[:2]
+    line = r"answered from the run directory, asked on \d{4}-\d\d-\d\d \d\d:\d\d \S+; --force does it again"
+    assert not re.search(line, first[2])
+    assert len(re.findall(line, again[2])) == 1
+    assert not re.search(line, told([*arguments, "--force"], capsys)[2])
+
+
+def test_a_score_in_a_read_only_run_directory_is_warned_of_first_and_told(
+    finished: Finished, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["prec-recall", "generator/best", "--num", "36", "--run", str(finished.root)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "_writing", read_only)
+        code, out, err = told(arguments, capsys)
+        unkept = scores.prec_recall("generator/best", num=36, run=finished.root)
+    assert code == 0
+    warning = "cannot be written: Read-only file system: the score will be told, but not kept"
+    assert err.startswith(f"warning: the run directory {finished.root} {warning}\n")
+    assert (unkept.oid, unkept.to_json()["oid"]) == ("", None)
+    code, expected, _ = told(arguments, capsys)
+    assert out == expected
+
+
+def test_a_score_that_finds_no_room_at_the_end_is_told_and_fails(
+    finished: Finished, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["prec-recall", "generator/best", "--num", "37", "--run", str(finished.root)]
+
+    def full(*arguments: object, **options: object) -> None:
+        raise UnwritableError("the run directory cannot be written: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "put", full)
+        code, out, err = told(arguments, capsys)
+    assert code == 1
+    assert "error: the score above is not kept: the run directory cannot be written: No space left on device." in err
+    assert told(arguments, capsys)[:2] == (0, out)
+
+
+@pytest.mark.parametrize("kind", ["detector", "stats", "features", "teacher", "dataset"])
+def test_force_repairs_what_a_score_needs_and_the_error_says_so(
+    fresh_run: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(num: int, **options: Any) -> Any:
+        if kind == "dataset":
+            options["reference"] = "dataset/tiny-digits"
+        subject = "dataset/tiny-digits" if kind == "dataset" else "teacher/tiny-digits"
+        return scores.evaluate(subject, ["fid", "prec-recall"], num=num, run=fresh_run, **options).values
+
+    store, expected = Store.open(fresh_run), measured(30)
+    measured(31)
+    for artifact in store.artifacts():
+        if artifact.kind == kind:
+            path = store.path(artifact, next(iter(artifact.files)))
+            path.chmod(0o644)
+            data = bytearray(path.read_bytes())
+            data[len(data) // 2] ^= 1
+            path.write_bytes(data)
+    with pytest.raises(SidaError) as caught:
+        measured(32)
+    hint = {
+        "teacher": "Repeat sidactl fetch-teacher tiny-digits with --force.",
+        "dataset": "Repeat sidactl prepare-data for tiny-digits with its options, with --force.",
+    }.get(kind, "Repeat the command that scores or trains with it, with --force.")
+    assert re.match(f"object \\w{{12}} of {kind} \\w{{12}} \\(.*\\) is damaged: its content", str(caught.value))
+    assert str(caught.value).endswith(hint)
+    if kind in ("teacher", "dataset"):
+        {"teacher": ops.fetch_teacher, "dataset": ops.prepare_data}[kind]("tiny-digits", run=fresh_run, force=True)
+        assert list(store.verify()) == []
+        return
+    assert measured(30, force=True) == expected
+    if kind == "features":  # those of the other score are repaired with it
+        measured(31, force=True)
+    assert list(store.verify()) == []
+
+
+@pytest.mark.parametrize("kind", ["teacher", "dataset"])
+def test_force_derives_a_damaged_input_of_the_catalog_again(fresh_run: Path, kind: str) -> None:
+    store = Store.open(fresh_run)
+    expected = scores.fid("teacher/tiny-digits", num=30, run=fresh_run)
+    artifact = store.resolve(f"{kind}/tiny-digits")
+    path = store.path(artifact, next(iter(artifact.files)))
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert scores.fid("teacher/tiny-digits", num=30, run=fresh_run, force=True) == expected
+    assert list(store.verify()) == []
+
+
+def test_a_truncated_ref_of_a_detector_is_written_again(fresh_run: Path) -> None:
+    ref = fresh_run / "refs/detector/tiny-digits"
+    whole = ref.read_text()
+    ref.write_text(whole[:20])
+    scores.fid("tiny-digits", num=33, run=fresh_run)
+    assert ref.read_text() == whole
