@@ -331,51 +331,58 @@ def test_a_score_that_finds_no_room_at_the_end_is_told_and_fails(
     assert told(arguments, capsys)[:2] == (0, out)
 
 
-@pytest.mark.parametrize("kind", ["detector", "stats", "features", "teacher", "dataset"])
-def test_force_repairs_what_a_score_needs_and_the_error_says_so(
-    fresh_run: Path, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def measured(num: int, **options: Any) -> Any:
-        if kind == "dataset":
-            options["reference"] = "dataset/tiny-digits"
-        subject = "dataset/tiny-digits" if kind == "dataset" else "teacher/tiny-digits"
-        return scores.evaluate(subject, ["fid", "prec-recall"], num=num, run=fresh_run, **options).values
-
-    store, expected = Store.open(fresh_run), measured(30)
-    measured(31)
+def harm(store: Store, *kinds: str) -> None:
+    """Flips a bit in every file of all artifacts of these kinds."""
     for artifact in store.artifacts():
-        if artifact.kind == kind:
-            path = store.path(artifact, next(iter(artifact.files)))
-            path.chmod(0o644)
+        for name in artifact.files if artifact.kind in kinds else ():
+            path = store.path(artifact, name)
             data = bytearray(path.read_bytes())
             data[len(data) // 2] ^= 1
+            path.chmod(0o644)
             path.write_bytes(data)
+
+
+REPEAT = "Repeat the command that scores or trains with it, with --force."
+
+
+@pytest.mark.parametrize(
+    ("kind", "hint"),
+    [
+        ("detector", REPEAT),
+        ("stats", REPEAT),
+        ("features", REPEAT),
+        ("teacher", "Repeat sidactl fetch-teacher tiny-digits with --force."),
+        ("dataset", "Repeat sidactl prepare-data for tiny-digits with its options, with --force."),
+    ],
+)
+def test_what_is_damaged_is_named_with_the_command_that_repairs_it(fresh_run: Path, kind: str, hint: str) -> None:
+    subject = "dataset/tiny-digits" if kind == "dataset" else "teacher/tiny-digits"
+    metric = ["prec-recall" if kind in ("features", "dataset") else "fid"]
+
+    def measured(num: int, force: bool = False) -> Any:
+        reference = "dataset/tiny-digits"
+        return scores.evaluate(subject, metric, reference=reference, num=num, run=fresh_run, force=force).values
+
+    store = Store.open(fresh_run)
+    expected = None if kind == "dataset" else measured(30)
+    harm(store, kind)
     with pytest.raises(SidaError) as caught:
-        measured(32)
-    hint = {
-        "teacher": "Repeat sidactl fetch-teacher tiny-digits with --force.",
-        "dataset": "Repeat sidactl prepare-data for tiny-digits with its options, with --force.",
-    }.get(kind, "Repeat the command that scores or trains with it, with --force.")
-    assert re.match(f"object \\w{{12}} of {kind} \\w{{12}} \\(.*\\) is damaged: its content", str(caught.value))
+        measured(31)
+    assert re.match(rf"object \w{{12}} of {kind} \w{{12}} \(.*\) is damaged: its content", str(caught.value))
     assert str(caught.value).endswith(hint)
-    if kind in ("teacher", "dataset"):
-        {"teacher": ops.fetch_teacher, "dataset": ops.prepare_data}[kind]("tiny-digits", run=fresh_run, force=True)
-        assert list(store.verify()) == []
-        return
-    assert measured(30, force=True) == expected
-    if kind == "features":  # those of the other score are repaired with it
-        measured(31, force=True)
+    if kind == "teacher":
+        ops.fetch_teacher("tiny-digits", run=fresh_run, force=True)
+    elif kind == "dataset":
+        ops.prepare_data("tiny-digits", run=fresh_run, force=True)
+    else:
+        assert measured(30, force=True) == expected
     assert list(store.verify()) == []
 
 
-@pytest.mark.parametrize("kind", ["teacher", "dataset"])
-def test_force_derives_a_damaged_input_of_the_catalog_again(fresh_run: Path, kind: str) -> None:
+def test_force_derives_damaged_inputs_of_the_catalog_again(fresh_run: Path) -> None:
     store = Store.open(fresh_run)
     expected = scores.fid("teacher/tiny-digits", num=30, run=fresh_run)
-    artifact = store.resolve(f"{kind}/tiny-digits")
-    path = store.path(artifact, next(iter(artifact.files)))
-    path.chmod(0o644)
-    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    harm(store, "teacher", "dataset", "detector", "stats")
     assert scores.fid("teacher/tiny-digits", num=30, run=fresh_run, force=True) == expected
     assert list(store.verify()) == []
 
