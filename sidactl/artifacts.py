@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeAlias
 
 from sidactl import catalog, download
-from sidactl.errors import SidaError
+from sidactl.errors import EXIT_FAILED, MissingError, SidaError
 from sidactl.inputs import Count, Ref, Size, count_of, optional_ref, ref_text, run_of, size_of, whole
 from sidactl.recipe import HeunSpec, NetSpec, OneStepSpec
 from sidactl.store import KINDS, Artifact, LiveDir, Store
@@ -38,6 +39,10 @@ NetKind = Literal["teacher", "generator"]
 NETS: tuple[NetKind, ...] = ("teacher", "generator")
 NET_FILES = (".pkl", ".safetensors")
 DATA_FILES = (".zip", ".npz")
+SETTLED_NS = 2 * 10**9
+"""how long a file must have been left alone before it was read for its times to tell whether it was changed since"""
+
+
 _IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _OTHER_FILES = {suffix: f"a single {suffix[1:].upper()} image" for suffix in _IMAGE_FILES} | {
     ".npy": "an .npy array",
@@ -51,28 +56,35 @@ _OTHER_FILES = {suffix: f"a single {suffix[1:].upper()} image" for suffix in _IM
 """what people take for a dataset or network, by suffix"""
 
 
-def resolve(store: Store, text: str, kinds: Sequence[str], *, any_size: bool = False) -> Artifact:
+def resolve(
+    store: Store, text: str, kinds: Sequence[str], *, any_size: bool = False, recheck: bool = False
+) -> Artifact:
     """The artifact that `text` means: an oid, a prefix, a ref, a catalog name, a foreign file, a URL or a folder.
 
-    What is not in the run directory yet is fetched, imported or prepared first. any_size: of images, for scores.
-    Raises SidaError where there is none, it is ambiguous, or it is of another kind.
+    What is not in the run directory yet is fetched, imported or prepared first. "./name" is always a path; "kind/name"
+    never is one, and may be a catalog name. any_size: of images, for scores. recheck: read sources again, and derive
+    again what is damaged, as --force does. Raises SidaError where there is none, it is ambiguous, or it is of another
+    kind.
     """
     nets = [kind for kind in NETS if kind in kinds]
-    suffix = _suffix(text)
-    if ("teacher" in kinds and text in catalog.TEACHERS) or ("generator" in kinds and text in catalog.GENERATORS):
-        return fetch_teacher(text, run=store.root)
-    if "dataset" in kinds and text in catalog.DATASETS:
-        is_prepared = not catalog.DATASETS[text].builtin and store.ref("dataset", text)
-        return store.resolve(f"dataset/{text}") if is_prepared else prepare_data(text, run=store.root)
-    if "://" in text or suffix in NET_FILES:
+    if is_source(store, text, kinds):
+        if problem := None if "://" in text or os.path.exists(text) else _not_readable(store, text, kinds):
+            raise problem
+        if "dataset" in kinds and "://" not in text and _suffix(text) not in NET_FILES:
+            return prepare_data(text, any_size=any_size, run=store.root, recheck=recheck, say=None)
         if not nets:
             raise SidaError(f"{text} cannot be read as a {' or '.join(kinds)}", "Give an artifact or another file.")
-        return fetch_teacher(text, kind=nets[0] if len(nets) == 1 else None, run=store.root)
-    if "dataset" in kinds and (suffix in DATA_FILES or (Path(text).is_dir() and not _is_ref(store, text))):
-        return prepare_data(text, any_size=any_size, run=store.root)
+        kind = nets[0] if len(nets) == 1 else None
+        return fetch_teacher(text, kind=kind, run=store.root, recheck=recheck, is_inner=True)
+    kind_and_name = next(iter(_in_catalog(store, text, kinds)), None)
+    if kind_and_name and kind_and_name[0] in NETS:
+        return fetch_teacher(kind_and_name[1], run=store.root, recheck=recheck, is_inner=True)
+    if kind_and_name and kind_and_name[0] == "dataset":
+        return dataset_called(store, kind_and_name[1], recheck=recheck)
     if problem := _not_readable(store, text, kinds):
         raise problem
-    return store.resolve(text, kinds)
+    found = store.resolve(text, kinds)
+    return repaired(store, found) if recheck else found
 
 
 def _not_readable(store: Store, text: str, kinds: Sequence[str]) -> SidaError | None:
@@ -80,7 +92,7 @@ def _not_readable(store: Store, text: str, kinds: Sequence[str]) -> SidaError | 
     path, suffix = Path(text), _suffix(text)
     is_below = "/" in text and text.partition("/")[0] not in KINDS
     looks_like_path = is_below or text.startswith((".", "~")) or suffix in (*NET_FILES, *DATA_FILES, *_OTHER_FILES)
-    if _is_ref(store, text) or not (looks_like_path or path.exists()):
+    if is_ref(store, text) or not (looks_like_path or path.exists()):
         return None
     wanted = [*([" or ".join(NET_FILES)] if set(NETS) & set(kinds) else [])]
     wanted += ["a folder, .zip or .npz of images"] if "dataset" in kinds else []
@@ -98,33 +110,111 @@ def _not_readable(store: Store, text: str, kinds: Sequence[str]) -> SidaError | 
     return SidaError(f"{text} is {got}, {' or '.join(wanted)} is needed", hint)
 
 
-def dataset_called(store: Store, name: str) -> Artifact:
-    """The dataset that a network says it is of: one of the catalog, or a ref.
+def dataset_called(store: Store, name: str, *, recheck: bool = False) -> Artifact:
+    """The dataset that a network says it is of: one of the catalog, or a ref. recheck: as in `resolve`.
 
-    What a file from outside says is a name, never the path or URL of something to be read.
+    What a file from outside says is a name, never the path or URL of something to be read. Raises MissingError where
+    it is not there.
     """
     entry = catalog.DATASETS.get(name)
     if entry and entry.builtin:
-        return prepare_data(name, run=store.root)
+        return prepare_data(f"dataset/{name}", run=store.root, recheck=recheck, say=None)
     if store.ref("dataset", name):
-        return store.resolve(f"dataset/{name}", ["dataset"])
+        found = store.resolve(f"dataset/{name}", ["dataset"])
+        return repaired(store, found) if recheck else found
     if entry:
-        raise _must_be_prepared(entry)
-    raise SidaError(
+        raise _not_prepared(entry)
+    raise MissingError(
         f"the network is of dataset {name!r}, which is no name of the catalog and no ref in {store.root}",
         "Pass the dataset: --ref in a score, --dataset in training.",
     )
 
 
-def _must_be_prepared(entry: catalog.Dataset) -> SidaError:
-    return SidaError(
+def _not_prepared(entry: catalog.Dataset) -> MissingError:
+    return MissingError(
         f"dataset {entry.name} must be prepared from its files",
         f"Get them from {entry.where}, then run sidactl prepare-data PATH --preset {entry.name} --name {entry.name}.",
     )
 
 
-def _is_ref(store: Store, text: str) -> bool:
+def is_ref(store: Store, text: str) -> bool:
+    """Whether an artifact of any kind has this name, with or without its kind."""
     return bool(store.refs_called(text))
+
+
+def is_source(store: Store, text: str, kinds: Sequence[str]) -> bool:
+    """Whether `text` means a URL, file or folder from which an artifact of these kinds is to be made.
+
+    Raises SidaError where it could be an artifact or a catalog name as well.
+    """
+    is_file = "://" in text or (_suffix(text) in (*NET_FILES, *DATA_FILES) and not is_ref(store, text))
+    return is_file or (_is_readable(text, kinds) and means_path(store, text, kinds))
+
+
+def _is_readable(text: str, kinds: Sequence[str]) -> bool:
+    """Whether there is a folder or file of this name from which an artifact of these kinds could be made."""
+    suffixes = (*(NET_FILES if {*NETS} & {*kinds} else ()), *(DATA_FILES if "dataset" in kinds else ()))
+    return ("dataset" in kinds and os.path.isdir(text)) or (_suffix(text) in suffixes and os.path.isfile(text))
+
+
+def means_path(store: Store, text: str, kinds: Sequence[str]) -> bool:
+    """Whether `text` means a folder or file that is there, and not an artifact of these kinds or a catalog name.
+
+    Raises SidaError where it could be either.
+    """
+    if not os.path.exists(text) or text in store.refs():
+        return False
+    if text.startswith((".", "/")):
+        return True
+    in_catalog = _in_catalog(store, text, kinds)
+    if any(text == f"{kind}/{name}" for kind, name in in_catalog):
+        return False
+    refs = [ref for ref in store.refs() if ref.partition("/")[0] in kinds and ref.partition("/")[2] == text]
+    oids = [found.oid for found in store.starting_with(text) if found.kind in kinds]
+    others = dict.fromkeys(
+        [
+            *refs,
+            *(f"{kind}/{name}" for kind, name in in_catalog),
+            *(oid[:12] if len(text) < 12 else oid for oid in oids),
+        ]
+    )
+    if others:
+        what = "folder" if os.path.isdir(text) else "file"
+        raise SidaError(
+            f"'{text}' is the name of a {what} and of {' and '.join(others)}",
+            f"Write ./{text} for the {what}, or {' or '.join(others)}.",
+        )
+    return True
+
+
+def _in_catalog(store: Store, text: str, kinds: Sequence[str]) -> list[tuple[str, str]]:
+    """Kind and name of the catalog's entries that `text` names, bare or as "kind/name" where no ref is called so."""
+    groups: Mapping[str, Mapping[str, catalog.Entry]] = {
+        "teacher": catalog.TEACHERS,
+        "generator": catalog.GENERATORS,
+        "dataset": catalog.DATASETS,
+        "stats": catalog.REFERENCES,
+    }
+    found = []
+    for kind in (kind for kind in groups if kind in kinds):
+        name = text.removeprefix(f"{kind}/")
+        if name in groups[kind] and (name == text or text not in store.refs()):
+            found.append((kind, name))
+    return found
+
+
+def repaired(store: Store, artifact: Artifact) -> Artifact:
+    """The artifact, after an attempt to derive it again where a file of it is damaged and its origin is known."""
+    if store.is_whole(artifact):
+        return artifact
+    name, url = str(artifact.params.get("name")), artifact.params.get("source_url")
+    if artifact.kind == "detector":
+        fetch_detector(name, run=store.root, recheck=True)
+    elif artifact.kind == "dataset" and name in catalog.DATASETS and catalog.DATASETS[name].builtin:
+        prepare_data(f"dataset/{name}", run=store.root, force=True, say=None)
+    elif artifact.kind in NETS and (url or name in catalog.TEACHERS) and "dataset" not in artifact.inputs:
+        fetch_teacher(str(url or name), run=store.root, force=True, is_inner=True)
+    return artifact
 
 
 def part_of(watcher: object, what: str) -> Tick | None:
@@ -185,6 +275,8 @@ def fetch_teacher(
     mirror: str | None = None,
     run: RunDir = None,
     force: bool = False,
+    recheck: bool = False,
+    is_inner: bool = False,
     progress: download.Progress | None = None,
     say: download.Say = download.to_stderr,
 ) -> Artifact:
@@ -193,6 +285,7 @@ def fetch_teacher(
     Downloads what is not in the run directory yet (see `download.fetch`) and converts it; no code in it is executed.
     kind: of a pickle; by default a file that holds nothing but the net, as SiD and SiDA save it, is a generator.
     dataset: the name of what a foreign net was trained on. name: a ref for it; by default the catalog's or the file's.
+    recheck: as in `resolve`. is_inner: another question asks, whose answer need not be told to be an old one.
 
     A detector of the catalog is fetched, too. Raises SidaError for an unknown name, with the nearest one, and for a
     file that is no network or not the right one.
@@ -204,31 +297,34 @@ def fetch_teacher(
     if entry:
         _check_kind(source, _kind_of(entry), kind)
     if isinstance(entry, catalog.Teacher) and entry.asset:
-        return named(store, _fetch_asset(store, entry, entry.asset, force), [name] if name else [])
-    called = entry.name if entry else name or _plain_name(Path(source.partition("?")[0]).stem)
+        artifact = _fetch_asset(store, entry, entry.asset, force, recheck, None if is_inner else say)
+        return named(store, artifact, [entry.name, *([name] if name else [])])
+    called = entry.name if entry else name or plain_name(Path(source.partition("?")[0]).stem)
     refs = [called, name] if name else [called]
     suffix = _suffix(url or source)
-    what = url or source_identity(source)
+    what = url or source_identity(store, source, recheck=force or recheck)
     # What it was first imported as answers for the source itself, so that only a new source is downloaded.
     first_key = store.key("fetch-teacher", {"source": what}, {})
     key = store.key("fetch-teacher", {"source": what, "kind": kind, "dataset": dataset}, {})
     temporary = store.root / "tmp" / f"import-{key[:16]}-{called.replace('/', '-')}{suffix}"
 
     def known() -> Artifact | None:
-        found, first = (None, None) if force else (store.asked(key), store.asked(first_key))
+        found, first = [None if force else store.asked(k, whole=recheck) for k in (key, first_key)]
+        if (found or first) and not is_inner:
+            tell_old(store, key if found else first_key, say)
         if found or not first or (suffix != ".pkl" and kind not in (None, first.kind)):
             return found
         return answered(store, key, _as_said(store, first, kind, dataset), "fetch-teacher")
 
     if found := known():
-        return named(store, found, refs)
+        return named(store, found if entry else called_so(store, found, name), refs)
     with download.exclusive(temporary.with_suffix(".lock"), lambda: say(f"waiting for another process: {source}")):
         if found := known():
-            return named(store, found, refs)
+            return named(store, found if entry else called_so(store, found, name), refs)
         try:
             path = Path(source) if url is None else temporary
             if url is None:
-                sha256 = _file_digest(path)
+                sha256 = file_digest(path)
             else:
                 sha256 = _download(entry, url, path, called, offline, mirror, progress, say)
             foreign = _read_safetensors(path) if suffix == ".safetensors" else _read_pickle(path)
@@ -253,6 +349,8 @@ def fetch_teacher(
         if chosen == "generator" or "recipe" in foreign.params:
             params["recipe"] = foreign.params.get("recipe")
         artifact = store.put(chosen, {"model.safetensors": _weights(foreign)}, params=params)
+        if url is None:
+            check_unchanged(store, source, what)
         temporary.unlink(missing_ok=True)  # no sooner: on a full disk it need not be downloaded again
         store.answer(first_key, artifact.oid)
         return answered(store, key, artifact, "fetch-teacher", refs=refs)
@@ -312,7 +410,7 @@ def _check_kind(source: str, is_a: NetKind, wanted: NetKind | None) -> None:
         raise SidaError(f"{source} must be a {wanted}, got a {is_a}", "Give another.")
 
 
-def _plain_name(stem: str) -> str:
+def plain_name(stem: str) -> str:
     """A file's name as a ref's: without what a ref must not have, and not to be read as an oid."""
     plain = re.sub(r"\.\.+", ".", re.sub(r"[^A-Za-z0-9._+-]+", "-", stem)).lstrip(".-") or "net"
     return f"net-{plain}" if re.fullmatch(r"[0-9a-fA-F]{4,}", plain) else plain
@@ -346,7 +444,8 @@ def _download(
     return sha256
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file; SidaError where it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -418,7 +517,7 @@ def _described(path: Path, metadata: Mapping[str, str]) -> Any:
     if "sidactl" in metadata or not manifest.exists():
         return json.loads(metadata["sidactl"])
     described = json.loads(manifest.read_bytes())
-    if described["files"][path.name]["sha256"] != _file_digest(path):
+    if described["files"][path.name]["sha256"] != file_digest(path):
         raise ValueError("the manifest is of another file")
     return described
 
@@ -451,9 +550,12 @@ def _weights(foreign: _Foreign) -> bytes:
     return safetensors.torch.save({name: compact(name, tensor).contiguous() for name, tensor in state.items()})
 
 
-def _fetch_asset(store: Store, entry: catalog.Teacher, asset: str, force: bool) -> Artifact:
+def _fetch_asset(
+    store: Store, entry: catalog.Teacher, asset: str, force: bool, recheck: bool, say: download.Say | None
+) -> Artifact:
     key = store.key("fetch-teacher", {"entry": _teacher_params(entry), "asset_version": asset_digest(asset)}, {})
-    if not force and (known := store.asked(key)):
+    if not force and (known := store.asked(key, whole=recheck)):
+        tell_old(store, key, say)
         return known
     artifact = store.put("teacher", {"model.safetensors": catalog.ASSETS / asset}, params=_teacher_params(entry))
     return answered(store, key, artifact, "fetch-teacher", refs=[entry.name])
@@ -476,24 +578,26 @@ def fetch_detector(
     progress: download.Progress | None = None,
     offline: bool = False,
     mirror: str | None = None,
+    recheck: bool = False,
 ) -> Artifact:
     """The detector artifact of a catalog name: its weights as safetensors, downloaded once and checked.
 
-    Raises SidaError for an unknown name, with the nearest one, and for a file that is not that network.
+    recheck: read what is there, and fetch it again where it is damaged. Raises SidaError for an unknown name, with the
+    nearest one, and for a file that is not that network.
     """
     entry, store = catalog.detector(name), Store.open(run)
     source = entry.source.url if entry.source else asset_digest(entry.asset) if entry.asset else name
     key = store.key("fetch-detector", {"source": source}, {})
-    if known := store.asked(key):
-        return known
+    if known := store.asked(key, whole=recheck):
+        return named(store, known, [name])
     params: dict[str, Any] = {"name": name, "licence": entry.licence}
     files: dict[str, Path | bytes]
     if entry.source is None:
         files = {"model.safetensors": catalog.ASSETS / entry.asset if entry.asset else _drawn_weights()}
         return answered(store, key, store.put("detector", files, params=params), "fetch-detector", refs=[name])
     with fetched_file(store, entry.source.url, name, entry, progress, offline, mirror) as (path, sha256):
-        if known := store.asked(key):
-            return known
+        if known := store.asked(key, whole=recheck):
+            return named(store, known, [name])
         import safetensors.torch
 
         from sidactl import detectors
@@ -525,9 +629,12 @@ def read_state_dict(path: Path | str) -> "dict[str, Tensor]":
     import safetensors.torch
     import torch
 
+    from sidactl import detectors
+
     try:
         if Path(path).suffix.lower() == ".safetensors":
             return safetensors.torch.load_file(path)
+        detectors.refuse_damaged(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
         told = str(error).strip().partition("\n")[0]
@@ -549,7 +656,7 @@ def fetched_file(
 ) -> Iterator[tuple[Path, str]]:
     """Within the block: the local path of a file or URL, and its SHA-256; what was downloaded is removed afterwards."""
     if "://" not in source:
-        yield Path(source), _file_digest(Path(source))
+        yield Path(source), file_digest(Path(source))
         return
     name = Path(source.partition("?")[0]).name
     path = store.root / "tmp" / f"file-{store.key('download', {'source': source}, {})[:16]}-{name}"
@@ -588,6 +695,8 @@ def prepare_data(
     run: RunDir = None,
     device: str | None = None,
     force: bool = False,
+    recheck: bool = False,
+    say: download.Say | None = download.to_stderr,
     tick: Tick | None = None,
 ) -> Artifact:
     """A dataset artifact: one uncompressed zip in the EDM layout, and a contact sheet.
@@ -598,6 +707,7 @@ def prepare_data(
     any_size: images of any one size, to be scored; nets are trained on squares with a side that is a power of two.
     labels_only: no images, but their classes, from a dataset.json; or, without a source, `classes` of them, each once.
         That is all that mode sid needs for its training batches.
+    recheck: as in `resolve`. say: takes the line that an answer is an old one.
 
     Raises SidaError, naming the file, for what cannot be used.
     """
@@ -626,12 +736,29 @@ def prepare_data(
     if labels_only or classes is not None:
         if latents or any(options.values()):
             raise SidaError("labels without images take no options of images, got some", "Leave them out.")
-        return _prepare_labels(store, source, classes, name, force)
+        return _prepare_labels(store, source, classes, name, force, recheck, say)
     if source is None:
         raise SidaError("a source is needed, got none", "Name a folder, an archive, or tiny-digits.")
     if latents:
-        return _prepare_latents(store, source, options, workers, name, device, force, tick)
-    return _prepare_images(store, source, options, workers, name, force, tick, any_size=any_size)
+        return _prepare_latents(store, source, options, workers, name, device, force, recheck, say, tick)
+    source = _plain_source(source)
+    return _prepare_images(store, source, options, workers, name, force, recheck, say, tick, any_size=any_size)
+
+
+def _plain_source(source: str) -> str:
+    """A source of images, with the built-in dataset under its bare name; SidaError where a path has that name, too."""
+    name, is_path = source.removeprefix("dataset/"), os.path.exists(source)
+    entry = catalog.DATASETS.get(name)
+    if entry is None or (is_path and not entry.builtin):
+        return source
+    if not entry.builtin:
+        raise _not_prepared(entry)
+    if is_path and name == source:
+        raise SidaError(
+            f"'{name}' is the name of a folder and of dataset/{name}",
+            f"Write ./{name} for the folder, or dataset/{name}.",
+        )
+    return name
 
 
 def _prepare_images(
@@ -641,21 +768,23 @@ def _prepare_images(
     workers: int | None,
     name: str | None,
     force: bool,
+    recheck: bool,
+    say: download.Say | None,
     tick: Tick | None,
     *,
     any_size: bool = False,
 ) -> Artifact:
-    question: dict[str, Any] = {"source": source_identity(source), **options}
+    identity = source_identity(store, source, recheck=force or recheck)
+    question: dict[str, Any] = {"source": identity, **options}
     key = store.key("prepare-data", question, {})
     if any_size and (force or not store.asked(key)):  # what is fit for training is fit for scores
         key = store.key("prepare-data", question | {"any_size": True}, {})
     entry = catalog.DATASETS.get(source)
-    if entry and not entry.builtin and not Path(source).exists():
-        raise _must_be_prepared(entry)
     refs = [*([source] if entry and entry.builtin else []), *([name] if name else [])]
-    with _answering(store, key, source, force) as work:
+    with _answering(store, key, source, force, recheck) as work:
         if isinstance(work, Artifact):
-            return named(store, work, refs)
+            tell_old(store, key, say)
+            return named(store, called_so(store, work, name), refs)
         from sidactl import prepare
         from sidactl.data import Dataset
 
@@ -674,6 +803,11 @@ def _prepare_images(
             "name": name or _json_name(Path(source).name),
             "licence": entry.licence if entry else None,
         }
+        try:
+            check_unchanged(store, source, identity)
+        except SidaError:
+            work.clear()  # what was read before the change and what after it must not be mixed
+            raise
         artifact = store.put("dataset", files, params={**params, **options}, results=results)
         return answered(store, key, artifact, "prepare-data", refs=refs)
 
@@ -686,32 +820,38 @@ def _prepare_latents(
     name: str | None,
     device: str | None,
     force: bool,
+    recheck: bool,
+    say: download.Say | None,
     tick: Tick | None,
 ) -> Artifact:
-    is_stored = not any(options.values()) and (_is_ref(store, source) or not Path(source).exists())
-    pixels = resolve(store, source, ["dataset"]) if is_stored else None
+    is_path = any(options.values()) or means_path(store, source, ["dataset"])
+    pixels = None if is_path else resolve(store, source, ["dataset"], recheck=force or recheck)
+    identity = None
     if pixels:
         _require_pixels(pixels)
         key = store.key("prepare-data", {"latents": True}, {"dataset": pixels.oid})
     else:
-        key = store.key("prepare-data", {"source": source_identity(source), **options, "latents": True}, {})
+        source = _plain_source(source)
+        identity = source_identity(store, source, recheck=force or recheck)
+        key = store.key("prepare-data", {"source": identity, **options, "latents": True}, {})
     refs = [name] if name else []
-    if not force and (known := asked(store, key)):
-        return named(store, known, refs)
+    if not force and (known := asked(store, key, recheck)):
+        tell_old(store, key, say)
+        return named(store, called_so(store, known, name), refs)
     from sidactl import codec, engine, prepare
     from sidactl.data import Dataset
 
     chosen = engine.pick_device(device)
     if engine.rank_and_size()[0] > 0:
         return _help_with_latents(store, chosen)
-    with _answering(store, key, source, force) as work:
+    with _answering(store, key, source, force, recheck) as work:
         if isinstance(work, Artifact):  # by the process that this one waited for
             engine.agreed(lambda: "")
             engine.agreed(lambda: work.oid)
-            return named(store, work, refs)
+            return named(store, called_so(store, work, name), refs)
         # First of all, since it may not be there, and pixels may take hours.
         vae = codec.stable_diffusion_vae(purpose="encoding latents")
-        pixels = pixels or _prepare_images(store, source, options, workers, None, False, tick)
+        pixels = pixels or _prepare_images(store, source, options, workers, None, False, force or recheck, None, tick)
         _require_pixels(pixels)
         engine.agreed(lambda: pixels.oid)
         path = work.path / "images.zip"
@@ -730,6 +870,8 @@ def _prepare_latents(
             "licence": pixels.params["licence"],
             "vae": codec.VAE_NAME,
         }
+        if identity:
+            check_unchanged(store, source, identity)
         results = _results(made) | {"skipped": pixels.results["skipped"]}
         artifact = store.put("dataset", files, inputs={"dataset": pixels.oid}, params=params, results=results)
         engine.agreed(lambda: artifact.oid)
@@ -761,22 +903,32 @@ def _help_with_latents(store: Store, device: "torch.device") -> Artifact:
     return store.get(engine.agreed(str))
 
 
-def _prepare_labels(store: Store, source: str | None, classes: int | None, name: str | None, force: bool) -> Artifact:
+def _prepare_labels(
+    store: Store,
+    source: str | None,
+    classes: int | None,
+    name: str | None,
+    force: bool,
+    recheck: bool,
+    say: download.Say | None,
+) -> Artifact:
     if (source is None) == (classes is None):
         got = "neither" if source is None else "both"
         raise SidaError(
             f"labels without images come from a dataset.json or a number of classes, got {got}",
             "Name the file, or pass --classes.",
         )
-    identity = source_identity(source) if source else None
+    identity = source_identity(store, source, recheck=force or recheck) if source else None
     key = store.key("prepare-data", {"labels_only": identity, "classes": classes}, {})
     refs = [name] if name else []
-    if not force and (known := store.asked(key)):
-        return named(store, known, refs)
+    if not force and (known := store.asked(key, whole=recheck)):
+        tell_old(store, key, say)
+        return named(store, called_so(store, known, name), refs)
     from sidactl.data import LABEL_FILE, MAX_LABEL, LabelFile, class_counts, read_labels
 
     if source is not None:
         found = read_labels(Path(source))
+        check_unchanged(store, source, identity)
     else:
         assert classes is not None
         if not 1 <= classes <= MAX_LABEL + 1:
@@ -802,17 +954,17 @@ def _prepare_labels(store: Store, source: str | None, classes: int | None, name:
 
 
 @contextmanager
-def _answering(store: Store, key: str, what: str, force: bool) -> Iterator[Artifact | LiveDir]:
+def _answering(store: Store, key: str, what: str, force: bool, recheck: bool) -> Iterator[Artifact | LiveDir]:
     """What answered the question before, or else the place to work on it, alone: emptied when all went well.
 
     An interruption leaves it for the next time.
     """
-    if not force and (known := asked(store, key)):
+    if not force and (known := asked(store, key, recheck)):
         yield known
         return
     lock = store.root / "tmp" / f"prepare-{key[:16]}.lock"
     with download.exclusive(lock, lambda: download.to_stderr(f"waiting for another process: {what}")):
-        known = store.asked(key)
+        known = store.asked(key, whole=recheck)
         if known and not force:
             yield known
             return
@@ -848,9 +1000,9 @@ def agreed_answer(store: Store, key: str) -> Artifact | None:
     return store.get(oid) if oid else None
 
 
-def asked(store: Store, key: str) -> Artifact | None:
+def asked(store: Store, key: str, whole: bool = False) -> Artifact | None:
     """The answer to a question of long work; tidies up after a process that was killed once it had given it."""
-    known = store.asked(key)
+    known = store.asked(key, whole=whole)
     if known and (store.root / "live" / key).exists():
         with suppress(SidaError), store.live(key) as live:
             live.clear()
@@ -880,32 +1032,110 @@ def shape_for_nets(data: Artifact) -> tuple[int | None, int | None, int]:
     return results["resolution"], channels, results["label_dim"]
 
 
-def source_identity(source: str) -> Any:
-    """What stands for a source in a question: its name, or its files with sizes and times."""
-    path = Path(source)
+def source_identity(store: Store, source: str, *, recheck: bool = False) -> Any:
+    """What stands for a source in a question: its name, or a digest over the names and bytes of its files.
+
+    Where it lies is no part of it, but its suffix is. recheck: read the files even where they look as they did when
+    they were read last.
+    Raises SidaError for a file that cannot be read, or changes meanwhile.
+    """
     entry = catalog.DATASETS.get(source)
-    if (entry and entry.builtin) or not path.exists():
+    if (entry and entry.builtin) or not os.path.exists(source):
         return source
-    if path.is_file():
-        labels = path.with_name(path.name.replace("images-idx3", "labels-idx1").replace("images.idx3", "labels.idx1"))
-        files = [path] if labels == path or not labels.exists() else [path, labels]
-        return [[_json_name(str(p.resolve())), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
-    total = hashlib.sha256()
+    files = _files_of(store, source)
+    seen, newest_ns = _look_at(files)
+    note = store.key("digest", {"path": os.path.realpath(source)}, {})
+    then, _, sha256 = (store.noted_digest(note) or "").partition(" ")
+    if recheck or then != seen or not sha256:
+        began_ns = time.time_ns()
+        sha256 = _digest_of(files)
+        if _look_at(files)[0] != seen:
+            raise changed(source)
+        if newest_ns > began_ns - SETTLED_NS:
+            return {"suffix": _suffix(source), "sha256": sha256}
+    store.note_digest(note, f"{seen} {sha256}")
+    return {"suffix": _suffix(source), "sha256": sha256}
+
+
+def check_unchanged(store: Store, source: str, identity: Any) -> None:
+    """Raises SidaError (exit code 1) where a source is no longer what `source_identity` found before it was read."""
+    if source_identity(store, source) != identity:
+        raise changed(source)
+
+
+def changed(source: str) -> SidaError:
+    """What a source that was written to meanwhile ends a command with."""
+    return SidaError(
+        f"{source} changed while it was read", "Repeat the command once nothing writes to it.", exit_code=EXIT_FAILED
+    )
+
+
+def _files_of(store: Store, source: str) -> Mapping[str, str]:
+    """All files that a source is read from, by what they are to it; never those of the run directory."""
+    path = Path(source)
+    if not path.is_dir():
+        files = {"": source}
+        beside = (
+            {"labels": path.name.replace("images", "labels").replace("idx3", "idx1")} if "idx3" in path.name else {}
+        )
+        # An exported network may be described by the manifest in its folder.
+        beside |= {"manifest": "manifest.json"} if path.suffix == ".safetensors" else {}
+        return files | {role: str(path.with_name(n)) for role, n in beside.items() if path.with_name(n).is_file()}
+    found: dict[str, str] = {}
+    own = os.path.realpath(store.root)
     for folder, subfolders, names in os.walk(path, followlinks=True):
         here = os.path.realpath(folder)
         # A link to a folder that holds it would be followed for ever.
-        subfolders[:] = sorted(s for s in subfolders if not _is_within(here, os.path.join(folder, s)))
-        for name in sorted(names):
-            file = os.path.join(folder, name)
-            if os.path.isfile(file):
-                stat = os.stat(file)
-                encoded = os.fsencode(os.path.relpath(file, path))
-                total.update(encoded + f"\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
-    return [_json_name(str(path.resolve())), total.hexdigest()]
+        below = ((sub, os.path.join(folder, sub)) for sub in sorted(subfolders))
+        subfolders[:] = [s for s, p in below if not _is_within(here, p) and os.path.realpath(p) != own]
+        inner = os.path.relpath(folder, path)
+        found |= {os.path.join(inner, name): os.path.join(folder, name) for name in sorted(names)}
+    return found
+
+
+def _look_at(files: Mapping[str, str]) -> tuple[str, int]:
+    """A digest of all that tells whether files were touched, without reading them; and when one was last, in ns."""
+    total, newest_ns = hashlib.sha256(), 0
+    for name, path in files.items():
+        with suppress(OSError):  # a link to nowhere
+            s = os.stat(path)
+            facts = f"{s.st_dev} {s.st_ino} {s.st_mode} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}"
+            total.update(os.fsencode(name) + b"\0" + facts.encode() + b"\0")
+            newest_ns = max(newest_ns, s.st_mtime_ns, s.st_ctime_ns)
+    return total.hexdigest(), newest_ns
+
+
+def _digest_of(files: Mapping[str, str]) -> str:
+    """A digest over names and bytes."""
+    total = hashlib.sha256()
+    for name, path in files.items():
+        if os.path.isfile(path):
+            try:
+                sha256 = file_digest(Path(path))
+            except SidaError:
+                if not name:
+                    raise
+                sha256 = "unreadable"  # whoever needs this file of a folder says so
+            total.update(os.fsencode(name) + b"\0" + sha256.encode())
+    return total.hexdigest()
 
 
 def _is_within(folder: str, other: str) -> bool:
     return (folder + os.sep).startswith(os.path.realpath(other) + os.sep)
+
+
+def tell_old(store: Store, key: str, say: download.Say | None) -> None:
+    """Says that an answer was in the run directory already, and since when."""
+    if say and (when := store.asked_at(key)):
+        date = time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(when))
+        say(f"answered from the run directory, asked on {date}; --force does it again")
+
+
+def called_so(store: Store, artifact: Artifact, name: str | None) -> Artifact:
+    """An artifact under the name that it is now given: as if it had been made under it."""
+    if name is None or artifact.params.get("name") == name:
+        return artifact
+    return store.put_again(artifact, {**artifact.params, "name": name})
 
 
 def answered(store: Store, key: str, artifact: Artifact, command: str, *, refs: Sequence[str] = ()) -> Artifact:

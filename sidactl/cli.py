@@ -251,6 +251,7 @@ def fetch_teacher(
             run=run,
             force=force,
             progress=tick,
+            say=ui.note,
         )
     _print_artifact(artifact, as_json)
 
@@ -336,13 +337,14 @@ def prepare_data(
             run=run,
             device=device,
             force=force,
+            say=ui.note,
             tick=tick,
         )
     _tell_skipped(artifact.results)
     _tell_classes(artifact.results)
     if stats:
         with _ticking("feature statistics") as tick:
-            made = ops.dataset_stats(artifact.oid, detector=detector, run=run, device=device, tick=tick)
+            made = ops.dataset_stats(artifact.oid, detector=detector, run=run, device=device, force=force, tick=tick)
         ui.note(f"feature statistics: {made.oid}")
     _print_artifact(artifact, as_json)
 
@@ -496,7 +498,7 @@ def train_teacher(
 
     with _watching(log) as watch:
         artifact = ops.train_teacher(
-            dataset, name=name, net=net, run=run, device=device, force=force, watch=watch, **overrides
+            dataset, name=name, net=net, run=run, device=device, force=force, say=ui.note, watch=watch, **overrides
         )
     _print_artifact(artifact, as_json)
 
@@ -619,7 +621,7 @@ def _distill(
         _print_plan(planned, others["run"], overrides, execution, with_teacher_score=others["teacher_score"])
         return
     with _watching(log) as watch:
-        artifact = ops.distill(**planned, **others, execution=execution, watch=watch, **overrides)
+        artifact = ops.distill(**planned, **others, execution=execution, say=ui.note, watch=watch, **overrides)
     _print_generator(artifact, as_json)
 
 
@@ -845,6 +847,7 @@ def sample(
             run=run,
             device=device,
             force=force,
+            say=ui.note,
             tick=tick,
         )
     _print_artifact(result.artifact, as_json)
@@ -889,7 +892,7 @@ def score_flags(command: Callable[..., "Score"]) -> Callable[..., None]:
         arguments["setting"] = Setting(**overrides)
         arguments["num"] = _count(arguments["num"], "--num", least=2)
         with _ticking(command.__name__.replace("_", "-")) as tick:
-            score = command(_from_pipe(ref), arguments | {"tick": tick}, **special)
+            score = command(_from_pipe(ref), arguments | {"tick": tick, "say": ui.note}, **special)
         # The display has ended: what it draws last would erase a result that is printed within.
         _print_score(score, as_json, all_lines=command.__name__ == "evaluate")
 
@@ -1218,12 +1221,18 @@ def _print_score(score: "Score", as_json: bool, all_lines: bool) -> None:
         ui.warn(warning)
     if as_json:
         ui.print_json(score.to_json())
-        return
-    for line in _score_lines(score):
-        (ui.print_data if all_lines else ui.note)(line)
-    if all_lines:
-        return
-    ui.print_data(" ".join(f"{numbers['value']:.6g}" for numbers in score.to_json()["scores"].values()))
+    else:
+        for line in _score_lines(score):
+            (ui.print_data if all_lines else ui.note)(line)
+        if not all_lines:
+            ui.print_data(" ".join(f"{numbers['value']:.6g}" for numbers in score.to_json()["scores"].values()))
+    _refuse_unkept(score)
+
+
+def _refuse_unkept(score: "Score") -> None:
+    """Ends with exit code 1, after the numbers, where they unexpectedly could not be kept."""
+    if score.unkept:
+        raise SidaError(f"the score above is not kept: {score.unkept}", "Free some space.", exit_code=EXIT_FAILED)
 
 
 def _score_lines(score: "Score") -> list[str]:

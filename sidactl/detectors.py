@@ -3,6 +3,8 @@
 import hashlib
 import math
 import warnings
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -122,7 +124,8 @@ class Detector:
 
     Scores under two identities, which name weights, resize and precision, do not compare. `shape`: the one [C, H, W]
     that it takes; None where any size does, grey or RGB. `classify`: class logits without bias of features, for the
-    inception score; None where there is no class.
+    inception score; None where there is no class. `is_published`: whether the weights are known to be those behind the
+    published scores, whose names no others may bear.
     """
 
     name: str
@@ -133,6 +136,13 @@ class Detector:
     classify: Callable[[Tensor], Tensor] | None = None
     shape: tuple[int, int, int] | None = None
     images_at_once: int = IMAGES_AT_ONCE
+    is_published: bool = False
+
+    @property
+    def short_identity(self) -> str:
+        """Name and digest of the weights, as numbers are called by them: inception@0123456789abcdef."""
+        name, _, rest = self.identity.partition("@")
+        return f"{name}@{rest.partition('-')[0]}"
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
@@ -152,8 +162,17 @@ class Detector:
             )
         keep_memory()
         with exact_float32(), fitting_threads(self.name in SMALL):
-            parts = [self.extract(part.to(self.device)).cpu() for part in images.split(self.images_at_once)]
+            parts = [self._features(part.to(self.device)) for part in images.split(self.images_at_once)]
         return torch.cat(parts)
+
+    def _features(self, images: Tensor) -> Tensor:
+        features: object = self.extract(images)
+        wanted = [len(images), self.num_features]
+        if not _are_features(features, wanted):
+            message = f"detector {self.short_identity} must give features {wanted} of {len(images)} images"
+            raise SidaError(f"{message}, got {_told(features)}", "Give another --detector.")
+        assert isinstance(features, Tensor)
+        return features.cpu()
 
     @torch.inference_mode()
     def logits(self, features: Tensor) -> Tensor:
@@ -162,6 +181,14 @@ class Detector:
             raise SidaError(f"the inception score needs classes, detector {self.name} has none", "Use inception.")
         with exact_float32():
             return self.classify(features.to(self.device)).cpu()
+
+
+def _are_features(value: object, shape: list[int]) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and [*value.shape] == shape
+
+
+def _told(value: object) -> str:
+    return f"{value.dtype} {[*value.shape]}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 @contextmanager
@@ -257,8 +284,9 @@ def _random_detector(state_dict: Mapping[str, Tensor], identity: str, device: to
 def load_torchscript(path: Path | str, *, device: torch.device | str = "cpu") -> Detector:
     """An Inception in TorchScript, as `inception-2015-12-05.pt` of the published evaluations; it resizes by itself.
 
-    Called as net(images, return_features=True). Raises SidaError for a file that is not such a network.
+    Called as net(images, return_features=True). Raises SidaError for a file that is damaged or not such a network.
     """
+    refuse_damaged(path)
     try:
         with warnings.catch_warnings(), torch.inference_mode():
             # torch would rather have another format; this one is what was published.
@@ -270,17 +298,35 @@ def load_torchscript(path: Path | str, *, device: torch.device | str = "cpu") ->
             f"{path} is not a detector in TorchScript ({str(error).strip().splitlines()[0]})",
             "Give inception-2015-12-05.pt, or use --detector inception.",
         ) from error
-    if features.ndim != 2 or features.dtype != torch.float32:
-        raise SidaError(f"{path} must give features [N, F], got {features.dtype} {list(features.shape)}")
+    width = features.shape[1] if isinstance(features, Tensor) and features.ndim == 2 else 0
+    if not width or not _are_features(features, [2, width]):
+        raise SidaError(f"{path} must give features [2, F] of 2 images, got {_told(features)}", "Give another.")
     with Path(path).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
 
     def extract(images: Tensor) -> Tensor:
-        found: Tensor = net(images.expand(-1, 3, -1, -1), return_features=True)
+        try:
+            found: Tensor = net(images.expand(-1, 3, -1, -1), return_features=True)
+        except torch.jit.Error as error:
+            told = str(error).strip().splitlines()[-1]
+            raise SidaError(f"detector {path} failed on {len(images)} images ({told})", "Give another.") from error
         return found
 
     identity = f"inception-torchscript@{digest[:16]}-fp32"
-    return Detector("inception", features.shape[1], identity, torch.device(device), extract)
+    return Detector("inception", width, identity, torch.device(device), extract)
+
+
+def refuse_damaged(path: Path | str) -> None:
+    """Raises SidaError for a file in torch's zip format in which a member's checksum is wrong; torch looks at none."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        bad = str(error) or type(error).__name__
+    if bad:
+        raise SidaError(f"{path} is damaged: the checksum of {bad} is wrong", "Download it again.")
 
 
 def weights_digest(state_dict: Mapping[str, Tensor]) -> str:
@@ -293,8 +339,13 @@ def weights_digest(state_dict: Mapping[str, Tensor]) -> str:
 
 
 def features_of(detector: Detector, batches: Iterable[Tensor]) -> Tensor:
-    """Features of all images, float32 [N, F]."""
-    return torch.cat([detector(images) for images in batches])
+    """Features of all images, float32 [N, F]; SidaError where they are not finite."""
+    features = torch.cat([detector(images) for images in batches])
+    if not bool(features.isfinite().all()):
+        raise SidaError(
+            f"features by {detector.short_identity} must be finite, some are not", "Look at the images it was given."
+        )
+    return features
 
 
 def stats_of(detector: Detector, batches: Iterable[Tensor]) -> FeatureStats:

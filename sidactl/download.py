@@ -18,7 +18,7 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener, url2pathname
 
-from sidactl.errors import EXIT_FAILED, SidaError
+from sidactl.errors import EXIT_FAILED, MissingError, SidaError
 from sidactl.text import visible
 
 Progress = Callable[[int, int], None]
@@ -32,8 +32,9 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def to_stderr(line: str) -> None:
-    """Prints one line on stderr."""
-    print(visible(line), file=sys.stderr, flush=True)
+    """Prints one line on stderr; of the processes that torchrun starts the first one alone does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(visible(line), file=sys.stderr, flush=True)
 
 
 def fetch(
@@ -96,7 +97,7 @@ def _allowed_places(url: str, what: str, offline: bool, mirror: str | None) -> S
     if offline or os.environ.get("SIDACTL_OFFLINE", "0") not in ("", "0"):
         places = [place for place in places if place.startswith("file:")]
         if not places:
-            raise SidaError(
+            raise MissingError(
                 f"{what} must be downloaded from {url}, which offline forbids",
                 "Allow it, or set SIDACTL_MIRROR to a folder that holds the file.",
             )

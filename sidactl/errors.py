@@ -20,3 +20,7 @@ class SidaError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}. {self.hint}" if self.hint else self.message
+
+
+class MissingError(SidaError):
+    """Nothing of the name that was given is here; every other way of failing is a plain SidaError."""

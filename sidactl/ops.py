@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
-from sidactl import catalog, preflight, references
+from sidactl import catalog, download, preflight, references
 from sidactl.artifacts import (
     NET_FILES,
     NETS,
@@ -29,6 +29,7 @@ from sidactl.artifacts import (
     asked,
     at_work,
     dataset_called,
+    fetch_detector,
     image_source,
     is_alone,
     load_dataset,
@@ -36,15 +37,17 @@ from sidactl.artifacts import (
     mapping,
     named,
     part_of,
+    plain_name,
     require_images,
     resolve,
     shape_for_nets,
     source_identity,
+    tell_old,
 )
 from sidactl.artifacts import fetch_teacher as fetch_teacher
 from sidactl.artifacts import load as load
 from sidactl.artifacts import prepare_data as prepare_data
-from sidactl.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, SidaError
+from sidactl.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, MissingError, SidaError
 from sidactl.inputs import Count, Ref, Seeds, count_of, field_values, optional_ref, ref_text, run_of, seeds_of, whole
 from sidactl.recipe import (
     MODES,
@@ -62,13 +65,21 @@ from sidactl.recipe import (
     passes_of,
 )
 from sidactl.references import class_of, detector_name, images_per_batch
-from sidactl.scores import ScoreOptions, is_answered, load_detector, sampler_of, score_name
+from sidactl.scores import (
+    ScoreOptions,
+    detector_label,
+    distance_name,
+    is_answered,
+    load_detector,
+    sampler_of,
+    score_name,
+)
 from sidactl.scores import evaluate as evaluate
 from sidactl.scores import fd_dinov2 as fd_dinov2
 from sidactl.scores import fid as fid
 from sidactl.scores import inception_score as inception_score
 from sidactl.scores import prec_recall as prec_recall
-from sidactl.store import Artifact, LiveDir, Store
+from sidactl.store import Artifact, BrokenError, LiveDir, Store
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,6 +104,7 @@ def dataset_stats(
     detector: str | os.PathLike[str] | None = None,
     run: RunDir = None,
     device: str | None = None,
+    force: bool = False,
     tick: Tick | None = None,
 ) -> Artifact:
     """The feature statistics of all images of a dataset, as scores compare with them; by default of its own detector.
@@ -102,12 +114,15 @@ def dataset_stats(
     from sidactl.engine import pick_device
 
     store, detector = Store.open(run_of(ref, run)), optional_ref(detector, "the detector")
-    data = resolve(store, ref_text(ref), ["dataset"])
+    data = resolve(store, ref_text(ref), ["dataset"], recheck=force)
     require_images(data)
     names = [name.partition("/")[2] for name in store.names_of(data.oid)]
     data = references.pixels_of(store, data)
-    chosen = load_detector(store, detector or detector_name(data), pick_device(device))
-    made = references.reference_stats(store, data, chosen, tick)
+    called = detector or detector_name(data)
+    if force and called in catalog.DETECTORS:
+        fetch_detector(called, run=store.root, recheck=True)
+    chosen = load_detector(store, called, pick_device(device))
+    made = references.reference_stats(store, data, chosen, tick, recheck=force)
     return named(store, made, [f"{name}-{chosen.name}" for name in names])
 
 
@@ -120,13 +135,15 @@ def train_teacher(
     run: RunDir = None,
     device: str | None = None,
     force: bool = False,
+    say: download.Say | None = download.to_stderr,
     watch: Watch | None = None,
     **recipe_overrides: Any,
 ) -> Artifact:
     """A teacher trained from scratch on a dataset with the EDM loss; the EMA net at the end of training.
 
     net: the form to start from, ddpmpp (default), ncsnpp, adm or edm2, small, and shaped to the dataset. Overrides name
-    fields of TeacherRecipe or NetSpec, or their flags: duration="50k" is duration_nimg=50_000.
+    fields of TeacherRecipe or NetSpec, or their flags: duration="50k" is duration_nimg=50_000. say: takes the line that
+    an answer is an old one.
     """
     if net not in (None, *catalog.SMALL_NETS):
         raise SidaError(f"the net must be one of {', '.join(catalog.SMALL_NETS)}, got {net!r}", "Pass --net ddpmpp.")
@@ -134,12 +151,13 @@ def train_teacher(
         raise SidaError("train-teacher runs in one process", "Start it without torchrun.")
     store = Store.open(run)
     store.check_name("teacher", name)
-    data = resolve(store, ref_text(dataset, "the dataset"), ["dataset"])
+    data = resolve(store, ref_text(dataset, "the dataset"), ["dataset"], recheck=force)
     require_images(data)
     recipe_overrides = field_values(recipe_overrides, TeacherRecipe, NetSpec)
     recipe = _teacher_recipe(recipe, net, data, recipe_overrides)
     key = store.key("train-teacher", {"recipe": recipe.to_json()}, {"dataset": data.oid})
     if not force and (known := asked(store, key)):
+        tell_old(store, key, say)
         return named(store, known, [name])
     with at_work(store, key) as live:
         import torch
@@ -432,6 +450,7 @@ def distill(
     run: RunDir = None,
     device: str | None = None,
     force: bool = False,
+    say: download.Say | None = download.to_stderr,
     watch: Watch | None = None,
     execution: Execution | None = None,
     **recipe_overrides: Any,
@@ -450,9 +469,16 @@ def distill(
     teacher_score: whether the teacher is scored likewise at the end, for comparison. It shapes no generator.
     allow_untrained: go on where the duration ends before the generator, or its adversarial part, would be trained.
 
-    A run that was interrupted is continued; one that finished before is answered from the run directory. Overrides
-    name fields of Recipe, Adversarial or Execution, or their flags: duration="2k" is duration_nimg=2000. With a
-    teacher of one's own, the duration alone changes all that is counted in images in proportion.
+    A run that was interrupted is continued; one that finished before is answered from the run directory, which moves
+    no name but the one given. A run that finishes now is called `generator/latest` and by its teacher and mode, its
+    last generator `generator/last`. `generator/best-DATASET` (with the detector, where it is not the dataset's usual
+    one) and `generator/best` move only to a better one. Of two on the same dataset, under the same detector and against
+    the same reference, the one that was scored on more images is the better, of as many the one with the lower score;
+    others do not compare, and `generator/best` stays. say: takes a line where it stays, or where the answer is an old
+    one.
+
+    Overrides name fields of Recipe, Adversarial or Execution, or their flags: duration="2k" is duration_nimg=2000.
+    With a teacher of one's own, the duration alone changes all that is counted in images in proportion.
     Source: SiDA (2410.14919), Algorithms 1 and 2.
     """
     teacher, generator = ref_text(teacher, "the teacher"), optional_ref(generator, "the generator")
@@ -479,19 +505,72 @@ def distill(
             detector=detector,
             allow_untrained=allow_untrained,
             device=device,
+            recheck=force,
         )
         keys = asked_for.keys(store)
         is_known = not force and asked(store, keys["best"]) is not None
-    if not is_known:
+    if is_known:
+        tell_old(store, keys["best"], say)
+    else:
         with _together(store, keys["best"]) as live:
-            _distill(store, live, keys, asked_for, device, watch, with_teacher_score=teacher_score)
+            _distill(
+                store, live, keys, asked_for, device, watch, with_teacher_score=teacher_score, force=force, say=say
+            )
     with _first_alone():
-        found = {which: store.asked(key) for which, key in keys.items()}
-        if found["last"]:
-            named(store, found["last"], ["last"])
-        assert found["best"]
-        mode_name = f"{asked_for.recipe.teacher}-{asked_for.recipe.mode}".replace("/", "-")
-        return named(store, found["best"], ["best", mode_name, *([name] if name else [])])
+        found = store.asked(keys["best"])
+        assert found
+        return named(store, found, [name] if name else [])
+
+
+def _name_generators(store: Store, made: Mapping[str, Artifact], data: Artifact, say: download.Say) -> None:
+    """Gives a finished run its names; see `distill` for which of them move."""
+    new, recipe = made["best"], mapping(made["best"].params["recipe"])
+    named(store, made["last"], ["last"])
+    named(store, new, ["latest", f"{recipe['teacher']}-{recipe['mode']}".replace("/", "-")])
+    detector = new.results["detector"]
+    of_dataset = f"best-{plain_name(str(new.params['dataset']))}"
+    of_dataset += "" if detector in (None, detector_name(data)) else f"-{detector}"
+    for name in (of_dataset, "best"):
+        try:
+            old = store.resolve(f"generator/{name}", ["generator"])
+        except SidaError:  # there is none, or it is damaged
+            old = new
+        verdict = _is_better(new, old)
+        if old.oid == new.oid or verdict:
+            named(store, new, [name])
+        elif name == "best" and verdict is None:
+            say(
+                f"generator/best stays {old.oid[:12]} ({old.params['name']}, of {old.params['dataset']}), which does "
+                f"not compare with this run; the best of its dataset is generator/{of_dataset}"
+            )
+        elif name == "best" or verdict is None:
+            say(
+                f"generator/latest {_told_score(new)} is not better than generator/{name} {_told_score(old)} "
+                f"({old.params['name']}, {old.oid[:12]}); generator/{name} stays"
+            )
+
+
+def _is_better(new: Artifact, old: Artifact) -> bool | None:
+    """Whether a generator did better than another by their selection scores; None where these do not compare."""
+
+    def shared(generator: Artifact) -> list[object]:
+        against = generator.inputs.get("reference", generator.inputs.get("dataset"))
+        return [generator.params.get("dataset"), generator.results.get("detector"), against]
+
+    def rank(generator: Artifact) -> tuple[int, float]:
+        score, recipe = generator.results.get("selection_score"), generator.params.get("recipe")
+        if not isinstance(score, int | float) or not isinstance(recipe, Mapping):
+            return 0, 0.0
+        return recipe.get("evaluate_num", 0), -score
+
+    if rank(old)[0] == 0 and new.params["dataset"] == old.params.get("dataset"):
+        return rank(new)[0] > 0
+    return rank(new) > rank(old) if shared(new) == shared(old) else None
+
+
+def _told_score(generator: Artifact) -> str:
+    score = generator.results.get("selection_score")
+    return f"{score:.4g}" if isinstance(score, int | float) else "(not scored)"
 
 
 @contextmanager
@@ -548,10 +627,14 @@ class _Run:
         }
 
 
-def _resolved(store: Store, *, teacher: str, execution: Execution, device: str | None, **options: Any) -> _Run:
+def _resolved(
+    store: Store, *, teacher: str, execution: Execution, device: str | None, recheck: bool, **options: Any
+) -> _Run:
     """A distillation with its inputs fetched and prepared, once all was checked that can be known before."""
     if _is_foreign(teacher):
-        teacher = resolve(store, teacher, ["teacher"]).oid
+        teacher = resolve(store, teacher, ["teacher"], recheck=recheck).oid
+    elif recheck:
+        resolve(store, teacher, ["teacher"], recheck=True)  # before the plan reads it
     planned = plan(teacher=teacher, store=store, execution=execution, device=device, **options)
     if planned.missing:
         raise planned.missing[0]
@@ -563,7 +646,7 @@ def _resolved(store: Store, *, teacher: str, execution: Execution, device: str |
     teacher_artifact = resolve(store, teacher, ["teacher"])
     inputs = {"teacher": teacher_artifact}
     net = NetSpec.from_json(mapping(teacher_artifact.params["net"]))
-    data = inputs["dataset"] = _training_data(store, planned, teacher_artifact, dataset)
+    data = inputs["dataset"] = _training_data(store, planned, teacher_artifact, dataset, recheck)
     recipe = dataclasses.replace(
         planned.recipe, dataset=planned.recipe.dataset if dataset is None else str(data.params["name"])
     )
@@ -571,52 +654,57 @@ def _resolved(store: Store, *, teacher: str, execution: Execution, device: str |
     compared, detector = None, options["detector"]
     if options["score"]:
         try:
-            compared = _training_reference(store, teacher_artifact, data, reference)
-        except SidaError as error:
+            compared = _training_reference(store, teacher_artifact, data, reference, recheck)
+        except MissingError as error:
             # What failed, such as a download, may work another time; what is not there does not come.
-            if _needs_reference(recipe, reference, detector, data) or error.exit_code != EXIT_USAGE:
+            if _needs_reference(recipe, reference, detector, data):
                 raise
             if planned.scoring:
                 notes.append(f"nothing is scored, and the last generator is the result: {error.message}")
     elif data.results["kind"] != "labels":
         settings["scored"] = False
     if generator is not None:
-        inputs["generator"] = resolve(store, generator, ["generator"])
+        inputs["generator"] = resolve(store, generator, ["generator"], recheck=recheck)
         _check_generator(inputs["generator"].params, teacher_artifact.params)
     _check_trainable(data)
     _check_fit(shape_for_nets(data), net, "teacher")
     if compared:
         default = references.training_detector(compared)
         if detector not in (None, default):
-            settings["detector"] = source_identity(detector) if preflight.is_file(detector) else detector
+            is_file = preflight.is_file(detector)
+            settings["detector"] = source_identity(store, detector, recheck=recheck) if is_file else detector
         detector = detector or default
         if compared.oid != data.oid:
             inputs["reference"] = compared
     return _Run(recipe, planned.default, execution, inputs, compared, detector, settings, planned.warnings, notes)
 
 
-def _training_data(store: Store, planned: Plan, teacher: Artifact, asked: str | None) -> Artifact:
+def _training_data(store: Store, planned: Plan, teacher: Artifact, asked: str | None, recheck: bool) -> Artifact:
     """The dataset to train on; in mode sid, where it is not there and none was named, the net's classes alone."""
     try:
-        data = resolve(store, asked, ["dataset"]) if asked else dataset_called(store, planned.inputs["dataset"])
-    except SidaError:
+        if asked:
+            data = resolve(store, asked, ["dataset"], recheck=recheck)
+        else:
+            data = dataset_called(store, planned.inputs["dataset"], recheck=recheck)
+    except MissingError:
         if not asked and "dataset" in teacher.inputs:
             return store.get(teacher.inputs["dataset"])
         if asked or planned.recipe.mode != "sid":
             raise
         # A net without classes looks at no label: one class does as well.
-        return prepare_data(None, classes=int(mapping(teacher.params["net"])["label_dim"]) or 1, run=store.root)
+        num_classes = int(mapping(teacher.params["net"])["label_dim"]) or 1
+        return prepare_data(None, classes=num_classes, run=store.root, recheck=recheck, say=None)
     if planned.recipe.mode != "sid":
         require_images(data)
     return data
 
 
-def _training_reference(store: Store, teacher: Artifact, data: Artifact, asked: str | None) -> Artifact:
+def _training_reference(store: Store, teacher: Artifact, data: Artifact, asked: str | None, recheck: bool) -> Artifact:
     """What the generator is scored against while it trains."""
     pixels = references.pixels_of(store, data)
     if asked is None and pixels.results["kind"] == "pixels":
         return pixels
-    return references.find(store, asked, teacher, "moments")
+    return references.find(store, asked, teacher, "moments", recheck=recheck)
 
 
 def _distill(
@@ -628,6 +716,8 @@ def _distill(
     watch: Watch | None,
     *,
     with_teacher_score: bool,
+    force: bool,
+    say: download.Say | None,
 ) -> None:
     """Trains, stores the last and the best generator under their keys, and a run that binds them."""
     import safetensors.torch
@@ -644,9 +734,11 @@ def _distill(
     facts = {"title": f"distill {recipe.teacher} {recipe.mode}", "teacher": recipe.teacher}
     if compared:
         assert wanted.detector
+        if force and wanted.detector in catalog.DETECTORS:
+            fetch_detector(wanted.detector, run=store.root, recheck=True)
         detector = load_detector(store, wanted.detector, chosen_device)
-        facts["score_name"] = score_name(detector.name)
-        moments = references.moments(store, compared, detector, watch)
+        facts["score_name"] = distance_name(detector)
+        moments = references.moments(store, compared, detector, watch, recheck=force)
         _try_scoring(detector, moments, start or teacher, sampler)
         evaluate = _evaluation(detector, moments, sampler, recipe.evaluate_num, part_of(watch, "scoring the generator"))
         if with_teacher_score and not _is_scored(store, wanted):
@@ -674,12 +766,12 @@ def _distill(
             raise SidaError("no evaluation gave a finite score", "Lower the learning rate.", exit_code=EXIT_FAILED)
         last, best = history.scores[-1], history.best
         if with_teacher_score:
-            teacher_score = _teacher_score(store, wanted, device, watch)
+            teacher_score = _teacher_score(store, wanted, device, watch, force)
         curve["curve.png"] = pictures.curve(
             history.scores,
             teacher_score=teacher_score,
             title=f"{recipe.mode} of {recipe.teacher}, one step",
-            ylabel=score_name(detector.name),
+            ylabel=distance_name(detector),
         )
     net, made = engine.gathered(training.ema, chosen_device), {}
     if engine.rank_and_size()[0] > 0:
@@ -707,7 +799,7 @@ def _distill(
                 "images_seen": nimg,
                 "selection_score": _finite(score),
                 "teacher_score": teacher_score,
-                "detector": detector.name if detector else None,
+                "detector": detector_label(detector) if detector else None,
                 "scores": [[n, _finite(s)] for n, s in history.scores],
                 "skipped_updates": sum(training.skipped.total.values()),
                 **({"untrained": untrained} if untrained else {}),
@@ -718,6 +810,7 @@ def _distill(
     )
     # A run keeps its generators reachable when a later run takes over the names best and last.
     store.set_ref("run", f"{recipe.teacher}-{recipe.mode}-{record.oid[:8]}".replace("/", "-"), record.oid)
+    _name_generators(store, made, data, say or (lambda line: None))
     # The best comes last: once it is there, the question is answered.
     for which, artifact in made.items():
         answered(store, keys[which], artifact, "distill")
@@ -822,7 +915,7 @@ def _finite(score: float | None) -> float | None:
     return score if score is not None and math.isfinite(score) else None
 
 
-def _teacher_score(store: Store, wanted: _Run, device: str | None, watch: Watch | None) -> float | None:
+def _teacher_score(store: Store, wanted: _Run, device: str | None, watch: Watch | None, force: bool) -> float | None:
     """The teacher's score as the generator's are, for comparison; None, and said so, where it cannot be had."""
     from sidactl import loop
 
@@ -841,8 +934,13 @@ def _teacher_score(store: Store, wanted: _Run, device: str | None, watch: Watch 
             show(done, total)
 
     try:
-        options = _teacher_question(store, wanted) | {"device": device, "tick": tick}
-        return fid(teacher.oid, **options).value
+        options = _teacher_question(store, wanted) | {"device": device, "tick": tick, "say": None}
+        try:
+            return fid(teacher.oid, **options).value
+        except BrokenError:
+            if not force:
+                raise
+            return fid(teacher.oid, **(options | {"force": True})).value
     except (SidaError, RuntimeError, MemoryError) as error:
         if not is_alone():  # the others wait for this process
             raise
@@ -1053,6 +1151,7 @@ def sample(
     run: RunDir = None,
     device: str | None = None,
     force: bool = False,
+    say: download.Say | None = download.to_stderr,
     tick: Tick | None = None,
 ) -> Sampled:
     """Images of a teacher or generator, one per seed, as a samples artifact (a zip in the EDM layout, and a grid).
@@ -1061,7 +1160,8 @@ def sample(
     The sampler defaults to the net's own: one step for a generator, Heun for a teacher. guide: a weaker teacher that
     Heun's sampler moves away from, `guidance` times as far (1 = not at all). Noise and class of an image depend on its
     seed alone. class_index: one class for all images, by its index or by its name in the net's dataset.
-    setting: of the nets' arithmetic, float32 by default; another precision is another question.
+    setting: of the nets' arithmetic, float32 by default; another precision is another question. say: takes the line
+    that an answer is an old one.
     """
     if seeds is not None and num is not None:
         raise SidaError("num and seeds cannot both be given", "Pass one of them.")
@@ -1076,7 +1176,7 @@ def sample(
     if name:
         store.check_name("samples", name)
     with _first_alone():
-        subject = resolve(store, ref_text(ref), NETS)
+        subject = resolve(store, ref_text(ref), NETS, recheck=force)
     chosen = _sampler(subject, sampler, steps)
     if isinstance(class_index, str):
         class_index = class_of(store, subject, class_index)
@@ -1091,14 +1191,16 @@ def sample(
     if not math.isfinite(guidance):
         raise SidaError(f"guidance must be finite, got {guidance}", "Pass another --guidance.")
     if guide is not None:
-        inputs["guide"] = resolve(store, ref_text(guide, "the guide"), ["teacher"])
+        inputs["guide"] = resolve(store, ref_text(guide, "the guide"), ["teacher"], recheck=force)
         params["guidance"] = guidance
     elif guidance != 1:
         raise SidaError(f"guidance {guidance:g} needs a second net, got none", "Pass --guide REF.")
     key = store.key("sample", params, {role: artifact.oid for role, artifact in inputs.items()})
     refs = [name] if name else []
     if not force and (known := agreed_answer(store, key)):
+        tell_old(store, key, say)
         return Sampled(named(store, known, refs), store)
+    store.check_writable()
 
     from sidactl import engine, pictures, prepare, sampling
 

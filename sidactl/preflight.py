@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sidactl import catalog, download, references
-from sidactl.artifacts import DATA_FILES, NET_FILES, NETS, mapping, require_images, shape_for_nets
+from sidactl.artifacts import NET_FILES, NETS, is_source, mapping, require_images, shape_for_nets
 from sidactl.errors import SidaError
 from sidactl.recipe import NetSpec, Recipe
 from sidactl.store import Artifact, Store
@@ -62,20 +62,22 @@ def find(store: Store, text: str, kinds: list[str]) -> Input:
         "generator": catalog.GENERATORS,
         "dataset": catalog.DATASETS,
     }
-    refs = store.refs()
-    for kind in kinds:
-        if entry := groups.get(kind, {}).get(text):
-            if f"{kind}/{text}" in refs:
-                return Input(text, store.resolve(f"{kind}/{text}"), entry)
-            return Input(text, None, entry, _need_of(entry, kind))
-    suffix, nets = Path(text.partition("?")[0]).suffix, [kind for kind in kinds if kind in NETS]
-    if "://" in text or suffix in NET_FILES:
-        if not nets:
+    if is_source(store, text, kinds):
+        if "://" not in text and not Path(text).exists():
+            raise SidaError(f"{text}: no such file or folder", "Check the path, or see sidactl ls for names.")
+        suffix, nets = Path(text.partition("?")[0]).suffix.lower(), [kind for kind in kinds if kind in NETS]
+        if not nets and ("://" in text or suffix in NET_FILES):
             raise SidaError(f"{text} cannot be read as a {' or '.join(kinds)}", "Give an artifact or another file.")
-        return Input(text, need=_need_of_file(text, "imported", is_file=True))
-    is_ref = any(text in (ref, ref.partition("/")[2]) for ref in refs)
-    if "dataset" in kinds and (suffix in DATA_FILES or (Path(text).is_dir() and not is_ref)):
-        return Input(text, need=_need_of_file(text, "prepared", is_file=suffix in DATA_FILES))
+        is_net = "://" in text or suffix in NET_FILES
+        return Input(
+            text, need=_need_of_file(text, "imported" if is_net else "prepared", is_file=not Path(text).is_dir())
+        )
+    for kind in kinds:
+        name = text.removeprefix(f"{kind}/")
+        if (entry := groups.get(kind, {}).get(name)) and (name == text or not store.ref(kind, name)):
+            if store.ref(kind, name):
+                return Input(text, store.resolve(f"{kind}/{name}"), entry)
+            return Input(text, None, entry, _need_of(entry, kind))
     return Input(text, store.resolve(text, kinds))
 
 

@@ -1,7 +1,9 @@
 """What images are scored against: datasets and their statistics, and the statistics that others published."""
 
 import io
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -10,17 +12,22 @@ from sidactl.artifacts import (
     NETS,
     Tick,
     answered,
+    check_unchanged,
     dataset_called,
     fetched_file,
+    is_ref,
     load_dataset,
     mapping,
+    means_path,
+    named,
     part_of,
     prepare_data,
+    repaired,
     resolve,
     source_identity,
 )
-from sidactl.errors import SidaError
-from sidactl.store import Artifact, Store
+from sidactl.errors import MissingError, SidaError
+from sidactl.store import Artifact, Store, UnwritableError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +36,7 @@ if TYPE_CHECKING:
 
     from sidactl.data import Dataset
     from sidactl.detectors import Detector
+    from sidactl.metrics import FeatureStats
 
     Images = Iterator[torch.Tensor]
 
@@ -50,29 +58,34 @@ class Moments(NamedTuple):
     covariance: "NDArray[np.float64]"
 
 
-def find(store: Store, text: str | None, subject: Artifact, need: Need) -> Artifact:
+def find(store: Store, text: str | None, subject: Artifact, need: Need, *, recheck: bool = False) -> Artifact:
     """The dataset or stats artifact to score `subject` against.
 
     text: a dataset or stats artifact, a catalog name, a URL or a file; None = that of the subject's own dataset. A name
-    of published statistics means them; `dataset/NAME` means the images. Raises SidaError for what has no images where
-    those are needed.
+    of published statistics, also as `stats/NAME`, means them; `dataset/NAME` means the images. recheck: as in
+    `artifacts.resolve`. Raises SidaError for what has no images where those are needed.
     """
     if text is None:
-        return _own(store, subject, need)
-    published = catalog.REFERENCES.get(text) or _by_url(text)
-    if published:
-        return _published(store, published, need)
+        return _own(store, subject, need, recheck)
     suffix = Path(text.partition("?")[0]).suffix.lower()
-    if suffix == ".pkl" or (suffix == ".npz" and ("://" in text or _has_moments(text))):
+    could_be_path = os.path.isdir(text) or suffix in (".pkl", ".npz", ".zip")
+    is_path = could_be_path and means_path(store, text, ["dataset", "stats"])
+    name = text if text in store.refs() else text.removeprefix("stats/")
+    published = None if is_path else catalog.REFERENCES.get(name) or _by_url(text)
+    if published:
+        return _published(store, published, need, recheck)
+    is_file = is_path or "://" in text or not is_ref(store, text)
+    if is_file and (suffix == ".pkl" or (suffix == ".npz" and ("://" in text or _has_moments(text)))):
         if need == "moments":
-            return _imported(store, text, None)
+            return _imported(store, text, None, recheck)
         if suffix == ".pkl" or not _has(text, "arr_0"):
-            raise SidaError(
+            raise MissingError(
                 f"precision, recall and KID need images, got the statistics {text}",
                 "Pass --ref with a dataset or a folder.",
             )
     try:
-        return pixels_of(store, resolve(store, text, ["dataset", "stats"], any_size=True))
+        found = resolve(store, text, ["dataset", "stats"], any_size=True, recheck=recheck)
+        return _checked(store, pixels_of(store, found), recheck)
     except SidaError as error:
         try:
             store.resolve(text, NETS)
@@ -93,7 +106,11 @@ def _by_url(text: str) -> catalog.Reference | None:
     return next((e for e in catalog.REFERENCES.values() if e.source and e.source.url == text), None)
 
 
-def _own(store: Store, subject: Artifact, need: Need) -> Artifact:
+def _checked(store: Store, artifact: Artifact, recheck: bool) -> Artifact:
+    return repaired(store, artifact) if recheck else artifact
+
+
+def _own(store: Store, subject: Artifact, need: Need, recheck: bool) -> Artifact:
     if subject.kind == "dataset":
         raise SidaError("a dataset needs another to be compared with, got none", "Pass --ref DATASET.")
     name = dataset_name(store, subject)
@@ -101,10 +118,10 @@ def _own(store: Store, subject: Artifact, need: Need) -> Artifact:
         spec = mapping(subject.params["net"]) if subject.kind in NETS else {}
         by_edm2 = catalog.REFERENCES.get(f"{name}-edm2") if spec.get("architecture") == "EDM2" else None
         if need == "moments":
-            return _published(store, by_edm2 or catalog.REFERENCES[name], need)
+            return _published(store, by_edm2 or catalog.REFERENCES[name], need, recheck)
         if images := catalog.REFERENCES.get(f"{name}-images"):
-            return _published(store, images, need)
-    return dataset_of(store, subject)
+            return _published(store, images, need, recheck)
+    return _checked(store, dataset_of(store, subject), recheck)
 
 
 def dataset_name(store: Store, subject: Artifact) -> str:
@@ -125,7 +142,7 @@ def dataset_of(store: Store, subject: Artifact) -> Artifact:
     if "net" in subject.inputs:
         return dataset_of(store, store.get(subject.inputs["net"]))
     if subject.params["dataset"] is None:
-        raise SidaError("it is not known which dataset this network is of", "Pass --ref DATASET.")
+        raise MissingError("it is not known which dataset this network is of", "Pass --ref DATASET.")
     return dataset_called(store, str(subject.params["dataset"]))
 
 
@@ -153,18 +170,18 @@ def _class_names(store: Store, artifact: Artifact) -> Sequence[str] | None:
     return _class_names(store, store.get(known)) if known and artifact.kind in NETS else None
 
 
-def _published(store: Store, entry: catalog.Reference, need: Need) -> Artifact:
+def _published(store: Store, entry: catalog.Reference, need: Need, recheck: bool) -> Artifact:
     assert entry.source
     if entry.holds == "images" and need == "images":
         key = store.key("fetch-reference", {"source": entry.source.url}, {})
-        if known := store.asked(key):
+        if known := store.asked(key, whole=recheck):
             return known
         with fetched_file(store, entry.source.url, entry.name, entry) as (path, _):
-            artifact = prepare_data(str(path), name=entry.name, run=store.root)
+            artifact = prepare_data(str(path), name=entry.name, run=store.root, recheck=recheck, say=None)
         return answered(store, key, artifact, "fetch-reference")
     if need == "images":
-        return resolve(store, entry.dataset, ["dataset"])
-    return _imported(store, entry.source.url, entry)
+        return dataset_called(store, entry.dataset, recheck=recheck)
+    return _imported(store, entry.source.url, entry, recheck)
 
 
 def warning(artifact: Artifact) -> str | None:
@@ -202,13 +219,14 @@ def _has(path: str, name: str) -> bool:
         raise SidaError(f"{path} is damaged or not an npz file", "Download it again.") from error
 
 
-def _imported(store: Store, source: str, entry: catalog.Reference | None) -> Artifact:
+def _imported(store: Store, source: str, entry: catalog.Reference | None, recheck: bool) -> Artifact:
     """Published statistics as a stats artifact: one `<detector>.npz` with mu and sigma for each detector."""
     if "://" not in source and not Path(source).is_file():
         raise SidaError(f"{source}: no such file", "Check the path.")
-    key = store.key("import-stats", {"source": source_identity(source)}, {})
-    if known := store.asked(key):
-        return known
+    identity = source_identity(store, source, recheck=recheck)
+    key, refs = store.key("import-stats", {"source": identity}, {}), [entry.name] if entry else []
+    if known := store.asked(key, whole=recheck):
+        return named(store, known, refs)
     import numpy as np
 
     from sidactl import pickles
@@ -231,8 +249,9 @@ def _imported(store: Store, source: str, entry: catalog.Reference | None) -> Art
     num, num_features = _num_images(contents or {}), max(len(moments.mean) for moments in found.values())
     if num and num < ENOUGH * num_features:  # alone, so that the oid of those that have enough stays as it was
         params["num_images"] = num
+    check_unchanged(store, source, identity)
     artifact = store.put("stats", files, params=params)
-    return answered(store, key, artifact, "import-stats", refs=[entry.name] if entry else [])
+    return answered(store, key, artifact, "import-stats", refs=refs)
 
 
 def _read_npz(path: Path) -> Moments:
@@ -298,8 +317,12 @@ def _moments(mu: Any, sigma: Any, where: str) -> Moments:
     return Moments(mean, covariance)
 
 
-def moments(store: Store, reference: Artifact, detector: "Detector", watcher: object = None) -> Moments:
+def moments(
+    store: Store, reference: Artifact, detector: "Detector", watcher: object = None, *, recheck: bool = False
+) -> Moments:
     """Mean and covariance of the reference's features by this detector; computed with `part_of(watcher)` where need be.
+
+    recheck: as in `artifacts.resolve`.
 
     Raises SidaError where statistics were made by another detector, by other weights, or with another resize.
     """
@@ -312,7 +335,13 @@ def moments(store: Store, reference: Artifact, detector: "Detector", watcher: ob
             return dict(held)
 
     if reference.kind == "dataset":
-        reference = reference_stats(store, reference, detector, part_of(watcher, reference_part(reference)))
+        known = store.asked(_stats_key(store, reference, detector), whole=recheck)
+        if known is None:
+            computed = _stats_of(store, reference, detector, part_of(watcher, reference_part(reference)))
+            with suppress(UnwritableError):  # whoever asks is told by what becomes of the score
+                _keep_stats(store, reference, detector, computed)
+            return Moments(computed.mean, computed.covariance())
+        reference = known
     if "detector" in reference.params:
         if reference.params["detector"] != detector.identity:
             raise SidaError(
@@ -348,21 +377,33 @@ def reference_part(data: Artifact) -> str:
     return f"features of {data.params.get('name') or data.oid[:12]}"
 
 
-def reference_stats(store: Store, data: Artifact, detector: "Detector", tick: Tick | None = None) -> Artifact:
-    """Feature statistics of all images of a dataset, a stats artifact; computed once."""
-    import numpy as np
+def reference_stats(
+    store: Store, data: Artifact, detector: "Detector", tick: Tick | None = None, *, recheck: bool = False
+) -> Artifact:
+    """Feature statistics of all images of a dataset, a stats artifact; computed once. recheck: as in `resolve`."""
+    if known := store.asked(_stats_key(store, data, detector), whole=recheck):
+        return known
+    return _keep_stats(store, data, detector, _stats_of(store, data, detector, tick))
 
+
+def _stats_key(store: Store, data: Artifact, detector: "Detector") -> str:
+    return store.key("stats", {"detector": detector.identity}, {"dataset": data.oid})
+
+
+def _stats_of(store: Store, data: Artifact, detector: "Detector", tick: Tick | None) -> "FeatureStats":
     from sidactl import detectors
 
-    key = store.key("stats", {"detector": detector.identity}, {"dataset": data.oid})
-    if known := store.asked(key):
-        return known
-    stats = detectors.stats_of(detector, dataset_images(load_dataset(store, data), tick=tick))
+    return detectors.stats_of(detector, dataset_images(load_dataset(store, data), tick=tick))
+
+
+def _keep_stats(store: Store, data: Artifact, detector: "Detector", stats: "FeatureStats") -> Artifact:
+    import numpy as np
+
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **stats.arrays())
     params = {"detector": detector.identity}
     artifact = store.put("stats", {"stats.npz": buffer.getvalue()}, inputs={"dataset": data.oid}, params=params)
-    return answered(store, key, artifact, "stats")
+    return answered(store, _stats_key(store, data, detector), artifact, "stats")
 
 
 def dataset_images(

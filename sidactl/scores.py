@@ -1,21 +1,26 @@
 """Scores of images against a reference, by trials over fresh seed ranges, kept as score artifacts."""
 
 import hashlib
+import json
 import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypedDict, Unpack
 
-from sidactl import __version__, catalog, references
+from sidactl import __version__, catalog, download, references
 from sidactl.artifacts import (
     NETS,
     RunDir,
     Tick,
     agreed_answer,
     answered,
+    changed,
+    check_unchanged,
     fetch_detector,
+    file_digest,
     load_dataset,
     load_net,
     mapping,
@@ -24,12 +29,13 @@ from sidactl.artifacts import (
     require_images,
     resolve,
     source_identity,
+    tell_old,
 )
-from sidactl.errors import SidaError
+from sidactl.errors import MissingError, SidaError
 from sidactl.inputs import Count, Ref, count_of, optional_ref, ref_text, run_of, seeds_of, whole
 from sidactl.recipe import HeunSpec, OneStepSpec, Setting
 from sidactl.references import ENOUGH, Moments, Need, detector_name, images_per_batch
-from sidactl.store import Artifact, Store
+from sidactl.store import Artifact, Store, UnwritableError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,7 +54,7 @@ SCORE_NAMES = {
     "inception": "FID",
     "dinov2": "FD-DINOv2",
 }
-"""what a Fréchet distance is called by its detector; only Inception's is a FID"""
+"""what a Fréchet distance is called by its detector, with the published weights where it has some"""
 Convention = Literal["edm", "sid", "guided-diffusion"]
 CONVENTIONS: tuple[Convention, ...] = ("edm", "sid", "guided-diffusion")
 Labels = Literal["uniform", "dataset"]
@@ -95,6 +101,8 @@ class ScoreOptions(TypedDict, total=False):
         distances, generated images in the order of their seeds) or guided-diffusion (its precision and recall).
     neighbours: k of precision and recall. num_splits: parts of the inception score. Which image is in which part, and
         in which of KID's subsets, depends on the images alone, not on their order or names.
+    force: measure again, reading every source again and deriving again what is damaged.
+    say: takes a line for people, such as that an answer is an old one; None = nobody.
     tick: called with images done and in all.
     """
 
@@ -113,6 +121,7 @@ class ScoreOptions(TypedDict, total=False):
     run: RunDir
     device: str | None
     force: bool
+    say: download.Say | None
     tick: Tick | None
 
 
@@ -121,7 +130,8 @@ class Score:
     """Numbers about one artifact: by name, the value of every trial, and how they were made.
 
     `seeds`: [first, last + 1] of each trial, empty for a fixed set of images; `num`: images per trial; `detectors` and
-    `references`: by the number's name, the detector's identity and the reference's oid.
+    `references`: by the number's name, the detector's identity and the reference's oid. `oid` is empty where the run
+    directory does not take the score, which `unkept` explains where that came unexpectedly.
     """
 
     values: Mapping[str, Sequence[float]]
@@ -134,6 +144,7 @@ class Score:
     warnings: Sequence[str]
     subject: str
     oid: str
+    unkept: str | None = None
 
     @property
     def value(self) -> float:
@@ -147,6 +158,7 @@ class Score:
         """Every number as mean, standard deviation (null for one trial), minimum and values; and how it was made."""
         numbers = {
             name: {
+                "name": name,
                 "value": statistics.fmean(values),
                 "std": statistics.stdev(values) if len(values) > 1 else None,
                 "minimum": min(values),
@@ -164,7 +176,7 @@ class Score:
             "settings": dict(self.settings),
             "versions": dict(self.versions),
             "warnings": list(self.warnings),
-            "oid": self.oid,
+            "oid": self.oid or None,
         }
 
 
@@ -198,13 +210,22 @@ def evaluate(ref: Ref, metrics: Sequence[str] | None = None, **options: Unpack[S
     Source: those of `fid`, `prec_recall` and `inception_score`; KID is Bińkowski et al. (1801.01401), section 4.
     """
     asked = _Question.parse(ref_text(ref), metrics, _plain_options(ref, options))
-    known = None if asked.force else agreed_answer(asked.store, asked.key)
-    if known is None:
-        from sidactl import engine
+    if known := None if asked.force else agreed_answer(asked.store, asked.key):
+        tell_old(asked.store, asked.key, asked.say)
+        return score_of(known)
+    from sidactl import engine
 
-        measured = _measure(asked)
-        known = asked.store.get(engine.agreed(lambda: _keep(asked, measured).oid))
-    return score_of(known)
+    is_first, problem = engine.rank_and_size()[0] == 0, None
+    try:
+        if is_first:
+            asked.store.check_writable()
+    except UnwritableError as error:
+        problem = error.message
+        if asked.say:
+            asked.say(f"warning: {problem}: the score will be told, but not kept")
+    measured = _measure(asked)
+    told = json.loads(engine.agreed(lambda: json.dumps(_keep(asked, measured, problem))))
+    return Score(**told)
 
 
 def score_name(detector: str) -> str:
@@ -242,6 +263,8 @@ class _Question:
     metrics: Sequence[str]
     detectors: Mapping[str, str]
     """by metric"""
+    weights: Mapping[str, Any]
+    """by detector, what stands for its weights in the question"""
     references: Mapping[str, Artifact]
     """by metric"""
     num: int
@@ -251,6 +274,7 @@ class _Question:
     key: str
     device: str | None
     force: bool
+    say: download.Say | None
     tick: Tick | None
 
     @classmethod
@@ -276,8 +300,8 @@ class _Question:
                 raise SidaError(f"unknown metric {name!r}", f"Metrics are {', '.join(METRICS)}.")
         if (asked := options.get("detector")) and not _is_file(asked):
             catalog.detector(asked)
-        store = Store.open(options.get("run"))
-        subject = resolve(store, ref, SCORED, any_size=True)
+        store, force = Store.open(options.get("run")), options.get("force", False)
+        subject = resolve(store, ref, SCORED, any_size=True, recheck=force)
         require_images(subject)
         seeds: list[list[int]] = []
         if subject.kind in NETS:
@@ -295,7 +319,7 @@ class _Question:
         ):
             settings["order"] = "content"
         found = {
-            name: references.find(store, options.get("reference"), subject, need)
+            name: references.find(store, options.get("reference"), subject, need, recheck=force)
             for name in chosen
             if (need := METRICS[name].need)
         }
@@ -306,10 +330,13 @@ class _Question:
             raise SidaError(
                 f"the inception score needs classes, detector {scorer} gives none", "Pass --detector inception."
             )
+        if force:
+            for name in set(detectors.values()):
+                _read_again(store, name)
         weights = {name: _weights_digest(store, name) for name in set(detectors.values())}
         key = store.key(
             "score",
-            {"metrics": chosen, "num": num, "seeds": seeds, "settings": settings, "detectors": detectors, **weights},
+            {"metrics": chosen, "num": num, "seeds": seeds, "settings": settings, **_by_whom(detectors, weights)},
             {"subject": subject.oid} | {name: artifact.oid for name, artifact in found.items()},
         )
         return cls(
@@ -317,6 +344,7 @@ class _Question:
             subject,
             chosen,
             detectors,
+            weights,
             found,
             num,
             seeds,
@@ -324,7 +352,8 @@ class _Question:
             setting,
             key,
             options.get("device"),
-            options.get("force", False),
+            force,
+            options.get("say", download.to_stderr),
             options.get("tick"),
         )
 
@@ -336,7 +365,7 @@ def _applicable(store: Store, subject: Artifact, options: Mapping[str, Any]) -> 
     try:
         references.find(store, options.get("reference"), subject, "images")
         has_images = detector != "dinov2"
-    except SidaError:  # statistics alone, or a dataset that is not here
+    except MissingError:  # statistics alone, or a dataset that is not here
         has_images = False
     wanted = ["fid"]
     if detector == "inception" and (reference.kind == "dataset" or "dinov2.npz" in reference.files):
@@ -377,8 +406,24 @@ def _weights_digest(store: Store, detector: str) -> Any:
     if _is_file(detector):
         if not Path(detector).is_file():
             raise SidaError(f"{detector}: no such file", "Check the path, or use --detector inception.")
-        return source_identity(detector)
+        return source_identity(store, detector)
     return fetch_detector(detector, run=store.root).oid
+
+
+def _read_again(store: Store, detector: str) -> None:
+    """Hashes a detector's file anew; fetches one of the catalog again where it is damaged."""
+    if _is_file(detector):
+        source_identity(store, detector, recheck=True)
+    else:
+        fetch_detector(detector, run=store.root, recheck=True)
+
+
+def _by_whom(detectors: Mapping[str, str], weights: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The detectors in a question; of a file its content alone counts, wherever it lies."""
+    called = {name: "file" if _is_file(name) else name for name in weights}
+    return {"detectors": {metric: called[name] for metric, name in detectors.items()}} | {
+        called[name]: weight for name, weight in weights.items()
+    }
 
 
 def _is_file(detector: str) -> bool:
@@ -394,16 +439,41 @@ def load_detector(store: Store, name: str, device: "torch.device", resize: "Resi
     from sidactl import detectors
 
     if _is_file(name):
+        sha256 = file_digest(Path(name))
         if _is_torchscript(name):
-            return detectors.load_torchscript(name, device=device)
-        return detectors.load("inception", read_state_dict(name), device=device)
+            found = detectors.load_torchscript(name, device=device)
+        else:
+            found = detectors.load("inception", read_state_dict(name), device=device)
+        if file_digest(Path(name)) != sha256:
+            raise changed(name)
+        return replace(found, is_published=_is_published("inception", sha256))
     artifact = fetch_detector(name, run=store.root)
+    is_published = _is_published(name, str(artifact.params.get("source_sha256")))
     if "model.pt" in artifact.files:
-        return detectors.load_torchscript(store.path(artifact, "model.pt"), device=device)
+        found = detectors.load_torchscript(store.path(artifact, "model.pt"), device=device)
+        return replace(found, is_published=is_published)
     import safetensors.torch
 
     weights = safetensors.torch.load(store.read(artifact, "model.safetensors"))
-    return detectors.load(name, weights, device=device, resize=resize)
+    return replace(detectors.load(name, weights, device=device, resize=resize), is_published=is_published)
+
+
+def _is_published(name: str, sha256: str) -> bool:
+    """Whether a file is, by its digest, that which a detector of the catalog was published as; Inception has two."""
+    names = ("inception", "inception-torchscript") if name.startswith("inception") else (name,)
+    sources = [entry.source for n in names if (entry := catalog.DETECTORS.get(n))]
+    return any(source and source.sha256 == sha256 and source.is_certain for source in sources)
+
+
+def detector_label(detector: "Detector") -> str:
+    """What a detector is called: by its name where nothing else bears it, by its weights otherwise."""
+    is_known = detector.is_published or detector.name not in ("inception", "dinov2")
+    return detector.name if is_known else detector.short_identity
+
+
+def distance_name(detector: "Detector") -> str:
+    """What a Fréchet distance by this detector is called: FID and FD-DINOv2 with the published weights alone."""
+    return score_name(detector_label(detector))
 
 
 @dataclass(frozen=True)
@@ -434,6 +504,13 @@ def _measure(asked: _Question) -> _Measured:
                 warnings.append(
                     f"{MAX_REAL_IMAGES:,} of {held:,} reference images, drawn by seed 0, stand for all of them"
                 )
+    for metric, reference in asked.references.items():
+        by = by_metric[metric]
+        if reference.kind == "stats" and "detector" not in reference.params and not by.is_published:
+            warnings.append(
+                f"{reference.params['name']} holds statistics by the published {by.name}, the images are measured by "
+                f"{by.short_identity}: unless its weights are the same, this number means nothing"
+            )
     is_first = engine.rank_and_size()[0] == 0
     against = {m: _against(asked, m, by_metric[m]) for m in asked.metrics} if is_first else {}
     values: dict[str, list[float]] = {}
@@ -599,15 +676,19 @@ def _keep_features(
     tensors = {"features": features.rows.contiguous(), "digests": features.digests}
     files = {"features.safetensors": safetensors.torch.save(tensors)}
     params = dict(params) | {"detector": detector.identity}
-    artifact = store.put("features", files, inputs={"subject": subject.oid}, params=params)
-    answered(store, key, artifact, "features")
+    with suppress(UnwritableError):  # they only save time; what becomes of the score is told
+        artifact = store.put("features", files, inputs={"subject": subject.oid}, params=params)
+        answered(store, key, artifact, "features")
 
 
-def _known_features(store: Store, keys: Mapping[str, str]) -> dict[str, _Features] | None:
-    """The features that were kept under these keys, by the same names; None where any of them is not there."""
+def _known_features(store: Store, keys: Mapping[str, str], *, whole: bool = False) -> dict[str, _Features] | None:
+    """The features that were kept under these keys, by the same names; None where any of them is not there.
+
+    whole: as in `Store.asked`.
+    """
     import safetensors.torch
 
-    known = {name: artifact for name, key in keys.items() if (artifact := store.asked(key))}
+    known = {name: artifact for name, key in keys.items() if (artifact := store.asked(key, whole=whole))}
     if len(known) < len(keys):
         return None
     found = {}
@@ -622,11 +703,14 @@ def _known_features(store: Store, keys: Mapping[str, str]) -> dict[str, _Feature
 def _against(asked: _Question, metric: str, detector: "Detector") -> "Moments | _Features | None":
     """What a metric compares with: moments, features of real images, or nothing."""
     if METRICS[metric].need == "moments":
-        return references.moments(asked.store, asked.references[metric], detector, asked.tick)
-    return _real_features(asked.store, asked.references[metric], detector, asked.tick) if METRICS[metric].need else None
+        reference = asked.references[metric]
+        return references.moments(asked.store, reference, detector, asked.tick, recheck=asked.force)
+    if METRICS[metric].need is None:
+        return None
+    return _real_features(asked.store, asked.references[metric], detector, asked.tick, recheck=asked.force)
 
 
-def _real_features(store: Store, data: Artifact, detector: "Detector", watcher: object) -> _Features:
+def _real_features(store: Store, data: Artifact, detector: "Detector", watcher: object, *, recheck: bool) -> _Features:
     import numpy as np
     import torch
 
@@ -634,7 +718,7 @@ def _real_features(store: Store, data: Artifact, detector: "Detector", watcher: 
 
     params: dict[str, Any] = {"detector": detector.identity, "at_most": MAX_REAL_IMAGES}
     key = store.key("features", params, {"subject": data.oid})
-    if known := _known_features(store, {detector.name: key}):
+    if known := _known_features(store, {detector.name: key}, whole=recheck):
         return known[detector.name]
     dataset = load_dataset(store, data)
     chosen = np.arange(dataset.num_images)
@@ -653,11 +737,12 @@ def _numbers(
 ) -> Mapping[str, float]:
     from sidactl import metrics
 
-    suffix = "" if detector.name == "inception" else f" {detector.name}"
+    label = detector_label(detector)
+    suffix = "" if label == "inception" else f" {label}"
     convention = asked.settings["convention"]
     if isinstance(against, Moments):
         covariance = seen.stats.covariance(ddof=0 if convention == "sid" else 1)
-        return {SCORE_NAMES[detector.name]: metrics.frechet_distance(seen.stats.mean, covariance, *against)}
+        return {distance_name(detector): metrics.frechet_distance(seen.stats.mean, covariance, *against)}
     assert seen.features is not None
     is_by_content = "order" in asked.settings
     ours = seen.features.by_content() if is_by_content else seen.features.rows
@@ -678,12 +763,16 @@ def _numbers(
     return {"precision": precision, "recall": recall}
 
 
-def _keep(asked: _Question, measured: _Measured) -> Artifact:
-    inputs = {"subject": asked.subject.oid} | {f"reference {n}": oid for n, oid in measured.references.items()}
-    artifact = asked.store.put(
-        "score",
-        {},
-        inputs=inputs,
+def _keep(asked: _Question, measured: _Measured, problem: str | None) -> dict[str, Any]:
+    """The score's fields, kept as an artifact unless there is a problem with the run directory."""
+    for name, weights in asked.weights.items():
+        if _is_file(name):
+            check_unchanged(asked.store, name, weights)
+    draft = Artifact(
+        oid="",
+        kind="score",
+        files={},
+        inputs={"subject": asked.subject.oid} | {f"reference {n}": oid for n, oid in measured.references.items()},
         params={
             "metrics": list(asked.metrics),
             "num": asked.num,
@@ -697,7 +786,13 @@ def _keep(asked: _Question, measured: _Measured) -> Artifact:
             "warnings": list(measured.warnings),
         },
     )
-    return answered(asked.store, asked.key, artifact, "score")
+    if problem is None:
+        try:
+            draft = asked.store.put("score", {}, inputs=draft.inputs, params=draft.params, results=draft.results)
+            answered(asked.store, asked.key, draft, "score")
+        except UnwritableError as error:
+            return asdict(score_of(draft)) | {"unkept": error.message}
+    return asdict(score_of(draft))
 
 
 def _versions() -> dict[str, str]:

@@ -6,6 +6,7 @@
 - `asked/<key>`: the oid of the answer
 - `live/<key>/`: the only mutable place, one process at a time
 - `tmp/`: every write starts here, is flushed, then moved into its place
+- `digests/<name>`: what files outside were last seen to hold; only a shortcut, and no error where it cannot be kept
 - `log.jsonl`: when which question was answered: what must never enter a hash
 - `logs/<key>/`: losses and scores of finished runs, and what loggers write
 """
@@ -29,7 +30,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeAlias, TypeVar
 
-from sidactl.errors import EXIT_FAILED, SidaError
+from sidactl.errors import EXIT_FAILED, MissingError, SidaError
 from sidactl.text import shell_word
 
 SCHEMA_VERSION = 1
@@ -61,9 +62,36 @@ _ASK_AGAIN = "Run sidactl verify, then ask again with --force."
 _DAMAGED = "damaged: its content no longer matches its name"
 
 
-class _BrokenError(SidaError):
-    def __init__(self, sha256: str, oid: str, name: str, problem: str) -> None:
-        super().__init__(f"object {sha256[:12]} of artifact {oid[:12]} ({name}) is {problem}", _ASK_AGAIN)
+class UnwritableError(SidaError):
+    """The run directory does not take what should be kept in it."""
+
+
+class BrokenError(SidaError):
+    """An artifact lost a file, or its bytes changed; the hint names the command that repairs it."""
+
+    def __init__(self, sha256: str, oid: str, name: str, problem: str, kind: str = "artifact", hint: str = "") -> None:
+        super().__init__(f"object {sha256[:12]} of {kind} {oid[:12]} ({name}) is {problem}", hint or _ASK_AGAIN)
+
+
+def _how_to_repair(artifact: "Artifact") -> str:
+    """The command that makes a damaged artifact again, as far as the artifact says how it was made."""
+    kind, params, recipe = artifact.kind, artifact.params, artifact.params.get("recipe")
+    name, is_trained = params.get("name"), "dataset" in artifact.inputs
+    if kind in ("detector", "stats", "features"):
+        return "Repeat the command that scores or trains with it, with --force."
+    if kind == "samples":
+        return f"Repeat sidactl sample {artifact.inputs.get('net', '')[:12]} with its seeds, with --force."
+    if kind == "dataset":
+        return f"Repeat sidactl prepare-data for {name} with its options, with --force."
+    if kind == "teacher" and is_trained:
+        return f"Repeat sidactl train-teacher --name {name} with its dataset and options, with --force."
+    if kind == "generator" and is_trained and isinstance(recipe, Mapping):
+        made_by = f"--teacher {recipe.get('teacher')} --mode {recipe.get('mode')}"
+        return f"Repeat sidactl distill {made_by} with its options, with --force."
+    if kind in ("teacher", "generator"):
+        source = params.get("source_url") or ("of its file" if "source_sha256" in params else name)
+        return f"Repeat sidactl fetch-teacher {source} with --force."
+    return _ASK_AGAIN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +172,14 @@ def _parse_manifest(oid: str, manifest: bytes) -> Artifact | None:
         return None
 
 
+def _complete(draft: Artifact) -> tuple[Artifact, bytes]:
+    """The artifact with its oid, and its manifest."""
+    manifest = _manifest_bytes(draft)
+    artifact = _parse_manifest(hashlib.sha256(manifest).hexdigest(), manifest)
+    assert artifact, f"a manifest needs a known kind, plain file names and full oids, got {manifest.decode()}"
+    return artifact, manifest
+
+
 @contextmanager
 def _disk(root: Path, verb: str) -> Iterator[None]:
     """Tells any OSError of the run directory in one line; `verb` is "read" or "written"."""
@@ -153,7 +189,8 @@ def _disk(root: Path, verb: str) -> Iterator[None]:
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         remedy = "Free some space" if is_full else "Check what it is and its permissions,"
         message = f"the run directory {root} cannot be {verb}: {error.strerror}"
-        raise SidaError(message, f"{remedy} or choose another with --run DIR.") from error
+        kind = UnwritableError if verb == "written" else SidaError
+        raise kind(message, f"{remedy} or choose another with --run DIR.") from error
 
 
 def _chunks(source: Path | Data) -> Iterator[Data]:
@@ -549,6 +586,7 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._verified: set[tuple[str, int, int]] = set()
+        self._digests: dict[str, str] = {}
 
     @classmethod
     def open(cls, root: os.PathLike[str] | str | None = None) -> "Store":
@@ -583,22 +621,36 @@ class Store:
             staged = {name: self._stage(stack, source) for name, source in files.items()}
             entries = {name: entry for name, (_, entry) in staged.items()}
             draft = Artifact(oid="", kind=kind, files=entries, inputs=inputs, params=params, results=results)
-            manifest = _manifest_bytes(draft)
-            artifact = _parse_manifest(hashlib.sha256(manifest).hexdigest(), manifest)
-            assert artifact, f"a manifest needs a known kind, plain file names and full oids, got {manifest.decode()}"
+            artifact, manifest = _complete(draft)
             # Objects that exist are replaced too: that mends damage, and being young again keeps gc away.
             for tmp, entry in (*staged.values(), self._stage(stack, manifest)):
                 _place(tmp, self._object(entry.sha256))
         return artifact
+
+    def put_again(self, artifact: Artifact, params: Mapping[str, Json]) -> Artifact:
+        """Stores an artifact of the same files, inputs and results with other params; the files are not copied."""
+        with self._writing() as stack:
+            again, manifest = _complete(replace(artifact, oid="", params=params))
+            _place(self._stage(stack, manifest)[0], self._object(again.oid))
+        return again
 
     def get(self, oid: str) -> Artifact:
         """The artifact of that full oid; its manifest is verified."""
         artifact = self._manifest(oid)
         if artifact is None:
             if self._sha256(oid) not in (None, oid):
-                raise _BrokenError(oid, oid, "manifest", _DAMAGED)
-            raise SidaError(f"no artifact starts with '{oid}'", _SEE_LS)
+                raise BrokenError(oid, oid, "manifest", _DAMAGED)
+            raise MissingError(f"no artifact starts with '{oid}'", _SEE_LS)
         return artifact
+
+    def is_whole(self, artifact: Artifact) -> bool:
+        """Whether every file of it is there and unharmed; reads them all."""
+        try:
+            for name in artifact.files:
+                self.path(artifact, name)
+        except BrokenError:
+            return False
+        return True
 
     def path(self, artifact: Artifact, name: str) -> Path:
         """Where a file's object lies (read-only); verified, once per Store for as long as it does not change."""
@@ -608,13 +660,17 @@ class Store:
         entry = artifact.files[name]
         stat = self._read(os.stat, self._object(entry.sha256))
         if stat is None:
-            raise _BrokenError(entry.sha256, artifact.oid, name, f"missing from {self.root}")
+            raise self._broken(artifact, name, f"missing from {self.root}")
         version = (entry.sha256, stat.st_mtime_ns, stat.st_size)
         if version not in self._verified:
             if stat.st_size != entry.size_bytes or self._sha256(entry.sha256) != entry.sha256:
-                raise _BrokenError(entry.sha256, artifact.oid, name, _DAMAGED)
+                raise self._broken(artifact, name, _DAMAGED)
             self._verified.add(version)
         return self._object(entry.sha256)
+
+    def _broken(self, artifact: Artifact, name: str, problem: str) -> BrokenError:
+        sha256 = artifact.files[name].sha256
+        return BrokenError(sha256, artifact.oid, name, problem, artifact.kind, _how_to_repair(artifact))
 
     def read(self, artifact: Artifact, name: str) -> bytes:
         """A file's content, verified as by `path`."""
@@ -640,11 +696,9 @@ class Store:
             raise self._no_ref(text)
         if len(text) < 4:
             raise SidaError(f"a prefix must have 4 or more hex digits, got '{text}'", _SEE_LS)
-        prefix = text.lower()
-        oids = [self.get(prefix).oid] if len(prefix) == 64 else self._objects(prefix)
-        found = {oid: artifact for oid in oids if (artifact := self._manifest(oid))}
+        found = {artifact.oid: artifact for artifact in self.starting_with(text)}
         if not found:
-            raise SidaError(f"no artifact starts with '{text}'", _SEE_LS)
+            raise MissingError(f"no artifact starts with '{text}'", _SEE_LS)
         options = [(f"{oid[:12]} ({artifact.kind})", artifact.kind, oid) for oid, artifact in found.items()]
         return found[_only(text, options, kinds, "Give more digits.")]
 
@@ -655,6 +709,14 @@ class Store:
         for artifact in filter(None, (self._sound(oid, words) for oid in self._objects())):
             if kind in (None, artifact.kind) and (source is None or source in artifact.inputs.values()):
                 yield artifact
+
+    def starting_with(self, prefix: str) -> list[Artifact]:
+        """The artifacts whose oid begins with `prefix`, 4 to 64 hex digits; SidaError where one of them is damaged."""
+        if len(prefix) < 4 or not _HEX.fullmatch(prefix):
+            return []
+        if len(prefix) == 64:
+            return [self.get(prefix.lower())]
+        return [artifact for oid in self._objects(prefix.lower()) if (artifact := self._manifest(oid))]
 
     def set_ref(self, kind: str, name: str, oid: str) -> None:
         """Lets the ref "kind/name" name that artifact, which must be of that kind."""
@@ -706,12 +768,20 @@ class Store:
         """The refs, as "kind/name", that name this artifact."""
         return [name for name, ref_oid in self.refs().items() if ref_oid == oid]
 
-    def asked(self, key: str) -> Artifact | None:
-        """The answer to a question asked before; None where there is none, or not all of it is there any more."""
+    def asked(self, key: str, *, whole: bool = False) -> Artifact | None:
+        """The answer to a question asked before; None where there is none, or not all of it is there any more.
+
+        whole: read all of it, and take one with a damaged file for none.
+        """
         artifact = self._sound(self._oid(f"asked/{key}") or "")
         if artifact and any(self._size_bytes(e.sha256) != e.size_bytes for e in artifact.files.values()):
             return None
-        return artifact
+        return None if artifact and whole and not self.is_whole(artifact) else artifact
+
+    def asked_at(self, key: str) -> float | None:
+        """When a question was answered, in seconds since 1970; None where it was not."""
+        stat = self._read(os.stat, self.root / "asked" / key)
+        return stat.st_mtime if stat else None
 
     def answer(self, key: str, oid: str) -> None:
         """Remembers that this artifact answers this question."""
@@ -746,6 +816,30 @@ class Store:
                 stack.callback(tmp.unlink, missing_ok=True)
                 fcntl.flock(fd, fcntl.LOCK_EX)
             yield tmp
+
+    def check_writable(self) -> None:
+        """UnwritableError where nothing can be kept, so that long work need not end in that."""
+        with self.scratch():
+            pass
+
+    def noted_digest(self, name: str) -> str | None:
+        """What `note_digest` was last given under `name`, here or by another process."""
+        with suppress(SidaError):
+            return self._digests.get(name) or self._text(f"digests/{name}")
+        return None
+
+    def note_digest(self, name: str, text: str) -> None:
+        """Keeps a line under `name`, in memory, and in the run directory where there is one that takes it."""
+        self._digests[name] = text
+        with suppress(SidaError, OSError):
+            if self._has_format() and self._text(f"digests/{name}") != text:
+                tmp, target = self.root / "tmp" / os.urandom(32).hex(), self.root / "digests" / name
+                target.parent.mkdir(exist_ok=True)
+                try:
+                    tmp.write_text(text)
+                    os.replace(tmp, target)
+                finally:
+                    tmp.unlink(missing_ok=True)
 
     def log(self, line: Mapping[str, Json]) -> None:
         """Adds one JSON line to log.jsonl, exactly what is given."""
@@ -964,11 +1058,11 @@ class Store:
         if manifest is None or not all(word in manifest for word in words):
             return None
         if hashlib.sha256(manifest).hexdigest() != oid:
-            raise _BrokenError(oid, oid, "manifest", _DAMAGED)
+            raise BrokenError(oid, oid, "manifest", _DAMAGED)
         return _parse_manifest(oid, manifest)
 
     def _sound(self, oid: str, words: Sequence[bytes] = ()) -> Artifact | None:
-        with suppress(_BrokenError):
+        with suppress(BrokenError):
             return self._manifest(oid, words)
         return None
 
@@ -989,7 +1083,7 @@ class Store:
         near = [bare[match] for match in difflib.get_close_matches(text, bare)]
         near += difflib.get_close_matches(text, set(refs) - set(near), cutoff=0.85)
         hint = f"Did you mean {' or '.join(repr(name) for name in near)}?" if near else _SEE_LS
-        return SidaError(f"no ref '{text}' in {self.root}", hint)
+        return MissingError(f"no ref '{text}' in {self.root}", hint)
 
 
 def _only(text: str, options: Sequence[tuple[str, str, str]], kinds: Collection[str] | None, hint: str) -> str:

@@ -1,9 +1,11 @@
 """What several test files share: run directories with a very short distillation, or with all that one needs."""
 
+import errno
 import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if TYPE_CHECKING:
     from sidactl.loop import Event
-    from sidactl.store import Artifact
+    from sidactl.store import Artifact, Store
 
 SHORT: dict[str, Any] = {
     "duration_nimg": 96,
@@ -31,6 +33,16 @@ SHORT: dict[str, Any] = {
 """recipe overrides that make a distillation of tiny-digits take a second: 6 steps, 3 evaluations and checkpoints"""
 
 
+@contextmanager
+def read_only(store: "Store", lock: int = 0) -> "Iterator[ExitStack]":
+    """Takes the place of `Store._writing` on a file system that is mounted read-only; root may write anywhere else."""
+    from sidactl.store import _disk
+
+    with _disk(store.root, "written"):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+    yield ExitStack()
+
+
 @dataclass(frozen=True)
 class Finished:
     """A distillation that ran undisturbed: its run directory, its best generator, its events."""
@@ -40,14 +52,11 @@ class Finished:
     events: "list[Event]"
 
 
-def short_distill(
-    root: Path, watch: "Callable[[Event], None] | None" = None, *, force: bool = False, **overrides: Any
-) -> "Artifact":
+def short_distill(root: Path, watch: "Callable[[Event], None] | None" = None, **overrides: Any) -> "Artifact":
     """A very short distillation of tiny-digits in mode sida."""
     from sidactl import ops
 
-    chosen = SHORT | overrides
-    return ops.distill(teacher="tiny-digits", mode="sida", run=root, force=force, watch=watch, device="cpu", **chosen)
+    return ops.distill(teacher="tiny-digits", mode="sida", run=root, watch=watch, device="cpu", **(SHORT | overrides))
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -25,7 +25,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from sidactl import artifacts, catalog, inventory, nets, ops, pickles, sampling
+from sidactl import artifacts, catalog, inventory, nets, ops, pickles, references, sampling, scores
 from sidactl.artifacts import (
     fetch_teacher,
     image_source,
@@ -214,7 +214,8 @@ def test_url_is_fetched_once_and_answered_without_network_after(
     monkeypatch.setenv("SIDACTL_OFFLINE", "1")
     assert fetch_teacher(url, run=run, say=said.append) == artifact
     assert resolve(Store(run), url, ["teacher"]).files == artifact.files
-    assert len(said) == 2
+    assert len(said) == 3
+    assert said[2].startswith("answered from the run directory, asked on 20")
     assert len(site.requests) == 1
 
 
@@ -494,12 +495,82 @@ def test_folder_and_zip_in_place_of_a_dataset_are_prepared(run: Path, tmp_path: 
     assert resolve(store, "copy.zip", KINDS).files["images.zip"] == prepared.files["images.zip"]
 
 
-def test_ref_comes_before_a_folder_of_the_same_name(run: Path, tmp_path: Path) -> None:
+def refused_as_ambiguous(run: Path, text: str, kinds: Sequence[str]) -> str:
+    with pytest.raises(SidaError) as caught:
+        resolve(Store(run), text, kinds)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_a_word_that_names_a_folder_and_an_artifact_is_refused_with_both_ways_to_say_it(
+    run: Path, tmp_path: Path
+) -> None:
     pictures(tmp_path / "images")
-    named = prepare_data("tiny-digits", run=run, name="x")
+    (tmp_path / "images.zip").write_bytes(b"")
+    store, digits = Store(run), prepare_data("tiny-digits", run=run)
+    store.set_ref("dataset", "images", digits.oid)
+    store.set_ref("dataset", "images.zip", digits.oid)
+    assert refused_as_ambiguous(run, "images", ["dataset"]) == (
+        "'images' is the name of a folder and of dataset/images. Write ./images for the folder, or dataset/images."
+    )
+    assert refused_as_ambiguous(run, "images.zip", KINDS) == (
+        "'images.zip' is the name of a file and of dataset/images.zip. "
+        "Write ./images.zip for the file, or dataset/images.zip."
+    )
+    assert resolve(store, "dataset/images", ["dataset"]) == digits
+    assert resolve(store, "./images", ["dataset"]).results["num_images"] == 3
+    assert resolve(store, str(tmp_path / "images"), ["dataset"]).results["num_images"] == 3
+    with pytest.raises(SidaError, match=r"^'images' is the name of a folder and of dataset/images"):
+        references.find(store, "images", digits, "images")
+    with pytest.raises(SidaError, match=r"^'images' is the name of a folder and of dataset/images"):
+        prepare_data("images", latents=True, run=run)
+    # A ref of a kind that is not asked for hides nothing.
+    store.delete_ref("dataset", "images")
+    store.set_ref("stats", "images", store.put("stats", {}).oid)
+    assert resolve(store, "images", ["dataset"]).results["num_images"] == 3
+
+
+def test_a_folder_called_as_an_entry_of_the_catalog_is_refused_where_it_could_be_meant(
+    run: Path, tmp_path: Path
+) -> None:
+    for name in ("tiny-digits", "cifar10"):
+        pictures(tmp_path / name)
     store = Store(run)
-    store.set_ref("dataset", "images", named.oid)
-    assert resolve(store, "images", ["dataset"]) == named
+    kinds = ("teacher", "generator", "samples", "dataset")
+    told = "Write ./tiny-digits for the folder, or teacher/tiny-digits or dataset/tiny-digits."
+    assert refused_as_ambiguous(run, "tiny-digits", kinds) == (
+        f"'tiny-digits' is the name of a folder and of teacher/tiny-digits and dataset/tiny-digits. {told}"
+    )
+    with pytest.raises(SidaError, match=r"Write \./tiny-digits for the folder, or dataset/tiny-digits"):
+        prepare_data("tiny-digits", run=run)
+    assert resolve(store, "tiny-digits", ["teacher"]).kind == "teacher"  # no folder can be a teacher
+    assert resolve(store, "dataset/tiny-digits", kinds).results["num_images"] == 1797
+    assert prepare_data("dataset/tiny-digits", run=run).results["num_images"] == 1797
+    assert prepare_data("./tiny-digits", run=run).results["num_images"] == 3
+    assert prepare_data("cifar10", run=run).results["num_images"] == 3  # the files that the catalog asks for
+    own = store.put("generator", {}, params={"net": {}, "dataset": "tiny-digits"})
+    assert references.dataset_of(store, own).results["num_images"] == 1797
+    with pytest.raises(SidaError) as caught:
+        references.find(store, "cifar10", own, "moments")
+    assert str(caught.value) == (
+        "'cifar10' is the name of a folder and of dataset/cifar10 and stats/cifar10. "
+        "Write ./cifar10 for the folder, or dataset/cifar10 or stats/cifar10."
+    )
+
+
+def test_a_folder_whose_name_reads_as_an_oid_is_refused_only_where_there_is_such_an_artifact(
+    run: Path, tmp_path: Path
+) -> None:
+    store, digits = Store(run), prepare_data("tiny-digits", run=run)
+    free = "0000" if not digits.oid.startswith("0000") else "1111"
+    for name in (digits.oid[:6], free):
+        pictures(tmp_path / name)
+    assert resolve(store, free, ["dataset"]).results["num_images"] == 3
+    assert refused_as_ambiguous(run, digits.oid[:6], ["dataset"]) == (
+        f"'{digits.oid[:6]}' is the name of a folder and of {digits.oid[:12]}. "
+        f"Write ./{digits.oid[:6]} for the folder, or {digits.oid[:12]}."
+    )
+    assert resolve(store, digits.oid[:12], ["dataset"]) == digits
 
 
 def test_dataset_of_the_catalog_tells_where_to_get_it_until_it_is_prepared(run: Path, tmp_path: Path) -> None:
@@ -703,6 +774,110 @@ def test_changed_source_is_another_question(run: Path, tmp_path: Path) -> None:
         labels.write_bytes(bytes((0, 0, 8, 1)) + struct.pack(">I", 1) + bytes([number]))
         assert prepare_data(str(images), run=run).results["label_dim"] == number + 1
         os.utime(labels, ns=(number, number))
+
+
+def rewrite(path: Path, data: bytes) -> None:
+    """Other bytes with the size and the times that the file had."""
+    stat = path.stat()
+    assert len(data) == stat.st_size
+    path.write_bytes(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def flat(path: Path, value: int) -> None:
+    """A picture whose file has one size for any value."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (8, 8), value).convert("RGB").save(path, format="BMP")
+    os.utime(path, ns=(315532800 * 10**9,) * 2)
+
+
+def test_a_source_is_known_by_its_content_wherever_it_lies(run: Path, tmp_path: Path) -> None:
+    flat(tmp_path / "in/a.bmp", 10)
+    flat(tmp_path / "in/b.bmp", 20)
+    first, said = prepare_data("in", run=run), list[str]()
+    flat(tmp_path / "in/a.bmp", 30)
+    second = prepare_data("in", run=run, say=said.append)
+    assert said == []
+    pixels = [load_dataset(Store(run), made).images([0])[0, 0, 0, 0].item() for made in (first, second)]
+    assert pixels == [10, 30]
+    assert prepare_data("in", run=run, force=True) == second
+    shutil.move(tmp_path / "in", tmp_path / "elsewhere")
+    assert prepare_data("elsewhere", run=run, tick=stop_at(1, []), say=said.append) == second
+    assert len(said) == 1
+    named = prepare_data("elsewhere", run=run, name="mine", tick=stop_at(1, []))
+    assert (named.params["name"], named.files) == ("mine", second.files)
+    assert named == prepare_data("elsewhere", run=tmp_path / "other", name="mine")
+
+
+def test_networks_statistics_and_detectors_are_known_by_their_content(run: Path, tmp_path: Path) -> None:
+    store, subject = Store(run), Store(run).put("dataset", {}, params={"name": "x"})
+    np.savez(tmp_path / "s.npz", mu=np.zeros(2), sigma=np.eye(2))
+    first = references.find(store, "s.npz", subject, "moments")
+    same = tmp_path / "t.npz"
+    np.savez(same, mu=np.ones(2), sigma=np.eye(2))
+    rewrite(tmp_path / "s.npz", same.read_bytes())
+    assert references.find(store, "s.npz", subject, "moments").files != first.files
+    data = (tmp_path / "s.npz").read_bytes()
+    (tmp_path / "d.pth").write_bytes(data)
+    weights = scores._weights_digest(store, "d.pth")
+    (tmp_path / "moved").mkdir()
+    shutil.move(tmp_path / "d.pth", tmp_path / "moved/e.pth")
+    assert scores._weights_digest(store, "moved/e.pth") == weights
+    rewrite(tmp_path / "moved/e.pth", data[:-1] + b"?")
+    assert scores._weights_digest(store, "moved/e.pth") != weights
+    exported = inventory.export(fetch_teacher("tiny-digits", run=run).oid, tmp_path / "net", run=run)
+    known = artifacts.source_identity(store, str(exported / "model.safetensors"))
+    manifest = exported / "manifest.json"
+    rewrite(manifest, manifest.read_bytes().replace(b"tiny-digits", b"other-names"))
+    assert artifacts.source_identity(store, str(exported / "model.safetensors")) != known
+
+
+def test_a_source_that_was_left_alone_is_hashed_once(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flat(tmp_path / "in/a.bmp", 10)
+    first, read = prepare_data("in", run=run), list[Path]()
+    digest = artifacts.file_digest
+    monkeypatch.setattr(artifacts, "file_digest", lambda path: read.append(path) or digest(path))
+    assert prepare_data("in", run=run) == first
+    assert len(read) == 1  # it was written a moment ago
+    monkeypatch.setattr(artifacts, "SETTLED_NS", -(10**12))
+    for expected in (2, 2, 2):
+        assert prepare_data("in", run=run) == first
+        assert len(read) == expected
+    assert prepare_data("in", run=run, recheck=True) == first
+    assert len(read) == 3
+    monkeypatch.setattr(artifacts, "SETTLED_NS", 2 * 10**9)
+    rewrite(tmp_path / "in/a.bmp", (tmp_path / "in/a.bmp").read_bytes()[:-3] + bytes(3))
+    assert prepare_data("in", run=run) != first
+    # What cannot be noted is no error.
+    shutil.rmtree(run / "digests")
+    (run / "digests").write_text("")
+    assert prepare_data("in", run=run) != first
+
+
+def test_a_rewrite_within_one_tick_of_the_clock_is_seen(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flat(tmp_path / "in/a.bmp", 10)
+    now = time.time_ns()
+    monkeypatch.setattr(artifacts, "_look_at", lambda files: ("as before", now))
+    first = prepare_data("in", run=run)
+    flat(tmp_path / "in/a.bmp", 30)
+    assert prepare_data("in", run=run) != first
+
+
+def test_a_source_that_changes_while_it_is_read_becomes_no_answer(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flat(tmp_path / "in/a.bmp", 10)
+    with pytest.raises(SidaError) as caught:
+        prepare_data("in", run=run, tick=lambda done, total: flat(tmp_path / "in/a.bmp", 30))
+    assert str(caught.value) == "in changed while it was read. Repeat the command once nothing writes to it."
+    assert caught.value.exit_code == 1
+    assert not any((run / "live").iterdir())
+    assert not (run / "asked").exists() or not any((run / "asked").iterdir())
+    assert load_dataset(Store(run), prepare_data("in", run=run)).images([0])[0, 0, 0, 0] == 30
 
 
 # ---- latents, classes without images, statistics ----

@@ -1,5 +1,7 @@
 """The built-in detector, and what every detector's features are made into."""
 
+import dataclasses
+import hashlib
 import io
 import warnings
 import zipfile
@@ -11,11 +13,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from sidactl import catalog, detectors, scores
-from sidactl.artifacts import prepare_data
+from sidactl import catalog, detectors, inventory, scores
+from sidactl.artifacts import prepare_data, read_state_dict
 from sidactl.errors import SidaError
 from sidactl.metrics import frechet_distance
 from sidactl.nets import inception
+from sidactl.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +229,8 @@ def scripted(tmp_path: Path) -> Path:
 def test_an_evaluation_by_a_detector_without_classes_leaves_out_what_needs_them(scripted: Path, tmp_path: Path) -> None:
     data = prepare_data("tiny-digits", run=tmp_path / "run").oid
     score = scores.evaluate(data, reference=data, detector=str(scripted), run=tmp_path / "run")
-    assert sorted(score.values) == ["FID", "KID", "precision", "recall"]
+    by = detectors.load_torchscript(scripted).short_identity
+    assert sorted(score.values) == [f"FD {by}", f"KID {by}", "precision", "recall"]
     with pytest.raises(SidaError) as caught:
         scores.inception_score(data, detector=str(scripted), run=tmp_path / "run")
     told = f"the inception score needs classes, detector {scripted} gives none. Pass --detector inception."
@@ -250,3 +254,113 @@ def test_what_is_no_torchscript_is_refused_in_one_line(tmp_path: Path) -> None:
         detectors.load_torchscript(path)
     assert str(caught.value).startswith(f"{path} is not a detector in TorchScript (")
     assert "\n" not in str(caught.value)
+
+
+class FiveRows(torch.nn.Module):
+    def forward(self, images: Tensor, return_features: bool = False) -> Tensor:
+        return torch.zeros(2 if len(images) == 2 else 5, 3)
+
+
+class Widening(torch.nn.Module):
+    def forward(self, images: Tensor, return_features: bool = False) -> Tensor:
+        return torch.zeros(len(images), 3 if len(images) == 2 else 4)
+
+
+class Pair(torch.nn.Module):
+    def forward(self, images: Tensor, return_features: bool = False) -> tuple[Tensor, Tensor]:
+        return torch.zeros(len(images), 3), torch.zeros(len(images), 3)
+
+
+class Late(torch.nn.Module):
+    def forward(self, images: Tensor, return_features: bool = False) -> Tensor:
+        assert len(images) == 2, "too late"
+        return torch.zeros(len(images), 3)
+
+
+class NotFinite(torch.nn.Module):
+    def forward(self, images: Tensor, return_features: bool = False) -> Tensor:
+        return torch.full((len(images), 3), float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("net", "told"),
+    [
+        (
+            FiveRows(),
+            r"detector inception-torchscript@\w{16} must give features \[64, 3\] of 64 images, got .*\[5, 3\]",
+        ),
+        (
+            Widening(),
+            r"detector inception-torchscript@\w{16} must give features \[64, 3\] of 64 images, got .*\[64, 4\]",
+        ),
+        (Pair(), r".*net\.pt must give features \[2, F\] of 2 images, got a tuple\. Give another\."),
+        (Late(), r"detector .*net\.pt failed on 64 images \(.*too late\)\. Give another\."),
+        (NotFinite(), r"features must be finite, row 0 is not"),
+    ],
+)
+def test_what_a_detector_must_not_give_ends_the_score_in_one_line(
+    net: torch.nn.Module, told: str, tmp_path: Path
+) -> None:
+    path, run = tmp_path / "net.pt", tmp_path / "run"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(net).save(path)
+    data = prepare_data("tiny-digits", run=run).oid
+    with pytest.raises(SidaError, match=f"^{told}") as caught:
+        scores.fid(data, reference=data, num=70, detector=str(path), run=run)
+    assert "\n" not in str(caught.value)
+    assert not [artifact for artifact in Store.open(run).artifacts() if artifact.kind in ("score", "stats")]
+
+
+def test_features_of_references_that_are_not_finite_are_refused() -> None:
+    bad = detectors.Detector(
+        "x", 2, "x@1-fp32", torch.device("cpu"), lambda images: torch.full((len(images), 2), torch.inf)
+    )
+    with pytest.raises(SidaError, match=r"^features by x@1 must be finite, some are not\."):
+        detectors.features_of(bad, [torch.zeros(3, 1, 8, 8, dtype=torch.uint8)])
+
+
+def test_a_flipped_bit_in_a_file_of_weights_is_found_before_it_is_used(scripted: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "weights.pth"
+    torch.save({"a": torch.zeros(1000)}, weights)
+    for path, read in ((weights, read_state_dict), (scripted, detectors.load_torchscript)):
+        read(path)
+        whole = path.read_bytes()
+        with zipfile.ZipFile(path) as archive:
+            largest = max(archive.infolist(), key=lambda member: member.compress_size)
+        at = largest.header_offset + 64 + len(largest.filename) + largest.compress_size // 2
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(SidaError) as caught:
+            read(path)
+        assert str(caught.value) == (
+            f"{path} is damaged: the checksum of {largest.filename} is wrong. Download it again."
+        )
+
+
+def test_only_the_published_files_give_a_number_called_fid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scripted: Path
+) -> None:
+    torch.manual_seed(0)
+    own = tmp_path / "inception.pth"
+    torch.save(inception.FIDInception().state_dict(), own)
+    run = tmp_path / "run"
+    store, cpu = Store.open(run), torch.device("cpu")
+    images = prepare_data("tiny-digits", run=run, max_images=12).oid
+
+    for path, entry in ((own, "inception"), (scripted, "inception-torchscript")):
+        by = scores.load_detector(store, str(path), cpu)
+        assert scores.distance_name(by) == f"FD {by.short_identity}" != "FID"
+        assert by.short_identity.startswith(f"{entry}@")
+        # If it were the one that is published, it would be the FID.
+        known = catalog.DETECTORS[entry]
+        assert known.source
+        source = dataclasses.replace(known.source, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+        with monkeypatch.context() as patch:
+            patch.setitem(catalog.DETECTORS, entry, dataclasses.replace(known, source=source))  # type: ignore[arg-type]
+            assert scores.distance_name(scores.load_detector(store, str(path), cpu)) == "FID"
+    told = scores.evaluate(images, ["fid", "kid"], reference=images, detector=str(scripted), run=run)
+    assert [(name, number["name"]) for name, number in told.to_json()["scores"].items()] == [
+        (name, name) for name in (f"FD {by.short_identity}", f"KID {by.short_identity}")
+    ]
+    (shown,) = inventory.show(images, run=run).scores
+    assert list(shown.values) == list(told.values)

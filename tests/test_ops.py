@@ -25,8 +25,8 @@ from sidactl.artifacts import mapping
 from sidactl.diffusion import Preconditioned
 from sidactl.errors import SidaError
 from sidactl.recipe import Execution, OneStepSpec, Setting
-from sidactl.store import Artifact, Store, digest
-from tests.conftest import SHORT, Finished, short_distill
+from sidactl.store import Artifact, Store, UnwritableError, digest
+from tests.conftest import SHORT, Finished, read_only, short_distill
 
 SHORT_SID = {name: value for name, value in SHORT.items() if name != "adversarial_from_nimg"}
 
@@ -85,7 +85,8 @@ def test_the_images_at_a_time_are_tried_anew_with_other_processes_devices_and_se
 def test_a_distillation_leaves_its_best_and_its_last_generator_under_their_names(finished: Finished) -> None:
     store, best = Store.open(finished.root), finished.best
     last = store.resolve("generator/last")
-    assert refs(finished.root)["generator/best"] == refs(finished.root)["generator/tiny-digits-sida"] == best.oid
+    names = ("best", "best-tiny-digits", "latest", "tiny-digits-sida")
+    assert {f"generator/{name}" for name in names} <= {*store.names_of(best.oid)}
     history = best.results["scores"]
     assert isinstance(history, list)
     assert [nimg for nimg, _ in history] == [32, 64, 96]
@@ -199,20 +200,79 @@ print(oid, duration_sec, *sorted({{"torch", "numpy", "scipy", "PIL", "safetensor
     assert float(duration_sec) < 1
 
 
-def test_of_two_runs_both_stay_and_the_one_asked_last_has_the_names_best_and_last(
+def test_of_two_runs_both_stay_and_an_answer_from_the_run_directory_moves_no_name(
     finished: Finished, fresh_run: Path
 ) -> None:
     shutil.copytree(finished.root, fresh_run, dirs_exist_ok=True)
-    before = refs(fresh_run)
-    other = short_distill(fresh_run, seed=1)
-    assert refs(fresh_run)["generator/best"] == other.oid != finished.best.oid
-    assert short_distill(fresh_run, never, name="mine") == finished.best
-    (second_run,) = refs(fresh_run).keys() - before.keys() - {"generator/mine"}
-    added = {"generator/mine": finished.best.oid, second_run: refs(fresh_run)[second_run]}
-    assert refs(fresh_run) == before | added
+    before, said = refs(fresh_run), list[str]()
+    other = short_distill(fresh_run, seed=1, say=said.append)
+    scores = [artifact.results["selection_score"] for artifact in (other, finished.best)]
+    better = other if scores[0] < scores[1] else finished.best  # type: ignore[operator]
+    assert refs(fresh_run)["generator/latest"] == refs(fresh_run)["generator/tiny-digits-sida"] == other.oid
+    assert refs(fresh_run)["generator/best"] == refs(fresh_run)["generator/best-tiny-digits"] == better.oid
+    assert len(said) == (better != other)
+    now = refs(fresh_run)
+    assert short_distill(fresh_run, never, name="mine", say=said.append) == finished.best
+    assert refs(fresh_run) == now | {"generator/mine": finished.best.oid}
+    assert said[-1].startswith("answered from the run directory, asked on 20")
+    assert len([name for name in now if name.startswith("run/")]) == 1 + len(
+        [n for n in before if n.startswith("run/")]
+    )
     Store.open(fresh_run).gc(grace_sec=-1)
     assert short_distill(fresh_run, never, seed=1) == other
     assert nothing_is_wrong(fresh_run)
+
+
+def test_best_moves_to_a_better_generator_of_the_same_dataset_detector_and_reference_alone(tmp_path: Path) -> None:
+    store, said = Store.open(tmp_path / "run"), list[str]()
+    results = {"resolution": 8, "num_channels": 1, "kind": "pixels"}
+    data = {name: store.put("dataset", {}, params={"name": name}, results=results) for name in ("tiny-digits", "other")}
+
+    def finish(score: float | None, dataset: str = "tiny-digits", detector: str = "tiny-digits", num: int = 100) -> str:
+        generator = store.put(
+            "generator",
+            {},
+            inputs={"dataset": data[dataset].oid},
+            params={
+                "name": f"{dataset}-sida",
+                "dataset": dataset,
+                "recipe": {"teacher": dataset, "mode": "sida", "evaluate_num": num},
+            },
+            results={"selection_score": score, "detector": detector if score is not None else None},
+        )
+        ops._name_generators(store, {"best": generator, "last": generator}, data[dataset], said.append)
+        assert refs(store.root)["generator/latest"] == generator.oid
+        return generator.oid
+
+    def best(name: str = "best") -> str | None:
+        return refs(store.root).get(f"generator/{name}")
+
+    unscored = finish(None)
+    assert best() == unscored
+    good = finish(0.26)
+    assert (best(), best("best-tiny-digits"), said) == (good, good, [])
+    finish(0.41)
+    assert (best(), best("best-tiny-digits")) == (good, good)
+    assert said.pop() == (
+        "generator/latest 0.41 is not better than generator/best 0.26 "
+        f"(tiny-digits-sida, {good[:12]}); generator/best stays"
+    )
+    # A score of fewer images is no match, however low; one of more replaces it.
+    finish(0.1, num=10)
+    assert (best(), len(said)) == (good, 1)
+    better = finish(0.3, num=1000)
+    assert (best(), best("best-tiny-digits"), len(said)) == (better, better, 1)
+    said.clear()
+    elsewhere = finish(0.2, "other")
+    assert (best(), best("best-other")) == (better, elsewhere)
+    assert said == [
+        f"generator/best stays {better[:12]} (tiny-digits-sida, of tiny-digits), which does not compare with this run; "
+        "the best of its dataset is generator/best-other"
+    ]
+    by_another = finish(0.2, detector="inception", num=1000)
+    assert (best(), best("best-tiny-digits"), best("best-tiny-digits-inception")) == (better, better, by_another)
+    finish(None)
+    assert (best(), best("best-tiny-digits")) == (better, better)
 
 
 def test_an_answer_that_lost_a_file_is_worked_out_again(finished: Finished, fresh_run: Path) -> None:
@@ -1323,10 +1383,10 @@ def test_mode_sid_without_images_and_without_a_reference_ends_in_the_last_genera
     made = ops.distill(teacher=far, mode="sid", run=root, device="cpu", watch=events.append, **SHORT_SID)
     assert messages(events) == [
         "dataset elsewhere: mode sid needs no images, training on classes alone",
-        f"nothing is scored, and the last generator is the result: no ref 'elsewhere' in {root}",
+        f"nothing is scored, and the last generator is the result: no ref 'dataset/elsewhere' in {root}",
     ]
     assert {event.kind for event in events} == {"started", "note", "progress", "checkpoint"}
-    assert made.oid == refs(root)["generator/best"] == refs(root)["generator/last"]
+    assert made.oid == refs(root)["generator/latest"] == refs(root)["generator/last"]
     assert made.results == {
         "images_seen": 96,
         "selection_score": None,
@@ -1340,7 +1400,7 @@ def test_mode_sid_without_images_and_without_a_reference_ends_in_the_last_genera
     cli._print_generator(made, as_json=False)
     told = capsys.readouterr()
     assert told.out == f"{made.oid}\n"
-    assert told.err.startswith("last generator, not scored: 96 images, one step. Look at it: ")
+    assert told.err.splitlines()[-1].startswith("last generator, not scored: 96 images, one step. Look at it: ")
     # The scores do not steer the training: with them the last generator has the same weights.
     ops.distill(teacher=far, mode="sid", reference="tiny-digits", run=root, device="cpu", **SHORT_SID)
     assert Store.open(root).resolve("generator/last").files["model.safetensors"] == made.files["model.safetensors"]
@@ -1356,12 +1416,32 @@ def test_what_was_asked_for_and_cannot_be_had_stays_an_error_in_mode_sid(
             ops.distill(teacher=far, mode="sid", run=root, device="cpu", **options, **SHORT_SID)
         assert str(caught.value) == f"no ref 'nowhere' in {root}. See what there is with: sidactl ls"
 
-    def broken(*arguments: object) -> Artifact:
+    def broken(*arguments: object, recheck: bool) -> Artifact:
         raise SidaError("the download broke off", "Try again later.", exit_code=1)
 
     monkeypatch.setattr(ops.references, "find", broken)
     with pytest.raises(SidaError, match=r"^the download broke off\. Try again later\.$"):
         ops.distill(teacher=far, mode="sid", run=root, device="cpu", **SHORT_SID)
+
+
+def test_a_dataset_that_cannot_be_written_is_not_taken_for_one_that_is_not_there(
+    edm2: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, oid = edm2
+
+    def full(*arguments: object, **options: object) -> Artifact:
+        raise UnwritableError("the run directory cannot be written: No space left on device", "Free some space.")
+
+    monkeypatch.setattr(ops, "dataset_named", full)
+    with pytest.raises(SidaError, match=r"No space left on device\. Free some space\.$"):
+        ops.distill(teacher=moved_away(root, oid, "imagenet512"), mode="sid", run=root, device="cpu", **SHORT_SID)
+
+
+def test_samples_that_could_not_be_kept_are_not_drawn(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Store, "_writing", read_only)
+    monkeypatch.setattr(ops, "load_net", never)
+    with pytest.raises(SidaError, match=r"^the run directory .* cannot be written: Read-only file system\."):
+        ops.sample("generator/best", seeds=range(777), run=finished.root)
 
 
 def test_mode_sid_of_a_teacher_without_classes_needs_no_dataset_either(edm2: tuple[Path, str]) -> None:

@@ -29,7 +29,7 @@ def by_rows(name: str, rows: np.ndarray[Any, Any], identity: str = "") -> detect
     def extract(images: Tensor) -> Tensor:
         return table[images[:, 0, 0, 0].long() % len(table)]
 
-    return detectors.Detector(name, rows.shape[1], identity or f"{name}@golden", CPU, extract)
+    return detectors.Detector(name, rows.shape[1], identity or f"{name}@golden", CPU, extract, is_published=True)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Scores of artifacts: what they are of, that they repeat, and the exact text of errors."""
 
 import math
+import re
 import shutil
 import statistics
 import zipfile
@@ -18,8 +19,8 @@ from sidactl import cli, detectors, inventory, metrics, ops, prepare, references
 from sidactl.artifacts import load_dataset, load_net, resolve
 from sidactl.errors import SidaError
 from sidactl.recipe import OneStepSpec, Setting
-from sidactl.store import Store
-from tests.conftest import Finished
+from sidactl.store import Store, UnwritableError
+from tests.conftest import Finished, read_only
 
 FD = "FD tiny-digits"
 
@@ -84,6 +85,7 @@ def test_trials_take_fresh_seeds_and_are_told_by_mean_deviation_and_minimum(fini
     told = score.to_json()
     assert told["scores"] == {
         FD: {
+            "name": FD,
             "value": statistics.fmean(values),
             "std": statistics.stdev(values),
             "minimum": min(values),
@@ -215,14 +217,12 @@ def test_a_score_in_another_precision_says_so_and_is_that_of_such_samples(finish
         (
             "generator/best",
             {"num": 10, "first_seed": -1},
-            "seeds of all trials must be from 0 to 4294967295, got -1. "
-            "Choose others.",
+            "seeds of all trials must be from 0 to 4294967295, got -1. Choose others.",
         ),
         (
             "generator/best",
             {"num": 10, "trials": 3, "first_seed": (1 << 32) - 29},
-            "seeds of all trials must be from 0 to 4294967295, got 4294967296. "
-            "Choose others.",
+            "seeds of all trials must be from 0 to 4294967295, got 4294967296. Choose others.",
         ),
         (
             "samples",
@@ -559,3 +559,117 @@ def test_an_evaluation_while_training_of_images_that_are_not_finite_is_no_number
     assert evaluation
     assert (math.isnan(evaluation.score), evaluation.preview) == (True, None)
     assert evaluation.warning == "no score after these updates: the image of seed 2147483648 is not finite"
+
+
+def told(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command, in this process."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    streams = capsys.readouterr()
+    return int(caught.value.code or 0), streams.out, streams.err
+
+
+def test_an_old_answer_says_so_once_and_since_when(finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["fid", "generator/best", "--num", "35", "--run", str(finished.root)]
+    first, again = told(arguments, capsys), told(arguments, capsys)
+    assert again[:2] == first[:2]
+    line = r"answered from the run directory, asked on \d{4}-\d\d-\d\d \d\d:\d\d \S+; --force does it again"
+    assert not re.search(line, first[2])
+    assert len(re.findall(line, again[2])) == 1
+    assert not re.search(line, told([*arguments, "--force"], capsys)[2])
+
+
+def test_a_score_in_a_read_only_run_directory_is_warned_of_first_and_told(
+    finished: Finished, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["prec-recall", "generator/best", "--num", "36", "--run", str(finished.root)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "_writing", read_only)
+        code, out, err = told(arguments, capsys)
+        unkept = scores.prec_recall("generator/best", num=36, run=finished.root)
+    assert code == 0
+    warning = "cannot be written: Read-only file system: the score will be told, but not kept"
+    assert err.startswith(f"warning: the run directory {finished.root} {warning}\n")
+    assert (unkept.oid, unkept.to_json()["oid"]) == ("", None)
+    code, expected, _ = told(arguments, capsys)
+    assert out == expected
+
+
+def test_a_score_that_finds_no_room_at_the_end_is_told_and_fails(
+    finished: Finished, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["prec-recall", "generator/best", "--num", "37", "--run", str(finished.root)]
+
+    def full(*arguments: object, **options: object) -> None:
+        raise UnwritableError("the run directory cannot be written: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "put", full)
+        code, out, err = told(arguments, capsys)
+    assert code == 1
+    assert "error: the score above is not kept: the run directory cannot be written: No space left on device." in err
+    assert told(arguments, capsys)[:2] == (0, out)
+
+
+def harm(store: Store, *kinds: str) -> None:
+    """Flips a bit in every file of all artifacts of these kinds."""
+    for artifact in store.artifacts():
+        for name in artifact.files if artifact.kind in kinds else ():
+            path = store.path(artifact, name)
+            data = bytearray(path.read_bytes())
+            data[len(data) // 2] ^= 1
+            path.chmod(0o644)
+            path.write_bytes(data)
+
+
+REPEAT = "Repeat the command that scores or trains with it, with --force."
+
+
+@pytest.mark.parametrize(
+    ("kind", "hint"),
+    [
+        ("detector", REPEAT),
+        ("stats", REPEAT),
+        ("features", REPEAT),
+        ("teacher", "Repeat sidactl fetch-teacher tiny-digits with --force."),
+        ("dataset", "Repeat sidactl prepare-data for tiny-digits with its options, with --force."),
+    ],
+)
+def test_what_is_damaged_is_named_with_the_command_that_repairs_it(fresh_run: Path, kind: str, hint: str) -> None:
+    subject = "dataset/tiny-digits" if kind == "dataset" else "teacher/tiny-digits"
+    metric = ["prec-recall" if kind in ("features", "dataset") else "fid"]
+
+    def measured(num: int, force: bool = False) -> Any:
+        reference = "dataset/tiny-digits"
+        return scores.evaluate(subject, metric, reference=reference, num=num, run=fresh_run, force=force).values
+
+    store = Store.open(fresh_run)
+    expected = None if kind == "dataset" else measured(30)
+    harm(store, kind)
+    with pytest.raises(SidaError) as caught:
+        measured(31)
+    assert re.match(rf"object \w{{12}} of {kind} \w{{12}} \(.*\) is damaged: its content", str(caught.value))
+    assert str(caught.value).endswith(hint)
+    if kind == "teacher":
+        ops.fetch_teacher("tiny-digits", run=fresh_run, force=True)
+    elif kind == "dataset":
+        ops.prepare_data("tiny-digits", run=fresh_run, force=True)
+    else:
+        assert measured(30, force=True) == expected
+    assert list(store.verify()) == []
+
+
+def test_force_derives_damaged_inputs_of_the_catalog_again(fresh_run: Path) -> None:
+    store = Store.open(fresh_run)
+    expected = scores.fid("teacher/tiny-digits", num=30, run=fresh_run)
+    harm(store, "teacher", "dataset", "detector", "stats")
+    assert scores.fid("teacher/tiny-digits", num=30, run=fresh_run, force=True) == expected
+    assert list(store.verify()) == []
+
+
+def test_a_truncated_ref_of_a_detector_is_written_again(fresh_run: Path) -> None:
+    ref = fresh_run / "refs/detector/tiny-digits"
+    whole = ref.read_text()
+    ref.write_text(whole[:20])
+    scores.fid("tiny-digits", num=33, run=fresh_run)
+    assert ref.read_text() == whole

@@ -307,7 +307,7 @@ def test_reading_a_damaged_file_says_so(store: Store, data: bytes) -> None:
         with pytest.raises(SidaError) as caught:
             use(artifact, "a.txt")
         assert str(caught.value) == (
-            f"object {sha256[:12]} of artifact {artifact.oid[:12]} (a.txt) is damaged: "
+            f"object {sha256[:12]} of run {artifact.oid[:12]} (a.txt) is damaged: "
             f"its content no longer matches its name. {ASK_AGAIN}"
         )
 
@@ -319,7 +319,7 @@ def test_reading_a_missing_object_or_name_says_so(store: Store) -> None:
     with pytest.raises(SidaError) as caught:
         store.read(artifact, "a.txt")
     assert str(caught.value) == (
-        f"object {sha256[:12]} of artifact {artifact.oid[:12]} (a.txt) is missing from {store.root}. {ASK_AGAIN}"
+        f"object {sha256[:12]} of run {artifact.oid[:12]} (a.txt) is missing from {store.root}. {ASK_AGAIN}"
     )
     with pytest.raises(SidaError) as caught:
         store.path(artifact, "c.txt")
