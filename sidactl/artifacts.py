@@ -19,7 +19,7 @@ from sidactl import catalog, download
 from sidactl.errors import SidaError
 from sidactl.inputs import Count, Ref, Size, count_of, optional_ref, ref_text, run_of, size_of, whole
 from sidactl.recipe import HeunSpec, NetSpec, OneStepSpec
-from sidactl.store import Artifact, LiveDir, Store
+from sidactl.store import KINDS, Artifact, LiveDir, Store
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from sidactl.data import Dataset
     from sidactl.diffusion import Preconditioned
+    from sidactl.prepare import PreparedDataset
+    from sidactl.sources import ClassOrder, Convention
     from sidactl.trainer import ImageSource
 
 Tick = Callable[[int, int], None]
@@ -36,32 +38,93 @@ NetKind = Literal["teacher", "generator"]
 NETS: tuple[NetKind, ...] = ("teacher", "generator")
 NET_FILES = (".pkl", ".safetensors")
 DATA_FILES = (".zip", ".npz")
+_IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+_OTHER_FILES = {suffix: f"a single {suffix[1:].upper()} image" for suffix in _IMAGE_FILES} | {
+    ".npy": "an .npy array",
+    ".tar": "a tar archive",
+    ".tgz": "a tar archive",
+    ".gz": "a compressed file",
+    ".pt": "a torch file",
+    ".pth": "a torch file",
+    ".ckpt": "a checkpoint of another tool",
+}
+"""what people take for a dataset or network, by suffix"""
 
 
-def resolve(store: Store, text: str, kinds: Sequence[str]) -> Artifact:
+def resolve(store: Store, text: str, kinds: Sequence[str], *, any_size: bool = False) -> Artifact:
     """The artifact that `text` means: an oid, a prefix, a ref, a catalog name, a foreign file, a URL or a folder.
 
-    What is not in the run directory yet is fetched, imported or prepared first. Raises SidaError where there is none,
-    it is ambiguous, or it is of another kind.
+    What is not in the run directory yet is fetched, imported or prepared first. any_size: of images, for scores.
+    Raises SidaError where there is none, it is ambiguous, or it is of another kind.
     """
     nets = [kind for kind in NETS if kind in kinds]
     suffix = _suffix(text)
     if ("teacher" in kinds and text in catalog.TEACHERS) or ("generator" in kinds and text in catalog.GENERATORS):
         return fetch_teacher(text, run=store.root)
     if "dataset" in kinds and text in catalog.DATASETS:
-        is_prepared = not catalog.DATASETS[text].builtin and f"dataset/{text}" in store.refs()
+        is_prepared = not catalog.DATASETS[text].builtin and store.ref("dataset", text)
         return store.resolve(f"dataset/{text}") if is_prepared else prepare_data(text, run=store.root)
     if "://" in text or suffix in NET_FILES:
         if not nets:
             raise SidaError(f"{text} cannot be read as a {' or '.join(kinds)}", "Give an artifact or another file.")
         return fetch_teacher(text, kind=nets[0] if len(nets) == 1 else None, run=store.root)
     if "dataset" in kinds and (suffix in DATA_FILES or (Path(text).is_dir() and not _is_ref(store, text))):
-        return prepare_data(text, run=store.root)
+        return prepare_data(text, any_size=any_size, run=store.root)
+    if problem := _not_readable(store, text, kinds):
+        raise problem
     return store.resolve(text, kinds)
 
 
+def _not_readable(store: Store, text: str, kinds: Sequence[str]) -> SidaError | None:
+    """What is wrong with a word that is no ref but looks like a path; None for any other word."""
+    path, suffix = Path(text), _suffix(text)
+    is_below = "/" in text and text.partition("/")[0] not in KINDS
+    looks_like_path = is_below or text.startswith((".", "~")) or suffix in (*NET_FILES, *DATA_FILES, *_OTHER_FILES)
+    if _is_ref(store, text) or not (looks_like_path or path.exists()):
+        return None
+    wanted = [*([" or ".join(NET_FILES)] if set(NETS) & set(kinds) else [])]
+    wanted += ["a folder, .zip or .npz of images"] if "dataset" in kinds else []
+    if not wanted or re.fullmatch("[0-9a-fA-F]{4,}", text):
+        return None
+    if not path.exists():
+        return SidaError(f"{text}: no such file or folder", "Check the path, or see sidactl ls for names.")
+    if path.is_dir():
+        got, hint = "a folder", "Name a file in it."
+    else:
+        got = f"{_OTHER_FILES.get(suffix, f'a {suffix} file' if suffix else 'a file without a suffix')}"
+        hint = "Give the folder that it lies in." if suffix in _IMAGE_FILES else "Convert it to one of these."
+        if text.lower().endswith((".tar", ".tar.gz", ".tgz", "idx3-ubyte", "idx3-ubyte.gz")) and "dataset" in kinds:
+            hint = "Make a dataset of it with: sidactl prepare-data"
+    return SidaError(f"{text} is {got}, {' or '.join(wanted)} is needed", hint)
+
+
+def dataset_called(store: Store, name: str) -> Artifact:
+    """The dataset that a network says it is of: one of the catalog, or a ref.
+
+    What a file from outside says is a name, never the path or URL of something to be read.
+    """
+    entry = catalog.DATASETS.get(name)
+    if entry and entry.builtin:
+        return prepare_data(name, run=store.root)
+    if store.ref("dataset", name):
+        return store.resolve(f"dataset/{name}", ["dataset"])
+    if entry:
+        raise _must_be_prepared(entry)
+    raise SidaError(
+        f"the network is of dataset {name!r}, which is no name of the catalog and no ref in {store.root}",
+        "Pass the dataset: --ref in a score, --dataset in training.",
+    )
+
+
+def _must_be_prepared(entry: catalog.Dataset) -> SidaError:
+    return SidaError(
+        f"dataset {entry.name} must be prepared from its files",
+        f"Get them from {entry.where}, then run sidactl prepare-data PATH --preset {entry.name} --name {entry.name}.",
+    )
+
+
 def _is_ref(store: Store, text: str) -> bool:
-    return any(text in (ref, ref.partition("/")[2]) for ref in store.refs())
+    return bool(store.refs_called(text))
 
 
 def part_of(watcher: object, what: str) -> Tick | None:
@@ -108,8 +171,8 @@ def image_source(store: Store, artifact: Artifact) -> "ImageSource":
         return load_dataset(store, artifact)
     from sidactl import data, trainer
 
-    labels = data.read_labels(store.path(artifact, data.LABEL_FILE))
-    return trainer.ClassesAlone(len(data.class_counts(list(labels.values()))), list(labels.values()))
+    found = data.read_labels(store.path(artifact, data.LABEL_FILE))
+    return trainer.ClassesAlone(found.label_dim, list((found.labels or {}).values()))
 
 
 def fetch_teacher(
@@ -236,7 +299,8 @@ def _locate(source: str) -> tuple[catalog.Teacher | catalog.Generator | None, st
 
 
 def _suffix(path_or_url: str) -> str:
-    return Path(path_or_url.partition("?")[0]).suffix if "://" in path_or_url else Path(path_or_url).suffix
+    """The suffix in lower case, with its dot."""
+    return Path(path_or_url.partition("?")[0] if "://" in path_or_url else path_or_url).suffix.lower()
 
 
 def _kind_of(entry: catalog.Teacher | catalog.Generator) -> NetKind:
@@ -342,6 +406,7 @@ def _read_safetensors(path: Path) -> _Foreign:
         ) from error
     # Before any memory is taken for what the file merely claims to hold.
     teachers.load_weights(layout, {name: tensor.to("meta") for name, tensor in stored.items()})
+    nets.check_values(stored)
     net = nets.build(spec)
     teachers.load_weights(net, stored)
     return _Foreign(net, stored, kind, True, sampler, params)
@@ -417,14 +482,14 @@ def fetch_detector(
     Raises SidaError for an unknown name, with the nearest one, and for a file that is not that network.
     """
     entry, store = catalog.detector(name), Store.open(run)
-    source = entry.source.url if entry.source else asset_digest(str(entry.asset))
+    source = entry.source.url if entry.source else asset_digest(entry.asset) if entry.asset else name
     key = store.key("fetch-detector", {"source": source}, {})
     if known := store.asked(key):
         return known
     params: dict[str, Any] = {"name": name, "licence": entry.licence}
     files: dict[str, Path | bytes]
     if entry.source is None:
-        files = {"model.safetensors": catalog.ASSETS / str(entry.asset)}
+        files = {"model.safetensors": catalog.ASSETS / entry.asset if entry.asset else _drawn_weights()}
         return answered(store, key, store.put("detector", files, params=params), "fetch-detector", refs=[name])
     with fetched_file(store, entry.source.url, name, entry, progress, offline, mirror) as (path, sha256):
         if known := store.asked(key):
@@ -434,7 +499,7 @@ def fetch_detector(
         from sidactl import detectors
 
         # Loading refuses what is another network.
-        if path.suffix == ".pt":
+        if path.suffix.lower() == ".pt":
             detectors.load_torchscript(path)
             files = {"model.pt": path}
         else:
@@ -445,6 +510,14 @@ def fetch_detector(
         return answered(store, key, artifact, "fetch-detector", refs=[name])
 
 
+def _drawn_weights() -> bytes:
+    import safetensors.torch
+
+    from sidactl.detectors import RandomFeatures
+
+    return safetensors.torch.save(RandomFeatures.drawn())
+
+
 def read_state_dict(path: Path | str) -> "dict[str, Tensor]":
     """The tensors by name of a .safetensors or .pth file; the latter by torch's reader for weights alone."""
     import pickle
@@ -453,7 +526,7 @@ def read_state_dict(path: Path | str) -> "dict[str, Tensor]":
     import torch
 
     try:
-        if Path(path).suffix == ".safetensors":
+        if Path(path).suffix.lower() == ".safetensors":
             return safetensors.torch.load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
@@ -501,11 +574,16 @@ def prepare_data(
     transform: str | None = None,
     resolution: Size | None = None,
     max_images: Count | None = None,
+    channels: int | None = None,
+    exif_rotate: bool = False,
+    class_order: "ClassOrder | None" = None,
+    convention: "Convention | None" = None,
     workers: int | None = None,
     skip_bad: bool = False,
     latents: bool = False,
     labels_only: bool = False,
     classes: SupportsIndex | None = None,
+    any_size: bool = False,
     name: str | None = None,
     run: RunDir = None,
     device: str | None = None,
@@ -517,6 +595,7 @@ def prepare_data(
     Takes what `prepare.prepare` takes; an interrupted preparation goes on where it was, to the same artifact.
     latents: the VAE's means and standard deviations of the images instead, for EDM2; the source may then be a dataset
         artifact too. The VAE runs on `device`.
+    any_size: images of any one size, to be scored; nets are trained on squares with a side that is a power of two.
     labels_only: no images, but their classes, from a dataset.json; or, without a source, `classes` of them, each once.
         That is all that mode sid needs for its training batches.
 
@@ -534,6 +613,16 @@ def prepare_data(
         "max_images": None if max_images is None else count_of(max_images, "--max-images"),
         "skip_bad": skip_bad,
     }
+    # Only what is not as usual, so that a dataset prepared as usual keeps its oid.
+    others = {
+        "channels": channels,
+        "exif_rotate": exif_rotate,
+        "class_order": None if class_order == "numeric" and convention is None else class_order,
+        "convention": convention,
+        # Which ones: once it was the first so many.
+        "subset": "by class in turn" if max_images is not None and convention is None else None,
+    }
+    options |= {option: value for option, value in others.items() if value}
     if labels_only or classes is not None:
         if latents or any(options.values()):
             raise SidaError("labels without images take no options of images, got some", "Leave them out.")
@@ -542,7 +631,7 @@ def prepare_data(
         raise SidaError("a source is needed, got none", "Name a folder, an archive, or tiny-digits.")
     if latents:
         return _prepare_latents(store, source, options, workers, name, device, force, tick)
-    return _prepare_images(store, source, options, workers, name, force, tick)
+    return _prepare_images(store, source, options, workers, name, force, tick, any_size=any_size)
 
 
 def _prepare_images(
@@ -553,14 +642,16 @@ def _prepare_images(
     name: str | None,
     force: bool,
     tick: Tick | None,
+    *,
+    any_size: bool = False,
 ) -> Artifact:
-    key = store.key("prepare-data", {"source": source_identity(source), **options}, {})
+    question: dict[str, Any] = {"source": source_identity(source), **options}
+    key = store.key("prepare-data", question, {})
+    if any_size and (force or not store.asked(key)):  # what is fit for training is fit for scores
+        key = store.key("prepare-data", question | {"any_size": True}, {})
     entry = catalog.DATASETS.get(source)
     if entry and not entry.builtin and not Path(source).exists():
-        raise SidaError(
-            f"dataset {source} must be prepared from its files",
-            f"Get them from {entry.where}, then run sidactl prepare-data PATH --preset {source} --name {source}.",
-        )
+        raise _must_be_prepared(entry)
     refs = [*([source] if entry and entry.builtin else []), *([name] if name else [])]
     with _answering(store, key, source, force) as work:
         if isinstance(work, Artifact):
@@ -569,14 +660,18 @@ def _prepare_images(
         from sidactl.data import Dataset
 
         path = work.path / "images.zip"
-        made = prepare.prepare(source, path, **options, workers=workers, work=work.path, progress=tick)
+        say = download.to_stderr
+        chosen = {option: value for option, value in options.items() if option != "subset"}
+        made = prepare.prepare(
+            source, path, **chosen, any_size=any_size, workers=workers, work=work.path, progress=tick, say=say
+        )
         files: dict[str, Path | bytes] = {"images.zip": path}
         if made.kind == "pixels":
             files["contact-sheet.png"] = prepare.contact_sheet(Dataset(path))
-        results = dataclasses.asdict(made)
+        results = _results(made)
         entry = entry or catalog.DATASETS.get(options["preset"] or "")
         params: dict[str, Any] = {
-            "name": name or Path(source).name,
+            "name": name or _json_name(Path(source).name),
             "licence": entry.licence if entry else None,
         }
         artifact = store.put("dataset", files, params={**params, **options}, results=results)
@@ -627,6 +722,7 @@ def _prepare_latents(
             device=chosen,
             work=work.path,
             progress=tick,
+            say=download.to_stderr,
         )
         files = {"images.zip": path, "contact-sheet.png": store.path(pixels, "contact-sheet.png")}
         params = {
@@ -634,10 +730,21 @@ def _prepare_latents(
             "licence": pixels.params["licence"],
             "vae": codec.VAE_NAME,
         }
-        results = dataclasses.asdict(made) | {"skipped": pixels.results["skipped"]}
+        results = _results(made) | {"skipped": pixels.results["skipped"]}
         artifact = store.put("dataset", files, inputs={"dataset": pixels.oid}, params=params, results=results)
         engine.agreed(lambda: artifact.oid)
         return answered(store, key, artifact, "prepare-data", refs=refs)
+
+
+def _results(made: "PreparedDataset") -> dict[str, Any]:
+    """A preparation's results; a width and names of classes only where there are some."""
+    rare = ("width", "class_names")
+    return {name: value for name, value in dataclasses.asdict(made).items() if name not in rare or value}
+
+
+def _json_name(path: str) -> str:
+    """A path as JSON holds it, whatever its bytes."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _help_with_latents(store: Store, device: "torch.device") -> Artifact:
@@ -666,16 +773,17 @@ def _prepare_labels(store: Store, source: str | None, classes: int | None, name:
     refs = [name] if name else []
     if not force and (known := store.asked(key)):
         return named(store, known, refs)
-    from sidactl.data import LABEL_FILE, MAX_LABEL, class_counts, read_labels
+    from sidactl.data import LABEL_FILE, MAX_LABEL, LabelFile, class_counts, read_labels
 
     if source is not None:
-        labels = read_labels(Path(source))
+        found = read_labels(Path(source))
     else:
         assert classes is not None
         if not 1 <= classes <= MAX_LABEL + 1:
             raise SidaError(f"--classes must be from 1 to {MAX_LABEL + 1}, got {classes}", "Pass the teacher's number.")
-        labels = {f"class {index}": index for index in range(classes)}
-    counts = class_counts(list(labels.values()))
+        found = LabelFile({f"class {index}": index for index in range(classes)})
+    labels = found.labels or {}
+    counts = class_counts(list(labels.values()), found.label_dim)
     results: dict[str, Any] = {
         "num_images": len(labels),
         "resolution": None,
@@ -685,8 +793,10 @@ def _prepare_labels(store: Store, source: str | None, classes: int | None, name:
         "skipped": [],
         "kind": "labels",
     }
-    params = {"name": name or (Path(source).name if source else f"classes-{classes}"), "licence": None}
-    document = json.dumps({"labels": list(labels.items())}).encode()
+    names = {"class_names": found.class_names} if found.class_names else {}
+    results |= names
+    params = {"name": name or (_json_name(Path(source).name) if source else f"classes-{classes}"), "licence": None}
+    document = json.dumps({"labels": list(labels.items()), **names}).encode()
     artifact = store.put("dataset", {LABEL_FILE: document}, params=params, results=results)
     return answered(store, key, artifact, "prepare-data", refs=refs)
 
@@ -779,7 +889,7 @@ def source_identity(source: str) -> Any:
     if path.is_file():
         labels = path.with_name(path.name.replace("images-idx3", "labels-idx1").replace("images.idx3", "labels.idx1"))
         files = [path] if labels == path or not labels.exists() else [path, labels]
-        return [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+        return [[_json_name(str(p.resolve())), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
     total = hashlib.sha256()
     for folder, subfolders, names in os.walk(path, followlinks=True):
         here = os.path.realpath(folder)
@@ -789,8 +899,9 @@ def source_identity(source: str) -> Any:
             file = os.path.join(folder, name)
             if os.path.isfile(file):
                 stat = os.stat(file)
-                total.update(f"{os.path.relpath(file, path)}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
-    return [str(path.resolve()), total.hexdigest()]
+                encoded = os.fsencode(os.path.relpath(file, path))
+                total.update(encoded + f"\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+    return [_json_name(str(path.resolve())), total.hexdigest()]
 
 
 def _is_within(folder: str, other: str) -> bool:
@@ -798,14 +909,15 @@ def _is_within(folder: str, other: str) -> bool:
 
 
 def answered(store: Store, key: str, artifact: Artifact, command: str, *, refs: Sequence[str] = ()) -> Artifact:
-    store.answer(key, artifact.oid)
     now = datetime.now(UTC).isoformat(timespec="seconds")
+    # In this order, so that every answer is in the log, by which verify knows one that was swapped.
     store.log({"time": now, "command": command, "key": key, "oid": artifact.oid})
+    store.answer(key, artifact.oid)
     return named(store, artifact, refs)
 
 
 def named(store: Store, artifact: Artifact, refs: Sequence[str]) -> Artifact:
     for name in refs:
-        if store.refs().get(f"{artifact.kind}/{name}") != artifact.oid:
+        if store.ref(artifact.kind, name) != artifact.oid:
             store.set_ref(artifact.kind, name, artifact.oid)
     return artifact

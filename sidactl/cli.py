@@ -6,6 +6,7 @@ import difflib
 import inspect
 import json
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -23,7 +24,7 @@ from typer.core import TyperGroup
 
 from sidactl import __version__, inputs, ui
 from sidactl.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, SidaError
-from sidactl.recipe import Adversarial, Execution, NetSpec, Recipe, Setting, TeacherRecipe
+from sidactl.recipe import Adversarial, Execution, NetSpec, Recipe, Setting, TeacherRecipe, flag_of
 
 if TYPE_CHECKING:
     from sidactl.catalog import Published, Row
@@ -260,7 +261,21 @@ def prepare_data(
     preset: Annotated[str | None, typer.Option(metavar="NAME", help="the paper's preparation of a dataset")] = None,
     transform: Annotated[str | None, typer.Option(metavar="NAME", help="center-crop, center-crop-wide, ...")] = None,
     resolution: Annotated[str | None, typer.Option(metavar="WxH", help="size to scale to, such as 64x64")] = None,
-    max_images: Annotated[str | None, typer.Option(metavar="COUNT", help="only the first so many")] = None,
+    max_images: Annotated[
+        str | None, typer.Option(metavar="COUNT", help="only so many, by class in turn; at random without classes")
+    ] = None,
+    channels: Annotated[
+        int | None, typer.Option(metavar="1|3", help="1 makes all images grey (ITU-R 601), 3 all RGB")
+    ] = None,
+    exif_rotate: Annotated[
+        bool, typer.Option("--exif-rotate", help="turn images as their orientation tag says; ignored if not given")
+    ] = False,
+    class_order: Annotated[
+        str, typer.Option(metavar="NAME", help="of folders that are whole numbers: numeric, or text (1, 10, 2)")
+    ] = "numeric",
+    convention: Annotated[
+        str | None, typer.Option(metavar="NAME", help="edm or edm2: classes, order and modes as its tool takes them")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="decoding threads; one per core if not given")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave out images that cannot be read")] = False,
     latents: Annotated[bool, typer.Option("--latents", help="the VAE's latents of the images, for EDM2")] = False,
@@ -280,12 +295,16 @@ def prepare_data(
 ) -> None:
     """Make a dataset from images; prints its oid.
 
-    SOURCE is a folder (its top-level folders, or its dataset.json, are the classes), a zip (one in the EDM or EDM2
-    layout is verified and taken as it is), cifar-10-python.tar.gz, MNIST's IDX files, an ImageNet training folder, an
-    npz batch, or tiny-digits; with --latents a dataset artifact, too.
+    SOURCE is a folder or zip of images (a zip in the EDM or EDM2 layout is verified and taken as it is), ImageNet as a
+    folder, Kaggle's zip or ILSVRC2012_img_train.tar, cifar-10-python.tar.gz, MNIST's IDX files, an npz batch, or
+    tiny-digits; with --latents a dataset artifact, too.
 
-    Image files become 8-bit RGB: grey, palette and CMYK images are converted, alpha is dropped, the first frame of an
-    animation is taken, RGB of 16 bits is cut to 8. Refused: 16-bit grey, damaged files, absurd sizes.
+    Classes come from dataset.json, or else from the folders, in a zip as well: numbered from 0 in the order of their
+    names, and by number where all are whole numbers. Hidden and system files are passed over.
+
+    Image files become 8-bit RGB unless --channels says otherwise: grey, palette and CMYK images are converted, alpha is
+    dropped, the first frame of an animation is taken, RGB of 16 bits is cut to 8, orientation tags are ignored unless
+    --exif-rotate is given. Refused: 16-bit grey, damaged files, absurd sizes.
 
     An interrupted preparation goes on with the same command.
 
@@ -302,6 +321,10 @@ def prepare_data(
             transform=transform,
             resolution=None if resolution is None else inputs.size_of(resolution, "--resolution"),
             max_images=_count(max_images, "--max-images"),
+            channels=channels,
+            exif_rotate=exif_rotate,
+            class_order=class_order,  # type: ignore[arg-type]  # prepare checks it, as the next
+            convention=convention,  # type: ignore[arg-type]
             workers=workers,
             skip_bad=skip_bad,
             latents=latents,
@@ -314,6 +337,7 @@ def prepare_data(
             tick=tick,
         )
     _tell_skipped(artifact.results)
+    _tell_classes(artifact.results)
     if stats:
         with _ticking("feature statistics") as tick:
             made = ops.dataset_stats(artifact.oid, detector=detector, run=run, device=device, tick=tick)
@@ -329,6 +353,19 @@ def _tell_skipped(results: Mapping[str, Any]) -> None:
         rest = f"; and {len(skipped) - 3:,} more" if len(skipped) > 3 else ""
         total = results["num_images"] + len(skipped)
         ui.warn(f"{len(skipped):,} of {total:,} images were left out: {first}{rest}")
+
+
+def _tell_classes(results: Mapping[str, Any]) -> None:
+    """One line with the first few classes by index and name, and those without images."""
+    names, counts = results.get("class_names"), results["class_counts"]
+    if names:
+        empty = sum(not count for count in counts)
+        ui.note(f"{_named_classes(names)}{f'; {empty:,} of them without images' if empty else ''}")
+
+
+def _named_classes(names: Sequence[str]) -> str:
+    first = ", ".join(f"{index} {name}" for index, name in enumerate(names[:5]))
+    return f"{len(names):,} classes: {first}{', ...' if len(names) > 5 else ''}"
 
 
 # Training. A command's recipe flags are made from the recipe's fields, so that each is written once.
@@ -350,16 +387,12 @@ def _field_docs(cls: type) -> Mapping[str, str]:
     return docs
 
 
-def _flag(field: str) -> str:
-    return "--" + inputs.word_of(field).replace("_", "-")
-
-
 def _metavar(field: dataclasses.Field[Any]) -> str:
     return "COUNT" if inputs.is_count(field) else "true|false" if field.type is bool else "VALUE"
 
 
 def _parser(field: dataclasses.Field[Any]) -> Callable[[str], Any]:
-    flag, allows_none = _flag(field.name), "None" in str(field.type)
+    flag, allows_none = flag_of(field.name), "None" in str(field.type)
 
     def parse(text: str) -> Any:
         if allows_none and text.lower() == "none":
@@ -430,8 +463,8 @@ def recipe_flags(*classes: type) -> Callable[[Callable[..., None]], Callable[...
 def _option(name: str, field: "dataclasses.Field[Any]", doc: str) -> Any:
     """The annotation of a field's option; what is off by default is a switch."""
     if field.default is False:
-        return Annotated[bool | None, typer.Option(_flag(name), help=doc)]
-    return Annotated[Any, typer.Option(_flag(name), parser=_parser(field), metavar=_metavar(field), help=doc)]
+        return Annotated[bool | None, typer.Option(flag_of(name), help=doc)]
+    return Annotated[Any, typer.Option(flag_of(name), parser=_parser(field), metavar=_metavar(field), help=doc)]
 
 
 Log = Annotated[
@@ -469,6 +502,25 @@ def train_teacher(
 TeacherRef = Annotated[str, _ref_option("a teacher artifact or a name from ls --catalog")]
 RealImages = Annotated[str | None, _ref_option("real images; the teacher's own if not given")]
 Compared = Annotated[str | None, _ref_option("what to score against; the dataset if not given", "--ref")]
+NoScore = Annotated[bool, typer.Option("--no-score", help="score nothing; the last generator is the result")]
+RunDetector = Annotated[
+    str | None,
+    typer.Option(
+        "--detector",
+        metavar="NAME",
+        help="what scores the run: inception, dinov2, tiny-digits, random-features or a file; the reference's own, "
+        "of a dataset of your own random-features",
+    ),
+]
+NoTeacherScore = Annotated[
+    bool, typer.Option("--no-teacher-score", help="do not score the teacher at the end, for comparison")
+]
+AllowUntrained = Annotated[
+    bool,
+    typer.Option(
+        "--allow-untrained", help="go on where the run ends before the generator, or its adversarial part, trains"
+    ),
+]
 
 
 @app.command("distill")
@@ -480,6 +532,10 @@ def distill(
     generator: Annotated[str | None, _ref_option("where sid2a starts")] = None,
     dataset: RealImages = None,
     reference: Compared = None,
+    detector: RunDetector = None,
+    no_score: NoScore = False,
+    no_teacher_score: NoTeacherScore = False,
+    allow_untrained: AllowUntrained = False,
     log: Log = None,
     name: Name = None,
     run: Run = None,
@@ -492,9 +548,16 @@ def distill(
 
     Example: sidactl distill --teacher tiny-digits --mode sida | sidactl sample --num 10k | sidactl fid
     """
-    arguments = {"teacher": teacher, "mode": mode, "generator": generator, "dataset": dataset}
-    others = {"reference": reference, "name": name, "run": run, "device": device, "force": force}
-    _distill(arguments, others, overrides, log, as_json, dry_run)
+    planned: dict[str, Any] = {
+        "teacher": teacher,
+        "mode": mode,
+        "generator": generator,
+        "dataset": dataset,
+        "reference": reference,
+    }
+    planned |= {"score": not no_score, "detector": detector, "allow_untrained": allow_untrained, "device": device}
+    others = {"teacher_score": not no_teacher_score, "name": name, "run": run, "force": force}
+    _distill(planned, others, overrides, log, as_json, dry_run)
 
 
 @app.command("finetune-sid2a")
@@ -505,6 +568,10 @@ def finetune_sid2a(
     overrides: Mapping[str, Any],
     dataset: RealImages = None,
     reference: Compared = None,
+    detector: RunDetector = None,
+    no_score: NoScore = False,
+    no_teacher_score: NoTeacherScore = False,
+    allow_untrained: AllowUntrained = False,
     log: Log = None,
     name: Name = None,
     run: Run = None,
@@ -517,9 +584,16 @@ def finetune_sid2a(
 
     Example: sidactl finetune-sid2a --teacher tiny-digits --generator generator/tiny-digits-sid
     """
-    arguments = {"teacher": teacher, "mode": "sid2a", "generator": generator, "dataset": dataset}
-    others = {"reference": reference, "name": name, "run": run, "device": device, "force": force}
-    _distill(arguments, others, overrides, log, as_json, dry_run)
+    planned: dict[str, Any] = {
+        "teacher": teacher,
+        "mode": "sid2a",
+        "generator": generator,
+        "dataset": dataset,
+        "reference": reference,
+    }
+    planned |= {"score": not no_score, "detector": detector, "allow_untrained": allow_untrained, "device": device}
+    others = {"teacher_score": not no_teacher_score, "name": name, "run": run, "force": force}
+    _distill(planned, others, overrides, log, as_json, dry_run)
 
 
 def _distill(
@@ -537,7 +611,10 @@ def _distill(
     execution = Execution(**{name: value for name, value in overrides.items() if name in settings})
     overrides = {name: value for name, value in overrides.items() if name not in settings}
     if dry_run:
-        _print_plan(planned, others["run"], overrides, execution)
+        from sidactl import logs
+
+        logs.check(log or ())
+        _print_plan(planned, others["run"], overrides, execution, with_teacher_score=others["teacher_score"])
         return
     with _watching(log) as watch:
         artifact = ops.distill(**planned, **others, execution=execution, watch=watch, **overrides)
@@ -545,12 +622,21 @@ def _distill(
 
 
 def _print_plan(
-    arguments: Mapping[str, Any], run: Path | None, overrides: Mapping[str, Any], execution: Execution
+    arguments: Mapping[str, Any],
+    run: Path | None,
+    overrides: Mapping[str, Any],
+    execution: Execution,
+    *,
+    with_teacher_score: bool,
 ) -> None:
-    from sidactl import ops
+    from sidactl import ops, preflight
     from sidactl.store import Store
 
     planned = ops.plan(**arguments, store=Store.open(run), overrides=overrides, execution=execution)
+    for warning in planned.warnings:
+        ui.warn(warning)
+    for note in planned.notes:
+        ui.note(note)
     recipe, cost, one = planned.recipe, planned.cost, planned.memory[1, execution.shard]
     pace = f"{cost.sec_per_kimg:g} s per 1,000 images on {cost.machine}, as published" if cost else "not published"
     at_once = execution.batch_per_device or recipe.batch_size // recipe.num_accumulation_rounds
@@ -572,7 +658,29 @@ def _print_plan(
         "hours": None if planned.hours is None else round(planned.hours, 1),
         "pace": pace,
     }
-    ui.print_json({"inputs": dict(planned.inputs), "recipe": recipe.to_json(), "estimate": estimate})
+    scoring = planned.scoring and {
+        "score": planned.scoring.score_name,
+        "detector": planned.scoring.detector,
+        "reference": planned.scoring.reference.text,
+        "evaluations": planned.num_evaluations,
+        "images": recipe.evaluate_num,
+        "teacher_at_the_end": with_teacher_score,
+    }
+    ui.print_json(
+        {
+            "inputs": dict(planned.inputs),
+            "recipe": recipe.to_json(),
+            "stages": [{"trains": name, "from_nimg": start} for name, start in recipe.stages().items()],
+            "scoring": scoring,
+            "first": [dataclasses.asdict(need) for need in planned.needs],
+            "missing": [str(problem) for problem in planned.missing],
+            "estimate": estimate
+            | {
+                "disk_gb": round(preflight.disk_bytes(one.num_parameters) / 1e9, 2),
+                "disk_free_gb": round(planned.free_bytes / 1e9, 2),
+            },
+        }
+    )
 
 
 _LOSS_NAMES = {
@@ -602,11 +710,13 @@ def _watching(log: Sequence[str] | None) -> Iterator[_Shown]:
 
     with ui.display() as display:
         shown: Callable[[], ui.Progress] | None = None
+        score_name = "score"
 
         def watch(event: "Event") -> None:
-            nonlocal shown
+            nonlocal shown, score_name
             values = event.values
             if event.kind == "started":
+                score_name = values.get("score_name", score_name)
                 shown = partial(display.show, values["title"], values["duration_nimg"])
                 shown()
                 return
@@ -617,8 +727,8 @@ def _watching(log: Sequence[str] | None) -> Iterator[_Shown]:
                 skipped = {"skipped updates": values["skipped_steps"]} if values["skipped_steps"] else {}
                 progress.update(event.nimg, {"stage": values["stage"], **losses, **skipped})
             elif event.kind == "evaluation":
-                progress.update(event.nimg, {"score": f"{values['score']:.4g}"})
-                progress.note(f"score {values['score']:.4g} after {event.nimg:,} images")
+                progress.update(event.nimg, {score_name: f"{values['score']:.4g}"})
+                progress.note(f"{score_name} {values['score']:.4g} after {event.nimg:,} images")
             elif event.kind == "resumed":
                 progress.note(f"going on from the checkpoint at {event.nimg:,} images")
                 progress.update(event.nimg)
@@ -697,7 +807,9 @@ def sample(
         str | None, typer.Option(metavar="COUNT", help="how many images, from seed 0 on, such as 10k; 64 if not given")
     ] = None,
     seeds: Annotated[str | None, typer.Option(metavar="LIST", help="which seeds, such as 0-63 or 5,7,100-199")] = None,
-    class_index: Annotated[int | None, typer.Option("--class", metavar="K", help="one class for all images")] = None,
+    class_index: Annotated[
+        str | None, typer.Option("--class", metavar="K|NAME", help="one class for all images: its index, or its name")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="number of sampling steps")] = None,
     sampler: Annotated[str | None, typer.Option(metavar="NAME", help="one-step, or heun for a teacher")] = None,
     guide: Annotated[str | None, _ref_option("a weaker teacher to move away from")] = None,
@@ -721,7 +833,7 @@ def sample(
         result = ops.sample(
             _from_pipe(ref),
             seeds=chosen,
-            class_index=class_index,
+            class_index=int(class_index) if class_index and re.fullmatch("-?[0-9]{1,9}", class_index) else class_index,
             steps=steps,
             sampler=sampler,  # type: ignore[arg-type]  # ops checks it, with a better error
             guide=guide,
@@ -745,6 +857,9 @@ def score_flags(command: Callable[..., "Score"]) -> Callable[..., None]:
         num: Annotated[
             str | None, typer.Option(metavar="COUNT", help="images per trial; 50k, or all of samples and folders")
         ] = None,
+        subset_seed: Annotated[
+            int | None, typer.Option(help="what draws --num images where samples or folders hold more; 0")
+        ] = None,
         trials: Annotated[int, typer.Option(help="repetitions with fresh seeds")] = 1,
         first_seed: Annotated[int, typer.Option(help="seed of the first image of the first trial")] = 0,
         labels: Annotated[
@@ -752,7 +867,9 @@ def score_flags(command: Callable[..., "Score"]) -> Callable[..., None]:
         ] = "uniform",
         detector: Annotated[
             str | None,
-            typer.Option(metavar="NAME", help="inception, dinov2, tiny-digits or a file; the reference's own"),
+            typer.Option(
+                metavar="NAME", help="inception, dinov2, tiny-digits, random-features or a file; the reference's own"
+            ),
         ] = None,
         convention: Annotated[
             str, typer.Option(metavar="NAME", help="whose arithmetic: edm, sid or guided-diffusion")
@@ -881,7 +998,8 @@ def show(
         ui.print_data(f"  {'file':8} {name} ({ui.format_bytes(artifact.files[name].size_bytes)}): {path}")
     for title, values in (("setting", artifact.params), ("result", artifact.results)):
         for key, value in values.items():
-            ui.print_data(f"  {title:8} {key}: {_short(value)}")
+            told = _named_classes(value) if key == "class_names" else value  # type: ignore[arg-type]
+            ui.print_data(f"  {title:8} {key}: {_short(told)}")
     for score in described.scores:
         for line in _score_lines(score):
             ui.print_data(f"  {'score':8} {line}")
@@ -976,7 +1094,7 @@ def verify(run: Run = None, as_json: Json = False) -> None:
             ui.print_data(f"{name}: {problem}")
     if problems:
         told = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in the run directory"
-        raise SidaError(told, "Ask again with --force for what is damaged.", exit_code=EXIT_FAILED)
+        raise SidaError(told, "Each line says what helps.", exit_code=EXIT_FAILED)
     ui.note("no problem found")
 
 
@@ -1071,14 +1189,23 @@ def _print_artifact(artifact: "Artifact", as_json: bool) -> None:
 
 
 def _print_generator(artifact: "Artifact", as_json: bool) -> None:
+    from sidactl.scores import score_name
+
     results: Mapping[str, Any] = artifact.results
+    recipe, seen = Recipe.from_json(artifact.params["recipe"]), results["images_seen"]  # type: ignore[arg-type]
     look = f"Look at it: sidactl export {artifact.oid[:12]} FOLDER"
+    if untrained := recipe.untrained(seen):
+        start = "its teacher" if recipe.mode != "sid2a" else "the generator that it started from"
+        what = f"it is {start}, unchanged" if "generator" in untrained else "it is from before the adversarial part"
+        ui.warn(f"nothing of the {untrained[0]} was trained in the {seen:,} images of this generator: {what}")
     if results["selection_score"] is None:
-        ui.note(f"last generator, not scored: {results['images_seen']:,} images, one step. {look}")
+        ui.note(f"last generator, not scored: {seen:,} images, one step. {look}")
     else:
+        teacher = results["teacher_score"]
+        beside = "not scored" if teacher is None else f"{teacher:.4g}"
         ui.note(
-            f"best generator: score {results['selection_score']:.4g} after {results['images_seen']:,} images, one "
-            f"step; its teacher: {results['teacher_score']:.4g}. {look}"
+            f"best generator: {score_name(str(results['detector']))} {results['selection_score']:.4g} after {seen:,} "
+            f"images, one step; its teacher: {beside}. {look}"
         )
     _print_artifact(artifact, as_json)
 
@@ -1101,6 +1228,9 @@ def _score_lines(score: "Score") -> list[str]:
     """One line per number: mean, standard deviation, minimum, and how it was made."""
     told = score.to_json()
     trials = f"{len(told['seeds'])} x {score.num:,} images" if told["seeds"] else f"{score.num:,} images"
+    if "subset_of" in score.settings:
+        of, seed = score.settings["subset_of"], score.settings["subset_seed"]
+        trials = f"{score.num:,} of {of:,} images, drawn by seed {seed}"
 
     def line(name: str, n: Mapping[str, Any]) -> str:
         spread = "" if n["std"] is None else f" +- {n['std']:.2g} (minimum {n['minimum']:.4g})"

@@ -13,7 +13,8 @@ import weakref
 import zipfile
 import zlib
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,54 @@ from sidactl.errors import SidaError
 MAX_MEMBER_BYTES = 1 << 29
 MAX_LABEL = 999_999
 LABEL_FILE = "dataset.json"
+IMAGE_FORMATS = frozenset(
+    ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP")
+)
+"""Pillow's names of the formats that it decodes itself: no Ghostscript, and no readers that others plug in"""
+IMAGE_SUFFIXES = frozenset(
+    f".{word}"
+    for words in (
+        ("apng", "avif", "bmp", "dib", "gif", "j2c", "j2k", "jfif", "jp2", "jpc", "jpe", "jpeg", "jpf", "jpg", "jpx"),
+        ("mpo", "pbm", "pcx", "pgm", "png", "pnm", "ppm", "qoi", "rgb", "rgba", "sgi", "tga", "tif", "tiff", "webp"),
+    )
+    for word in words
+)
+"""lower case; fixed, so that no image is passed over where Pillow was built without its format"""
+_SYSTEM_NAMES = frozenset(("__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "lost+found"))
 _MEMBER_HEAD_BYTES = 256
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is an image by its suffix."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def is_item(name: str) -> bool:
+    """Whether a member of a dataset zip is an image or the latents of one, and not hidden."""
+    return (is_image(name) or name.lower().endswith(".npy")) and not is_hidden(name)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a relative path is, or lies in, what systems and tools hide there: `.DS_Store`, `__MACOSX/x.png`."""
+    parts = name.split("/")
+    return any((part.startswith(".") and part != ".") or part.lower() in _SYSTEM_NAMES for part in parts)
+
+
+def printable(name: str) -> str:
+    """A file's name for messages and JSON: bytes that are no UTF-8, line breaks and the like are escaped."""
+
+    def escaped(letter: str) -> str:
+        byte = ord(letter) - 0xDC00  # how Python holds a byte of a file's name that is no UTF-8
+        return f"\\x{byte:02x}" if 0x80 <= byte < 0x100 else letter.encode("unicode_escape").decode()
+
+    return name if name.isprintable() else "".join(c if c.isprintable() else escaped(c) for c in name)
+
+
+@cache
+def image_formats() -> tuple[str, ...]:
+    """Those of IMAGE_FORMATS that Pillow was built with."""
+    Image.init()
+    return tuple(sorted(IMAGE_FORMATS & set(Image.OPEN)))
 
 
 class _Member(NamedTuple):
@@ -48,17 +96,19 @@ def _directory(data: mmap.mmap) -> Iterator[_Member]:
     end = data.rfind(b"PK\x05\x06", max(len(data) - (1 << 16) - 22, 0))
     if end < 0 or end + 22 > len(data):
         raise zipfile.BadZipFile("File is not a zip file")
-    size, start = struct.unpack_from("<II", data, end + 12)
+    total, size, start = struct.unpack_from("<HII", data, end + 10)
+    modulus = 1 << 16  # some tools count no further, and write no 64-bit record
     if data[max(end - 20, 0) : end].startswith(b"PK\x06\x07"):
         # The 64-bit record stands right before its locator; where it says it is may count from another beginning.
         end -= 76
         if end < 0 or data[end : end + 4] != b"PK\x06\x06":
             raise zipfile.BadZipFile("Corrupt zip64 end of central directory record")
-        size, start = struct.unpack_from("<QQ", data, end + 40)
+        total, size, start = struct.unpack_from("<QQQ", data, end + 32)
+        modulus = 1 << 64
     shift = end - size - start  # what stands before the zip
     if shift < 0:
         raise zipfile.BadZipFile("Bad offset for central directory")
-    position = end - size
+    position, count = end - size, 0
     while position < end:
         if data[position : position + 4] != b"PK\x01\x02" or position + 46 > end:
             raise zipfile.BadZipFile("Bad magic number for central directory")
@@ -75,9 +125,21 @@ def _directory(data: mmap.mmap) -> Iterator[_Member]:
             full, packed, offset = _in_64_bits(extra, (full, packed, offset))
         if max(full, packed, offset) >= 1 << 62:
             raise zipfile.BadZipFile("Sizes beyond any file")
-        yield _Member(
-            name.decode("utf-8" if flags & 0x800 else "cp437"), flags, method, checksum, packed, full, offset + shift
-        )
+        count += 1
+        yield _Member(name.decode(_encoding(flags)), flags, method, checksum, packed, full, offset + shift)
+    if count % modulus != total:
+        raise zipfile.BadZipFile(f"Central directory holds {count} members, not {total}")
+
+
+def check_directory(path: Path) -> None:
+    """Raises BadZipFile where a zip's directory does not hold as many members as it says; Python's reader lets it."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for _ in _directory(data):
+            pass
+
+
+def _encoding(flags: int) -> str:
+    return "utf-8" if flags & 0x800 else "cp437"
 
 
 def _in_64_bits(extra: bytes, fields: tuple[int, int, int]) -> Iterator[int]:
@@ -97,9 +159,9 @@ def _in_64_bits(extra: bytes, fields: tuple[int, int, int]) -> Iterator[int]:
 class ZipArchive:
     """The members of a zip, read at random.
 
-    No read depends on a file position, so threads and forked processes may share it; a pickled copy opens the file
-    again. Raises SidaError for a file that is no zip, and for one whose names are absolute, climb out with '..' or
-    occur twice.
+    `names` of its files, `folders` that it lists, without their "/". No read depends on a file position, so threads
+    and forked processes may share it; a pickled copy opens the file again. Raises SidaError for a file that is no zip,
+    and for one whose names are absolute, climb out with '..' or occur twice.
     """
 
     def __init__(self, path: Path) -> None:
@@ -108,22 +170,28 @@ class ZipArchive:
             self._fd = self._open()
             self._row: dict[str, int] = {}
             # Numbers in one array: as objects of zipfile those of a million images would take a gigabyte.
-            table = array("q")
+            table, folders = array("q"), []
             # Mapped for this alone: pages of a map that was read all over would count as this process's memory.
             with mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ) as data:
                 for member in _directory(data):
-                    if not member.name.endswith("/"):
-                        self._check(member)
-                        self._row[member.name] = len(self._row)
-                        table.extend((member.offset, member.packed_size, member.size, member.checksum, member.method))
+                    if member.name.endswith("/"):
+                        if member.size:
+                            raise zipfile.BadZipFile("A folder with content")
+                        folders.append(member.name[:-1])
+                        continue
+                    self._check(member)
+                    self._row[member.name] = len(self._row)
+                    numbers = (member.offset, member.packed_size, member.size, member.checksum, member.method)
+                    table.extend((*numbers, member.flags))
         except FileNotFoundError as error:
             raise SidaError(f"dataset {path} does not exist", "Check the path.") from error
         except (OSError, zipfile.BadZipFile, ValueError) as error:
             raise SidaError(
                 f"{path} is not a readable zip ({first_line(error)})", "Copy or download it again."
             ) from error
-        self._table = np.frombuffer(table, dtype=np.int64).reshape(-1, 5)
+        self._table = np.frombuffer(table, dtype=np.int64).reshape(-1, 6)
         self.names: tuple[str, ...] = tuple(self._row)
+        self.folders = tuple(folders)
 
     def _check(self, member: "_Member") -> None:
         name = member.name
@@ -161,25 +229,58 @@ class ZipArchive:
     def __contains__(self, name: str) -> bool:
         return name in self._row
 
+    def check(self, names: Iterable[str]) -> None:
+        """Compares the directory's entries of these members with their own headers; SidaError where they differ.
+
+        That is a part of every `read`: it is for members that are left out for what the directory says of them.
+        """
+        rows = sorted((int(self._table[self._row[name], 0]), name) for name in names)
+        for offset, name in rows:
+            if self._data_start(name, os.pread(self._fd, 30 + _MEMBER_HEAD_BYTES, offset)) is None:
+                raise self._damaged(name)
+
+    def _data_start(self, name: str, head: bytes) -> int | None:
+        """Where the data begins after its own header, whose first bytes are `head`; None where the header is another.
+
+        Source: APPNOTE 6.3.10 (PKWARE), section 4.3.7.
+        """
+        offset, packed_size, size, checksum, method, flags = (int(value) for value in self._table[self._row[name]])
+        if len(head) < 30 or head[:4] != b"PK\x03\x04":
+            return None
+        own_flags, own_method, own_checksum, own_packed, own_size = struct.unpack_from("<HH4xIII", head, 6)
+        # The local header's own extra field may differ in length from the central directory's.
+        name_length, extra_length = struct.unpack_from("<HH", head, 26)
+        own_name = head[30 : 30 + name_length]
+        if len(own_name) < name_length:
+            own_name = os.pread(self._fd, name_length, offset + 30)
+        if own_name != name.encode(_encoding(flags)) or own_method != method:
+            return None
+        if not own_flags & 8:  # else these three follow the data
+            sizes = ((own_packed, packed_size), (own_size, size))
+            if own_checksum != checksum or any(own not in (said, 0xFFFFFFFF) for own, said in sizes):
+                return None
+        return int(30 + name_length + extra_length)
+
+    def _damaged(self, name: str) -> SidaError:
+        return SidaError(f"{name} in {self.path} is damaged", "Copy or download the zip again.")
+
     def read(self, name: str) -> bytes:
-        """The bytes of one member, its checksum verified."""
-        offset, packed_size, size, checksum, method = (int(value) for value in self._table[self._row[name]])
+        """The bytes of one member, its checksum and its own header verified."""
+        offset, packed_size, size, checksum, method, _ = (int(value) for value in self._table[self._row[name]])
         # In one read, unless the name and the extra field of its own header are very long.
         found = os.pread(self._fd, 30 + _MEMBER_HEAD_BYTES + packed_size, offset)
-        data = b""
-        if len(found) >= 30 and found[:4] == b"PK\x03\x04":
-            # The local header's own extra field may differ in length from the central directory's.
-            name_length, extra_length = struct.unpack_from("<HH", found, 26)
-            start = 30 + name_length + extra_length
-            is_whole = name_length + extra_length <= _MEMBER_HEAD_BYTES
-            data = found[start : start + packed_size] if is_whole else os.pread(self._fd, packed_size, offset + start)
-            if method == zipfile.ZIP_DEFLATED:
-                try:
-                    data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, max(size, 1))
-                except zlib.error:
-                    data = b""
+        start = self._data_start(name, found)
+        if start is None:
+            raise self._damaged(name)
+        is_whole = start <= 30 + _MEMBER_HEAD_BYTES
+        data = found[start : start + packed_size] if is_whole else os.pread(self._fd, packed_size, offset + start)
+        if method == zipfile.ZIP_DEFLATED:
+            try:
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, max(size, 1))
+            except zlib.error:
+                data = b""
         if len(data) != size or zlib.crc32(data) != checksum:
-            raise SidaError(f"{name} in {self.path} is damaged", "Copy or download the zip again.")
+            raise self._damaged(name)
         return data
 
 
@@ -188,43 +289,77 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(":")
 
 
-def parse_labels(text: bytes, where: str) -> dict[str, int] | None:
-    """The labels of a dataset.json: member name -> class index, or None where it says `"labels": null` or nothing.
+class LabelFile(NamedTuple):
+    """What a dataset.json says: the class index of each image by its name, and the names of the classes.
 
-    `where` names the file in errors. Raises SidaError for anything that is not a list of [name, integer >= 0].
+    None where it says `"labels": null`, or has no names.
+    """
+
+    labels: dict[str, int] | None
+    class_names: list[str] | None = None
+
+    @property
+    def label_dim(self) -> int:
+        """Number of classes: one more than the highest, or as many as have names."""
+        return max(max((self.labels or {}).values(), default=-1) + 1, len(self.class_names or ()))
+
+
+def parse_labels(text: bytes, where: str) -> LabelFile:
+    """The labels of a dataset.json, where `where` names the file in errors.
+
+    Raises SidaError for anything that is neither null nor a list of [name, integer >= 0], for an empty list, and for a
+    name with two labels.
     """
     hint = 'Write {"labels": [["name.png", 0], ...]} with integer classes from 0.'
     try:
         document = json.loads(text)
-    except ValueError as error:
-        raise SidaError(f"{where} must be JSON, got {error}", hint) from error
-    entries = document.get("labels") if isinstance(document, dict) else None
-    if not entries and isinstance(document, dict):
-        return None
+    except (ValueError, RecursionError) as error:
+        raise SidaError(f"{where} must be JSON, got {first_line(error)}", hint) from error
+    if isinstance(document, dict) and "labels" not in document:
+        got = ", ".join(json.dumps(key)[:60] for key in list(document)[:5]) or "nothing"
+        raise SidaError(f'{where} must hold "labels", got {got}', hint)
+    entries = document["labels"] if isinstance(document, dict) else document
+    if isinstance(document, dict) and entries is None:
+        return LabelFile(None)
+    if isinstance(document, dict) and entries == []:
+        raise SidaError(
+            f"{where} must label images, got an empty list", 'Label them, or write {"labels": null} for none.'
+        )
     labels: dict[str, int] = {}
-    for entry in entries if isinstance(entries, list) else [entries]:
+    for entry in entries if isinstance(document, dict) and isinstance(entries, list) else [entries]:
         if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)):
             raise SidaError(f"{where} must hold pairs of name and class, got {json.dumps(entry)[:60]}", hint)
-        labels[entry[0]] = check_label(entry[1], f"{entry[0]} in {where}")
-    return labels
+        name, label = entry[0], check_label(entry[1], f"{entry[0]} in {where}")
+        if labels.setdefault(name, label) != label:
+            raise SidaError(
+                f"{where} must give each image one class, got {labels[name]} and {label} for {name}", "Correct it."
+            )
+    names = document.get("class_names")
+    if names is not None and not (
+        isinstance(names, list)
+        and len(names) > max(labels.values())
+        and all(isinstance(name, str) and name.isprintable() for name in names)
+    ):
+        raise SidaError(f"class_names in {where} must be a list with a name for each class", "Correct it, or drop it.")
+    return LabelFile(labels, names)
 
 
-def read_labels(path: Path) -> dict[str, int]:
-    """The labels of a dataset.json on its own: image name -> class index. Raises SidaError where it has none."""
+def read_labels(path: Path) -> LabelFile:
+    """The labels of a dataset.json on its own, by image name. Raises SidaError where it has none."""
     hint = "Give a dataset.json with labels."
     try:
         text = path.read_bytes()
     except OSError as error:
         raise SidaError(f"{path} cannot be read: {error.strerror}", "Check the path.") from error
-    labels = parse_labels(text, str(path))
-    if labels is None:
+    found = parse_labels(text, str(path))
+    if found.labels is None:
         raise SidaError(f"{path} must hold labels, got none", hint)
-    return labels
+    return found
 
 
-def class_counts(labels: Sequence[int] | NDArray[np.int64]) -> list[int]:
-    """How many of each class there are, from class 0 to the highest; empty without labels."""
-    return [int(count) for count in np.bincount(labels)] if len(labels) else []
+def class_counts(labels: Sequence[int] | NDArray[np.int64], label_dim: int = 0) -> list[int]:
+    """How many of each class there are, from class 0 to the highest, of `label_dim` at least; empty without labels."""
+    return [int(count) for count in np.bincount(labels, minlength=label_dim)] if len(labels) else []
 
 
 def check_label(label: object, where: str) -> int:
@@ -234,20 +369,25 @@ def check_label(label: object, where: str) -> int:
     return label
 
 
-def label_of(labels: Mapping[str, int], name: str, where: str) -> int:
-    """`labels[name]`; raises SidaError where the image has none, instead of dropping all labels without a word."""
-    if name not in labels:
+def labels_of(
+    labels: Mapping[str, int], names: Sequence[str], where: str, *, allow_more: bool = False
+) -> NDArray[np.int64]:
+    """The label of each image in `names`; `where` names the dataset.json.
+
+    Raises SidaError where an image has none, instead of dropping all labels without a word, and where one is named that
+    is not there.
+    """
+    hint = f'or set "labels" to null in {LABEL_FILE} to go without.'
+    missing = next((name for name in names if name not in labels), None)
+    if missing is not None:
+        raise SidaError(f"{where} must label every image, got none for {printable(missing)}", f"Add its label, {hint}")
+    if len(labels) > len(names) and not allow_more:
+        unknown = set(labels) - set(names)
         raise SidaError(
-            f"{where} must label every image, got none for {name}",
-            f'Add its label, or set "labels" to null in {LABEL_FILE} to go without.',
+            f"{where} names {len(unknown):,} images that are not there, the first {printable(min(unknown))}",
+            f"Put them there, remove their labels, {hint}",
         )
-    return labels[name]
-
-
-def readable_extensions() -> frozenset[str]:
-    """File extensions, lower case with the dot, of every format that Pillow can open."""
-    Image.init()
-    return frozenset(extension for extension, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+    return np.fromiter((labels[name] for name in names), np.int64, len(names))
 
 
 def decode_latents(data: bytes, where: str) -> NDArray[np.float32]:
@@ -266,10 +406,10 @@ def decode_latents(data: bytes, where: str) -> NDArray[np.float32]:
     return array
 
 
-def decode_pixels(data: bytes, where: str) -> NDArray[np.uint8]:
-    """Pixels of one grey or RGB image: uint8 [C, H, W] with C = 1 or 3."""
+def decode_pixels(data: bytes, where: str, hint: str = "Convert it with prepare-data.") -> NDArray[np.uint8]:
+    """Pixels of one grey or RGB image: uint8 [C, H, W] with C = 1 or 3. `hint`: what to do about other modes."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=image_formats()) as image:
             mode = image.mode
             pixels = np.array(image)
     except Exception as error:  # Pillow's readers raise whatever their parser trips over.
@@ -277,15 +417,16 @@ def decode_pixels(data: bytes, where: str) -> NDArray[np.uint8]:
             f"{where} cannot be read as an image ({first_line(error)})", "Prepare the dataset again."
         ) from error
     if mode not in ("L", "RGB"):
-        raise SidaError(f"{where} must be 8-bit grey or RGB, got mode {mode}", "Convert it with prepare-data.")
+        raise SidaError(f"{where} must be 8-bit grey or RGB, got mode {mode}", hint)
     return pixels[None] if mode == "L" else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 class Dataset:
     """A dataset zip in the EDM layout: images (or .npy latents) and a dataset.json with their classes.
 
-    `num_images`, `resolution` (height = width), `num_channels` (1, 3, or 8 for latents), `is_latents`;
-    `labels`: int64 [N] or None; `label_dim`: highest class + 1, or 0 without labels.
+    `num_images`, `resolution` (height), `width` (the same for what a net is trained on), `num_channels` (1, 3, or 8 for
+    latents), `is_latents`;
+    `labels`: int64 [N] or None; `label_dim`: number of classes, 0 without labels; `class_names`: theirs, or None.
     Items are decoded at random from the zip, in any number of processes. Where all of them fit into `cache_bytes`
     (per process) they stay decoded in memory once read. Raises SidaError for a zip that is not of this layout.
     Source: the dataset format of EDM (2206.00364) and EDM2 (2312.02696).
@@ -294,21 +435,17 @@ class Dataset:
     def __init__(self, path: Path, *, cache_bytes: int = 1 << 30) -> None:
         self.path = Path(path)
         self._archive = ZipArchive(self.path)
-        suffixes = readable_extensions() | {".npy"}
-        self.names = sorted(name for name in self._archive.names if os.path.splitext(name)[1].lower() in suffixes)
+        self.names = sorted(name for name in self._archive.names if is_item(name))
+        # An image would be missing, were its name damaged in the zip's directory alone.
+        self._archive.check(set(self._archive.names) - set(self.names))
         if not self.names:
             raise SidaError(f"{self.path} must hold images, got none", "Make a dataset with prepare-data.")
         self.num_images = len(self.names)
         self.is_latents = self.names[0].lower().endswith(".npy")
         first = self._decode(0)
         self._shape = first.shape
-        self.num_channels, self.resolution, width = first.shape
-        if self.resolution != width:
-            raise SidaError(
-                f"images in {self.path} must be square, got {width}x{self.resolution}", "Convert it with prepare-data."
-            )
-        self.labels = self._read_labels()
-        self.label_dim = 0 if self.labels is None else int(self.labels.max()) + 1
+        self.num_channels, self.resolution, self.width = first.shape
+        self.labels, self.class_names, self.label_dim = self._read_labels()
         # Not touched until written: the system commits this memory image by image.
         fits = self.num_images * first.nbytes <= cache_bytes
         self._cache = np.empty((self.num_images, *first.shape), first.dtype) if fits else None
@@ -323,12 +460,14 @@ class Dataset:
         if self._cache is not None:
             self._cache = np.empty((self.num_images, *self._shape), self._cache.dtype)
 
-    def _read_labels(self) -> NDArray[np.int64] | None:
+    def _read_labels(self) -> tuple[NDArray[np.int64] | None, list[str] | None, int]:
+        if LABEL_FILE not in self._archive:
+            return None, None, 0
         where = f"{LABEL_FILE} in {self.path}"
-        labels = parse_labels(self._archive.read(LABEL_FILE), where) if LABEL_FILE in self._archive else None
-        if labels is None:
-            return None
-        return np.array([label_of(labels, name, where) for name in self.names], dtype=np.int64)
+        found = parse_labels(self._archive.read(LABEL_FILE), where)
+        if found.labels is None:
+            return None, None, 0
+        return labels_of(found.labels, self.names, where), found.class_names, found.label_dim
 
     def _decode(self, index: int) -> NDArray[Any]:
         name = self.names[index]
@@ -369,7 +508,14 @@ class Dataset:
 
     def class_counts(self) -> list[int]:
         """Number of images of each class, `label_dim` long; empty without labels."""
-        return [] if self.labels is None else class_counts(self.labels)
+        return [] if self.labels is None else class_counts(self.labels, self.label_dim)
+
+
+def drawn_subset(num_items: int, size: int, seed: int) -> NDArray[np.int64]:
+    """`size` of the positions 0 .. num_items - 1 in ascending order, drawn as EDM's and EDM2's tools draw a subset."""
+    positions = np.arange(num_items)
+    np.random.RandomState(seed % (1 << 31)).shuffle(positions)
+    return np.sort(positions[:size])
 
 
 class DataOrder:

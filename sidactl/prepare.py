@@ -1,5 +1,6 @@
 """Making dataset zips in the EDM layout: presets, transforms, and the writing; data.py reads them back."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -9,7 +10,7 @@ import time
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -21,14 +22,14 @@ from typing import IO, Literal, NamedTuple, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sidactl import pictures
 from sidactl.codec import LatentCodec
-from sidactl.data import LABEL_FILE, Dataset, decode_latents, decode_pixels, first_line
+from sidactl.data import LABEL_FILE, Dataset, decode_latents, decode_pixels, first_line, image_formats
 from sidactl.engine import agreed, in_order, joined, share
 from sidactl.errors import EXIT_FAILED, SidaError
-from sidactl.sources import Convention, Item, Pixels, open_source
+from sidactl.sources import ClassOrder, Convention, Item, Pixels, Say, Source, open_source
 
 Transform = Callable[[Image.Image, int, int], Image.Image | None]
 
@@ -42,6 +43,7 @@ _MEMBER = struct.Struct("<QIIiH")
 _ZIP64_LIMIT = (1 << 31) - 1  # what Python's zipfile leaves to 32-bit fields
 _FILES = ("images.zip", "members")
 _STATE = "state.json"
+_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,10 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedDataset:
-    """What `prepare` wrote. `skipped`: name and reason of each image left out, in the order of the source."""
+    """What `prepare` wrote. `skipped`: name and reason of each image left out, in the order of the source.
+
+    class_names: one for each class, or None where the source has no names for them.
+    """
 
     num_images: int
     resolution: int
@@ -77,13 +82,30 @@ class PreparedDataset:
     class_counts: list[int]
     skipped: list[tuple[str, str]]
     kind: Literal["pixels", "latents"]
+    class_names: list[str] | None = None
+    width: int | None = None
+    """where it is not the height, which is `resolution`"""
 
 
 class _Member(NamedTuple):
-    """An encoded image: bytes for the zip and what they hold, `shape` = (channels, height, width)."""
+    """An encoded image: bytes for the zip and what they hold, `shape` = (channels, height, width).
+
+    is_turned: whether an orientation tag says that it is to be shown otherwise than stored.
+    """
 
     data: bytes
     shape: tuple[int, int, int]
+    is_turned: bool = False
+
+
+class _Change(NamedTuple):
+    """What is done to every image; see `prepare`."""
+
+    transform: str | None
+    resolution: tuple[int, int] | None
+    convention: Convention | None
+    channels: int | None
+    exif_rotate: bool
 
 
 def prepare(
@@ -94,50 +116,81 @@ def prepare(
     transform: str | None = None,
     resolution: tuple[int, int] | None = None,
     max_images: int | None = None,
-    convention: Convention = "edm2",
+    channels: int | None = None,
+    exif_rotate: bool = False,
+    class_order: ClassOrder | None = None,
+    convention: Convention | None = None,
     workers: int | None = None,
     skip_bad: bool = False,
+    any_size: bool = False,
     work: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    say: Say = lambda line: None,
 ) -> PreparedDataset:
     """Writes `source` to the zip `destination`, whole or not at all; the bytes depend on the source and options alone.
 
-    source: "tiny-digits"; a folder of images (classes from its dataset.json, else from its top-level folders; an
-        ILSVRC root is followed to its training images); a zip of images (classes from its dataset.json; one in the EDM
-        or EDM2 layout is verified and taken as it is, latents too, unless a resolution is given);
-        cifar-10-python.tar.gz (training part); MNIST's IDX images, raw or gzipped, with the labels beside them, or
-        their folder; a guided-diffusion .npz (arr_0 uint8 [N, H, W, 3], arr_1 classes).
+    source: "tiny-digits"; a folder or a zip of images, with classes from its dataset.json, else from its folders (a zip
+        in the EDM or EDM2 layout is verified and taken as it is, latents too, unless its images are to change);
+        ImageNet in any folder or zip that it comes in, of which the training images are taken, and its
+        ILSVRC2012_img_train.tar; cifar-10-python.tar.gz (training part); MNIST's IDX images, raw or gzipped, with the
+        labels beside them, or their folder; a guided-diffusion .npz (arr_0 uint8 [N, H, W, 3], arr_1 classes).
+        Class folders, and the names in dataset.json, count from the one folder that holds all images. Files and
+        folders that are hidden, or that systems put there, are passed over.
     preset: a name in PRESETS, instead of transform and resolution. resolution: (width, height).
     transform: a name in TRANSFORMS; None scales to `resolution` without keeping the aspect ratio.
-    max_images: only the first so many of the source.
-    convention: of files, "edm2" makes every image RGB (palettes resolved, alpha dropped, CMYK converted); "edm" keeps
-        grey images grey, takes palette images for grey indices and refuses other modes; they also sort folders
-        differently ('a-b' before or after 'a/'). Both take the first frame of an animation, ignore orientation tags,
-        cut 16-bit RGB to 8 bits and refuse 16-bit grey. Arrays keep their channels.
+    max_images: only so many: the first of each class in turn, or without classes a random few, always the same.
+    channels: 1 makes all images grey (ITU-R 601), 3 all RGB.
+    exif_rotate: turn images as their orientation tag says, instead of taking them as they are stored.
+    class_order: "text" sorts class folders as text even where all of them are whole numbers.
+    convention: None has palettes resolved, alpha dropped, CMYK converted: files become RGB. "edm2" and "edm" do as the
+        published tools do, down to their surprises: folders in a zip are no classes, class folders sort as text, images
+        beside them are a class, `"labels": null` means that folders are the classes, max_images takes the first, and
+        the two sort folders differently ('a-b' before or after 'a/'). "edm" also keeps grey images grey, takes palette
+        images for grey indices and refuses other modes. All take the first frame of an animation, cut 16-bit RGB to 8
+        bits and refuse 16-bit grey. Arrays keep their channels.
     workers: threads that decode (Pillow works outside the interpreter lock); default: one per core.
     skip_bad: leave out images that cannot be read and list them, instead of stopping at the first.
+    any_size: images of any one size and shape, as scores take them; what a net is trained on is square with a side that
+        is a power of two.
     work: a folder in which an interrupted preparation is kept, no more than seconds of it lost; the same call with the
         same folder goes on from there, even from the end where `destination` is its images.zip. It is the caller's to
         clear.
-    progress: called with (images done, images in all).
+    progress: called with (images done, images in all). say: gets a line on what was passed over or begun anew.
 
-    Raises SidaError, naming the file, for anything that cannot be used. Results must be square with a side that is
-    a power of two, all of one shape. Member names count skipped images too, as the published tools do.
+    Raises SidaError, naming the file, for anything that cannot be used. Results must be of one shape, square with a
+    side that is a power of two unless any_size is given. Member names count skipped images too, as the published tools
+    do.
     Source: the dataset tools of EDM (2206.00364) and EDM2 (2312.02696), pixel for pixel.
     """
     for option, value in (("max-images", max_images), ("workers", workers)):
         if value is not None and value < 1:
             raise SidaError(f"--{option} must be >= 1, got {value}", f"Pass --{option} 1 or more, or leave it out.")
+    if channels not in (None, 1, 3):
+        raise SidaError(f"--channels must be 1 (grey) or 3 (RGB), got {channels}", "Leave it out to keep files RGB.")
+    if class_order not in (None, "numeric", "text"):
+        raise SidaError(f"--class-order must be numeric or text, got {class_order!r}", "Leave it out.")
+    if convention not in (None, "edm", "edm2"):
+        raise SidaError(f"--convention must be edm or edm2, got {convention!r}", "Leave it out.")
     resolution, transform, use_labels = _options(preset, transform, resolution)
-    encode = partial(_encode, transform=transform, resolution=resolution, convention=convention)
-    with _unfinished(destination, work) as zipped:
-        opened = open_source(source, convention, keep_layout=resolution is None)
-        total = min(opened.total, max_images or opened.total)
+    change = _Change(transform, resolution, convention, channels, exif_rotate)
+    with _unfinished(destination, work, say, any_size=any_size) as zipped:
+        opened = open_source(
+            source,
+            convention,
+            keep_layout=resolution is None and channels is None and not exif_rotate,
+            use_labels=use_labels,
+            class_order=class_order,
+            is_partial=max_images is not None,
+            say=say,
+        )
+        chosen = _subset(opened, max_images, use_labels, convention)
+        total = sum(chosen)
         num_threads = min(workers or os.cpu_count() or 1, MAX_WORKERS) if opened.from_files else 1
-        done = zipped.state.done
+        done, has_told = zipped.state.done, False
         with ExitStack() as stack:
             stack.enter_context(_quiet_pillow())
-            items = itertools.islice(opened.items, done, total)
+            items = itertools.islice(itertools.compress(opened.items, chosen), done, None)
+            encode = partial(_encode, change=change)
             results = stack.enter_context(closing(in_order(lambda item: (item, encode(item)), items, num_threads)))
             for index, (item, member) in enumerate(results, done):
                 if isinstance(member, SidaError) and not skip_bad:
@@ -147,6 +200,11 @@ def prepare(
                 elif isinstance(member, str):
                     zipped.skip(item.name, member)
                 else:
+                    if member.is_turned and not exif_rotate and not has_told:
+                        has_told = True
+                        say(
+                            f"orientation tags are not applied, such as that of {item.name}; --exif-rotate applies them"
+                        )
                     zipped.add(
                         item.name,
                         item.keep_as or _member_name(index),
@@ -156,7 +214,29 @@ def prepare(
                 zipped.commit(index + 1)
                 if progress is not None:
                     progress(index + 1, total)
-        return zipped.finish(f"{source}")
+        return zipped.finish(f"{source}", opened.class_names if use_labels else None)
+
+
+def _subset(opened: Source, max_images: int | None, use_labels: bool, convention: Convention | None) -> bytearray:
+    """1 for each item to take, 0 for the others: the first of each class in turn; without classes a fixed random few.
+
+    Source, for the latter: EDM (2206.00364), how its loader draws a subset.
+    """
+    if max_images is None or max_images >= opened.total:
+        return bytearray(b"\1") * opened.total
+    order = np.arange(opened.total)
+    if convention is None and use_labels and opened.labels is not None:
+        by_class = np.argsort(opened.labels, kind="stable")
+        known = opened.labels[by_class]
+        turn = np.empty_like(order)
+        turn[by_class] = order - np.searchsorted(known, known)
+        order = np.lexsort((opened.labels, turn))
+    elif convention is None:
+        np.random.RandomState(0).shuffle(order)
+    chosen = bytearray(opened.total)
+    for position in order[:max_images]:
+        chosen[position] = 1
+    return chosen
 
 
 def prepare_latents(
@@ -167,6 +247,7 @@ def prepare_latents(
     device: torch.device,
     work: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    say: Say = lambda line: None,
 ) -> PreparedDataset:
     """Writes the VAE's mean and standard deviation of every image to a zip in the EDM2 layout, with the classes.
 
@@ -180,7 +261,7 @@ def prepare_latents(
         got = f"{dataset.resolution}x{dataset.resolution}"
         raise SidaError(f"images must be at least 8x8 to have latents, got {got}", "Prepare larger images.")
     total = dataset.num_images
-    with _unfinished(destination, work) as zipped:
+    with _unfinished(destination, work, say) as zipped:
         first = int(agreed(lambda: str(zipped.state.done)))
         done = first
         for encoded in encoded_batches(dataset, codec, first, device):
@@ -194,7 +275,7 @@ def prepare_latents(
             zipped.commit(done)
             if progress is not None:
                 progress(done, total)
-        return zipped.finish(f"{dataset.path}")
+        return zipped.finish(f"{dataset.path}", dataset.class_names)
 
 
 def encoded_batches(
@@ -243,29 +324,35 @@ class _Zip:
     """An uncompressed zip in the EDM layout as it grows, byte for byte what Python's zipfile makes of it.
 
     What is to stand in its directory waits in a file of its own, so that no number of members needs memory.
+    `sha256`: of what was added, images and members.
     """
 
     def __init__(self, images: IO[bytes], members: IO[bytes]) -> None:
         self.images, self.members = images, members
+        self.sha256 = (hashlib.sha256(), hashlib.sha256())
 
     def add(self, name: str, data: bytes, label: int | None) -> None:
         """One member; -1 or more as `label`, None for an image without a class."""
         encoded = name.encode()
         checksum, offset = zlib.crc32(data), self.images.tell()
         local = struct.pack("<HHHHHIIIHH", 20, 0, 0, *_EPOCH, checksum, len(data), len(data), len(encoded), 0)
-        self.images.write(b"PK\x03\x04" + local + encoded + data)
+        local = b"PK\x03\x04" + local + encoded
         known = -1 if label is None else label
-        self.members.write(_MEMBER.pack(offset, len(data), checksum, known, len(encoded)) + encoded)
+        listed = _MEMBER.pack(offset, len(data), checksum, known, len(encoded)) + encoded
+        for file, sha256, text in zip((self.images, self.members), self.sha256, (local + data, listed), strict=True):
+            file.write(text)
+            sha256.update(text)
 
-    def finish(self) -> Counter[int]:
-        """Adds dataset.json and the directory; returns the number of images of each class."""
+    def finish(self, class_names: Sequence[str] | None = None) -> Counter[int]:
+        """Adds dataset.json, with the classes' names, and the directory; returns the number of images of each class."""
         counts: Counter[int] = Counter()
         text = bytearray()
         for name, *_, label in self._listed():
             if label >= 0:
                 counts[label] += 1
                 text += b"%s[%s, %d]" % (b", " if text else b"", json.dumps(name.decode()).encode(), label)
-        self.add(LABEL_FILE, b'{"labels": %s}' % (b"[%s]" % text if text else b"null"), None)
+        names = b', "class_names": %s' % json.dumps(list(class_names)).encode() if text and class_names else b""
+        self.add(LABEL_FILE, b'{"labels": %s%s}' % (b"[%s]" % text if text else b"null", names), None)
         start, count = self.images.tell(), 0
         for name, offset, size, checksum, _ in self._listed():
             is_far = offset > _ZIP64_LIMIT
@@ -307,9 +394,45 @@ class _State:
     member_bytes: int = 0
 
 
+def _digest(said: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
+@dataclass
+class _Saved:
+    """What state.json says, and the hashes of the bytes that it counts."""
+
+    state: _State = field(default_factory=_State)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    first: tuple[str, tuple[int, int, int]] | None = None
+    sha256: "tuple[hashlib._Hash, hashlib._Hash]" = field(default_factory=lambda: (hashlib.sha256(), hashlib.sha256()))
+
+    @classmethod
+    def read(cls, folder: Path) -> "_Saved":
+        """ValueError and its like where anything in the folder is not as it was saved."""
+        said = json.loads((folder / _STATE).read_bytes())
+        if said.pop("digest") != _digest(said):
+            raise ValueError(f"{_STATE} is damaged")
+        state = _State(**said["state"])
+        saved = cls(state, [(name, reason) for name, reason in said["skipped"]])
+        saved.first = said["first"] and (said["first"][0], tuple(said["first"][1]))
+        sizes = (state.image_bytes, state.member_bytes)
+        for name, size, sha256, known in zip(_FILES, sizes, saved.sha256, said["sha256"], strict=True):
+            with (folder / name).open("rb") as file:
+                while size > 0 and (data := file.read(min(size, _BLOCK_BYTES))):
+                    sha256.update(data)
+                    size -= len(data)
+            if size or sha256.hexdigest() != known:
+                raise ValueError(f"{name} is damaged")
+        return saved
+
+
 @dataclass
 class _Unfinished:
-    """A dataset zip in the making; its folder, once saved, is what another process can go on from."""
+    """A dataset zip in the making; its folder, once saved, is what another process can go on from.
+
+    sha256: of the bytes of the two files that `state` counts.
+    """
 
     folder: Path
     zip: _Zip
@@ -318,32 +441,37 @@ class _Unfinished:
     first: tuple[str, tuple[int, int, int]] | None = None
     num_images: int = 0
     saved_sec: float = 0.0
+    sha256: "Sequence[hashlib._Hash]" = ()
+    any_size: bool = False
 
     @classmethod
-    def open(cls, folder: Path) -> "_Unfinished":
-        """Goes on from what was saved in the folder, or begins."""
-        state, skipped, first = _State(), [], None
+    def open(cls, folder: Path, say: Say) -> "_Unfinished":
+        """Goes on from what was saved in the folder, or begins; anew where not all of it is as it was saved."""
+        saved = _Saved()
         if (folder / _STATE).exists():
-            saved = json.loads((folder / _STATE).read_bytes())
-            sizes = [path.stat().st_size if path.exists() else 0 for path in (folder / name for name in _FILES)]
-            # Less than was flushed: someone took it away, so there is nothing to go on from.
-            if sizes[0] >= saved["state"]["image_bytes"] and sizes[1] >= saved["state"]["member_bytes"]:
-                state = _State(**saved["state"])
-                skipped = [(name, reason) for name, reason in saved["skipped"]]
-                first = saved["first"] and (saved["first"][0], tuple(saved["first"][1]))
+            try:
+                saved = _Saved.read(folder)
+            except (OSError, ValueError, LookupError, TypeError) as error:
+                say(
+                    f"what an interrupted preparation left is not as it was saved ({first_line(error)}): beginning anew"
+                )
+        state, sizes = saved.state, (saved.state.image_bytes, saved.state.member_bytes)
         files = []
-        for name, size in zip(_FILES, (state.image_bytes, state.member_bytes), strict=True):
+        for name, size in zip(_FILES, sizes, strict=True):
             (folder / name).touch()
             file = (folder / name).open("r+b")
             file.truncate(size)
             file.seek(size)
             files.append(file)
-        return cls(folder, _Zip(*files), state, skipped, first, state.num_images, time.monotonic())
+        zipped = _Zip(*files)
+        zipped.sha256 = saved.sha256
+        now, copies = time.monotonic(), tuple(sha256.copy() for sha256 in saved.sha256)
+        return cls(folder, zipped, state, saved.skipped, saved.first, state.num_images, now, copies)
 
     def add(self, source_name: str, name: str, member: _Member, label: int | None) -> None:
         """One image; SidaError where its shape is not that of the first, or cannot be used at all."""
         self.first = self.first or (source_name, member.shape)
-        _check_shape(source_name, member.shape, *self.first)
+        _check_shape(source_name, member.shape, *self.first, self.any_size)
         self.zip.add(name, member.data, label)
         self.num_images += 1
 
@@ -359,6 +487,7 @@ class _Unfinished:
             image_bytes=self.zip.images.tell(),
             member_bytes=self.zip.members.tell(),
         )
+        self.sha256 = tuple(sha256.copy() for sha256 in self.zip.sha256)
         if time.monotonic() - self.saved_sec > SAVE_EVERY_SEC:
             self.save()
 
@@ -368,7 +497,13 @@ class _Unfinished:
             file.flush()
             os.fsync(file.fileno())
         skipped = self.skipped[: self.state.num_skipped]
-        text = json.dumps({"state": asdict(self.state), "skipped": skipped, "first": self.first})
+        said = {
+            "state": asdict(self.state),
+            "skipped": skipped,
+            "first": self.first,
+            "sha256": [sha256.hexdigest() for sha256 in self.sha256],
+        }
+        text = json.dumps({**said, "digest": _digest(said)})
         temporary = self.folder / f".{_STATE}.tmp"
         with temporary.open("wb") as state_file:
             state_file.write(text.encode())
@@ -377,7 +512,7 @@ class _Unfinished:
         temporary.replace(self.folder / _STATE)
         self.saved_sec = time.monotonic()
 
-    def finish(self, source: str) -> PreparedDataset:
+    def finish(self, source: str, class_names: Sequence[str] | None) -> PreparedDataset:
         """Completes the zip; SidaError where it holds no image."""
         if self.first is None:
             raise SidaError(
@@ -385,9 +520,9 @@ class _Unfinished:
                 "Mend the images or choose another transform.",
             )
         self.save()
-        found = self.zip.finish()
-        channels, size, _ = self.first[1]
-        counts = [found[label] for label in range(max(found) + 1)] if found else []
+        found = self.zip.finish(class_names)
+        channels, size, width = self.first[1]
+        counts = [found[label] for label in range(max(max(found) + 1, len(class_names or ())))] if found else []
         return PreparedDataset(
             num_images=self.num_images,
             resolution=size,
@@ -396,11 +531,13 @@ class _Unfinished:
             class_counts=counts,
             skipped=self.skipped,
             kind="latents" if channels == 8 else "pixels",
+            width=None if width == size else width,
+            class_names=list(class_names) if class_names else None,
         )
 
 
 @contextmanager
-def _unfinished(destination: Path, work: Path | None) -> Iterator[_Unfinished]:
+def _unfinished(destination: Path, work: Path | None, say: Say, *, any_size: bool = False) -> Iterator[_Unfinished]:
     """A zip to write in the block, and to complete there; becomes `destination` after it.
 
     An interruption leaves it in `work`, where there is one; bad input leaves nothing.
@@ -408,7 +545,8 @@ def _unfinished(destination: Path, work: Path | None) -> Iterator[_Unfinished]:
     folder = work or destination.with_name(f"{destination.name}.tmp")
     try:
         folder.mkdir(exist_ok=work is not None)
-        zipped = _Unfinished.open(folder)
+        zipped = _Unfinished.open(folder, say)
+        zipped.any_size = any_size
         with zipped.zip.images, zipped.zip.members:
             try:
                 yield zipped
@@ -509,20 +647,21 @@ TRANSFORMS: Mapping[str, Transform] = MappingProxyType(
 )
 
 
-def _encode(
-    item: Item, *, transform: str | None, resolution: tuple[int, int] | None, convention: Convention
-) -> _Member | SidaError | str:
+def _encode(item: Item, *, change: _Change) -> _Member | SidaError | str:
     """One image for the zip; the error for one that cannot be used; a reason for one that its transform leaves out."""
+    transform, resolution, is_turned = change.transform, change.resolution, False
     try:
         loaded = item.load()
         if item.keep_as is not None:
             assert isinstance(loaded, bytes)
-            decode = decode_latents if item.keep_as.endswith(".npy") else decode_pixels
-            return _Member(loaded, decode(loaded, item.name).shape)
+            if item.keep_as.endswith(".npy"):
+                return _Member(loaded, decode_latents(loaded, item.name).shape)
+            hint = "Pass --channels 3, which makes every image RGB, or 1 for grey."
+            return _Member(loaded, decode_pixels(loaded, item.name, hint).shape)
         if isinstance(loaded, np.ndarray):
             image = Image.fromarray(loaded)
         else:
-            image = _read_image(loaded, item.name, convention)
+            image, is_turned = _read_image(loaded, item.name, change)
         if resolution is not None and transform is not None:
             result = TRANSFORMS[transform](image, *resolution)
             if result is None:
@@ -530,20 +669,32 @@ def _encode(
             image = result
         elif resolution is not None and image.size != resolution:
             image = image.resize(resolution, Image.Resampling.LANCZOS)
+        if change.channels is not None:
+            image = image.convert("L" if change.channels == 1 else "RGB")
     except SidaError as error:
         return error
     except ValueError as error:
         return SidaError(f"{item.name} {error}", "Choose another transform or resolution.")
-    return _Member(encode_png(np.asarray(image)), (len(image.getbands()), image.height, image.width))
+    shape = (len(image.getbands()), image.height, image.width)
+    return _Member(encode_png(np.asarray(image)), shape, is_turned)
 
 
-def _read_image(file: Path | bytes, name: str, convention: Convention) -> Image.Image:
-    """The first frame as mode L or RGB."""
-    hint = "Mend or remove it, or pass --skip-bad to go on without."
+_ORIENTATION = 0x0112
+"""the EXIF tag; 1 where an image is stored as it is to be shown"""
+
+
+def _read_image(file: Path | bytes, name: str, change: _Change) -> tuple[Image.Image, bool]:
+    """The first frame as mode L or RGB, and whether its orientation tag asks for a turn."""
+    hint = "Mend or remove it, or go on without: prepare-data --skip-bad."
+    is_edm = change.convention == "edm"
     try:
-        with Image.open(BytesIO(file) if isinstance(file, bytes) else file) as image:
+        with Image.open(BytesIO(file) if isinstance(file, bytes) else file, formats=image_formats()) as opened:
+            image: Image.Image = opened
+            is_turned = bool(image.info.get("exif")) and image.getexif().get(_ORIENTATION, 1) != 1
+            if is_turned and change.exif_rotate:
+                image = ImageOps.exif_transpose(image)
             mode = image.mode
-            if convention == "edm":
+            if is_edm:
                 # Palette indices become grey levels, as in the published tool; 8 bits in any case.
                 readable = mode in ("L", "RGB", "P")
                 pixels = Image.fromarray(np.asarray(image)) if readable else image
@@ -557,11 +708,12 @@ def _read_image(file: Path | bytes, name: str, convention: Convention) -> Image.
     except Exception as error:  # Pillow's readers raise whatever their parser trips over.
         raise SidaError(f"{name} cannot be read as an image ({first_line(error)})", hint) from error
     if not readable:
-        allowed = "8-bit grey or RGB" if convention == "edm" else "8 bits per channel"
+        allowed = "8-bit grey or RGB" if is_edm else "8 bits per channel"
         raise SidaError(
-            f"{name} must have {allowed}, got Pillow's mode {mode}", "Convert it, or pass --skip-bad to go on without."
+            f"{name} must have {allowed}, got Pillow's mode {mode}",
+            "Convert it, or go on without: prepare-data --skip-bad.",
         )
-    return pixels
+    return pixels, is_turned
 
 
 def encode_png(pixels: Pixels) -> bytes:
@@ -594,10 +746,12 @@ def encode_npy(array: NDArray[np.float32]) -> bytes:
     return buffer.getvalue()
 
 
-def _check_shape(name: str, shape: tuple[int, int, int], first_name: str, first_shape: tuple[int, int, int]) -> None:
-    hint = "Pass --resolution, e.g. 32x32, and a --transform if the aspect ratio shall be kept."
+def _check_shape(
+    name: str, shape: tuple[int, int, int], first_name: str, first_shape: tuple[int, int, int], any_size: bool
+) -> None:
+    hint = "Pass --resolution to prepare-data, e.g. 32x32, and a --transform if the aspect ratio shall be kept."
     channels, height, width = shape
-    if height != width or width & (width - 1):
+    if not any_size and (height != width or width & (width - 1)):
         raise SidaError(
             f"images must be square with a side that is a power of two, got {width}x{height} for {name}", hint
         )
@@ -608,7 +762,9 @@ def _check_shape(name: str, shape: tuple[int, int, int], first_name: str, first_
         )
     if channels != first_shape[0]:
         got = f"{first_shape[0]} channels for {first_name} and {channels} for {name}"
-        raise SidaError(f"images must all be grey or all RGB, got {got}", "Use the convention edm2: all become RGB.")
+        raise SidaError(
+            f"images must all be grey or all RGB, got {got}", "Pass --channels 3 to prepare-data, or 1 for grey."
+        )
 
 
 def _member_name(index: int) -> str:

@@ -1,4 +1,4 @@
-"""What a dataset can be made from: folders, zips, CIFAR-10, IDX and npz files, each a stream of named, labelled images.
+"""What a dataset can be made from: folders, zips, tars, IDX and npz files, each a stream of named, labelled images.
 
 Nothing is decoded or changed here; that is prepare.py's work.
 """
@@ -11,28 +11,39 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, BinaryIO, Literal, NamedTuple
+from typing import IO, BinaryIO, Literal, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sidactl.data import (
     LABEL_FILE,
+    MAX_LABEL,
     MAX_MEMBER_BYTES,
     ZipArchive,
+    check_directory,
     check_label,
     first_line,
-    label_of,
+    is_hidden,
+    is_image,
+    is_item,
+    labels_of,
     parse_labels,
-    readable_extensions,
+    printable,
     tiny_digits_arrays,
 )
 from sidactl.errors import SidaError
 
 Convention = Literal["edm", "edm2"]
+"""whose rules: those of a published tool, down to its surprises"""
+ClassOrder = Literal["numeric", "text"]
+Say = Callable[[str], None]
+"""called with one line for people"""
 Pixels = NDArray[np.uint8]
 
 TINY_DIGITS = "tiny-digits"
@@ -51,85 +62,330 @@ class Item(NamedTuple):
 
 
 class Source(NamedTuple):
-    """`total` items, read one after the other; `from_files` where decoding them is worth threads."""
+    """`total` items, read one after the other; `from_files` where decoding them is worth threads.
+
+    labels: int64 [total], or None; class_names: the name of each class, where they have names.
+    """
 
     total: int
     items: Iterable[Item]
     from_files: bool
+    labels: NDArray[np.int64] | None = None
+    class_names: Sequence[str] | None = None
 
 
 _CIFAR_HINT = "Download cifar-10-python.tar.gz again."
+_AGAIN = "Download it again."
 _LAYOUT = re.compile(r"\d{5}/(img\d{8}\.png|img-mean-std-\d{8}\.npy)")
+_BY_THOUSANDS = re.compile(r"(\d{5})/img\1\d{3}\.png")
 _IDX_TRAINING = re.compile(r"train-images[-.]idx3-ubyte(\.gz)?")
+_WNID = r"n\d{8}"
+_IMAGENET_TRAINING = "CLS-LOC/train"
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+_PICTURES_UNREAD = (
+    *(".heic", ".heif", ".psd", ".svg", ".eps", ".pdf", ".dng", ".cr2", ".nef", ".arw", ".raw", ".exr", ".hdr"),
+    *(".npy", ".h5"),
+)
+_BLOCK_BYTES = 1 << 20
 
 
-def open_source(source: str | Path, convention: Convention, *, keep_layout: bool) -> Source:
+def open_source(
+    source: str | Path,
+    convention: Convention | None = None,
+    *,
+    keep_layout: bool,
+    use_labels: bool = True,
+    class_order: ClassOrder | None = None,
+    is_partial: bool = False,
+    say: Say = lambda line: None,
+) -> Source:
     """The images of `source` (see `prepare.prepare`) in their published order.
 
-    `keep_layout`: a zip that is in the EDM or EDM2 layout already is to keep names and bytes. Raises SidaError for
-    what is no such source; so does reading the items, where one of them is damaged or has no label.
+    keep_layout: a zip that is in the EDM or EDM2 layout already is to keep names and bytes. use_labels: whether class
+    folders matter. class_order: of folders that are whole numbers. is_partial: not all items will be read. say: gets
+    what was passed over.
+
+    Raises SidaError for what is no such source, before any of it is used where an archive is damaged, an image has no
+    label, or it is not clear what the classes are; so does reading the items, where one of them is damaged.
     """
     if source == TINY_DIGITS:
         pixels, labels = tiny_digits_arrays()
         return _arrays(TINY_DIGITS, pixels[:, 0], [int(label) for label in labels])
     path = Path(source)
     name = path.name.lower()
+    rules = _Rules(convention, class_order, use_labels, is_partial, say)
     if path.is_dir():
-        training = [path / inner / "Data/CLS-LOC/train" for inner in ("", "ILSVRC")]
         idx = [file for file in sorted(path.iterdir()) if _IDX_TRAINING.fullmatch(file.name)]
         if idx:
             return _idx(idx[0])
-        return _folder(next((folder for folder in training if folder.is_dir()), path), convention)
+        training = _imagenet_training(path)
+        if training != path:
+            say(f"{path} is ImageNet: its training images in {training} alone are taken")
+        return _folder(training, rules)
     if not path.exists():
         raise SidaError(f"source {source} does not exist", f"Check the path, or pass {TINY_DIGITS}.")
     if name.endswith(".zip"):
-        return _zip(path, keep_layout)
+        return _zip(path, keep_layout, rules)
     if name.endswith((".tar.gz", ".tgz", ".tar")):
-        return _cifar(path)
+        return _tar(path)
     if re.search(r"idx3-ubyte(\.gz)?$", name):
         return _idx(path)
     if name.endswith(".npz"):
         return _npz(path)
     raise SidaError(
-        f"source must be a folder, .zip, .npz, CIFAR-10 .tar.gz or IDX images, got {source}",
-        "Convert it to one of these.",
+        f"source must be a folder, .zip, .npz, IDX images, or CIFAR-10's or ImageNet's .tar, got {source}",
+        "Give the folder that it lies in." if is_image(name) else "Convert it to one of these.",
     )
 
 
 def _arrays(name: str, images: Pixels, labels: list[int]) -> Source:
     items = (Item(f"image {i} of {name}", labels[i], partial(_same, images[i])) for i in range(len(images)))
-    return Source(len(images), items, from_files=False)
+    return Source(len(images), items, from_files=False, labels=np.array(labels, dtype=np.int64))
 
 
 def _same(image: Pixels) -> Pixels:
     return image
 
 
-def _folder(root: Path, convention: Convention) -> Source:
-    extensions = readable_extensions()
-    names = []
+class _Rules(NamedTuple):
+    """How classes are found among files."""
+
+    convention: Convention | None
+    class_order: ClassOrder | None
+    use_labels: bool
+    is_partial: bool
+    say: Say
+
+
+class _Listing:
+    """The files of a folder or zip, as paths with "/" relative to it: images, dataset.json in any spelling, others."""
+
+    def __init__(self, where: Path, is_wanted: Callable[[str], bool]) -> None:
+        self.where = where
+        self.images: list[str] = []
+        self.label_files: list[str] = []
+        self.others: list[str] = []
+        self.folders: set[str] = set()
+        self._is_wanted = is_wanted
+        self._passed_over: dict[str, tuple[int, str]] = {}
+
+    def add(self, name: str) -> None:
+        if is_hidden(name):
+            if is_image(name):
+                self._pass_over("hidden or system files with the suffix of an image", name)
+        elif self._is_wanted(name):
+            self.images.append(name)
+        else:
+            if PurePosixPath(name).name.lower() == LABEL_FILE:
+                self.label_files.append(name)
+            if os.path.splitext(name)[1].lower() in _PICTURES_UNREAD:
+                self._pass_over("files of formats that are not read", name)
+            self.others.append(name)
+
+    def _pass_over(self, what: str, name: str) -> None:
+        number, first = self._passed_over.get(what, (0, name))
+        self._passed_over[what] = number + 1, first
+
+    def finish(self, say: Say) -> None:
+        """Sorts the images, and says what was passed over; SidaError where there is no image."""
+        if not self.images:
+            raise SidaError(f"{self.where} must hold images, got none", "Check the path.")
+        self.images.sort()
+        for what, (number, first) in self._passed_over.items():
+            say(f"passed over in {self.where}: {number:,} {what}, the first {printable(first)}")
+
+
+class _Found(NamedTuple):
+    """The images in their order, how they are named in the folder `base` ("" or ending in "/"), and their classes."""
+
+    names: list[str]
+    base: str
+    labels: NDArray[np.int64] | None
+    class_names: list[str] | None
+
+
+def _classified(listing: _Listing, rules: _Rules, read: Callable[[str], bytes], *, in_folders: bool = True) -> _Found:
+    """The classes of a listing: those of its dataset.json, else its class folders.
+
+    Both count from the folder that holds all images, at whatever depth. in_folders: whether a published tool takes
+    folders for classes here.
+    """
+    names = listing.images
+    if rules.convention is not None:
+        names = sorted(names, key=(lambda name: name.split("/")) if rules.convention == "edm" else None)
+        given = parse_labels(read(LABEL_FILE), _in(listing, LABEL_FILE)) if LABEL_FILE in listing.label_files else None
+        if given and given.labels is not None:
+            where = _in(listing, LABEL_FILE)
+            return _Found(names, "", labels_of(given.labels, names, where, allow_more=True), None)
+        classes = sorted({_top(name) for name in names})
+        if len(classes) < 2 or not in_folders or not rules.use_labels:
+            return _Found(names, "", None, None)
+        if rules.class_order == "numeric":
+            classes = _in_order(classes)
+        return _Found(names, "", _indices(names, classes), None)
+    if not rules.use_labels:
+        return _Found(names, _common_folder(names), None, None)
+    base, label_file = _base(listing)
+    if label_file is not None:
+        where = _in(listing, label_file)
+        given = parse_labels(read(label_file), where)
+        if given.labels is None:
+            return _Found(names, base, None, None)
+        inner = [name[len(base) :] for name in names]
+        return _Found(names, base, labels_of(given.labels, inner, where), given.class_names)
+    classes = _class_folders(listing, base)
+    if not classes:
+        return _Found(names, base, None, None)
+    if rules.class_order != "text":
+        classes = _in_order(classes)
+        moved = next((i for i, name in enumerate(classes) if _is_number(name) and int(name[-9:]) != i), None)
+        if moved is not None and all(map(_is_number, classes)):
+            rules.say(
+                f"class folders are counted from 0 in their order, so {classes[moved]} is class {moved}; "
+                "an empty folder keeps the place of a class without images"
+            )
+    if {name.lower() for name in classes} <= _SPLITS:
+        rules.say(f"warning: the classes are {' and '.join(classes)}; if these are parts of a dataset, prepare one")
+    labels = _indices([name[len(base) :] for name in names], classes)
+    return _Found(names, base, labels, [printable(name) for name in classes])
+
+
+def _in(listing: _Listing, name: str) -> str:
+    return f"{listing.where / name}" if listing.where.is_dir() else f"{printable(name)} in {listing.where}"
+
+
+def _base(listing: _Listing) -> tuple[str, str | None]:
+    """The folder that names count from, and its dataset.json: the first with one on the way down to all images.
+
+    Without one, the first with an empty folder in it, which is a class, or else the one that holds all images.
+    """
+    parts = _common_folder(listing.images).split("/")[:-1]
+    levels = ["".join(f"{part}/" for part in parts[:depth]) for depth in range(len(parts) + 1)]
+    for level in levels:
+        here = [name for name in listing.label_files if name.rpartition("/")[0] + "/" == (level or "/")]
+        if len(here) > 1:
+            raise SidaError(
+                f"labels must be in one file, got {here[0]} and {here[1]} in {listing.where}", "Remove one of them."
+            )
+        if here:
+            return level, here[0]
+    if listing.label_files:
+        raise SidaError(
+            f"{LABEL_FILE} must lie in a folder that holds all images, got {_in(listing, listing.label_files[0])}",
+            'Move it to the top and name images from there; or put {"labels": null} there to go without.',
+        )
+    return next((level for level in levels if _folders_in(listing, level)[1]), levels[-1]), None
+
+
+def _folders_in(listing: _Listing, base: str) -> tuple[set[str], set[str], dict[str, str]]:
+    """Of the folders directly in `base`: those with images, the empty ones, and the first file in those with others."""
+
+    def tops(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+        inner = ((name, name[len(base) :]) for name in names if name.startswith(base))
+        return ((_top(rest), name) for name, rest in inner if "/" in rest)
+
+    with_images = {top for top, _ in tops(listing.images)}
+    bare: dict[str, str] = {}
+    for top, name in tops(listing.others):
+        if top not in with_images:
+            bare.setdefault(top, name)
+    listed = {folder[len(base) :] for folder in listing.folders if folder.startswith(base)}
+    empty = {_top(f"{folder}/") for folder in listed if folder} - with_images - set(bare)
+    return with_images, empty, bare
+
+
+def _class_folders(listing: _Listing, base: str) -> list[str]:
+    """The class folders in `base`, sorted as text; none where there are less than two, or folders of a thousand each.
+
+    SidaError where it is not clear which images are of a class, or which folder is one.
+    """
+    names = listing.images
+    with_images, empty, bare = _folders_in(listing, base)
+    loose = next((name for name in names if "/" not in name[len(base) :]), None)
+    if not with_images or (loose is None and len(with_images | empty) < 2):
+        return []
+    if all(_BY_THOUSANDS.fullmatch(name, len(base)) for name in names):
+        return []
+    hint = f'or put a {LABEL_FILE} with {{"labels": null}} at the top to go without classes.'
+    if loose is not None:
+        raise SidaError(
+            f"images must all lie in class folders, or none of them, got {_in(listing, loose)} beside the folder "
+            f"{printable(min(with_images))}",
+            f"Move it into a folder, {hint}",
+        )
+    if bare:
+        folder, first = min(bare.items())
+        raise SidaError(
+            f"a class folder must hold images or be empty, got {printable(folder)} with {_in(listing, first)}",
+            f"Move it away, empty it, {hint}",
+        )
+    return sorted(with_images | empty)
+
+
+def _is_number(name: str) -> bool:
+    return re.fullmatch("[0-9]+", name) is not None
+
+
+def _in_order(classes: list[str]) -> list[str]:
+    """Class folders by number where all are whole numbers, else as they are."""
+    if not all(map(_is_number, classes)):
+        return classes
+    return sorted(classes, key=lambda name: (len(name.lstrip("0")), name.lstrip("0"), name))
+
+
+def _indices(names: Sequence[str], classes: Sequence[str]) -> NDArray[np.int64]:
+    index = {name: number for number, name in enumerate(classes)}
+    return np.fromiter((index[_top(name)] for name in names), np.int64, len(names))
+
+
+def _common_folder(names: Sequence[str]) -> str:
+    """The deepest folder that holds all of the sorted names: "" or ending in "/"."""
+    return "".join(os.path.commonprefix([names[0], names[-1]]).rpartition("/")[:2])  # noqa: RUF071
+
+
+def _imagenet_training(root: Path) -> Path:
+    """The training images of ImageNet in any of the folders that it unpacks to; any other folder is its own."""
+    inner = ("ILSVRC/Data/CLS-LOC/train", "Data/CLS-LOC/train", "CLS-LOC/train")
+    found = [root / part for part in inner if (root / part).is_dir()]
+    if not found and (root / "train").is_dir():
+        is_named = root.resolve().name == "CLS-LOC"
+        if is_named or any(re.fullmatch(_WNID, entry.name) for entry in os.scandir(root / "train")):
+            found = [root / "train"]
+    return found[0] if found else root
+
+
+def _imagenet_part(names: Sequence[str]) -> str | None:
+    """The folder of ImageNet's training images among the names in a zip, ending in "/"; None for any other zip."""
+    for name in names:
+        before, found, _ = name.partition(f"{_IMAGENET_TRAINING}/")
+        if found and (not before or before.endswith("/")):
+            return before + found
+    base = _common_folder(names)
+    part = re.compile(re.escape(f"{base}train/") + _WNID + "/")
+    is_split = {_top(name[len(base) :]) for name in names} <= _SPLITS
+    return f"{base}train/" if is_split and any(map(part.match, names)) else None
+
+
+def _folder(root: Path, rules: _Rules) -> Source:
+    listing = _Listing(root, is_image)
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_raise):
         here = os.path.realpath(folder)
         # A link to a folder that holds it would be followed for ever.
         subfolders[:] = [sub for sub in subfolders if not _holds(os.path.realpath(os.path.join(folder, sub)), here)]
-        inner = Path(folder).relative_to(root)
-        names += [(inner / file).as_posix() for file in files if os.path.splitext(file)[1].lower() in extensions]
-    if not names:
-        raise SidaError(f"{root} must hold images, got none", "Check the path.")
-    names.sort(key=(lambda name: name.split("/")) if convention == "edm" else None)
-    label_file = root / LABEL_FILE
-    given = parse_labels(label_file.read_bytes(), str(label_file)) if label_file.exists() else None
-    classes = sorted({_top(name) for name in names})
-    if given is None and len(classes) > 1:
-        index = {name: number for number, name in enumerate(classes)}
-        given = {name: index[_top(name)] for name in names}
+        inner = Path(folder).relative_to(root).as_posix()
+        prefix = "" if inner == "." else f"{inner}/"
+        listing.folders.update(f"{prefix}{sub}" for sub in subfolders if not is_hidden(f"{prefix}{sub}"))
+        for file in files:
+            listing.add(f"{prefix}{file}")
+    listing.finish(rules.say)
+    names, _, labels, class_names = _classified(listing, rules, lambda name: (root / name).read_bytes())
 
     def items() -> Iterator[Item]:
-        for name in names:
-            label = None if given is None else label_of(given, name, str(label_file))
-            yield Item(f"{root / name}", label, partial(Path, root, name))
+        for index, name in enumerate(names):
+            label = None if labels is None else int(labels[index])
+            yield Item(printable(f"{root / name}"), label, partial(Path, root, name))
 
-    return Source(len(names), items(), from_files=True)
+    return Source(len(names), items(), from_files=True, labels=labels, class_names=class_names)
 
 
 def _top(name: str) -> str:
@@ -144,42 +400,148 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _zip(path: Path, keep_layout: bool) -> Source:
+def _zip(path: Path, keep_layout: bool, rules: _Rules) -> Source:
     archive = ZipArchive(path)
-    extensions = readable_extensions() | {".npy"}
-    names = sorted(name for name in archive.names if os.path.splitext(name)[1].lower() in extensions)
-    if not names:
-        raise SidaError(f"{path} must hold images, got none", "Check the path.")
-    kept = keep_layout and all(_LAYOUT.fullmatch(name) for name in names)
+    listing = _Listing(path, is_item)
+    part = _imagenet_part(sorted(filter(is_item, archive.names)) or [""])
+    if part is not None:
+        rules.say(f"{path} is ImageNet: its training images in {part} alone are taken")
+    for name in archive.names:
+        if part is None or name.startswith(part):
+            listing.add(name)
+    listing.folders.update(f for f in archive.folders if f.startswith(part or "") and not is_hidden(f))
+    listing.finish(rules.say)
+    names, base, labels, class_names = _classified(listing, rules, archive.read, in_folders=False)
+    # What is read is checked as it is; what is not might be an image, were it not for a damaged name.
+    archive.check(archive.names if rules.is_partial else set(archive.names) - set(names))
+    if re.search(r"(^|/)\d{5}/$", base):  # all images in the first folder of a layout
+        base = base[:-6]
+    kept = keep_layout and all(_LAYOUT.fullmatch(name, len(base)) for name in names)
     if not kept and names[0].endswith(".npy"):
         raise SidaError(
-            f"latents in {path} can only be taken as they are, got a resolution or names of another layout",
-            "Leave out --resolution, or prepare the pixels.",
+            f"latents in {path} can only be taken as they are, got other options or names of another layout",
+            "Leave out --resolution, --channels and the like, or prepare the pixels.",
         )
-    where = f"{LABEL_FILE} in {path}"
-    given = parse_labels(archive.read(LABEL_FILE), where) if LABEL_FILE in archive else None
 
     def items() -> Iterator[Item]:
-        for name in names:
-            label = None if given is None else label_of(given, name, where)
-            yield Item(f"{name} in {path}", label, partial(archive.read, name), name if kept else None)
+        for index, name in enumerate(names):
+            label = None if labels is None else int(labels[index])
+            load = partial(archive.read, name)
+            yield Item(printable(f"{name} in {path}"), label, load, name[len(base) :] if kept else None)
 
-    return Source(len(names), items(), from_files=True)
+    return Source(len(names), items(), from_files=True, labels=labels, class_names=class_names)
+
+
+def _tar(path: Path) -> Source:
+    """CIFAR-10's archive, or ImageNet's, which is a tar of tars."""
+    with _refusing_tar(path), _open_tar(path) as file:
+        try:
+            first, _ = next(_tar_members(file), ("", 0))
+        except tarfile.TarError as error:
+            raise tarfile.ReadError("file could not be opened successfully") from error
+        is_plain = not isinstance(file, gzip.GzipFile)
+    return (
+        _imagenet_tar(path) if is_plain and re.fullmatch(_WNID + r"\.tar", PurePosixPath(first).name) else _cifar(path)
+    )
+
+
+def _open_tar(path: Path) -> IO[bytes]:
+    with path.open("rb") as file:
+        is_packed = file.read(2) == b"\x1f\x8b"
+    return cast(IO[bytes], gzip.open(path) if is_packed else path.open("rb", buffering=0))
+
+
+@contextmanager
+def _refusing_tar(path: Path) -> Iterator[None]:
+    hint = _AGAIN if path.suffix.lower() == ".tar" else _CIFAR_HINT
+    try:
+        yield
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise SidaError(f"{path} is not a readable tar archive ({first_line(error)})", hint) from error
+
+
+def _tar_members(file: IO[bytes]) -> Iterator[tuple[str, int]]:
+    """Name and size of each file in a tar, whose content is what comes next in `file`.
+
+    Python's reader ends without a word at a damaged header; here it is a TarError, as is an end without its mark.
+    Source: POSIX.1-2017, ustar interchange format.
+    """
+    while True:
+        header = file.read(tarfile.BLOCKSIZE)
+        if len(header) < tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("it ends too early")
+        if not any(header):
+            return
+        member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        after = file.tell() + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        if member.size < 0:
+            raise tarfile.ReadError("a member of negative size")
+        if member.isreg():
+            yield member.name, member.size
+        file.seek(after)
+
+
+def _imagenet_tar(path: Path) -> Source:
+    """ILSVRC2012_img_train.tar: a tar with one tar for each class, n01440764.tar, of its JPEGs."""
+    names: list[str] = []
+    starts, sizes = array("q"), array("q")
+    classes: list[str] = []
+    with _refusing_tar(path), path.open("rb", buffering=0) as file:
+        for outer, outer_size in _tar_members(file):
+            class_name, suffix = os.path.splitext(PurePosixPath(outer).name)
+            if is_hidden(outer):
+                continue
+            if suffix != ".tar":
+                raise SidaError(f"{path} must hold a tar for each class, got {printable(outer)} too", "Unpack it.")
+            classes.append(class_name)
+            end = file.tell() + outer_size
+            for inner, size in _tar_members(file):
+                if file.tell() + size > end:
+                    raise tarfile.ReadError(f"{outer} is longer than it says")
+                if is_image(inner) and not is_hidden(PurePosixPath(inner).name):
+                    names.append(f"{class_name}/{PurePosixPath(inner).name}")
+                    starts.append(file.tell())
+                    sizes.append(size)
+    if len(set(classes)) < len(classes) or len(set(names)) < len(names):
+        raise SidaError(f"names in {path} must be unique, got one twice", _AGAIN)
+    if not names:
+        raise SidaError(f"{path} must hold images, got none", "Check the path.")
+    classes.sort()
+    order = sorted(range(len(names)), key=names.__getitem__)
+    labels = _indices([names[i] for i in order], classes)
+
+    def load(start: int, size: int) -> bytes:
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            return file.read(size)
+
+    def items() -> Iterator[Item]:
+        for index, i in enumerate(order):
+            yield Item(printable(f"{names[i]} in {path}"), int(labels[index]), partial(load, starts[i], sizes[i]))
+
+    return Source(len(names), items(), from_files=True, labels=labels, class_names=classes)
 
 
 def _cifar(path: Path) -> Source:
     """The five training batches of cifar-10-python.tar.gz, in their order."""
     batches: dict[str, bytes] = {}
-    try:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                name = PurePosixPath(member.name).name
-                file = archive.extractfile(member) if re.fullmatch("data_batch_[1-5]", name) else None
-                if file is not None and member.size <= MAX_MEMBER_BYTES // 5:
-                    batches[name] = file.read()
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise SidaError(f"{path} is not a readable tar archive ({first_line(error)})", _CIFAR_HINT) from error
+    first = None
+    with _refusing_tar(path), _open_tar(path) as file:
+        for member, size in _tar_members(file):
+            first = first or member
+            name = PurePosixPath(member).name
+            if re.fullmatch("data_batch_[1-5]", name) and size <= MAX_MEMBER_BYTES // 5:
+                batches[name] = file.read(size)
+        # To the end of the stream, where its checksum is.
+        while file.read(_BLOCK_BYTES):
+            pass
     images, labels = [], []
+    if not batches:
+        raise SidaError(
+            f"a .tar must be CIFAR-10's or ImageNet's training archive, got {path} with "
+            f"{printable(first) if first else 'no file'}",
+            "Unpack it and give the folder.",
+        )
     for name in (f"data_batch_{number}" for number in range(1, 6)):
         if name not in batches:
             raise SidaError(f"{path} must hold CIFAR-10's data_batch_1 to data_batch_5, got no {name}", _CIFAR_HINT)
@@ -224,8 +586,10 @@ def _idx(path: Path) -> Source:
         if num_labels != num_images:
             raise SidaError(f"{label_path} must hold {num_images} labels, got {num_labels}", "Download both again.")
         labels = _take(label_file, num_labels, label_path)
-    if not 0 < height * width <= MAX_MEMBER_BYTES:
-        raise SidaError(f"images of {path} must have a usable size, got {width}x{height}", "Download it again.")
+        _check_end(label_file, 0, label_path)
+        if not 0 < height * width <= MAX_MEMBER_BYTES:
+            raise SidaError(f"images of {path} must have a usable size, got {width}x{height}", _AGAIN)
+        _check_end(file, num_images * height * width, path)
 
     def items() -> Iterator[Item]:
         with _open_idx(path) as file:
@@ -234,18 +598,29 @@ def _idx(path: Path) -> Source:
                 pixels = np.frombuffer(_take(file, height * width, path), dtype=np.uint8).reshape(height, width)
                 yield Item(f"image {i} of {path.name}", labels[i], partial(_same, pixels))
 
-    return Source(num_images, items(), from_files=False)
+    known = np.frombuffer(labels, dtype=np.uint8).astype(np.int64)
+    return Source(num_images, items(), from_files=False, labels=known)
+
+
+def _check_end(file: IO[bytes] | gzip.GzipFile, num_bytes: int, path: Path) -> None:
+    """Reads so many bytes up to the end of the stream, where its checksum is; SidaError where it ends elsewhere."""
+    while data := _take(file, min(num_bytes, _BLOCK_BYTES), path):
+        num_bytes -= len(data)
+    try:
+        rest = file.read(1)
+    except (EOFError, OSError, zlib.error) as error:
+        raise SidaError(f"{path} is damaged ({first_line(error)})", _AGAIN) from error
+    if rest:
+        raise SidaError(f"{path} is damaged (it goes on after its last item)", _AGAIN)
 
 
 def _open_idx(path: Path) -> BinaryIO | gzip.GzipFile:
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
 
 
 def _idx_header(file: IO[bytes] | gzip.GzipFile, num_dims: int, path: Path) -> tuple[int, ...]:
     if _take(file, 4, path) != bytes((0, 0, 8, num_dims)):
-        raise SidaError(
-            f"{path} must be an IDX file of bytes in {num_dims} dimensions, got another", "Download it again."
-        )
+        raise SidaError(f"{path} must be an IDX file of bytes in {num_dims} dimensions, got another", _AGAIN)
     return struct.unpack(f">{num_dims}I", _take(file, 4 * num_dims, path))
 
 
@@ -253,15 +628,18 @@ def _take(file: IO[bytes] | gzip.GzipFile, count: int, path: Path) -> bytes:
     try:
         data = file.read(count)
     except (EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise SidaError(f"{path} is damaged ({first_line(error)})", "Download it again.") from error
+        raise SidaError(f"{path} is damaged ({first_line(error)})", _AGAIN) from error
     if len(data) != count:
-        raise SidaError(f"{path} is damaged (it ends too early)", "Download it again.")
+        raise SidaError(f"{path} is damaged (it ends too early)", _AGAIN)
     return data
 
 
 def _npz(path: Path) -> Source:
     """A guided-diffusion batch: arr_0 uint8 [N, H, W, 3], read image by image, and arr_1 classes if there are any."""
     (num_images, height, width, channels), classes = _npz_arrays(path)
+    if classes is not None:
+        for i in np.flatnonzero((classes < 0) | (classes > MAX_LABEL))[:1]:
+            check_label(int(classes[i]), f"image {i} of {path}")
 
     def items() -> Iterator[Item]:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
@@ -269,23 +647,30 @@ def _npz(path: Path) -> Source:
             for i in range(num_images):
                 flat = np.frombuffer(_take(file, height * width * channels, path), dtype=np.uint8)
                 pixels = flat.reshape((height, width) if channels == 1 else (height, width, 3))
-                label = None if classes is None else check_label(int(classes[i]), f"image {i} of {path}")
+                label = None if classes is None else int(classes[i])
                 yield Item(f"image {i} of {path.name}", label, partial(_same, pixels))
 
-    return Source(num_images, items(), from_files=False)
+    labels = None if classes is None else classes.astype(np.int64)
+    return Source(num_images, items(), from_files=False, labels=labels)
 
 
 def _npz_arrays(path: Path) -> tuple[tuple[int, ...], NDArray[np.integer] | None]:
     """Shape of arr_0, and arr_1."""
     hint = "Make it with arr_0 (images, uint8 NHWC) and, where there are classes, arr_1 (integers)."
     try:
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-            shape = _npy_shape(file)
+        with zipfile.ZipFile(path) as archive:
+            with archive.open("arr_0.npy") as file:
+                shape = _npy_shape(file)
+            for member in archive.infolist():
+                with archive.open(member) as file:
+                    while file.read(_BLOCK_BYTES):  # to the end, where its checksum is compared
+                        pass
+        check_directory(path)
         with np.load(path, allow_pickle=False) as arrays:
             classes = arrays.get("arr_1")
     except KeyError as error:
         raise SidaError(f"{path} must hold images in arr_0, got none", hint) from error
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+    except (ValueError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise SidaError(f"{path} cannot be read ({first_line(error)})", hint) from error
     if len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape:
         raise SidaError(f"arr_0 in {path} must be [N, H, W, 1 or 3], got {list(shape)}", hint)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TextIO
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.inputs import parse_count as parse_count
 from sidactl.inputs import parse_seeds as parse_seeds
+from sidactl.text import visible
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -26,14 +27,13 @@ _RATE_WINDOW_SEC = 30.0
 _RATE_FROM_SEC = 2.0
 """a speed measured over less says nothing yet"""
 _MAX_EVERY_SEC = 600.0
-_CONTROL = re.compile(r"\s*[\x00-\x1f\x7f-\x9f\u2028\u2029]+\s*")
+_BREAKS = re.compile(r"\s*[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]\s*")
 
 
 def print_data(text: str) -> None:
-    """One line on stdout: an oid or a number."""
+    """One line on stdout: an oid, a number, or what is known by a name; what would not be seen in it is escaped."""
     assert text, "data is not empty"
-    assert "\n" not in text, f"not one line of data: {text!r}"
-    _write(sys.stdout, text)
+    _write(sys.stdout, visible(text))
 
 
 def print_json(value: object) -> None:
@@ -59,6 +59,7 @@ def table(
     Columns of numbers are right-aligned; a cell without content (None) is a dash where there is no terminal.
     """
     file = file or sys.stdout
+    title = None if title is None else visible(title)
     given = [list(row) for row in rows]
     assert all(len(row) == len(columns) for row in given), "a row of another length"
     numeric = [_is_numeric([row[i] for row in given]) for i in range(len(columns))]
@@ -338,7 +339,7 @@ def format_bytes(num_bytes: int) -> str:
 
 
 def _fact(value: str | float) -> str:
-    return _folded(value) if isinstance(value, str) else str(value) if isinstance(value, int) else f"{value:.5g}"
+    return visible(value) if isinstance(value, str) else str(value) if isinstance(value, int) else f"{value:.5g}"
 
 
 def _is_numeric(cells: Sequence[str | int | float | None]) -> bool:
@@ -347,8 +348,8 @@ def _is_numeric(cells: Sequence[str | int | float | None]) -> bool:
 
 
 def _folded(text: str) -> str:
-    """The text in one line: line breaks and control characters, with the blanks around them, become one blank."""
-    return _CONTROL.sub(" ", text).strip()
+    """A message in one line: its line breaks, with the blanks around them, become one blank; the rest is `visible`."""
+    return visible(_BREAKS.sub(" ", text).strip())
 
 
 def _speaks() -> bool:

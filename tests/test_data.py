@@ -27,7 +27,7 @@ from PIL import Image
 
 from sidactl import prepare as prepare_module
 from sidactl.codec import LatentCodec
-from sidactl.data import DataOrder, Dataset, ZipArchive, tiny_digits_arrays
+from sidactl.data import DataOrder, Dataset, ZipArchive, drawn_subset, tiny_digits_arrays
 from sidactl.errors import SidaError
 from sidactl.prepare import PRESETS, ZipWriter, contact_sheet, encode_png, prepare, prepare_latents
 from tests.golden import golden_metrics
@@ -95,12 +95,12 @@ def test_prepare_equals_published_tool(name: str, inputs: Path, tmp_path: Path) 
 
 def test_prepare_refusals_where_published_tool_fails(inputs: Path, tmp_path: Path) -> None:
     pow2 = "images must be square with a side that is a power of two, got {0} for {1}. "
-    scale = "Pass --resolution, e.g. 32x32, and a --transform if the aspect ratio shall be kept."
-    rgba = "must have 8-bit grey or RGB, got Pillow's mode RGBA. Convert it, or pass --skip-bad to go on without."
+    scale = "Pass --resolution to prepare-data, e.g. 32x32, and a --transform if the aspect ratio shall be kept."
+    rgba = "must have 8-bit grey or RGB, got Pillow's mode RGBA. Convert it, or go on without: prepare-data --skip-bad."
     refusals = {
         "edm_rgba": f"{inputs}/rgba/0.png {rgba}",
         "edm_mixed_gray_rgb": "images must all be grey or all RGB, got 3 channels for {0}/0.png and 1 for {0}/1.png. "
-        "Use the convention edm2: all become RGB.".format(inputs / "mixed_gray_rgb"),
+        "Pass --channels 3 to prepare-data, or 1 for grey.".format(inputs / "mixed_gray_rgb"),
         "edm_different_sizes": f"images must all have one size, got 16x16 for {inputs}/different_sizes/0.png "
         f"and 32x32 for {inputs}/different_sizes/1.png. {scale}",
         "edm_not_pow2": pow2.format("24x24", inputs / "not_pow2/0.png") + scale,
@@ -335,8 +335,8 @@ def test_latents_are_read_and_taken_as_they_are(tmp_path: Path) -> None:
         f"a contact sheet must be of pixels, got latents in {tmp_path}/out.zip. Prepare pixels to see them."
     )
     assert refusal(source, tmp_path / "no.zip", resolution=(4, 4)) == (
-        f"latents in {source} can only be taken as they are, got a resolution or names of another layout. "
-        "Leave out --resolution, or prepare the pixels."
+        f"latents in {source} can only be taken as they are, got other options or names of another layout. "
+        "Leave out --resolution, --channels and the like, or prepare the pixels."
     )
 
 
@@ -423,7 +423,7 @@ def test_killed_preparation_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
         "prepare.SAVE_EVERY_SEC = float(sys.argv[1])\n"
         "kill = lambda done, total: os.kill(os.getpid(), 9) if done == 30 else None\n"
         "folder = pathlib.Path(sys.argv[2])\n"
-        "prepare.prepare('tiny-digits', folder / 'out.zip', max_images=30, work=folder / 'work', progress=kill)\n"
+        "prepare.prepare('tiny-digits', folder / 'out.zip', work=folder / 'work', progress=kill)\n"
     )
     for every_sec, done in (("1e9", None), ("0", 30)):
         assert subprocess.run([sys.executable, "-c", script, every_sec, tmp_path], check=False).returncode == -9
@@ -628,7 +628,7 @@ def test_images_too_small_for_latents_are_refused(tmp_path: Path) -> None:
 
 # Bad input: one line that names the file, and nothing left behind.
 
-SKIP = "Mend or remove it, or pass --skip-bad to go on without."
+SKIP = "Mend or remove it, or go on without: prepare-data --skip-bad."
 AGAIN = "Download it again."
 
 
@@ -675,7 +675,7 @@ def test_bad_image_stops_with_one_line_and_leaves_nothing(kind: str, workers: in
     (tmp_path / "out.zip").write_bytes(b"kept")
     with pytest.raises(SidaError) as caught:
         prepare(tmp_path / "in", tmp_path / "out.zip", workers=workers)
-    convert = "Convert it, or pass --skip-bad to go on without."
+    convert = "Convert it, or go on without: prepare-data --skip-bad."
     assert str(caught.value) == (
         f"{path} {reason.format(cause=caught.value.__cause__)}. {convert if kind == '16-bit' else SKIP}"
     )
@@ -720,7 +720,8 @@ BAD_SOURCES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "empty folder": (lambda p: p, "{} must hold images, got none. Check the path."),
     "unknown kind": (
         lambda p: save(p / "a.png", noise(4, 4, 3)),
-        "source must be a folder, .zip, .npz, CIFAR-10 .tar.gz or IDX images, got {}. Convert it to one of these.",
+        "source must be a folder, .zip, .npz, IDX images, or CIFAR-10's or ImageNet's .tar, got {}. "
+        "Give the folder that it lies in.",
     ),
     "absolute name": (
         lambda p: make_zip(p / "s.zip", [("/etc/x.png", b"")]),
@@ -999,7 +1000,8 @@ def test_dataset_names_what_is_wrong(tmp_path: Path) -> None:
         "Convert it with prepare-data."
     )
     make_zip(path, [("00000/img00000000.png", encode_png(noise(4, 8, 3)))])
-    assert load(path) == f"images in {path} must be square, got 8x4. Convert it with prepare-data."
+    oblong = Dataset(path)
+    assert (oblong.num_channels, oblong.resolution, oblong.width) == (3, 4, 8)
     make_zip(path, [("readme.txt", b"")])
     assert load(path) == f"{path} must hold images, got none. Make a dataset with prepare-data."
     rgba = io.BytesIO()
@@ -1079,3 +1081,12 @@ def test_order_is_uniform() -> None:
     for epoch in range(2000):
         counts[np.arange(4), order.indices(4 * epoch, 4)] += 1
     assert np.abs(counts / 2000 - 0.25).max() < 0.04  # four standard deviations
+
+
+def test_a_subset_is_drawn_as_the_published_tools_draw_it() -> None:
+    loader = json.loads(golden_metrics(EXPECTED).read_text())["loader"]
+    for size in (10, 25, 1000):
+        for seed in (0, 1, 12345):
+            expected = loader[f"edm_max{size}_seed{seed}"]
+            assert drawn_subset(60, size, seed).tolist() == expected
+            assert drawn_subset(60, size, seed + (1 << 31)).tolist() == expected

@@ -1,8 +1,11 @@
 """The loop around training steps, with a toy in the place of a trainer: what it keeps, and how it goes on."""
 
+import dataclasses
+import hashlib
 import json
 import math
 import resource
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -126,6 +129,18 @@ def straight(tmp_path: Path) -> Iterator[dict[str, Any]]:
         yield runner.state()
 
 
+def test_an_evaluation_without_a_number_is_warned_of_and_leaves_no_picture(live: LiveDir) -> None:
+    runner = Runner(live)
+    runner.evaluate = lambda net, stop: (  # type: ignore[method-assign]
+        loop.Evaluation(math.nan, None, "no score") if runner.toy.nimg == 60 else loop.Evaluation(1.0, b"picture")
+    )
+    events = runner.run()
+    assert [(e.nimg, e.values["message"]) for e in events if e.kind == "warning"] == [(60, "no score")]
+    assert runner.history.best == (30, 1.0)
+    assert math.isnan(runner.history.scores[1][1])
+    assert sorted(p.name for p in live.path.glob("preview-*")) == [f"preview-{n:010d}.png" for n in (30, 90, 120)]
+
+
 def kinds(events: list[loop.Event], kind: str) -> list[int]:
     return [event.nimg for event in events if event.kind == kind]
 
@@ -200,7 +215,7 @@ def test_two_checkpoints_with_digests_are_left_and_nothing_half_written(live: Li
     Runner(live, {30: 2.0, 60: 1.0, 90: 3.0, 120: 4.0}).run()
     assert sorted(path.name for path in live.path.iterdir()) == [
         "best-0000000060.safetensors",
-        "checkpoint-0000000080-2",
+        "checkpoint-0000000090-2",
         "checkpoint-0000000120-4",
         "events.jsonl",
         "lock",
@@ -222,8 +237,8 @@ def test_the_previous_best_is_removed_only_once_no_checkpoint_can_need_it(live: 
         ("checkpoint", 40): [30],
         ("evaluation", 60): [30, 60],
         ("checkpoint", 80): [30, 60],
-        ("evaluation", 90): [30, 60, 90],
-        ("evaluation", 120): [30, 60, 90],
+        ("evaluation", 90): [60, 90],
+        ("evaluation", 120): [60, 90],
         ("checkpoint", 120): [60, 90],
     }
 
@@ -359,6 +374,30 @@ def test_an_evaluation_that_was_given_up_is_made_first_when_the_run_goes_on(
     assert runner.state() == straight
 
 
+def test_an_evaluation_that_fails_costs_no_training(live: LiveDir, straight: dict[str, Any]) -> None:
+    failing, runner = Runner(live, {}), Runner(live)
+    for nimg in (30, 60):
+        with pytest.raises(KeyError):
+            failing.run()
+        assert failing.toy.nimg == nimg
+        assert runner.run(should_stop=lambda nimg=nimg: runner.toy.nimg == nimg + 10)[0].nimg == nimg  # type: ignore[misc]
+    runner.run()
+    assert runner.state() == straight
+
+
+def test_an_evaluation_that_is_repeated_and_differs_leaves_the_best_of_its_checkpoint(live: LiveDir) -> None:
+    first = Runner(live, {30: 3.0, 60: 2.0})
+    for event in first.start():
+        if event.kind == "evaluation" and event.nimg == 60:
+            break
+    assert sorted(p.name for p in live.path.glob("checkpoint-*"))[-1] == "checkpoint-0000000060-1"
+    again = Runner(live, {60: 9.0, 90: 8.0, 120: 7.0})
+    assert [e.values["score"] for e in again.run() if e.kind == "evaluation"] == [9.0, 8.0, 7.0]
+    assert again.history.best == (30, 3.0)
+    assert loop.best_weights(again.history, live)
+    assert [(e["nimg"], e["score"]) for e in lines_of(live) if e["event"] == "evaluation"] == again.history.scores
+
+
 def flip_a_byte(path: Path, digest: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -407,9 +446,9 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_says_so(
     damage(next(newest.glob("*.safetensors")), newest / "SHA256SUMS")
     events = runner.run()
     assert events[:2] == [
-        loop.Event("resumed", 40),
+        loop.Event("resumed", 60),
         loop.Event(
-            "warning", 40, {"message": f"checkpoint-0000000080-2 {told}; going on from the checkpoint at 40 images"}
+            "warning", 60, {"message": f"checkpoint-0000000080-2 {told}; going on from the checkpoint at 60 images"}
         ),
     ]
     assert runner.state() == straight
@@ -425,10 +464,137 @@ def test_with_both_checkpoints_damaged_it_begins_again_and_says_so(live: LiveDir
     events = runner.run()
     assert [event.values["message"] for event in events if event.kind == "warning"] == [
         "checkpoint-0000000080-2 is damaged; going on from the beginning",
-        "checkpoint-0000000040-1 is damaged; going on from the beginning",
+        "checkpoint-0000000060-1 is damaged; going on from the beginning",
     ]
     assert kinds(events, "resumed") == []
     assert runner.state() == straight
+
+
+# Checkpoints of other versions, and files of others
+
+
+def rewrite(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes a checkpoint's state as another version would have written it, with digests that fit."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    change(state)
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    digests = [f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.name}\n" for p in sorted(checkpoint.iterdir())]
+    (checkpoint / "SHA256SUMS").write_text("".join(line for line in digests if not line.endswith("  SHA256SUMS\n")))
+
+
+def as_schema_1(state: dict[str, Any]) -> None:
+    for name in ("schema", "updates", "updates_evaluated", "loss_scales"):
+        del state[name]
+
+
+def as_before_digests(state: dict[str, Any]) -> None:
+    as_schema_1(state)
+    del state["best_sha256"]
+
+
+def stopped_at_70(live: LiveDir) -> Path:
+    runner = Runner(live)
+    runner.run(should_stop=lambda: runner.toy.nimg == 70)
+    return live.path / "checkpoint-0000000070-2"
+
+
+def test_a_checkpoint_from_before_schemas_goes_on_to_the_same_bits(live: LiveDir, straight: dict[str, Any]) -> None:
+    rewrite(stopped_at_70(live), as_schema_1)
+    runner = Runner(live)
+    events = runner.run()
+    assert events[0] == loop.Event("resumed", 70)
+    assert [event for event in events if event.kind == "warning"] == []
+    assert runner.state() == straight
+
+
+def test_a_checkpoint_from_before_digests_of_the_best_goes_on_to_the_same_bits_with_a_warning(
+    live: LiveDir, straight: dict[str, Any]
+) -> None:
+    rewrite(stopped_at_70(live), as_before_digests)
+    runner = Runner(live)
+    events = runner.run()
+    (best,) = [
+        nimg
+        for nimg, score in runner.history.scores[:2]
+        if (nimg, score) == min(runner.history.scores[:2], key=lambda p: p[1])
+    ]
+    assert events[:2] == [
+        loop.Event("resumed", 70),
+        loop.Event(
+            "warning",
+            70,
+            {
+                "message": "checkpoint-0000000070-2 has no digest of the best generator: "
+                f"best-{best:010d}.safetensors is taken as it is"
+            },
+        ),
+    ]
+    assert runner.state() == straight
+
+
+def newer(state: dict[str, Any]) -> None:
+    state["schema"] = loop.CHECKPOINT_SCHEMA + 1
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (newer, "its schema is 3, this sidactl reads 2 and older ones"),
+        (lambda state: state.pop("nimg"), "it does not say 'nimg'"),
+        (lambda state: state.pop("loss_scales"), "it does not say 'loss_scales'"),
+        (lambda state: state.update(scores=5), "'int' object is not iterable"),
+        (lambda state: state.update(nimg=None), "int() argument must be"),
+    ],
+)
+def test_a_sound_checkpoint_that_cannot_be_read_is_refused_in_a_line_and_stays(
+    live: LiveDir, change: Callable[[dict[str, Any]], object], told: str
+) -> None:
+    checkpoint = stopped_at_70(live)
+    rewrite(checkpoint, change)
+    with pytest.raises(SidaError) as caught:
+        Runner(live).run()
+    assert caught.value.message.startswith(f"{checkpoint} cannot be read: {told}")
+    assert caught.value.hint == "Go on with the sidactl that wrote it, or begin anew after: sidactl gc --live key"
+    assert caught.value.exit_code == 1
+    assert checkpoint.exists()
+
+
+def test_a_checkpoint_with_other_tensors_is_refused_and_names_one(live: LiveDir) -> None:
+    """As in the oldest versions, which knew the optimiser's moments by number."""
+    checkpoint = stopped_at_70(live)
+    (file,) = checkpoint.glob("*.safetensors")
+    tensors = safetensors.torch.load(file.read_bytes())
+    names = {name: name.replace("optimizer.weight", "optimizer.0") for name in tensors}
+    loop._save_tensors({names[name]: tensor for name, tensor in tensors.items()}, checkpoint)
+    rewrite(checkpoint, as_before_digests)
+    with pytest.raises(SidaError) as caught:
+        Runner(live).run()
+    assert caught.value.message == (
+        f"{checkpoint} cannot be read: it holds other tensors than this run (optimizer.0.exp_avg)"
+    )
+
+
+def test_foreign_files_in_a_live_directory_change_nothing(live: LiveDir, straight: dict[str, Any]) -> None:
+    checkpoint = stopped_at_70(live)
+    shutil.copytree(checkpoint, checkpoint.with_name(f"{checkpoint.name}.bak"))
+    shutil.copytree(checkpoint, live.path / "checkpoint-copy-of-mine")
+    (live.path / "checkpoint-0000000999-9").write_text("a file")
+    with (live.path / "events.jsonl").open("ab") as file:
+        for line in ("{}", "[]", "5", "null", '"text"', '{"nimg": null}', '{"nimg": 1e999}', "[" * 5000, "\u00ff"):
+            file.write(line.encode("latin-1") + b"\n")
+    runner = Runner(live)
+    assert runner.run()[0] == loop.Event("resumed", 70)
+    assert runner.state() == straight
+
+
+def test_a_folder_in_the_place_of_the_events_is_refused_in_a_line(live: LiveDir) -> None:
+    stopped_at_70(live)
+    events = live.path / "events.jsonl"
+    events.unlink()
+    events.mkdir()
+    with pytest.raises(SidaError) as caught:
+        Runner(live).run()
+    assert str(caught.value) == f"{events} must be a file, got a folder. Move it away, then repeat the same command."
 
 
 def test_a_damaged_checkpoint_does_not_take_the_place_of_a_sound_one(live: LiveDir) -> None:
@@ -437,10 +603,10 @@ def test_a_damaged_checkpoint_does_not_take_the_place_of_a_sound_one(live: LiveD
         if event.kind == "checkpoint" and event.nimg == 80:
             break
     truncate(live.path / "checkpoint-0000000080-2" / "state.json", live.path)
-    runner.run(should_stop=lambda: runner.toy.nimg == 50)
+    runner.run(should_stop=lambda: runner.toy.nimg == 70)
     assert sorted(p.name for p in live.path.glob("checkpoint-*")) == [
-        "checkpoint-0000000040-1",
-        "checkpoint-0000000050-1",
+        "checkpoint-0000000060-1",
+        "checkpoint-0000000070-2",
     ]
 
 
@@ -466,6 +632,43 @@ def test_too_many_skipped_updates_in_a_row_stop_the_run_and_keep_the_last_checkp
     assert runner.run()[0] == loop.Event("resumed", 80)
 
 
+@pytest.mark.parametrize(("bad", "stops_at"), [(range(3), 3), (range(9, 12), 12), (range(2, 100), 6)])
+def test_a_run_all_of_whose_updates_between_evaluations_were_skipped_stops_with_the_step(
+    live: LiveDir, bad: range, stops_at: int
+) -> None:
+    runner = Runner(live)
+    patient = dataclasses.replace(SCHEDULE, stop_if_nan_steps=100)
+    with pytest.raises(SidaError) as caught:
+        runner.run(toy=Toy(bad_gradients=bad), schedule=patient)
+    assert str(caught.value) == (
+        f"the last {stops_at - bad.start} updates of the generator, all since the last evaluation, had a gradient that "
+        f"is not finite, the last at step {stops_at} ({stops_at * BATCH} images). "
+        "The last checkpoint is kept; lower the learning rate or choose another precision."
+    )
+    assert caught.value.exit_code == 1
+    checkpoints = sorted(path.name for path in live.path.glob("checkpoint-*"))
+    assert [int(name.split("-")[1]) for name in checkpoints] == [n for n in (40, 80) if n < stops_at * BATCH]
+
+
+def test_updates_that_were_made_before_an_interruption_count_for_their_interval(live: LiveDir) -> None:
+    """Step 3 was made, 4 and 5 are skipped, and the evaluation comes at 60 images."""
+    for old in (False, True):
+        runner = Runner(live)
+        runner.run(toy=Toy(bad_gradients=range(4, 6)), should_stop=lambda runner=runner: runner.toy.nimg == 50)
+        if old:
+            rewrite(live.path / "checkpoint-0000000050-1", as_schema_1)
+        assert runner.run(toy=Toy(bad_gradients=range(4, 6)))[-1].nimg == 120
+        for path in live.path.glob("checkpoint-*"):
+            shutil.rmtree(path)
+
+
+def test_a_run_without_evaluations_all_of_whose_updates_were_skipped_stops_at_its_end(live: LiveDir) -> None:
+    toy = Toy(bad_gradients=range(100))
+    patient = dataclasses.replace(SCHEDULE, stop_if_nan_steps=100, evaluate_every_nimg=120)
+    with pytest.raises(SidaError, match=r"^the last 12 updates of the generator, all since the last evaluation, had"):
+        list(loop.run(cast(Any, toy), patient, live, evaluate=None, should_stop=lambda: False, history=loop.History()))
+
+
 def test_skipped_updates_in_a_row_are_counted_across_an_interruption(live: LiveDir) -> None:
     runner = Runner(live)
     runner.run(toy=Toy(bad_gradients=range(6, 100)), should_stop=lambda: runner.toy.nimg == 80)
@@ -473,9 +676,9 @@ def test_skipped_updates_in_a_row_are_counted_across_an_interruption(live: LiveD
         runner.run(toy=Toy(bad_gradients=range(6, 100)))
 
 
-@pytest.mark.parametrize(("poisoned", "found_at"), [(4, 60), (6, 80)])
+@pytest.mark.parametrize(("poisoned", "found_at", "resumed_at"), [(4, 60, 40), (6, 80, 60)])
 def test_a_weight_that_is_not_finite_stops_the_run_before_anything_is_kept_of_it(
-    live: LiveDir, poisoned: int, found_at: int
+    live: LiveDir, poisoned: int, found_at: int, resumed_at: int
 ) -> None:
     runner = Runner(live)
     with pytest.raises(SidaError) as caught:
@@ -486,7 +689,7 @@ def test_a_weight_that_is_not_finite_stops_the_run_before_anything_is_kept_of_it
     )
     assert caught.value.exit_code == 1
     assert runner.evaluated == [n for n in (30, 60) if n < found_at]
-    assert runner.run()[0] == loop.Event("resumed", 40)
+    assert runner.run()[0] == loop.Event("resumed", resumed_at)
 
 
 @pytest.mark.parametrize("kind", ["progress", "evaluation", "checkpoint"])

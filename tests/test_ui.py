@@ -66,8 +66,33 @@ def test_import_loads_nothing_heavy() -> None:
 def test_print_data_is_one_line_on_stdout_alone(capsys: pytest.CaptureFixture[str]) -> None:
     ui.print_data("1.9234")
     assert capsys.readouterr() == ("1.9234\n", "")
-    with pytest.raises(AssertionError):
-        ui.print_data("two\nlines")
+
+
+HOSTILE = "a\x1b[31m\n## b\u202ec\u2066d\u200ee\x9bf\x7f\ud800-\udcff<b>"
+SHOWN = r"a\x1b[31m\n## b\u202ec\u2066d\u200ee\x9bf\x7f\ud800-\xff<b>"
+
+
+def test_text_from_outside_is_shown_with_visible_escapes_everywhere(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ui.print_data(HOSTILE)
+    assert capsys.readouterr().out == f"{SHOWN}\n"
+    ui.table(["licence"], [[HOSTILE]], title=HOSTILE)
+    assert capsys.readouterr().out == f"{SHOWN}\nlicence\n{SHOWN}\n"
+    ui.print_json({HOSTILE: HOSTILE})
+    assert json.loads(capsys.readouterr().out) == {HOSTILE: HOSTILE}
+    # A message is one line, whatever a library wrote into it.
+    in_message = SHOWN.replace(r"\n", " ")
+    ui.note(HOSTILE)
+    ui.fail(SidaError(HOSTILE))
+    with ui.progress(HOSTILE, 1) as shown:
+        shown.update(1, {"licence": HOSTILE})
+    told = capsys.readouterr().err.splitlines()
+    assert told[:2] == [in_message, f"error: {in_message}"]
+    assert all(in_message in line and line.endswith(f"licence {SHOWN}") for line in told[2:])
+    terminal = terminal_as_stderr(monkeypatch, columns=200)
+    ui.table(["licence"], [[HOSTILE]], title=HOSTILE, file=terminal)
+    assert [line.strip() for line in terminal.screen().splitlines() if "##" in line] == [SHOWN, SHOWN]
 
 
 def test_print_json_is_one_document_in_the_order_given(capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,7 +121,7 @@ def test_messages_are_one_line_each_on_stderr(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr() == (
         "",
         "loads edm2-s (280M parameters)\n"
-        "warning: odd [31m file\n"
+        "warning: odd\\x1b[31m file\n"
         "error: a teacher must have a sigma_data, got none. Pass another file.\n"
         "error: no such run\n",
     )
@@ -120,7 +145,7 @@ def test_a_reader_that_has_gone_away_is_no_error() -> None:
 def test_table_off_a_terminal_aligns_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
     ui.table(["name", "images", "FID"], [["a\nb", 5, 1.97123], ["longer", 50000, None]], title="Scores")
     assert capsys.readouterr() == (
-        "Scores\nname    images     FID\na b          5  1.9712\nlonger   50000       -\n",
+        "Scores\nname    images     FID\na\\nb         5  1.9712\nlonger   50000       -\n",
         "",
     )
 
