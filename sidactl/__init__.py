@@ -60,15 +60,17 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    import importlib
+if not TYPE_CHECKING:  # they know the names above, and would take any other for an object
 
-    if name in _MODULES:
-        return importlib.import_module(f"sidactl.{name}")
-    if name not in __all__:
-        raise AttributeError(f"module 'sidactl' has no attribute {name!r}")
-    place = "inventory" if name in _INVENTORY else "errors" if name == "SidaError" else "ops"
-    return getattr(importlib.import_module(f"sidactl.{place}"), name)
+    def __getattr__(name: str) -> object:
+        import importlib
+
+        if name in _MODULES:
+            return importlib.import_module(f"sidactl.{name}")
+        if name not in __all__:
+            raise AttributeError(f"module 'sidactl' has no attribute {name!r}")
+        place = "inventory" if name in _INVENTORY else "errors" if name == "SidaError" else "ops"
+        return getattr(importlib.import_module(f"sidactl.{place}"), name)
 
 
 def __dir__() -> list[str]:
