@@ -1,10 +1,8 @@
 """One-step generators from pretrained diffusion models by Score identity Distillation; names load when first used."""
 
-import importlib
-from typing import TYPE_CHECKING
-
 __version__ = "0.1.0"
 
+TYPE_CHECKING = False  # as type checkers know it; nothing is imported here, so that no Ctrl-C meets an import
 if TYPE_CHECKING:
     from sidactl import detectors, diffusion, losses, metrics, nets, ops, pickles, recipe, sampling, store
     from sidactl.errors import SidaError
@@ -62,13 +60,17 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    if name in _MODULES:
-        return importlib.import_module(f"sidactl.{name}")
-    if name not in __all__:
-        raise AttributeError(f"module 'sidactl' has no attribute {name!r}")
-    place = "inventory" if name in _INVENTORY else "errors" if name == "SidaError" else "ops"
-    return getattr(importlib.import_module(f"sidactl.{place}"), name)
+if not TYPE_CHECKING:  # they know the names above, and would take any other for an object
+
+    def __getattr__(name: str) -> object:
+        import importlib
+
+        if name in _MODULES:
+            return importlib.import_module(f"sidactl.{name}")
+        if name not in __all__:
+            raise AttributeError(f"module 'sidactl' has no attribute {name!r}")
+        place = "inventory" if name in _INVENTORY else "errors" if name == "SidaError" else "ops"
+        return getattr(importlib.import_module(f"sidactl.{place}"), name)
 
 
 def __dir__() -> list[str]:

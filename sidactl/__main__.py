@@ -1,4 +1,4 @@
-"""Where the process begins: a Ctrl-C while the command line is still being imported ends it in one line."""
+"""Where the process begins: a Ctrl-C while something is still being imported ends it in one line."""
 
 import os
 import signal
@@ -8,25 +8,30 @@ from types import FrameType
 def main() -> None:
     """Runs the command line; see `cli.main`."""
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-    # Whoever started us may want a signal ignored.
-    guarded = {number: handler for number, handler in usual.items() if signal.getsignal(number) is handler}
-    for number in guarded:
-        signal.signal(number, _end)
+    for number, handler in usual.items():
+        if signal.getsignal(number) is handler:  # else whoever started us may want it ignored
+            signal.signal(number, _stop)
     try:
         from sidactl import cli
 
-        for number, handler in guarded.items():
-            signal.signal(number, handler)
         cli.main()
     except KeyboardInterrupt:  # between the lines, or a second one
-        _end(signal.SIGINT, None)
+        _end()
     finally:
-        if signal.SIGINT in guarded:
+        if signal.getsignal(signal.SIGINT) is _stop:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's end would tell a late one with a traceback
 
 
-def _end(number: int, frame: FrameType | None) -> None:
-    """Nothing is begun yet that would have to be ended well."""
+def _stop(number: int, frame: FrameType | None) -> None:
+    """As Python's own handler; but an import is not interrupted, since libraries take that for an error of theirs."""
+    while frame:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            _end()  # like a kill, which leaves the run directory valid
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def _end() -> None:
     if os.environ.get("RANK", "0") == "0":
         with open(2, "wb", buffering=0, closefd=False) as stderr:
             stderr.write(b"error: interrupted. Repeat the same command to go on.\n")

@@ -3,7 +3,6 @@
 import ast
 import dataclasses
 import difflib
-import errno
 import inspect
 import json
 import os
@@ -90,14 +89,14 @@ def _from_pipe(ref: str | None) -> str:
         text = "\0"
     if not text:
         raise SidaError("the pipe is empty: the command before this one gave no artifact", "See its message.")
+    if "\0" in text:
+        raise SidaError(
+            "a pipe must bring the name of an artifact, got bytes", "Give the file's name, not its content."
+        )
     if text.startswith(("{", "[")):
         return _oid_in(text)
     if (num_lines := len(text.splitlines())) > 1:
         raise SidaError(f"a pipe must bring one artifact, got {num_lines} lines", "Name one at a time.")
-    if "\0" in text:
-        raise SidaError(
-            "a pipe must bring the name of an artifact, got bytes", "Give a file by its name, not its content."
-        )
     return text
 
 
@@ -150,7 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = [word for word in given if word != "--debug"]
     ui.mend_streams()
     # Training has handlers of its own; everything else ends on SIGTERM as it does on Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    handler = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGTERM, handler if callable(handler) else signal.default_int_handler)
     try:
         _check_processes()
         code = app(given, standalone_mode=False, prog_name="sidactl") or 0
@@ -199,11 +199,9 @@ def _check_processes() -> None:
 
 
 def _told_plainly(error: Exception) -> SidaError:
-    if isinstance(error, OSError) and error.errno in (errno.EBADF, errno.ENOSPC, errno.EIO) and not error.filename:
-        try:
-            sys.stdout.flush()
-        except OSError:  # click's own printing, of --help
-            return ui.stdout_error(error)
+    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if isinstance(error, OSError) and frames[-1].startswith("click."):  # in printing --help
+        return ui.stdout_error(error)
     if "torch" in sys.modules:
         from sidactl.engine import told_plainly
 

@@ -236,7 +236,9 @@ class Display:
             self._turn_to(self._parts[title])
             self._parts[title].update(done)
             if done >= total > 0:  # the next time it is another, such as the next evaluation
-                self._parts.pop(title).tell()
+                finished = self._parts.pop(title)
+                if not self._live:
+                    finished.tell()
 
         return tick
 
@@ -373,15 +375,20 @@ def _print(file: TextIO, text: str) -> None:
     try:
         print(_encodable(text, file), file=file, flush=True)
     except OSError as error:
-        # What is left in the buffer would fail again when Python exits.
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
         if file is sys.stdout and not isinstance(error, BrokenPipeError):
             raise stdout_error(error) from None
+        _forget(file)
+
+
+def _forget(file: TextIO) -> None:
+    """Lets go what is left in the buffer, which would fail again when Python exits."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 def stdout_error(error: OSError) -> SidaError:
-    """What is told where stdout takes no data."""
+    """What is told where stdout takes no data; nothing more goes there."""
+    _forget(sys.stdout)
     reason = "it is closed" if error.errno == errno.EBADF else error.strerror
     return SidaError(
         f"the result cannot be written to stdout: {reason}",
