@@ -215,14 +215,12 @@ def test_a_score_in_another_precision_says_so_and_is_that_of_such_samples(finish
         (
             "generator/best",
             {"num": 10, "first_seed": -1},
-            "seeds of all trials must be from 0 to 4294967295, got -1. "
-            "Choose others.",
+            "seeds of all trials must be from 0 to 4294967295, got -1. Choose others.",
         ),
         (
             "generator/best",
             {"num": 10, "trials": 3, "first_seed": (1 << 32) - 29},
-            "seeds of all trials must be from 0 to 4294967295, got 4294967296. "
-            "Choose others.",
+            "seeds of all trials must be from 0 to 4294967295, got 4294967296. Choose others.",
         ),
         (
             "samples",
