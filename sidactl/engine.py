@@ -27,6 +27,7 @@ from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.nets.edm import UNetBlock
 from sidactl.nets.edm2 import Block
 from sidactl.recipe import Execution, Recipe, Setting
+from sidactl.recipe import passes_of as rounds_of
 
 SMALL_NET = 1 << 25
 """parameters times pixels below which a net on the CPU is run by one thread"""
@@ -354,33 +355,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def passes_of(recipe: Recipe, execution: Execution) -> list[Sequence[int]]:
-    """The accumulation rounds of this process, in groups that go through the nets at once.
-
-    Raises SidaError where the processes cannot share the rounds evenly, or where the images at a time do not fit them.
-    """
-    rank, size = rank_and_size()
-    num_rounds, micro_batch = recipe.num_accumulation_rounds, recipe.batch_size // recipe.num_accumulation_rounds
-    if num_rounds % size:
-        raise SidaError(
-            f"the {num_rounds} micro-batches of a batch must be shared evenly, got {size} processes",
-            "Start as many processes as divide it, or pass another --num-accumulation-rounds.",
-        )
-    rounds = range(rank, num_rounds, size)
-    images = execution.batch_per_device or micro_batch
-    if images % micro_batch or len(rounds) % (images // micro_batch):
-        fitting = ", ".join(str(micro_batch * n) for n in range(1, len(rounds) + 1) if len(rounds) % n == 0)
-        raise SidaError(
-            f"batch-per-device must be one of {fitting} (micro-batches of {micro_batch}), got {images}",
-            "For less memory pass --checkpoint-activations, or change the recipe with --num-accumulation-rounds.",
-        )
-    at_once = images // micro_batch
-    if at_once > 1 and not recipe.joins_micro_batches:
-        what = "dropout" if recipe.dropout else "augmentation"
-        raise SidaError(
-            f"with {what} a pass holds one micro-batch of {micro_batch}, got --batch-per-device {images}",
-            f"Pass --batch-per-device {micro_batch}, or leave it out.",
-        )
-    return [rounds[start : start + at_once] for start in range(0, len(rounds), at_once)]
+    """The accumulation rounds of this process, in groups that go through the nets at once; see `recipe.passes_of`."""
+    return rounds_of(recipe, execution, *rank_and_size())
 
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -410,8 +386,6 @@ def arrange(
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if execution.ema_on_cpu:
         ema.cpu()
-    if execution.shard and execution.compile:
-        raise SidaError("compiled nets cannot be sharded, got both", "Leave out --shard or --compile.")
     if execution.shard:
         for net in (teacher, fake_score, generator, ema):
             shard_(net)

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -91,10 +92,14 @@ class Event:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How good the EMA net is (lower is better), and a picture of what it draws (PNG)."""
+    """How good the EMA net is (lower is better), and a picture of what it draws (PNG).
+
+    A net that draws images which are not finite has the score NaN, no picture, and a warning that says so.
+    """
 
     score: float
-    preview: bytes
+    preview: bytes | None
+    warning: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,11 +125,11 @@ class History:
 
     @property
     def best(self) -> tuple[int, float] | None:
-        return self.best_up_to(math.inf)
+        return self.best_of_first(len(self.scores))
 
-    def best_up_to(self, nimg: float) -> tuple[int, float] | None:
-        """The best of the evaluations up to this many images, the first of equals."""
-        fitting = [point for point in self.scores if point[0] <= nimg and math.isfinite(point[1])]
+    def best_of_first(self, count: int) -> tuple[int, float] | None:
+        """The best of the first so many evaluations, the first of equals."""
+        fitting = [point for point in self.scores[:count] if math.isfinite(point[1])]
         return min(fitting, key=lambda point: point[1], default=None)
 
 
@@ -144,9 +149,9 @@ def run(
     """Trains to the end of the schedule, or until should_stop() is true after a step; yields what happened.
 
     Continues from the newest sound checkpoint in `live`. Leaves there: two checkpoints, the EMA net with the lowest
-    score (`best_weights`), `preview-<images>.png`, and `events.jsonl`. On a CPU, with as many threads, a continued run
-    ends in the same bits as an uninterrupted one. Of several processes all take the same way through it: one that is
-    told to stop stops all.
+    score (`best_weights`), `preview-<images>.png`, and `events.jsonl`. A checkpoint is written before every evaluation,
+    too, so that one that fails costs no training. On a CPU, with as many threads, a continued run ends in the same bits
+    as an uninterrupted one. Of several processes all take the same way through it: one that is told to stop stops all.
     Raises SidaError (exit code 1) when too many updates in a row had to be skipped, or all from one evaluation to the
     next, when a weight is not finite, or where there is a checkpoint that this version cannot read.
     """
@@ -154,7 +159,8 @@ def run(
     def note(event: Event) -> Event:
         # JSON has no word for NaN and infinity.
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.values.items()}
-        live.append("events.jsonl", json.dumps({"event": event.kind, "nimg": event.nimg} | values).encode())
+        line = {"event": event.kind, "nimg": event.nimg, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+        live.append("events.jsonl", json.dumps(line | values).encode())
         return event
 
     def awaits_evaluation() -> bool:
@@ -164,6 +170,15 @@ def run(
         return evaluate is not None and (is_last or _passes(seen, training.nimg, schedule.evaluate_every_nimg))
 
     warnings = _resume(training, history, live)
+    saved = training.nimg, len(history.scores)
+
+    def save() -> None:
+        nonlocal saved
+        _refuse_non_finite_weights(training)
+        if saved != (position := (training.nimg, len(history.scores))):
+            save_checkpoint(training, history, live)
+            saved = position
+
     if training.nimg:
         yield Event("resumed", training.nimg)
     for warning in warnings:
@@ -196,18 +211,19 @@ def run(
                 yield note(Event("progress", training.nimg, values))
                 yield from scale_warnings()
         if evaluate and awaits_evaluation():
-            _refuse_non_finite_weights(training)
             _refuse_standstill(training, history, is_last=training.nimg >= schedule.duration_nimg)
+            save()
             if evaluation := evaluate(training.ema, should_stop):
                 yield note(_keep(evaluation, training, history, live))
+                if evaluation.warning:
+                    yield note(Event("warning", training.nimg, {"message": evaluation.warning}))
         stopping = engine.any_process(should_stop())
         is_last = training.nimg >= schedule.duration_nimg and not awaits_evaluation()
         if evaluate is None and (is_last or _passes(before, training.nimg, schedule.evaluate_every_nimg)):
             _refuse_standstill(training, history, is_last=is_last)
             history.made = training.skipped.made
         if is_last or stopping or _passes(before, training.nimg, schedule.checkpoint_every_nimg):
-            _refuse_non_finite_weights(training)
-            save_checkpoint(training, history, live)
+            save()
             yield note(Event("checkpoint", training.nimg))
         if stopping:
             yield from scale_warnings()
@@ -220,7 +236,8 @@ def _keep(evaluation: Evaluation, training: Training, history: History, live: Li
     nimg, score = training.nimg, evaluation.score
     history.scores.append((nimg, score))
     history.made = training.skipped.made
-    live.write(f"preview-{nimg:010d}.png", evaluation.preview)
+    if evaluation.preview:
+        live.write(f"preview-{nimg:010d}.png", evaluation.preview)
     if history.best == (nimg, score):
         best = weights(training.ema)
         history.best_sha256 = hashlib.sha256(best).hexdigest()
@@ -358,11 +375,12 @@ def save_checkpoint(training: Training, history: History, live: LiveDir) -> None
         return
     # What is newer is a damaged one that was passed over; it must not take the place of a sound one.
     there = _checkpoints(live)
-    kept = there[: there.index(live.path / name) + 1][-CHECKPOINTS_KEPT:]
+    newest_of = {_position_of(path)[0]: path for path in there[: there.index(live.path / name) + 1]}
+    kept = list(newest_of.values())[-CHECKPOINTS_KEPT:]
     for path in there:
         if path not in kept:
             live.remove(path.name)
-    bests = {_best_name(best[0]) for path in kept if (best := history.best_up_to(_nimg_in(path)))}
+    bests = {_best_name(best[0]) for path in kept if (best := history.best_of_first(_position_of(path)[1]))}
     for path in live.path.glob("best-*.safetensors"):
         if path.name not in bests:
             live.remove(path.name)
@@ -413,11 +431,13 @@ _CHECKPOINT = re.compile(r"checkpoint-[0-9]{10,15}-[0-9]{1,9}")
 def _checkpoints(live: LiveDir) -> list[Path]:
     """From the oldest to the newest; what has another name, such as a copy with .bak, is none of ours."""
     found = [path for path in live.path.iterdir() if _CHECKPOINT.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: [int(n) for n in path.name.split("-")[1:]])
+    return sorted(found, key=_position_of)
 
 
-def _nimg_in(checkpoint: Path) -> int:
-    return int(checkpoint.name.split("-")[1])
+def _position_of(checkpoint: Path) -> tuple[int, int]:
+    """The images seen, and the evaluations made."""
+    nimg, num_scores = checkpoint.name.split("-")[1:]
+    return int(nimg), int(num_scores)
 
 
 def _best_name(nimg: int) -> str:
@@ -455,7 +475,7 @@ def _resume(training: Training, history: History, live: LiveDir) -> list[Event]:
             history.best_sha256 = _sha256(best) if best.is_file() else None
             warnings.append(f"{path.name} has no digest of the best generator: {best.name} is taken as it is")
         break
-    _forget_events_after(training.nimg, live)
+    _forget_events_after(training.nimg, history, live)
     what = f"the checkpoint at {training.nimg:,} images" if training.nimg else "the beginning"
     messages = [*(f"{told}; going on from {what}" for told in problems), *dict.fromkeys(warnings)]
     return [Event("warning", training.nimg, {"message": message}) for message in messages]
@@ -531,12 +551,18 @@ def _problem_of(checkpoint: Path) -> str:
         return f"cannot be read ({type(error).__name__})"
 
 
-def _forget_events_after(nimg: int, live: LiveDir) -> None:
+def _forget_events_after(nimg: int, history: History, live: LiveDir) -> None:
     events = live.path / "events.jsonl"
     if events.is_dir():
         raise SidaError(f"{events} must be a file, got a folder", "Move it away, then repeat the same command.")
+    evaluated = {point[0] for point in history.scores}
+
+    def is_known(line: bytes) -> bool:
+        seen = nimg_of(line)
+        return seen <= nimg and (json.loads(line).get("event") != "evaluation" or seen in evaluated)
+
     if events.exists():
-        kept = [line for line in events.read_bytes().splitlines(keepends=True) if nimg_of(line) <= nimg]
+        kept = [line for line in events.read_bytes().splitlines(keepends=True) if is_known(line)]
         live.write("events.jsonl", b"".join(kept))
 
 

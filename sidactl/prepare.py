@@ -77,6 +77,8 @@ class PreparedDataset:
     class_counts: list[int]
     skipped: list[tuple[str, str]]
     kind: Literal["pixels", "latents"]
+    width: int | None = None
+    """where it is not the height, which is `resolution`"""
 
 
 class _Member(NamedTuple):
@@ -97,6 +99,7 @@ def prepare(
     convention: Convention = "edm2",
     workers: int | None = None,
     skip_bad: bool = False,
+    any_size: bool = False,
     work: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PreparedDataset:
@@ -116,13 +119,16 @@ def prepare(
         cut 16-bit RGB to 8 bits and refuse 16-bit grey. Arrays keep their channels.
     workers: threads that decode (Pillow works outside the interpreter lock); default: one per core.
     skip_bad: leave out images that cannot be read and list them, instead of stopping at the first.
+    any_size: images of any one size and shape, as scores take them; what a net is trained on is square with a side that
+        is a power of two.
     work: a folder in which an interrupted preparation is kept, no more than seconds of it lost; the same call with the
         same folder goes on from there, even from the end where `destination` is its images.zip. It is the caller's to
         clear.
     progress: called with (images done, images in all).
 
-    Raises SidaError, naming the file, for anything that cannot be used. Results must be square with a side that is
-    a power of two, all of one shape. Member names count skipped images too, as the published tools do.
+    Raises SidaError, naming the file, for anything that cannot be used. Results must be of one shape, square with a
+    side that is a power of two unless any_size is given. Member names count skipped images too, as the published tools
+    do.
     Source: the dataset tools of EDM (2206.00364) and EDM2 (2312.02696), pixel for pixel.
     """
     for option, value in (("max-images", max_images), ("workers", workers)):
@@ -130,7 +136,7 @@ def prepare(
             raise SidaError(f"--{option} must be >= 1, got {value}", f"Pass --{option} 1 or more, or leave it out.")
     resolution, transform, use_labels = _options(preset, transform, resolution)
     encode = partial(_encode, transform=transform, resolution=resolution, convention=convention)
-    with _unfinished(destination, work) as zipped:
+    with _unfinished(destination, work, any_size=any_size) as zipped:
         opened = open_source(source, convention, keep_layout=resolution is None)
         total = min(opened.total, max_images or opened.total)
         num_threads = min(workers or os.cpu_count() or 1, MAX_WORKERS) if opened.from_files else 1
@@ -318,6 +324,7 @@ class _Unfinished:
     first: tuple[str, tuple[int, int, int]] | None = None
     num_images: int = 0
     saved_sec: float = 0.0
+    any_size: bool = False
 
     @classmethod
     def open(cls, folder: Path) -> "_Unfinished":
@@ -343,7 +350,7 @@ class _Unfinished:
     def add(self, source_name: str, name: str, member: _Member, label: int | None) -> None:
         """One image; SidaError where its shape is not that of the first, or cannot be used at all."""
         self.first = self.first or (source_name, member.shape)
-        _check_shape(source_name, member.shape, *self.first)
+        _check_shape(source_name, member.shape, *self.first, self.any_size)
         self.zip.add(name, member.data, label)
         self.num_images += 1
 
@@ -386,7 +393,7 @@ class _Unfinished:
             )
         self.save()
         found = self.zip.finish()
-        channels, size, _ = self.first[1]
+        channels, size, width = self.first[1]
         counts = [found[label] for label in range(max(found) + 1)] if found else []
         return PreparedDataset(
             num_images=self.num_images,
@@ -396,11 +403,12 @@ class _Unfinished:
             class_counts=counts,
             skipped=self.skipped,
             kind="latents" if channels == 8 else "pixels",
+            width=None if width == size else width,
         )
 
 
 @contextmanager
-def _unfinished(destination: Path, work: Path | None) -> Iterator[_Unfinished]:
+def _unfinished(destination: Path, work: Path | None, *, any_size: bool = False) -> Iterator[_Unfinished]:
     """A zip to write in the block, and to complete there; becomes `destination` after it.
 
     An interruption leaves it in `work`, where there is one; bad input leaves nothing.
@@ -409,6 +417,7 @@ def _unfinished(destination: Path, work: Path | None) -> Iterator[_Unfinished]:
     try:
         folder.mkdir(exist_ok=work is not None)
         zipped = _Unfinished.open(folder)
+        zipped.any_size = any_size
         with zipped.zip.images, zipped.zip.members:
             try:
                 yield zipped
@@ -594,10 +603,12 @@ def encode_npy(array: NDArray[np.float32]) -> bytes:
     return buffer.getvalue()
 
 
-def _check_shape(name: str, shape: tuple[int, int, int], first_name: str, first_shape: tuple[int, int, int]) -> None:
-    hint = "Pass --resolution, e.g. 32x32, and a --transform if the aspect ratio shall be kept."
+def _check_shape(
+    name: str, shape: tuple[int, int, int], first_name: str, first_shape: tuple[int, int, int], any_size: bool
+) -> None:
+    hint = "Pass --resolution to prepare-data, e.g. 32x32, and a --transform if the aspect ratio shall be kept."
     channels, height, width = shape
-    if height != width or width & (width - 1):
+    if not any_size and (height != width or width & (width - 1)):
         raise SidaError(
             f"images must be square with a side that is a power of two, got {width}x{height} for {name}", hint
         )

@@ -404,14 +404,12 @@ class Distillation:
     @property
     def trains_generator(self) -> bool:
         """Whether this step updates the generator; before that the fake score trains alone."""
-        start = self.recipe.generator_from_nimg
-        return start is None or self.nimg > start
+        return self.recipe.trains_generator(self.nimg)
 
     @property
     def is_adversarial(self) -> bool:
         """Whether this step's generator loss has its adversarial term."""
-        part = self.recipe.adversarial
-        return part is not None and self.nimg > part.adversarial_from_nimg
+        return self.recipe.is_adversarial(self.nimg)
 
     def stage(self) -> str:
         """For people: what this step trains."""

