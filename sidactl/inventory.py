@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from sidactl import __version__, catalog, live
 from sidactl.artifacts import NETS, RunDir, load_dataset, load_net, mapping, require_images
-from sidactl.errors import SidaError
+from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.inputs import Ref, ref_text, run_of
 from sidactl.outputs import Output, type_of, whole
 from sidactl.scores import Score, score_of
