@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeAlias
 from sidactl import catalog, download
 from sidactl.errors import EXIT_FAILED, MissingError, SidaError
 from sidactl.inputs import Count, Ref, Size, count_of, optional_ref, ref_text, run_of, size_of, whole
+from sidactl.live import Question, begin, option_words
 from sidactl.recipe import HeunSpec, NetSpec, OneStepSpec
 from sidactl.store import KINDS, Artifact, LiveDir, Store
 
@@ -781,7 +782,10 @@ def _prepare_images(
         key = store.key("prepare-data", question | {"any_size": True}, {})
     entry = catalog.DATASETS.get(source)
     refs = [*([source] if entry and entry.builtin else []), *([name] if name else [])]
-    with _answering(store, key, source, force, recheck) as work:
+    asks = _preparation(source, question, options, name)
+    if any_size:  # a score began it
+        asks = dataclasses.replace(asks, words=())
+    with _answering(store, key, source, force, recheck, asks) as work:
         if isinstance(work, Artifact):
             tell_old(store, key, say)
             return named(store, called_so(store, work, name), refs)
@@ -810,6 +814,19 @@ def _prepare_images(
             raise
         artifact = store.put("dataset", files, params={**params, **options}, results=results)
         return answered(store, key, artifact, "prepare-data", refs=refs)
+
+
+def _preparation(
+    source: str,
+    params: Mapping[str, Any],
+    options: Mapping[str, Any],
+    name: str | None,
+    inputs: Mapping[str, str] | None = None,
+) -> Question:
+    resolution = options.get("resolution")
+    written = {**options, "resolution": resolution and "x".join(map(str, resolution)), "name": name}
+    words = ["prepare-data", source, *option_words(written)]
+    return Question(command="prepare-data", subject=source, words=words, params=params, inputs=inputs or {})
 
 
 def _prepare_latents(
@@ -844,7 +861,9 @@ def _prepare_latents(
     chosen = engine.pick_device(device)
     if engine.rank_and_size()[0] > 0:
         return _help_with_latents(store, chosen)
-    with _answering(store, key, source, force, recheck) as work:
+    inputs = {"dataset": pixels.oid} if pixels else {}
+    asks = _preparation(source, {**options, "latents": True}, {**options, "latents": True}, name, inputs)
+    with _answering(store, key, source, force, recheck, asks) as work:
         if isinstance(work, Artifact):  # by the process that this one waited for
             engine.agreed(lambda: "")
             engine.agreed(lambda: work.oid)
@@ -954,7 +973,9 @@ def _prepare_labels(
 
 
 @contextmanager
-def _answering(store: Store, key: str, what: str, force: bool, recheck: bool) -> Iterator[Artifact | LiveDir]:
+def _answering(
+    store: Store, key: str, what: str, force: bool, recheck: bool, question: Question
+) -> Iterator[Artifact | LiveDir]:
     """What answered the question before, or else the place to work on it, alone: emptied when all went well.
 
     An interruption leaves it for the next time.
@@ -968,18 +989,20 @@ def _answering(store: Store, key: str, what: str, force: bool, recheck: bool) ->
         if known and not force:
             yield known
             return
-        with at_work(store, key) as live:
+        with at_work(store, key, question) as live:
             yield live
 
 
 @contextmanager
-def at_work(store: Store, key: str) -> Iterator[LiveDir]:
-    """The live directory of a question, emptied when all went well.
+def at_work(store: Store, key: str, question: Question) -> Iterator[LiveDir]:
+    """The live directory of a question, emptied when all went well; says which other work does not go on.
 
     To answer anew (--force) has a place of its own, so that this, too, goes on after an interruption.
     """
     known = store.asked(key)
     with store.live(store.key("again", {"key": key}, {"known": known.oid}) if known else key) as live:
+        for line in begin(store, live, question.again() if known else question):
+            download.to_stderr(line)
         yield live
         live.clear()
 

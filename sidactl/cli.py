@@ -1044,15 +1044,21 @@ def _short(value: object) -> str:
 def list_artifacts(
     kind: Annotated[str | None, typer.Argument(help="teacher, generator, dataset, samples, score, ...")] = None,
     catalog: Annotated[bool, typer.Option("--catalog", help="list what can be fetched by name instead")] = False,
+    live: Annotated[bool, typer.Option("--live", help="list unfinished work and what goes on with it")] = False,
     run: Run = None,
     as_json: Json = False,
 ) -> None:
-    """List artifacts, or the catalog of names.
+    """List artifacts, unfinished work, or the catalog of names.
 
     Example: sidactl ls generator
     """
+    if sum((catalog, live, kind is not None)) > 1:
+        raise SidaError("one list at a time: a kind, --live or --catalog", "Pass one of them.")
     if catalog:
         _print_catalog(as_json)
+        return
+    if live:
+        _print_unfinished(run, as_json)
         return
     from sidactl import inventory
 
@@ -1062,6 +1068,58 @@ def list_artifacts(
         return
     rows = [[a.kind, a.oid[:12], ", ".join(names), _size(a)] for a, names in found]
     ui.table(["kind", "oid", "names", "size"], rows)
+
+
+def _print_unfinished(run: Path | None, as_json: bool) -> None:
+    from datetime import UTC, datetime
+
+    from sidactl import inventory
+
+    found = inventory.unfinished(run=run)
+    place = None if run is None else str(run)
+    if as_json:
+        ui.print_json(
+            [
+                {
+                    "key": each.key,
+                    "command": each.question and each.question.command,
+                    "title": each.question and each.question.title,
+                    "nimg": each.nimg,
+                    "total_nimg": each.total_nimg,
+                    "checkpoint_nimg": each.checkpoint_nimg,
+                    "size_bytes": each.size_bytes,
+                    "is_worked_on": each.is_worked_on,
+                    "process": each.process,
+                    "touched": datetime.fromtimestamp(each.touched, UTC).isoformat(timespec="seconds"),
+                    "go_on": each.go_on(place),
+                }
+                for each in found
+            ]
+        )
+        return
+    rows = [
+        [
+            each.key[:12],
+            each.question.title if each.question else "unknown, of an older version",
+            _images(each.nimg, each.total_nimg),
+            None if each.checkpoint_nimg is None else f"{each.checkpoint_nimg:,}",
+            ui.format_bytes(each.size_bytes),
+            f"process {each.process or '?'} works on it" if each.is_worked_on else "waits",
+            datetime.fromtimestamp(each.touched).strftime("%Y-%m-%d %H:%M"),
+            each.go_on(place) or "repeat the command that began it",
+        ]
+        for each in found
+    ]
+    if rows:
+        ui.table(["key", "what", "images", "checkpoint", "size", "state", "touched", "to go on"], rows)
+    else:
+        ui.note("no unfinished work")
+
+
+def _images(done: int | None, total: int | None) -> str | None:
+    if done is None:
+        return None
+    return f"{done:,}" if total is None else f"{done:,} / {total:,}"
 
 
 def _size(artifact: "Artifact") -> str:
@@ -1107,6 +1165,10 @@ def gc(
     drop: Annotated[
         list[str] | None, typer.Option(metavar="REF", help="forget this ref first; may be repeated")
     ] = None,
+    live: Annotated[
+        list[str] | None,
+        typer.Option("--live", metavar="KEY", help="remove this unfinished work of ls --live, alone; may be repeated"),
+    ] = None,
     run: Run = None,
     as_json: Json = False,
 ) -> None:
@@ -1116,14 +1178,17 @@ def gc(
     """
     from sidactl import inventory
 
-    report = inventory.gc(dry_run=dry_run, drop=drop or [], run=run)
+    report = inventory.gc(dry_run=dry_run, drop=drop or [], unfinished=live or [], run=run)
     if as_json:
         ui.print_json(dataclasses.asdict(report))
         return
     for name in report.removed:
         ui.print_data(name)
     verb = "would be removed" if dry_run else "removed"
-    ui.note(f"{report.num_objects} objects, {ui.format_bytes(report.num_bytes)} {verb}")
+    what = f"{len(report.removed)} unfinished" if live else f"{report.num_objects} objects"
+    ui.note(f"{what}, {ui.format_bytes(report.num_bytes)} {verb}")
+    if report.num_young:
+        ui.note(f"{report.num_young} objects that no ref reaches are spared: within the last hour a process made them")
 
 
 @app.command()

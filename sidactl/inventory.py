@@ -16,9 +16,9 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from sidactl import __version__, catalog
+from sidactl import __version__, catalog, live
 from sidactl.artifacts import NETS, RunDir, load_dataset, load_net, mapping, require_images
-from sidactl.errors import SidaError
+from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.inputs import Ref, ref_text, run_of
 from sidactl.outputs import Output, type_of, whole
 from sidactl.scores import Score, score_of
@@ -141,9 +141,23 @@ def verify(*, run: RunDir = None) -> list[tuple[str, str]]:
     return list(Store.open(run).verify())
 
 
-def gc(*, dry_run: bool = False, drop: Sequence[str] = (), run: RunDir = None) -> GcReport:
-    """Removes what no ref reaches; first drops the refs named in `drop`, such as "generator/best"."""
+def unfinished(*, run: RunDir = None) -> list[live.Unfinished]:
+    """Work that did not end, or goes on now: how far it has come and what goes on with it, the last touched first."""
+    return live.unfinished(Store.open(run))
+
+
+def gc(
+    *, dry_run: bool = False, drop: Sequence[str] = (), unfinished: Sequence[str] = (), run: RunDir = None
+) -> GcReport:
+    """Removes what no ref reaches; first drops the refs named in `drop`, such as "generator/best".
+
+    unfinished: keys, or their first digits, of unfinished work; where they are given, that alone is removed.
+    """
     store = Store.open(run)
+    if unfinished:
+        if drop:
+            raise SidaError("unfinished work and refs cannot be removed at once, got both", "Do one after the other.")
+        return _remove_unfinished(store, unfinished, dry_run)
     for name in drop:
         if store.ref(*(name.partition("/")[::2])) is None:
             raise SidaError(f"no ref {name!r} in {store.root}", "See what there is with: sidactl ls")
@@ -152,6 +166,19 @@ def gc(*, dry_run: bool = False, drop: Sequence[str] = (), run: RunDir = None) -
             kind, _, rest = name.partition("/")
             store.delete_ref(kind, rest)
     return store.gc(dry_run)
+
+
+def _remove_unfinished(store: Store, keys: Sequence[str], dry_run: bool) -> GcReport:
+    found = {each.key: each for each in (live.find(store, key) for key in keys)}
+    for each in found.values():
+        if each.is_worked_on:
+            who = f" by process {each.process}" if each.process else ""
+            message = f"unfinished work {each.key[:12]} is being worked on{who}"
+            raise SidaError(message, "Wait for it, or stop it first.", exit_code=EXIT_FAILED)
+    for key in () if dry_run else found:
+        store.remove_live(key)
+    size_bytes = sum(each.size_bytes for each in found.values())
+    return GcReport(num_objects=0, num_bytes=size_bytes, removed=tuple(f"live/{key}" for key in found))
 
 
 def export(

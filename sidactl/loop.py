@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sidactl import engine
 from sidactl.diffusion import Preconditioned
 from sidactl.errors import EXIT_FAILED, SidaError
+from sidactl.live import nimg_of
 from sidactl.store import LiveDir
 
 CHECKPOINTS_KEPT = 2
@@ -564,11 +565,3 @@ def _forget_events_after(nimg: int, history: History, live: LiveDir) -> None:
     if events.exists():
         kept = [line for line in events.read_bytes().splitlines(keepends=True) if is_known(line)]
         live.write("events.jsonl", b"".join(kept))
-
-
-def nimg_of(line: bytes) -> float:
-    """The images seen at an event; infinity for what is no event, such as the half line that a killed process left."""
-    try:
-        return int(json.loads(line)["nimg"])
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return math.inf

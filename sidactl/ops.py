@@ -49,6 +49,7 @@ from sidactl.artifacts import load as load
 from sidactl.artifacts import prepare_data as prepare_data
 from sidactl.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, MissingError, SidaError
 from sidactl.inputs import Count, Ref, Seeds, count_of, field_values, optional_ref, ref_text, run_of, seeds_of, whole
+from sidactl.live import Question, option_words
 from sidactl.recipe import (
     MODES,
     Adversarial,
@@ -159,7 +160,15 @@ def train_teacher(
     if not force and (known := asked(store, key)):
         tell_old(store, key, say)
         return named(store, known, [name])
-    with at_work(store, key) as live:
+    words = ["train-teacher", ref_text(dataset, "the dataset"), *option_words({"name": name, "net": net})]
+    question = Question(
+        command="train-teacher",
+        subject=recipe.dataset,
+        words=[*words, *option_words(recipe_overrides, TeacherRecipe, NetSpec)],
+        params=recipe.to_json(),
+        inputs={"dataset": data.oid},
+    )
+    with at_work(store, key, question) as live:
         import torch
 
         from sidactl import loop, nets, trainer
@@ -512,7 +521,13 @@ def distill(
     if is_known:
         tell_old(store, keys["best"], say)
     else:
-        with _together(store, keys["best"]) as live:
+        words = ["distill", *option_words({"teacher": teacher, "mode": mode, "generator": generator})]
+        words += option_words({"dataset": dataset, "ref": reference, "detector": detector, "name": name})
+        words += option_words(
+            {"no_score": not score, "no_teacher_score": not teacher_score, "allow_untrained": allow_untrained}
+        )
+        words += option_words(recipe_overrides, Recipe, Adversarial)
+        with _together(store, keys["best"], asked_for.question(words)) as live:
             _distill(
                 store, live, keys, asked_for, device, watch, with_teacher_score=teacher_score, force=force, say=say
             )
@@ -529,7 +544,7 @@ def _name_generators(store: Store, made: Mapping[str, Artifact], data: Artifact,
     named(store, new, ["latest", f"{recipe['teacher']}-{recipe['mode']}".replace("/", "-")])
     detector = new.results["detector"]
     of_dataset = f"best-{plain_name(str(new.params['dataset']))}"
-    of_dataset += "" if detector in (None, detector_name(data)) else f"-{detector}"
+    of_dataset += "" if detector in (None, detector_name(data)) else f"-{plain_name(str(detector))}"
     for name in (of_dataset, "best"):
         try:
             old = store.resolve(f"generator/{name}", ["generator"])
@@ -586,7 +601,7 @@ def _first_alone() -> Iterator[None]:
 
 
 @contextmanager
-def _together(store: Store, key: str) -> Iterator[LiveDir]:
+def _together(store: Store, key: str, question: Question) -> Iterator[LiveDir]:
     """The live directory of a question that several processes work on; the first one holds and fills it."""
     from sidactl import engine
 
@@ -594,7 +609,7 @@ def _together(store: Store, key: str) -> Iterator[LiveDir]:
         place = Path(engine.agreed(str))
         yield LiveDir(place, is_writer=False)
         return
-    with at_work(store, key) as live:
+    with at_work(store, key, question) as live:
         engine.agreed(lambda: str(live.path))
         yield live
 
@@ -616,15 +631,28 @@ class _Run:
     warnings: Sequence[str]
     notes: Sequence[str]
 
+    def _recipe_of_keys(self) -> dict[str, Any]:
+        apart = {name: getattr(self.default, name) for name in ("checkpoint_every_nimg", "stop_if_nan_steps")}
+        return dataclasses.replace(self.recipe, **apart).to_json()
+
     def keys(self, store: Store) -> dict[str, str]:
         """The questions that the best and the last generator answer; what shapes neither is no part of them."""
-        apart = {name: getattr(self.default, name) for name in ("checkpoint_every_nimg", "stop_if_nan_steps")}
-        recipe = dataclasses.replace(self.recipe, **apart).to_json()
+        recipe = self._recipe_of_keys()
         oids = {role: artifact.oid for role, artifact in self.inputs.items()}
         return {
             which: store.key("distill", {"recipe": recipe, "which": which, **self.settings}, oids)
             for which in ("best", "last")
         }
+
+    def question(self, words: Sequence[str]) -> Question:
+        """What the keys stand for, in words and numbers."""
+        return Question(
+            command="distill",
+            subject=f"{self.recipe.teacher} {self.recipe.mode}",
+            words=words,
+            params={**self._recipe_of_keys(), **self.settings},
+            inputs={role: artifact.oid for role, artifact in self.inputs.items()},
+        )
 
 
 def _resolved(

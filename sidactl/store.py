@@ -116,11 +116,13 @@ class Artifact:
 
 @dataclass(frozen=True, kw_only=True)
 class GcReport:
-    """What gc removed, or would: objects, bytes with those of tmp/, and names: SHA-256s, "asked/...", "tmp/..."."""
+    """What gc removed, or would: objects, bytes, and names: SHA-256s, "asked/...", "tmp/...", "live/..."."""
 
     num_objects: int
     num_bytes: int
     removed: tuple[str, ...]
+    num_young: int = 0
+    """objects that no ref reaches and that were spared for their age"""
 
 
 def canonical_json(value: object) -> bytes:
@@ -280,6 +282,21 @@ def _read_oid(path: Path) -> str | None:
         return file.read(_OID_FILE_BYTES).decode(errors="replace").strip()
 
 
+QUESTION = "question.json"
+"""the file in a live directory that says in words what is worked on; see live.py"""
+_LOOKS_SEC = (0.02, 0.05, 0.1)
+
+
+def _lock_in_time(fd: int) -> None:
+    """Takes the lock; BlockingIOError where it stays taken for longer than whoever looks at it needs."""
+    for wait_sec in _LOOKS_SEC:
+        with suppress(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(wait_sec)
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def _lock_live(path: Path) -> int:
     """A file descriptor that holds the lock of the live directory `path`, which is created."""
     while True:
@@ -289,7 +306,7 @@ def _lock_live(path: Path) -> int:
             fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
             stack.callback(os.close, fd)
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock_in_time(fd)
             except BlockingIOError:
                 message = f"run {path.name[:12]} is already being worked on by process {os.pread(fd, 32, 0).decode()}"
                 raise SidaError(message.strip(), "Wait for it, or stop it first.", exit_code=EXIT_FAILED) from None
@@ -371,14 +388,15 @@ class LiveDir:
             return
         root, events = self.path.parents[1], self.path / "events.jsonl"
         with _disk(root, "written"):
-            if events.exists():
+            if events.is_file():
                 kept = root / "logs" / self.path.name[:16] / events.name
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 events.replace(kept)
             for folder, folders, names in os.walk(self.path, topdown=False):
-                for path in {Path(folder, name) for name in names} - {self.path / "lock"}:
+                links = [name for name in folders if Path(folder, name).is_symlink()]
+                for path in {Path(folder, name) for name in (*names, *links)} - {self.path / "lock"}:
                     path.unlink()
-                for name in folders:
+                for name in set(folders) - set(links):
                     Path(folder, name).rmdir()
 
 
@@ -799,11 +817,22 @@ class Store:
             yield LiveDir(path)
         finally:
             with suppress(OSError):
-                if os.listdir(path) == ["lock"]:
+                if set(os.listdir(path)) <= {"lock", QUESTION}:
+                    (path / QUESTION).unlink(missing_ok=True)
                     (path / "lock").unlink()
                     path.rmdir()
             fcntl.flock(fd, fcntl.LOCK_UN)  # closing alone would leave the lock with a forked child
             os.close(fd)
+
+    def live_names(self) -> list[str]:
+        """The directories in live/."""
+        return [name for name in self._listdir("live") if (self.root / "live" / name).is_dir()]
+
+    def remove_live(self, key: str) -> None:
+        """Removes live/<key>/ with all that is in it; SidaError (exit code 1) where a process works on it."""
+        with self.live(key) as live:
+            live.remove("events.jsonl")  # which `clear` would keep
+            live.clear()
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
@@ -938,6 +967,7 @@ class Store:
             young = {sha256 for sha256, about in stats.items() if about.st_mtime > cutoff}
             kept = young | self._reachable([*self.refs().values(), *(young & manifests.keys())], manifests)
             dead = stats.keys() - kept
+            num_young = len((stats.keys() & kept) - self._reachable([*self.refs().values()], manifests))
             # Answers go first, then manifests, an artifact before its inputs, then files: a kill leaves no loose end.
             graph = TopologicalSorter({oid: manifests[oid].inputs.values() for oid in sorted(dead & manifests.keys())})
             order = dict.fromkeys([*reversed([*graph.static_order()]), *sorted(dead)])
@@ -954,7 +984,8 @@ class Store:
                 for path in (*(self.root / name for name in (*asked, *tmp)), *map(self._object, num_bytes)):
                     path.unlink(missing_ok=True)
         total = sum(num_bytes.values()) + num_tmp_bytes
-        return GcReport(num_objects=len(num_bytes), num_bytes=total, removed=(*num_bytes, *asked, *tmp))
+        removed = (*num_bytes, *asked, *tmp)
+        return GcReport(num_objects=len(num_bytes), num_bytes=total, removed=removed, num_young=num_young)
 
     def _reachable(self, roots: Sequence[str], manifests: Mapping[str, Artifact]) -> set[str]:
         """The objects that `roots` need, and those that the scores need whose every input is among them."""

@@ -646,8 +646,9 @@ def test_a_run_all_of_whose_updates_between_evaluations_were_skipped_stops_with_
         "The last checkpoint is kept; lower the learning rate or choose another precision."
     )
     assert caught.value.exit_code == 1
-    checkpoints = sorted(path.name for path in live.path.glob("checkpoint-*"))
-    assert [int(name.split("-")[1]) for name in checkpoints] == [n for n in (40, 80) if n < stops_at * BATCH]
+    kept = [int(path.name.split("-")[1]) for path in live.path.glob("checkpoint-*")]
+    assert all(nimg < stops_at * BATCH for nimg in kept)
+    assert bool(kept) == (stops_at > 3)
 
 
 def test_updates_that_were_made_before_an_interruption_count_for_their_interval(live: LiveDir) -> None:
