@@ -1,33 +1,75 @@
 """One-step generators from pretrained diffusion models by Score identity Distillation; names load when first used."""
 
 import importlib
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-_OPS = (
-    "load",
-    "sample",
-    "distill",
-    "finetune_sid2a",
-    "train_teacher",
-    "fetch_teacher",
-    "prepare_data",
-    "fid",
-    "fd_dinov2",
-    "prec_recall",
-    "inception_score",
-    "evaluate",
-)
-_MODULES = ("detectors", "diffusion", "losses", "metrics", "nets", "ops", "pickles", "recipe", "sampling", "store")
+if TYPE_CHECKING:
+    from sidactl import detectors, diffusion, losses, metrics, nets, ops, pickles, recipe, sampling, store
+    from sidactl.errors import SidaError
+    from sidactl.inventory import env, export, files, gc, ls, show, verify
+    from sidactl.ops import (
+        distill,
+        evaluate,
+        fd_dinov2,
+        fetch_teacher,
+        fid,
+        finetune_sid2a,
+        inception_score,
+        load,
+        prec_recall,
+        prepare_data,
+        sample,
+        train_teacher,
+    )
 
-__all__ = ["SidaError", "__version__", *_OPS, *_MODULES]
+_INVENTORY = {"env", "export", "files", "gc", "ls", "show", "verify"}
+_MODULES = {"detectors", "diffusion", "losses", "metrics", "nets", "ops", "pickles", "recipe", "sampling", "store"}
+
+__all__ = [
+    "SidaError",
+    "__version__",
+    "detectors",
+    "diffusion",
+    "distill",
+    "env",
+    "evaluate",
+    "export",
+    "fd_dinov2",
+    "fetch_teacher",
+    "fid",
+    "files",
+    "finetune_sid2a",
+    "gc",
+    "inception_score",
+    "load",
+    "losses",
+    "ls",
+    "metrics",
+    "nets",
+    "ops",
+    "pickles",
+    "prec_recall",
+    "prepare_data",
+    "recipe",
+    "sample",
+    "sampling",
+    "show",
+    "store",
+    "train_teacher",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> object:
-    if name in _OPS:
-        return getattr(importlib.import_module("sidactl.ops"), name)
     if name in _MODULES:
         return importlib.import_module(f"sidactl.{name}")
-    if name == "SidaError":
-        return importlib.import_module("sidactl.errors").SidaError
-    raise AttributeError(f"module 'sidactl' has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module 'sidactl' has no attribute {name!r}")
+    place = "inventory" if name in _INVENTORY else "errors" if name == "SidaError" else "ops"
+    return getattr(importlib.import_module(f"sidactl.{place}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({name for name in globals() if name.startswith("__")} | set(__all__))

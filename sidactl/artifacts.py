@@ -11,11 +11,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeAlias
 
 from sidactl import catalog, download
 from sidactl.errors import SidaError
+from sidactl.inputs import Count, Ref, Size, count_of, optional_ref, ref_text, run_of, size_of, whole
 from sidactl.recipe import HeunSpec, NetSpec, OneStepSpec
 from sidactl.store import KINDS, Artifact, LiveDir, Store
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 Tick = Callable[[int, int], None]
 """called with (images done, images in all)"""
+RunDir: TypeAlias = str | os.PathLike[str] | None
 NetKind = Literal["teacher", "generator"]
 NETS: tuple[NetKind, ...] = ("teacher", "generator")
 NET_FILES = (".pkl", ".safetensors")
@@ -48,25 +51,25 @@ _OTHER_FILES = {suffix: f"a single {suffix[1:].upper()} image" for suffix in _IM
 """what people take for a dataset or network, by suffix"""
 
 
-def resolve(store: Store, text: str, kinds: Sequence[str]) -> Artifact:
+def resolve(store: Store, text: str, kinds: Sequence[str], *, any_size: bool = False) -> Artifact:
     """The artifact that `text` means: an oid, a prefix, a ref, a catalog name, a foreign file, a URL or a folder.
 
-    What is not in the run directory yet is fetched, imported or prepared first. Raises SidaError where there is none,
-    it is ambiguous, or it is of another kind.
+    What is not in the run directory yet is fetched, imported or prepared first. any_size: of images, for scores.
+    Raises SidaError where there is none, it is ambiguous, or it is of another kind.
     """
     nets = [kind for kind in NETS if kind in kinds]
     suffix = _suffix(text)
     if ("teacher" in kinds and text in catalog.TEACHERS) or ("generator" in kinds and text in catalog.GENERATORS):
         return fetch_teacher(text, run=store.root)
     if "dataset" in kinds and text in catalog.DATASETS:
-        is_prepared = not catalog.DATASETS[text].builtin and f"dataset/{text}" in store.refs()
+        is_prepared = not catalog.DATASETS[text].builtin and store.ref("dataset", text)
         return store.resolve(f"dataset/{text}") if is_prepared else prepare_data(text, run=store.root)
     if "://" in text or suffix in NET_FILES:
         if not nets:
             raise SidaError(f"{text} cannot be read as a {' or '.join(kinds)}", "Give an artifact or another file.")
         return fetch_teacher(text, kind=nets[0] if len(nets) == 1 else None, run=store.root)
     if "dataset" in kinds and (suffix in DATA_FILES or (Path(text).is_dir() and not _is_ref(store, text))):
-        return prepare_data(text, run=store.root)
+        return prepare_data(text, any_size=any_size, run=store.root)
     if problem := _not_readable(store, text, kinds):
         raise problem
     return store.resolve(text, kinds)
@@ -95,14 +98,48 @@ def _not_readable(store: Store, text: str, kinds: Sequence[str]) -> SidaError | 
     return SidaError(f"{text} is {got}, {' or '.join(wanted)} is needed", hint)
 
 
+def dataset_called(store: Store, name: str) -> Artifact:
+    """The dataset that a network says it is of: one of the catalog, or a ref.
+
+    What a file from outside says is a name, never the path or URL of something to be read.
+    """
+    entry = catalog.DATASETS.get(name)
+    if entry and entry.builtin:
+        return prepare_data(name, run=store.root)
+    if store.ref("dataset", name):
+        return store.resolve(f"dataset/{name}", ["dataset"])
+    if entry:
+        raise _must_be_prepared(entry)
+    raise SidaError(
+        f"the network is of dataset {name!r}, which is no name of the catalog and no ref in {store.root}",
+        "Pass the dataset: --ref in a score, --dataset in training.",
+    )
+
+
+def _must_be_prepared(entry: catalog.Dataset) -> SidaError:
+    return SidaError(
+        f"dataset {entry.name} must be prepared from its files",
+        f"Get them from {entry.where}, then run sidactl prepare-data PATH --preset {entry.name} --name {entry.name}.",
+    )
+
+
 def _is_ref(store: Store, text: str) -> bool:
-    return any(text in (ref, ref.partition("/")[2]) for ref in store.refs())
+    return bool(store.refs_called(text))
 
 
-def load(ref: str, run: Path | str | None = None, device: str = "cpu") -> "Preconditioned":
+def part_of(watcher: object, what: str) -> Tick | None:
+    """A tick for a part of some work that has images of its own to count, such as those of a reference.
+
+    None where `watcher`, a tick or watch, has no method `part` for them, as a plain function has not.
+    """
+    part = getattr(watcher, "part", None)
+    return part(what) if part else None
+
+
+def load(ref: Ref, run: RunDir = None, device: str = "cpu") -> "Preconditioned":
     """The denoiser of a teacher or generator, in eval mode and float32."""
-    store = Store.open(run)
-    return load_net(store, resolve(store, ref, NETS), device)
+    store = Store.open(run_of(ref, run))
+    return load_net(store, resolve(store, ref_text(ref), NETS), device)
 
 
 def load_net(store: Store, artifact: Artifact, device: "str | torch.device") -> "Preconditioned":
@@ -139,14 +176,14 @@ def image_source(store: Store, artifact: Artifact) -> "ImageSource":
 
 
 def fetch_teacher(
-    source: str,
+    source: Ref,
     *,
     kind: NetKind | None = None,
     dataset: str | None = None,
     name: str | None = None,
     offline: bool = False,
     mirror: str | None = None,
-    run: Path | str | None = None,
+    run: RunDir = None,
     force: bool = False,
     progress: download.Progress | None = None,
     say: download.Say = download.to_stderr,
@@ -157,9 +194,12 @@ def fetch_teacher(
     kind: of a pickle; by default a file that holds nothing but the net, as SiD and SiDA save it, is a generator.
     dataset: the name of what a foreign net was trained on. name: a ref for it; by default the catalog's or the file's.
 
-    Raises SidaError for an unknown name, with the nearest one, and for a file that is no network or not the right one.
+    A detector of the catalog is fetched, too. Raises SidaError for an unknown name, with the nearest one, and for a
+    file that is no network or not the right one.
     """
-    store = Store.open(run)
+    source, store = ref_text(source, "the source"), Store.open(run)
+    if source in catalog.DETECTORS and source not in catalog.TEACHERS:
+        return fetch_detector(source, run=store.root, progress=progress, offline=offline, mirror=mirror)
     entry, url = _locate(source)
     if entry:
         _check_kind(source, _kind_of(entry), kind)
@@ -246,6 +286,12 @@ def _locate(source: str) -> tuple[catalog.Teacher | catalog.Generator | None, st
     if _suffix(source) not in NET_FILES:
         if is_url or Path(source).exists():
             raise SidaError(f"a network file must be {' or '.join(NET_FILES)}, got {source}", "Convert it to one.")
+        if source in catalog.DATASETS:
+            where = f"Get it from {page}, then use" if (page := catalog.DATASETS[source].where) else "Use"
+            raise SidaError(f"{source} is a dataset, not a network", f"{where} sidactl prepare-data.")
+        if source in catalog.REFERENCES:
+            hint = f"Pass --ref {source} to a score, which fetches it."
+            raise SidaError(f"{source} is a reference, not a network", hint)
         raise SidaError(f"unknown teacher {source!r}", catalog.did_you_mean(source, nets, "See sidactl ls --catalog."))
     if not is_url and not Path(source).is_file():
         raise SidaError(f"{source}: no such file", "Check the path.")
@@ -360,6 +406,7 @@ def _read_safetensors(path: Path) -> _Foreign:
         ) from error
     # Before any memory is taken for what the file merely claims to hold.
     teachers.load_weights(layout, {name: tensor.to("meta") for name, tensor in stored.items()})
+    nets.check_values(stored)
     net = nets.build(spec)
     teachers.load_weights(net, stored)
     return _Foreign(net, stored, kind, True, sampler, params)
@@ -422,22 +469,29 @@ def _teacher_params(entry: catalog.Teacher) -> dict[str, Any]:
     }
 
 
-def fetch_detector(name: str, *, run: Path | str | None = None, progress: download.Progress | None = None) -> Artifact:
+def fetch_detector(
+    name: str,
+    *,
+    run: RunDir = None,
+    progress: download.Progress | None = None,
+    offline: bool = False,
+    mirror: str | None = None,
+) -> Artifact:
     """The detector artifact of a catalog name: its weights as safetensors, downloaded once and checked.
 
     Raises SidaError for an unknown name, with the nearest one, and for a file that is not that network.
     """
     entry, store = catalog.detector(name), Store.open(run)
-    source = entry.source.url if entry.source else asset_digest(str(entry.asset))
+    source = entry.source.url if entry.source else asset_digest(entry.asset) if entry.asset else name
     key = store.key("fetch-detector", {"source": source}, {})
     if known := store.asked(key):
         return known
     params: dict[str, Any] = {"name": name, "licence": entry.licence}
     files: dict[str, Path | bytes]
     if entry.source is None:
-        files = {"model.safetensors": catalog.ASSETS / str(entry.asset)}
+        files = {"model.safetensors": catalog.ASSETS / entry.asset if entry.asset else _drawn_weights()}
         return answered(store, key, store.put("detector", files, params=params), "fetch-detector", refs=[name])
-    with fetched_file(store, entry.source.url, name, entry, progress) as (path, sha256):
+    with fetched_file(store, entry.source.url, name, entry, progress, offline, mirror) as (path, sha256):
         if known := store.asked(key):
             return known
         import safetensors.torch
@@ -454,6 +508,14 @@ def fetch_detector(name: str, *, run: Path | str | None = None, progress: downlo
             files = {"model.safetensors": safetensors.torch.save(weights)}
         artifact = store.put("detector", files, params=params | {"source_url": source, "source_sha256": sha256})
         return answered(store, key, artifact, "fetch-detector", refs=[name])
+
+
+def _drawn_weights() -> bytes:
+    import safetensors.torch
+
+    from sidactl.detectors import RandomFeatures
+
+    return safetensors.torch.save(RandomFeatures.drawn())
 
 
 def read_state_dict(path: Path | str) -> "dict[str, Tensor]":
@@ -482,6 +544,8 @@ def fetched_file(
     what: str,
     entry: catalog.Entry | None = None,
     progress: download.Progress | None = None,
+    offline: bool = False,
+    mirror: str | None = None,
 ) -> Iterator[tuple[Path, str]]:
     """Within the block: the local path of a file or URL, and its SHA-256; what was downloaded is removed afterwards."""
     if "://" not in source:
@@ -492,7 +556,7 @@ def fetched_file(
     say = download.to_stderr
     with download.exclusive(path.with_suffix(".lock"), lambda: say(f"waiting for another process: {what}")):
         try:
-            yield path, _download(entry, source, path, what, False, None, progress, say)
+            yield path, _download(entry, source, path, what, offline, mirror, progress, say)
         finally:
             path.unlink(missing_ok=True)
 
@@ -504,12 +568,12 @@ def asset_digest(name: str) -> str | None:
 
 
 def prepare_data(
-    source: str | None,
+    source: Ref | None,
     *,
     preset: str | None = None,
     transform: str | None = None,
-    resolution: tuple[int, int] | None = None,
-    max_images: int | None = None,
+    resolution: Size | None = None,
+    max_images: Count | None = None,
     channels: int | None = None,
     exif_rotate: bool = False,
     class_order: "ClassOrder | None" = None,
@@ -518,9 +582,10 @@ def prepare_data(
     skip_bad: bool = False,
     latents: bool = False,
     labels_only: bool = False,
-    classes: int | None = None,
+    classes: SupportsIndex | None = None,
+    any_size: bool = False,
     name: str | None = None,
-    run: Path | str | None = None,
+    run: RunDir = None,
     device: str | None = None,
     force: bool = False,
     tick: Tick | None = None,
@@ -530,6 +595,7 @@ def prepare_data(
     Takes what `prepare.prepare` takes; an interrupted preparation goes on where it was, to the same artifact.
     latents: the VAE's means and standard deviations of the images instead, for EDM2; the source may then be a dataset
         artifact too. The VAE runs on `device`.
+    any_size: images of any one size, to be scored; nets are trained on squares with a side that is a power of two.
     labels_only: no images, but their classes, from a dataset.json; or, without a source, `classes` of them, each once.
         That is all that mode sid needs for its training batches.
 
@@ -538,11 +604,13 @@ def prepare_data(
     store = Store.open(run)
     if name:
         store.check_name("dataset", name)
+    source = optional_ref(source, "the source")
+    classes = None if classes is None else whole(classes, "classes")
     options: dict[str, Any] = {
         "preset": preset,
         "transform": transform,
-        "resolution": resolution,
-        "max_images": max_images,
+        "resolution": None if resolution is None else size_of(resolution, "--resolution"),
+        "max_images": None if max_images is None else count_of(max_images, "--max-images"),
         "skip_bad": skip_bad,
     }
     # Only what is not as usual, so that a dataset prepared as usual keeps its oid.
@@ -563,7 +631,7 @@ def prepare_data(
         raise SidaError("a source is needed, got none", "Name a folder, an archive, or tiny-digits.")
     if latents:
         return _prepare_latents(store, source, options, workers, name, device, force, tick)
-    return _prepare_images(store, source, options, workers, name, force, tick)
+    return _prepare_images(store, source, options, workers, name, force, tick, any_size=any_size)
 
 
 def _prepare_images(
@@ -574,14 +642,16 @@ def _prepare_images(
     name: str | None,
     force: bool,
     tick: Tick | None,
+    *,
+    any_size: bool = False,
 ) -> Artifact:
-    key = store.key("prepare-data", {"source": source_identity(source), **options}, {})
+    question: dict[str, Any] = {"source": source_identity(source), **options}
+    key = store.key("prepare-data", question, {})
+    if any_size and (force or not store.asked(key)):  # what is fit for training is fit for scores
+        key = store.key("prepare-data", question | {"any_size": True}, {})
     entry = catalog.DATASETS.get(source)
     if entry and not entry.builtin and not Path(source).exists():
-        raise SidaError(
-            f"dataset {source} must be prepared from its files",
-            f"Get them from {entry.where}, then run sidactl prepare-data PATH --preset {source} --name {source}.",
-        )
+        raise _must_be_prepared(entry)
     refs = [*([source] if entry and entry.builtin else []), *([name] if name else [])]
     with _answering(store, key, source, force) as work:
         if isinstance(work, Artifact):
@@ -590,9 +660,17 @@ def _prepare_images(
         from sidactl.data import Dataset
 
         path = work.path / "images.zip"
-        say = download.to_stderr
         chosen = {option: value for option, value in options.items() if option != "subset"}
-        made = prepare.prepare(source, path, **chosen, workers=workers, work=work.path, progress=tick, say=say)
+        made = prepare.prepare(
+            source,
+            path,
+            **chosen,
+            any_size=any_size,
+            workers=workers,
+            work=work.path,
+            progress=tick,
+            say=download.to_stderr,
+        )
         files: dict[str, Path | bytes] = {"images.zip": path}
         if made.kind == "pixels":
             files["contact-sheet.png"] = prepare.contact_sheet(Dataset(path))
@@ -665,9 +743,9 @@ def _prepare_latents(
 
 
 def _results(made: "PreparedDataset") -> dict[str, Any]:
-    """A preparation's results; names of classes only where there are some."""
+    """A preparation's results; what few datasets have is left out of the others."""
     results = dataclasses.asdict(made)
-    return results if made.class_names else {name: value for name, value in results.items() if name != "class_names"}
+    return {name: value for name, value in results.items() if value is not None or name not in ("width", "class_names")}
 
 
 def _json_name(path: str) -> str:
@@ -837,13 +915,15 @@ def _is_within(folder: str, other: str) -> bool:
 
 
 def answered(store: Store, key: str, artifact: Artifact, command: str, *, refs: Sequence[str] = ()) -> Artifact:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    # In this order, so that every answer is in the log, by which verify knows one that was swapped.
+    store.log({"time": now, "command": command, "key": key, "oid": artifact.oid})
     store.answer(key, artifact.oid)
-    store.log({"command": command, "key": key, "oid": artifact.oid})
     return named(store, artifact, refs)
 
 
 def named(store: Store, artifact: Artifact, refs: Sequence[str]) -> Artifact:
     for name in refs:
-        if store.refs().get(f"{artifact.kind}/{name}") != artifact.oid:
+        if store.ref(artifact.kind, name) != artifact.oid:
             store.set_ref(artifact.kind, name, artifact.oid)
     return artifact

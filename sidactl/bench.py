@@ -793,7 +793,7 @@ def _bytes_of(training: trainer.Distillation) -> Iterator[int]:
 def _detector_rate(name: str, spec: NetSpec, device: torch.device, num_steps: int) -> float:
     """Images per second of a detector, with random weights where it does not ship with its own."""
     made: torch.nn.Module | None = None
-    if name != detectors.BUILT_IN:
+    if name not in detectors.SMALL:
         made = FIDInception() if name == "inception" else VisionTransformer()
     detector = detectors.load(name, None if made is None else made.state_dict(), device=device)
     num = detector.images_at_once if device.type == "cuda" or made is None else min(8, detector.images_at_once)

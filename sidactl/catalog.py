@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,6 +55,8 @@ class Dataset(Entry):
 
     detector: str = "inception"
     builtin: bool = False
+    shape: tuple[int, int, int] | None = None
+    """resolution, channels and classes of a built-in one"""
     where: str | None = None
     """the page to get it from"""
 
@@ -88,7 +91,7 @@ class Detector(Entry):
     """The weights of a feature detector."""
 
     asset: str | None = None
-    """file of the package, for a built-in one"""
+    """file of the package, for a built-in one; with neither this nor a source, the weights are drawn from a seed"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -545,6 +548,7 @@ DATASETS: Mapping[str, Dataset] = {
             licence="CC BY 4.0: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI (1998)",
             detector="tiny-digits",
             builtin=True,
+            shape=(8, 1, 10),
         ),
         Dataset(
             name="cifar10",
@@ -597,6 +601,11 @@ DETECTORS: Mapping[str, Detector] = {
             about="classifier of 8x8 digits, 64 features",
             licence="Apache-2.0",
             asset="tiny-digits-detector.safetensors",
+        ),
+        Detector(
+            name="random-features",
+            about="convolutions with seeded weights, for images of any size, 128 features; built in",
+            licence="Apache-2.0",
         ),
         Detector(
             name="inception",
@@ -693,12 +702,22 @@ class Row(NamedTuple):
     size_bytes: int | None
     licence: str
     scores: Mapping[str, Published]
+    url: str | None
+    """of the file, or of the page to get it from; None for what ships with the package"""
 
 
 def rows() -> list[Row]:
     """Every entry, by kind."""
     return [
-        Row(e.name, kind, e.about, e.source.size_bytes if e.source else None, e.licence, e.scores)
+        Row(
+            e.name,
+            kind,
+            e.about,
+            e.source.size_bytes if e.source else None,
+            e.licence,
+            e.scores,
+            e.source.url if e.source else getattr(e, "where", None),
+        )
         for kind, group in _KINDS.items()
         for e in group.values()
     ]
@@ -743,6 +762,8 @@ def _costs() -> Iterator[tuple[tuple[str, Mode], Cost]]:
             yield (name, "sid2a"), Cost(sida, machine)
 
 
+OWN_DURATIONS: Mapping[Mode, int] = {"sid": 20 * _M, "sida": 20 * _M, "sid2a": 10 * _M}
+"""images that a teacher of one's own of a published one's size is distilled on, unless asked otherwise"""
 COSTS: Mapping[tuple[str, Mode], Cost] = dict(_costs())
 """by teacher and mode; a step of sid2a is one of sida. Source: SiDA (2410.14919), table 8."""
 
@@ -768,11 +789,17 @@ def did_you_mean(name: str, known: Mapping[str, object], otherwise: str) -> str:
     return f"Did you mean {near[0]!r}?" if near else otherwise
 
 
-def recipe_for(teacher_name: str, mode: Mode, architecture: str = "SongUNet") -> Recipe:
-    """The recipe of a catalog teacher in this mode; for a teacher of your own, that of published runs near it.
+def recipe_for(teacher_name: str, mode: Mode, net: NetSpec | None = None, num_parameters: int | None = None) -> Recipe:
+    """The recipe of a catalog teacher in this mode; for a teacher of your own, one made by the size of its network.
 
-    Those are the runs of edm2-xs for an EDM2 network and of edm-cifar10-uncond for others, without dropout and
-    augmentation, the batch in one piece. Raises SidaError for a catalog teacher that has no recipe.
+    Its numbers lie between those of two known runs, geometrically, by the network's parameters: at one end tiny-digits
+    (189 thousand parameters, 70,000 images, minutes on a CPU; an EDM2 network learns at ten times the rate), at the
+    other the published run of edm-cifar10-uncond (56 million) or of edm2-xs (125 million), of which it takes all but
+    the duration: OWN_DURATIONS, a tenth and less of theirs, for they trained until nothing improved any more. Batches
+    go through in parts of 64 images, of 32 from half way on or above 32 pixels. No dropout and no augmentation. What
+    another duration makes of it says `Recipe.lasting`.
+
+    net, num_parameters: of the teacher of your own. Raises SidaError for a catalog teacher that has no recipe.
     """
     if teacher_name in TEACHERS:
         recipes = TEACHERS[teacher_name].recipes
@@ -782,5 +809,52 @@ def recipe_for(teacher_name: str, mode: Mode, architecture: str = "SongUNet") ->
                 "Distill one with classes, such as edm2-xs.",
             )
         return recipes[mode]
-    nearest = TEACHERS["edm2-xs" if architecture == "EDM2" else "edm-cifar10-uncond"].recipes[mode]
-    return replace(nearest, teacher=teacher_name, dataset="", num_accumulation_rounds=1, augment_p=0.0, dropout=0.0)
+    assert net
+    assert num_parameters
+    is_edm2 = net.architecture == "EDM2"
+    small, near = TEACHERS["tiny-digits"].recipes[mode], "edm2-xs" if is_edm2 else "edm-cifar10-uncond"
+    large = TEACHERS[near].recipes[mode]
+    if is_edm2:
+        part = small.adversarial and replace(small.adversarial, discriminator_scale=100.0)
+        lrs = 10 * small.fake_score_lr, 10 * small.generator_lr
+        small = replace(small, adversarial=part, fake_score_lr=lrs[0], generator_lr=lrs[1])
+    smallest, largest = NUM_PARAMETERS["tiny-digits"], NUM_PARAMETERS[near]
+    share = min(max(math.log(num_parameters / smallest) / math.log(largest / smallest), 0.0), 1.0)
+
+    def between(low: float, high: float) -> float:
+        return float(f"{low ** (1 - share) * high**share:.2g}")
+
+    def images(low: int, high: int) -> int:
+        return round(between(low, high))
+
+    batch_size = 1 << round(math.log2(between(small.batch_size, large.batch_size)))
+    part = small.adversarial
+    if part and large.adversarial:
+        low, high = part, large.adversarial
+        part = replace(
+            high,
+            lambda_adv=between(low.lambda_adv, high.lambda_adv),
+            discriminator_scale=between(low.discriminator_scale, high.discriminator_scale),
+            adversarial_from_nimg=images(low.adversarial_from_nimg, high.adversarial_from_nimg),
+        )
+    return replace(
+        large,
+        teacher=teacher_name,
+        dataset="",
+        batch_size=batch_size,
+        num_accumulation_rounds=batch_size // (64 if share < 0.5 and net.img_resolution <= 32 else 32),
+        duration_nimg=images(small.duration_nimg, OWN_DURATIONS[mode]),
+        fake_score_lr=between(small.fake_score_lr, large.fake_score_lr),
+        generator_lr=between(small.generator_lr, large.generator_lr),
+        ema_halflife_nimg=images(small.ema_halflife_nimg, large.ema_halflife_nimg),
+        ema_rampup_ratio=between(small.ema_rampup_ratio or 1.0, large.ema_rampup_ratio or 1.0),
+        generator_from_nimg=images(small.generator_from_nimg or 1, large.generator_from_nimg or 100_000),
+        adversarial=part,
+        augment_p=0.0,
+        dropout=0.0,
+        precision=large.precision if share >= 0.5 else "fp32",
+        adam_eps=large.adam_eps if share >= 0.5 else small.adam_eps,
+        evaluate_every_nimg=images(small.evaluate_every_nimg, large.evaluate_every_nimg),
+        evaluate_num=small.evaluate_num,
+        checkpoint_every_nimg=images(small.checkpoint_every_nimg, large.checkpoint_every_nimg),
+    )

@@ -3,8 +3,10 @@
 import ast
 import dataclasses
 import difflib
+import errno
 import inspect
 import json
+import os
 import re
 import signal
 import sys
@@ -12,7 +14,7 @@ import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,11 +23,12 @@ import typer
 from click_default_group import DefaultGroup
 from typer.core import TyperGroup
 
-from sidactl import __version__, ui
+from sidactl import __version__, inputs, ui
 from sidactl.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, SidaError
-from sidactl.recipe import Adversarial, Execution, NetSpec, Recipe, Setting, TeacherRecipe
+from sidactl.recipe import Adversarial, Execution, NetSpec, Recipe, Setting, TeacherRecipe, flag_of
 
 if TYPE_CHECKING:
+    from sidactl.catalog import Published, Row
     from sidactl.loop import Event
     from sidactl.scores import Score
     from sidactl.store import Artifact
@@ -81,10 +84,37 @@ def _from_pipe(ref: str | None) -> str:
         return ref
     if sys.stdin.isatty():
         raise SidaError("an artifact is needed, got none", "Name one (see sidactl ls), or pipe one in.")
-    line = sys.stdin.readline().strip()
-    if not line:
+    try:
+        text = sys.stdin.read(_MOST_PIPED).strip()
+    except (UnicodeDecodeError, OSError):
+        text = "\0"
+    if not text:
         raise SidaError("the pipe is empty: the command before this one gave no artifact", "See its message.")
-    return line
+    if text.startswith(("{", "[")):
+        return _oid_in(text)
+    if (num_lines := len(text.splitlines())) > 1:
+        raise SidaError(f"a pipe must bring one artifact, got {num_lines} lines", "Name one at a time.")
+    if "\0" in text:
+        raise SidaError(
+            "a pipe must bring the name of an artifact, got bytes", "Give a file by its name, not its content."
+        )
+    return text
+
+
+_MOST_PIPED = 1 << 24
+"""characters read from a pipe at most: far more than any artifact as JSON"""
+
+
+def _oid_in(text: str) -> str:
+    """The oid in what a command prints with --json."""
+    try:
+        document = json.loads(text)
+    except ValueError:
+        document = None
+    oid = document.get("oid") if isinstance(document, dict) else None
+    if not isinstance(oid, str):
+        raise SidaError('a JSON document in a pipe must hold an "oid", got none', "Pipe in the oid or name alone.")
+    return oid
 
 
 def _piped(ref: str | None) -> str | None:
@@ -118,9 +148,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given  # an option of every command, as it is added to one that has failed
     given = [word for word in given if word != "--debug"]
+    ui.mend_streams()
     # Training has handlers of its own; everything else ends on SIGTERM as it does on Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        _check_processes()
         code = app(given, standalone_mode=False, prog_name="sidactl") or 0
         if code == EXIT_INTERRUPTED:
             raise KeyboardInterrupt  # typer had made a mere number of it
@@ -146,7 +178,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
+def _check_processes() -> None:
+    """Raises SidaError where torchrun's variables are there in part or do not fit: some process would be silent."""
+    names = ("RANK", "WORLD_SIZE")
+    if there := [name for name in names if name in os.environ]:
+        if len(there) < len(names):
+            (missing,) = set(names) - set(there)
+            raise SidaError(f"{there[0]} is set, {missing} is not", f"Start it with torchrun, or unset {there[0]}.")
+        rank, size = (os.environ[name] for name in names)
+        if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+            raise SidaError(
+                f"RANK must be a number from 0 to WORLD_SIZE - 1, got RANK={rank} and WORLD_SIZE={size}",
+                "Start it with torchrun, or unset both.",
+            )
+        if int(size) > 1 and "MASTER_ADDR" not in os.environ:
+            raise SidaError(
+                f"WORLD_SIZE is {size}, but MASTER_ADDR, where the processes meet, is not set",
+                "Start it with torchrun, or unset RANK and WORLD_SIZE.",
+            )
+
+
 def _told_plainly(error: Exception) -> SidaError:
+    if isinstance(error, OSError) and error.errno in (errno.EBADF, errno.ENOSPC, errno.EIO) and not error.filename:
+        try:
+            sys.stdout.flush()
+        except OSError:  # click's own printing, of --help
+            return ui.stdout_error(error)
     if "torch" in sys.modules:
         from sidactl.engine import told_plainly
 
@@ -264,7 +321,7 @@ def prepare_data(
             source,
             preset=preset,
             transform=transform,
-            resolution=_resolution(resolution),
+            resolution=None if resolution is None else inputs.size_of(resolution, "--resolution"),
             max_images=_count(max_images, "--max-images"),
             channels=channels,
             exif_rotate=exif_rotate,
@@ -284,7 +341,8 @@ def prepare_data(
     _tell_skipped(artifact.results)
     _tell_classes(artifact.results)
     if stats:
-        made = ops.dataset_stats(artifact.oid, detector=detector, run=run, device=device)
+        with _ticking("feature statistics") as tick:
+            made = ops.dataset_stats(artifact.oid, detector=detector, run=run, device=device, tick=tick)
         ui.note(f"feature statistics: {made.oid}")
     _print_artifact(artifact, as_json)
 
@@ -312,15 +370,6 @@ def _named_classes(names: Sequence[str]) -> str:
     return f"{len(names):,} classes: {first}{', ...' if len(names) > 5 else ''}"
 
 
-def _resolution(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    width, x, height = text.partition("x")
-    if not (x and width.isdecimal() and height.isdecimal()):
-        raise SidaError(f"--resolution must be WxH such as 64x64, got {text!r}", "Pass two whole numbers.")
-    return int(width), int(height)
-
-
 # Training. A command's recipe flags are made from the recipe's fields, so that each is written once.
 
 _NOT_FLAGS = {"teacher", "mode", "dataset", "adversarial", "net", "architecture"}
@@ -340,16 +389,12 @@ def _field_docs(cls: type) -> Mapping[str, str]:
     return docs
 
 
-def _flag(field: str) -> str:
-    return "--" + field.removesuffix("_nimg").replace("_", "-").lower()
-
-
 def _metavar(field: dataclasses.Field[Any]) -> str:
-    return "COUNT" if field.name.endswith("_nimg") else "true|false" if field.type is bool else "VALUE"
+    return "COUNT" if inputs.is_count(field) else "true|false" if field.type is bool else "VALUE"
 
 
 def _parser(field: dataclasses.Field[Any]) -> Callable[[str], Any]:
-    flag, allows_none = _flag(field.name), "None" in str(field.type)
+    flag, allows_none = flag_of(field.name), "None" in str(field.type)
 
     def parse(text: str) -> Any:
         if allows_none and text.lower() == "none":
@@ -358,8 +403,8 @@ def _parser(field: dataclasses.Field[Any]) -> Callable[[str], Any]:
             if text.lower() not in ("true", "false"):
                 raise SidaError(f"{flag} must be true or false, got {text!r}", f"Pass {flag} true.")
             return text.lower() == "true"
-        if field.name.endswith("_nimg"):
-            return ui.parse_count(text, flag)
+        if inputs.is_count(field):
+            return inputs.parse_count(text, flag)
         if "Literal" in str(field.type) or field.type is str:
             return text
         try:
@@ -374,7 +419,7 @@ def _parser(field: dataclasses.Field[Any]) -> Callable[[str], Any]:
 
 
 def _signed(
-    function: Callable[..., None], command: Callable[..., None], parameters: Sequence[inspect.Parameter]
+    function: Callable[..., None], command: Callable[..., Any], parameters: Sequence[inspect.Parameter]
 ) -> Callable[..., None]:
     """The function under the command's name and help, with these parameters as its options."""
     parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
@@ -420,8 +465,8 @@ def recipe_flags(*classes: type) -> Callable[[Callable[..., None]], Callable[...
 def _option(name: str, field: "dataclasses.Field[Any]", doc: str) -> Any:
     """The annotation of a field's option; what is off by default is a switch."""
     if field.default is False:
-        return Annotated[bool | None, typer.Option(_flag(name), help=doc)]
-    return Annotated[Any, typer.Option(_flag(name), parser=_parser(field), metavar=_metavar(field), help=doc)]
+        return Annotated[bool | None, typer.Option(flag_of(name), help=doc)]
+    return Annotated[Any, typer.Option(flag_of(name), parser=_parser(field), metavar=_metavar(field), help=doc)]
 
 
 Log = Annotated[
@@ -459,6 +504,25 @@ def train_teacher(
 TeacherRef = Annotated[str, _ref_option("a teacher artifact or a name from ls --catalog")]
 RealImages = Annotated[str | None, _ref_option("real images; the teacher's own if not given")]
 Compared = Annotated[str | None, _ref_option("what to score against; the dataset if not given", "--ref")]
+NoScore = Annotated[bool, typer.Option("--no-score", help="score nothing; the last generator is the result")]
+RunDetector = Annotated[
+    str | None,
+    typer.Option(
+        "--detector",
+        metavar="NAME",
+        help="what scores the run: inception, dinov2, tiny-digits, random-features or a file; the reference's own, "
+        "of a dataset of your own random-features",
+    ),
+]
+NoTeacherScore = Annotated[
+    bool, typer.Option("--no-teacher-score", help="do not score the teacher at the end, for comparison")
+]
+AllowUntrained = Annotated[
+    bool,
+    typer.Option(
+        "--allow-untrained", help="go on where the run ends before the generator, or its adversarial part, trains"
+    ),
+]
 
 
 @app.command("distill")
@@ -470,6 +534,10 @@ def distill(
     generator: Annotated[str | None, _ref_option("where sid2a starts")] = None,
     dataset: RealImages = None,
     reference: Compared = None,
+    detector: RunDetector = None,
+    no_score: NoScore = False,
+    no_teacher_score: NoTeacherScore = False,
+    allow_untrained: AllowUntrained = False,
     log: Log = None,
     name: Name = None,
     run: Run = None,
@@ -482,9 +550,16 @@ def distill(
 
     Example: sidactl distill --teacher tiny-digits --mode sida | sidactl sample --num 10k | sidactl fid
     """
-    arguments = {"teacher": teacher, "mode": mode, "generator": generator, "dataset": dataset}
-    others = {"reference": reference, "name": name, "run": run, "device": device, "force": force}
-    _distill(arguments, others, overrides, log, as_json, dry_run)
+    planned: dict[str, Any] = {
+        "teacher": teacher,
+        "mode": mode,
+        "generator": generator,
+        "dataset": dataset,
+        "reference": reference,
+    }
+    planned |= {"score": not no_score, "detector": detector, "allow_untrained": allow_untrained, "device": device}
+    others = {"teacher_score": not no_teacher_score, "name": name, "run": run, "force": force}
+    _distill(planned, others, overrides, log, as_json, dry_run)
 
 
 @app.command("finetune-sid2a")
@@ -495,6 +570,10 @@ def finetune_sid2a(
     overrides: Mapping[str, Any],
     dataset: RealImages = None,
     reference: Compared = None,
+    detector: RunDetector = None,
+    no_score: NoScore = False,
+    no_teacher_score: NoTeacherScore = False,
+    allow_untrained: AllowUntrained = False,
     log: Log = None,
     name: Name = None,
     run: Run = None,
@@ -507,9 +586,16 @@ def finetune_sid2a(
 
     Example: sidactl finetune-sid2a --teacher tiny-digits --generator generator/tiny-digits-sid
     """
-    arguments = {"teacher": teacher, "mode": "sid2a", "generator": generator, "dataset": dataset}
-    others = {"reference": reference, "name": name, "run": run, "device": device, "force": force}
-    _distill(arguments, others, overrides, log, as_json, dry_run)
+    planned: dict[str, Any] = {
+        "teacher": teacher,
+        "mode": "sid2a",
+        "generator": generator,
+        "dataset": dataset,
+        "reference": reference,
+    }
+    planned |= {"score": not no_score, "detector": detector, "allow_untrained": allow_untrained, "device": device}
+    others = {"teacher_score": not no_teacher_score, "name": name, "run": run, "force": force}
+    _distill(planned, others, overrides, log, as_json, dry_run)
 
 
 def _distill(
@@ -527,7 +613,10 @@ def _distill(
     execution = Execution(**{name: value for name, value in overrides.items() if name in settings})
     overrides = {name: value for name, value in overrides.items() if name not in settings}
     if dry_run:
-        _print_plan(planned, others["run"], overrides, execution)
+        from sidactl import logs
+
+        logs.check(log or ())
+        _print_plan(planned, others["run"], overrides, execution, with_teacher_score=others["teacher_score"])
         return
     with _watching(log) as watch:
         artifact = ops.distill(**planned, **others, execution=execution, watch=watch, **overrides)
@@ -535,12 +624,21 @@ def _distill(
 
 
 def _print_plan(
-    arguments: Mapping[str, Any], run: Path | None, overrides: Mapping[str, Any], execution: Execution
+    arguments: Mapping[str, Any],
+    run: Path | None,
+    overrides: Mapping[str, Any],
+    execution: Execution,
+    *,
+    with_teacher_score: bool,
 ) -> None:
-    from sidactl import ops
+    from sidactl import ops, preflight
     from sidactl.store import Store
 
     planned = ops.plan(**arguments, store=Store.open(run), overrides=overrides, execution=execution)
+    for warning in planned.warnings:
+        ui.warn(warning)
+    for note in planned.notes:
+        ui.note(note)
     recipe, cost, one = planned.recipe, planned.cost, planned.memory[1, execution.shard]
     pace = f"{cost.sec_per_kimg:g} s per 1,000 images on {cost.machine}, as published" if cost else "not published"
     at_once = execution.batch_per_device or recipe.batch_size // recipe.num_accumulation_rounds
@@ -562,7 +660,29 @@ def _print_plan(
         "hours": None if planned.hours is None else round(planned.hours, 1),
         "pace": pace,
     }
-    ui.print_json({"inputs": dict(planned.inputs), "recipe": recipe.to_json(), "estimate": estimate})
+    scoring = planned.scoring and {
+        "score": planned.scoring.score_name,
+        "detector": planned.scoring.detector,
+        "reference": planned.scoring.reference.text,
+        "evaluations": planned.num_evaluations,
+        "images": recipe.evaluate_num,
+        "teacher_at_the_end": with_teacher_score,
+    }
+    ui.print_json(
+        {
+            "inputs": dict(planned.inputs),
+            "recipe": recipe.to_json(),
+            "stages": [{"trains": name, "from_nimg": start} for name, start in recipe.stages().items()],
+            "scoring": scoring,
+            "first": [dataclasses.asdict(need) for need in planned.needs],
+            "missing": [str(problem) for problem in planned.missing],
+            "estimate": estimate
+            | {
+                "disk_gb": round(preflight.disk_bytes(one.num_parameters) / 1e9, 2),
+                "disk_free_gb": round(planned.free_bytes / 1e9, 2),
+            },
+        }
+    )
 
 
 _LOSS_NAMES = {
@@ -574,51 +694,58 @@ _LOSS_NAMES = {
 }
 
 
-@contextmanager
-def _watching(log: Sequence[str] | None) -> Iterator[Callable[["Event"], None]]:
-    """A display of a training run, opened by its first event, and the loggers that were asked for."""
-    from contextlib import ExitStack
+@dataclasses.dataclass(frozen=True)
+class _Shown:
+    """What functions call with events of training, or with how many images are done; `part` shows parts of the work."""
 
+    tell: Callable[..., None]
+    part: Callable[[str], Callable[[int, int], None]]
+
+    def __call__(self, *told: Any) -> None:
+        self.tell(*told)
+
+
+@contextmanager
+def _watching(log: Sequence[str] | None) -> Iterator[_Shown]:
+    """A display of a training run, opened by its first event, and the loggers that were asked for."""
     from sidactl import logs
 
-    with ExitStack() as stack:
-        shown: list[ui.Progress] = []
+    with ui.display() as display:
+        shown: Callable[[], ui.Progress] | None = None
+        score_name = "score"
 
         def watch(event: "Event") -> None:
+            nonlocal shown, score_name
             values = event.values
             if event.kind == "started":
-                shown.append(stack.enter_context(ui.progress(values["title"], values["duration_nimg"])))
+                score_name = values.get("score_name", score_name)
+                shown = partial(display.show, values["title"], values["duration_nimg"])
+                shown()
                 return
-            (progress,) = shown
+            assert shown
+            progress = shown()
             if event.kind == "progress":
                 losses = {_LOSS_NAMES[k]: f"{v:.3g}" for k, v in values.items() if k in _LOSS_NAMES}
                 skipped = {"skipped updates": values["skipped_steps"]} if values["skipped_steps"] else {}
                 progress.update(event.nimg, {"stage": values["stage"], **losses, **skipped})
             elif event.kind == "evaluation":
-                progress.update(event.nimg, {"score": f"{values['score']:.4g}"})
-                progress.note(f"score {values['score']:.4g} after {event.nimg:,} images")
+                progress.update(event.nimg, {score_name: f"{values['score']:.4g}"})
+                progress.note(f"{score_name} {values['score']:.4g} after {event.nimg:,} images")
             elif event.kind == "resumed":
                 progress.note(f"going on from the checkpoint at {event.nimg:,} images")
+                progress.update(event.nimg)
             elif "message" in values:
                 progress.note(f"{'warning: ' if event.kind == 'warning' else ''}{values['message']}")
 
-        yield stack.enter_context(logs.watching(log or (), watch))
+        with logs.watching(log or (), watch) as watcher:
+            yield _Shown(watcher, display.part)
 
 
 @contextmanager
-def _ticking(title: str, unit: str = "images") -> Iterator[Callable[[int, int], None]]:
+def _ticking(title: str, unit: str = "images") -> Iterator[_Shown]:
     """A display of work that counts images, or bytes, opened when it first says how far it is."""
-    from contextlib import ExitStack
-
-    with ExitStack() as stack:
-        shown: list[ui.Progress] = []
-
-        def tick(done: int, total: int) -> None:
-            if not shown:
-                shown.append(stack.enter_context(ui.progress(title, total or None, unit)))
-            shown[0].update(done)
-
-        yield tick
+    with ui.display() as display:
+        yield _Shown(lambda done, total: display.show(title, total or None, unit).update(done), display.part)
 
 
 @app.command()
@@ -723,14 +850,17 @@ def sample(
     _print_artifact(result.artifact, as_json)
 
 
-def score_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a scoring command the options that all of them share; it gets them as `options`, for `scores.evaluate`."""
+def score_flags(command: Callable[..., "Score"]) -> Callable[..., None]:
+    """Gives a scoring command the options of all, as `options` for `scores.evaluate`; prints its score."""
 
     def shared(
         ref: Ref = None,
         reference: Annotated[str | None, _ref_option("dataset or statistics: oid, name, URL or file", "--ref")] = None,
         num: Annotated[
             str | None, typer.Option(metavar="COUNT", help="images per trial; 50k, or all of samples and folders")
+        ] = None,
+        subset_seed: Annotated[
+            int | None, typer.Option(help="what draws --num images where samples or folders hold more; 0")
         ] = None,
         trials: Annotated[int, typer.Option(help="repetitions with fresh seeds")] = 1,
         first_seed: Annotated[int, typer.Option(help="seed of the first image of the first trial")] = 0,
@@ -739,7 +869,9 @@ def score_flags(command: Callable[..., None]) -> Callable[..., None]:
         ] = "uniform",
         detector: Annotated[
             str | None,
-            typer.Option(metavar="NAME", help="inception, dinov2, tiny-digits or a file; the reference's own"),
+            typer.Option(
+                metavar="NAME", help="inception, dinov2, tiny-digits, random-features or a file; the reference's own"
+            ),
         ] = None,
         convention: Annotated[
             str, typer.Option(metavar="NAME", help="whose arithmetic: edm, sid or guided-diffusion")
@@ -750,14 +882,16 @@ def score_flags(command: Callable[..., None]) -> Callable[..., None]:
         force: Force = False,
     ) -> None: ...
 
-    own = [p for p in inspect.signature(command).parameters.values() if p.name not in ("ref", "as_json", "options")]
+    own = [p for p in inspect.signature(command).parameters.values() if p.name not in ("ref", "options")]
 
     def with_flags(ref: str | None, as_json: bool, overrides: Mapping[str, Any], **arguments: Any) -> None:
         special = {p.name: arguments.pop(p.name) for p in own}
         arguments["setting"] = Setting(**overrides)
         arguments["num"] = _count(arguments["num"], "--num", least=2)
         with _ticking(command.__name__.replace("_", "-")) as tick:
-            command(_from_pipe(ref), as_json, arguments | {"tick": tick}, **special)
+            score = command(_from_pipe(ref), arguments | {"tick": tick}, **special)
+        # The display has ended: what it draws last would erase a result that is printed within.
+        _print_score(score, as_json, all_lines=command.__name__ == "evaluate")
 
     return recipe_flags(Setting)(_signed(with_flags, command, [*inspect.signature(shared).parameters.values(), *own]))
 
@@ -769,76 +903,68 @@ NumSplits = Annotated[int, typer.Option(help="parts that the inception score is 
 
 @app.command()
 @score_flags
-def fid(ref: str, as_json: bool, options: Mapping[str, Any]) -> None:
+def fid(ref: str, options: Mapping[str, Any]) -> "Score":
     """Print the Frechet distance to a dataset.
 
     Example: sidactl fid generator/best --num 10k --trials 10
     """
     from sidactl import ops
 
-    _print_score(ops.fid(ref, **options), as_json)
+    return ops.fid(ref, **options)
 
 
 @app.command("fd-dinov2")
 @score_flags
-def fd_dinov2(ref: str, as_json: bool, options: Mapping[str, Any], resize: Resize = "torch") -> None:
+def fd_dinov2(ref: str, options: Mapping[str, Any], resize: Resize = "torch") -> "Score":
     """Print FD-DINOv2.
 
     Example: sidactl fd-dinov2 generator/best --ref imagenet512
     """
     from sidactl import ops
 
-    _print_score(ops.fd_dinov2(ref, resize=resize, **options), as_json)
+    return ops.fd_dinov2(ref, resize=resize, **options)
 
 
 @app.command("prec-recall")
 @score_flags
-def prec_recall(ref: str, as_json: bool, options: Mapping[str, Any], neighbours: Neighbours = 3) -> None:
+def prec_recall(ref: str, options: Mapping[str, Any], neighbours: Neighbours = 3) -> "Score":
     """Print precision and recall, in this order.
 
     Example: sidactl prec-recall generator/best --num 10k
     """
     from sidactl import ops
 
-    _print_score(ops.prec_recall(ref, neighbours=neighbours, **options), as_json)
+    return ops.prec_recall(ref, neighbours=neighbours, **options)
 
 
 @app.command("inception-score")
 @score_flags
-def inception_score(ref: str, as_json: bool, options: Mapping[str, Any], num_splits: NumSplits = 10) -> None:
+def inception_score(ref: str, options: Mapping[str, Any], num_splits: NumSplits = 10) -> "Score":
     """Print the inception score.
 
     Example: sidactl inception-score generator/best --num 10k
     """
     from sidactl import ops
 
-    _print_score(ops.inception_score(ref, num_splits=num_splits, **options), as_json)
+    return ops.inception_score(ref, num_splits=num_splits, **options)
 
 
 @app.command()
 @score_flags
 def evaluate(
     ref: str,
-    as_json: bool,
     options: Mapping[str, Any],
     resize: Resize = "torch",
     neighbours: Neighbours = 3,
     num_splits: NumSplits = 10,
-) -> None:
+) -> "Score":
     """Print all scores that apply, in one pass over the images.
 
     Example: sidactl evaluate generator/best --num 10k --trials 10
     """
     from sidactl import ops
 
-    score = ops.evaluate(ref, resize=resize, neighbours=neighbours, num_splits=num_splits, **options)
-    for warning in score.warnings:
-        ui.warn(warning)
-    if as_json:
-        ui.print_json(score.to_json())
-        return
-    for line in _score_lines(score):
-        ui.print_data(line)
+    return ops.evaluate(ref, resize=resize, neighbours=neighbours, num_splits=num_splits, **options)
 
 
 # The run directory
@@ -856,7 +982,11 @@ def show(
     """
     from sidactl import inventory
 
-    described = inventory.show(_from_pipe(ref), run=run)
+    ref = _from_pipe(ref)
+    if rows := inventory.unfetched(ref, run=run):
+        _print_entries(rows, as_json)
+        return
+    described = inventory.show(ref, run=run)
     if as_json:
         ui.print_json(described.to_json())
         return
@@ -876,8 +1006,32 @@ def show(
         for line in _score_lines(score):
             ui.print_data(f"  {'score':8} {line}")
     for name, number in described.published.items():
-        spread = "" if number.std is None else f" +- {number.std:g}"
-        ui.print_data(f"  {'paper':8} {name} {number.value:g}{spread}; 50,000 images")
+        ui.print_data(f"  {'paper':8} {_published(name, number)}")
+
+
+def _print_entries(rows: "Sequence[Row]", as_json: bool) -> None:
+    """What the catalog says of a name that is not in the run directory."""
+    if as_json:
+        ui.print_json({"name": rows[0].name, "catalog": [_row_json(row) for row in rows]})
+        return
+    for row in rows:
+        ui.print_data(f"{row.kind} {row.name}, in the catalog, not in the run directory")
+        facts = {"about": row.about, "licence": row.licence, "url": row.url}
+        facts["size"] = None if row.size_bytes is None else ui.format_bytes(row.size_bytes)
+        for name, fact in facts.items():
+            if fact is not None:
+                ui.print_data(f"  {name:8} {fact}")
+        for name, number in row.scores.items():
+            ui.print_data(f"  {'paper':8} {_published(name, number)}")
+
+
+def _published(name: str, number: "Published") -> str:
+    spread = "" if number.std is None else f" +- {number.std:g}"
+    return f"{name} {number.value:g}{spread}; 50,000 images"
+
+
+def _row_json(row: "Row") -> dict[str, Any]:
+    return row._asdict() | {"scores": {name: score._asdict() for name, score in row.scores.items()}}
 
 
 def _short(value: object) -> str:
@@ -918,7 +1072,7 @@ def _print_catalog(as_json: bool) -> None:
 
     rows = catalog.rows()
     if as_json:
-        ui.print_json([r._asdict() | {"scores": {n: s._asdict() for n, s in r.scores.items()}} for r in rows])
+        ui.print_json([_row_json(row) for row in rows])
         return
     cells = [
         [r.kind, r.name, ", ".join(f"{n} {s.value:g}" for n, s in r.scores.items()), r.about, r.licence] for r in rows
@@ -942,7 +1096,7 @@ def verify(run: Run = None, as_json: Json = False) -> None:
             ui.print_data(f"{name}: {problem}")
     if problems:
         told = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in the run directory"
-        raise SidaError(told, "Ask again with --force for what is damaged.", exit_code=EXIT_FAILED)
+        raise SidaError(told, "Each line says what helps.", exit_code=EXIT_FAILED)
     ui.note("no problem found")
 
 
@@ -1037,26 +1191,38 @@ def _print_artifact(artifact: "Artifact", as_json: bool) -> None:
 
 
 def _print_generator(artifact: "Artifact", as_json: bool) -> None:
+    from sidactl.scores import score_name
+
     results: Mapping[str, Any] = artifact.results
+    recipe, seen = Recipe.from_json(artifact.params["recipe"]), results["images_seen"]  # type: ignore[arg-type]
     look = f"Look at it: sidactl export {artifact.oid[:12]} FOLDER"
+    if untrained := recipe.untrained(seen):
+        start = "its teacher" if recipe.mode != "sid2a" else "the generator that it started from"
+        what = f"it is {start}, unchanged" if "generator" in untrained else "it is from before the adversarial part"
+        ui.warn(f"nothing of the {untrained[0]} was trained in the {seen:,} images of this generator: {what}")
     if results["selection_score"] is None:
-        ui.note(f"last generator, not scored: {results['images_seen']:,} images, one step. {look}")
+        ui.note(f"last generator, not scored: {seen:,} images, one step. {look}")
     else:
+        teacher = results["teacher_score"]
+        beside = "not scored" if teacher is None else f"{teacher:.4g}"
         ui.note(
-            f"best generator: score {results['selection_score']:.4g} after {results['images_seen']:,} images, one "
-            f"step; its teacher: {results['teacher_score']:.4g}. {look}"
+            f"best generator: {score_name(str(results['detector']))} {results['selection_score']:.4g} after {seen:,} "
+            f"images, one step; its teacher: {beside}. {look}"
         )
     _print_artifact(artifact, as_json)
 
 
-def _print_score(score: "Score", as_json: bool) -> None:
+def _print_score(score: "Score", as_json: bool, all_lines: bool) -> None:
+    """The numbers of one metric in one line on stdout, and how they were made on stderr; or all of it on stdout."""
     for warning in score.warnings:
         ui.warn(warning)
     if as_json:
         ui.print_json(score.to_json())
         return
     for line in _score_lines(score):
-        ui.note(line)
+        (ui.print_data if all_lines else ui.note)(line)
+    if all_lines:
+        return
     ui.print_data(" ".join(f"{numbers['value']:.6g}" for numbers in score.to_json()["scores"].values()))
 
 
@@ -1064,6 +1230,9 @@ def _score_lines(score: "Score") -> list[str]:
     """One line per number: mean, standard deviation, minimum, and how it was made."""
     told = score.to_json()
     trials = f"{len(told['seeds'])} x {score.num:,} images" if told["seeds"] else f"{score.num:,} images"
+    if "subset_of" in score.settings:
+        of, seed = score.settings["subset_of"], score.settings["subset_seed"]
+        trials = f"{score.num:,} of {of:,} images, drawn by seed {seed}"
 
     def line(name: str, n: Mapping[str, Any]) -> str:
         spread = "" if n["std"] is None else f" +- {n['std']:.2g} (minimum {n['minimum']:.4g})"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sidactl.diffusion import Draws
 from sidactl.errors import EXIT_FAILED, SidaError
+from sidactl.text import visible
 
 LATENT_CHANNELS = 4
 VAE_NAME = "stabilityai/sd-vae-ft-mse"
@@ -104,7 +105,7 @@ def codec_for(img_channels: int) -> Codec:
 
 
 def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(visible(line), file=sys.stderr, flush=True)
 
 
 def stable_diffusion_vae(

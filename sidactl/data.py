@@ -424,7 +424,8 @@ def decode_pixels(data: bytes, where: str, hint: str = "Convert it with prepare-
 class Dataset:
     """A dataset zip in the EDM layout: images (or .npy latents) and a dataset.json with their classes.
 
-    `num_images`, `resolution` (height = width), `num_channels` (1, 3, or 8 for latents), `is_latents`;
+    `num_images`, `resolution` (height), `width` (the same for what a net is trained on), `num_channels` (1, 3, or 8 for
+    latents), `is_latents`;
     `labels`: int64 [N] or None; `label_dim`: number of classes, 0 without labels; `class_names`: theirs, or None.
     Items are decoded at random from the zip, in any number of processes. Where all of them fit into `cache_bytes`
     (per process) they stay decoded in memory once read. Raises SidaError for a zip that is not of this layout.
@@ -443,11 +444,7 @@ class Dataset:
         self.is_latents = self.names[0].lower().endswith(".npy")
         first = self._decode(0)
         self._shape = first.shape
-        self.num_channels, self.resolution, width = first.shape
-        if self.resolution != width:
-            raise SidaError(
-                f"images in {self.path} must be square, got {width}x{self.resolution}", "Convert it with prepare-data."
-            )
+        self.num_channels, self.resolution, self.width = first.shape
         self.labels, self.class_names, self.label_dim = self._read_labels()
         # Not touched until written: the system commits this memory image by image.
         fits = self.num_images * first.nbytes <= cache_bytes
@@ -512,6 +509,13 @@ class Dataset:
     def class_counts(self) -> list[int]:
         """Number of images of each class, `label_dim` long; empty without labels."""
         return [] if self.labels is None else class_counts(self.labels, self.label_dim)
+
+
+def drawn_subset(num_items: int, size: int, seed: int) -> NDArray[np.int64]:
+    """`size` of the positions 0 .. num_items - 1 in ascending order, drawn as EDM's and EDM2's tools draw a subset."""
+    positions = np.arange(num_items)
+    np.random.RandomState(seed % (1 << 31)).shuffle(positions)
+    return np.sort(positions[:size])
 
 
 class DataOrder:

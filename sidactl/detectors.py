@@ -1,6 +1,7 @@
 """Feature detectors: uint8 images in, float32 features out, under an identity that every statistic carries."""
 
 import hashlib
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -17,12 +19,15 @@ from sidactl.catalog import ASSETS
 from sidactl.engine import fitting_threads, keep_memory
 from sidactl.errors import SidaError
 from sidactl.metrics import FeatureStats
-from sidactl.nets import inception, vit
+from sidactl.nets import check_values, inception, vit
 
 Resize = Literal["torch", "pil"]
 RESIZES: tuple[Resize, ...] = ("torch", "pil")
 BUILT_IN = "tiny-digits"
-NAMES = (BUILT_IN, "inception", "dinov2")
+RANDOM_FEATURES = "random-features"
+SMALL = (BUILT_IN, RANDOM_FEATURES)
+"""what needs no download"""
+NAMES = (*SMALL, "inception", "dinov2")
 IMAGES_AT_ONCE = 64
 """images that a large network sees at a time"""
 
@@ -56,6 +61,61 @@ class DigitsClassifier(nn.Module):
         return logits
 
 
+class RandomFeatures(nn.Module):
+    """Three convolutions with weights drawn from a seed: statistics of colours, edges and layout, 128 features.
+
+    Nothing was trained, and nothing is to be got: a distance of these features tells which of two sets of images of
+    any kind is nearer to a third, no more. Images keep their size, since tiny ones have no detail to be resized for;
+    those of more than 128 pixels are halved until they are smaller. Whoever changes what is computed here must take
+    another seed, by which the identity changes.
+    """
+
+    SEED, CHANNELS, NUM_FEATURES, SMALLEST, LARGEST = 0, 16, 128, 4, 128
+    SCALE = 4.0
+    """brings distances of photographs and drawings to where people read them easily"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for index, channels in enumerate((3, self.CHANNELS, self.CHANNELS)):
+            self.register_buffer(f"conv{index}", torch.empty(self.CHANNELS, channels, 3, 3))
+
+    @classmethod
+    def drawn(cls) -> dict[str, Tensor]:
+        """The weights. Integers of PCG64, which stay as they are for ever, times one factor per layer."""
+        bits = np.random.PCG64(cls.SEED)
+        state = {}
+        for name, tensor in cls().state_dict().items():
+            fan_in = tensor[0].numel()
+            raw = (bits.random_raw(tensor.numel()) >> np.uint64(40)).astype(np.int64) - (1 << 23)
+            filters = raw.reshape(cls.CHANNELS, fan_in)
+            # Every other filter sums to zero and so sees edges alone, which flat areas would drown.
+            filters[::2] -= np.roll(filters[::2], 1, axis=1)
+            scaled = filters * (math.sqrt(6 / fan_in) / (1 << 23))
+            state[name] = torch.from_numpy(scaled.astype(np.float32)).reshape(tensor.shape)
+        return state
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features [N, 128] of uint8 images [N, 1 or 3, H, W]."""
+        height, width = images.shape[2:]
+        if min(height, width) < self.SMALLEST:
+            raise SidaError(
+                f"detector {RANDOM_FEATURES} needs images of 4x4 pixels or more, got {width}x{height}",
+                "Score larger images.",
+            )
+        x = (images.to(torch.float32) / 127.5 - 1).expand(-1, 3, -1, -1)
+        while min(x.shape[2:]) > self.LARGEST:
+            x = F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
+        found = []
+        for index in range(3):
+            padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
+            x = F.relu(F.conv2d(padded, self.get_buffer(f"conv{index}"), stride=1 if index == 0 else 2))
+            # The quarters say where things are; the smallest images have no more than these left here.
+            found.append(F.adaptive_avg_pool2d(x, 2).flatten(1) if index == 1 else x.mean((2, 3)))
+            if index < 2:
+                found.append(x.std((2, 3), unbiased=False))
+        return torch.cat(found, 1) * self.SCALE
+
+
 @dataclass(frozen=True)
 class Detector:
     """Maps uint8 images [N, C, H, W] to float32 features [N, num_features].
@@ -83,14 +143,15 @@ class Detector:
             grey, (_, height, width) = self.shape[0] == 1, self.shape
             what = f"{'grey' if grey else 'RGB'} uint8 images of {width}x{height} pixels"
             raise SidaError(
-                f"detector {self.name} needs {what}, got {got}", "Score these images with another --detector."
+                f"detector {self.name} needs {what}, got {got}",
+                "Score these images with --detector random-features or inception.",
             )
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             raise SidaError(
                 f"detector {self.name} needs grey or RGB uint8 images, got {got}", "Convert them with prepare-data."
             )
         keep_memory()
-        with exact_float32(), fitting_threads(self.name == BUILT_IN):
+        with exact_float32(), fitting_threads(self.name in SMALL):
             parts = [self.extract(part.to(self.device)).cpu() for part in images.split(self.images_at_once)]
         return torch.cat(parts)
 
@@ -121,25 +182,30 @@ def load(
     device: torch.device | str = "cpu",
     resize: Resize = "torch",
 ) -> Detector:
-    """The detector `tiny-digits`, `inception` (FID) or `dinov2` (FD-DINOv2) with the weights of `state_dict`.
+    """The detector `inception` (FID) or `dinov2` (FD-DINOv2) with the weights of `state_dict`, or a built-in one.
 
-    Only tiny-digits ships with its weights. resize: of dinov2; "torch" is behind the published statistics, "pil" rounds
-    and clips as dgm-eval does. Raises SidaError for a name that is not known, and for weights that do not fit.
+    `tiny-digits` and `random-features` (any images) need no weights. resize: of dinov2; "torch" is behind the published
+    statistics, "pil" rounds and clips as dgm-eval does. Raises SidaError for a name that is not known, and for weights
+    that do not fit.
     """
     if name not in NAMES:
         raise SidaError(f"unknown detector {name!r}", f"Use one of {', '.join(NAMES)}, or a TorchScript file.")
     if resize not in RESIZES:
         raise SidaError(f"the resize must be one of {', '.join(RESIZES)}, got {resize!r}", "Pass --resize torch.")
     if state_dict is None:
-        if name != BUILT_IN:
+        if name not in SMALL:
             raise SidaError(f"detector {name} does not ship with its weights, got none", "Pass its state_dict.")
-        state_dict = safetensors.torch.load_file(ASSETS / "tiny-digits-detector.safetensors")
+        asset = ASSETS / "tiny-digits-detector.safetensors"
+        state_dict = RandomFeatures.drawn() if name == RANDOM_FEATURES else safetensors.torch.load_file(asset)
+    check_values({k: v for k, v in state_dict.items() if not k.endswith(".num_batches_tracked")})
     resized = f"-{resize}" if name == "dinov2" else ""
     identity, chosen = f"{name}@{weights_digest(state_dict)[:16]}{resized}-fp32", torch.device(device)
     if name == BUILT_IN:
         digits = DigitsClassifier()
         digits.load_state_dict(dict(state_dict))
         return _digits_detector(digits.to(chosen).eval(), identity, chosen)
+    if name == RANDOM_FEATURES:
+        return _random_detector(state_dict, identity, chosen)
     if name == "inception":
         net = inception.FIDInception()
         inception.load_weights(net, state_dict)
@@ -160,12 +226,32 @@ def load(
 
 def _digits_detector(net: DigitsClassifier, identity: str, device: torch.device) -> Detector:
     def extract(images: Tensor) -> Tensor:
-        return net.raw_features(images.to(torch.float32) / 127.5 - 1) * net.feature_scale
+        # Fewer than four are added up in another order.
+        pixels = _padded(images, 4).to(torch.float32) / 127.5 - 1
+        return (net.raw_features(pixels) * net.feature_scale)[: len(images)]
 
     def classify(features: Tensor) -> Tensor:
         return F.linear(features / net.feature_scale, net.classifier.weight)
 
     return Detector(BUILT_IN, 64, identity, device, extract, classify, shape=(1, 8, 8), images_at_once=1000)
+
+
+def _padded(images: Tensor, least: int) -> Tensor:
+    """These images [N, C, H, W], and black ones after them up to `least`."""
+    return F.pad(images, (0, 0, 0, 0, 0, 0, 0, max(0, least - len(images))))
+
+
+def _random_detector(state_dict: Mapping[str, Tensor], identity: str, device: torch.device) -> Detector:
+    net = RandomFeatures()
+    net.load_state_dict(dict(state_dict))
+    net = net.to(device).eval()
+
+    def extract(images: Tensor) -> Tensor:
+        # Always as many at a time: by their number libraries choose among ways to add, whose last digits differ.
+        features: Tensor = net(_padded(images, IMAGES_AT_ONCE))[: len(images)]
+        return features
+
+    return Detector(RANDOM_FEATURES, net.NUM_FEATURES, identity, device, extract)
 
 
 def load_torchscript(path: Path | str, *, device: torch.device | str = "cpu") -> Detector:

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener, url2pathname
 
 from sidactl.errors import EXIT_FAILED, SidaError
+from sidactl.text import visible
 
 Progress = Callable[[int, int], None]
 """called with (bytes done, bytes in all); the latter is 0 where the server does not tell"""
@@ -32,7 +33,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 def to_stderr(line: str) -> None:
     """Prints one line on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    print(visible(line), file=sys.stderr, flush=True)
 
 
 def fetch(
@@ -61,14 +62,7 @@ def fetch(
     the server can and a digest or tag shows that it is of the same file. A process that finds another at the same URL
     and destination waits for it. Raises SidaError for all that goes wrong, on the network or on the disk.
     """
-    places = _places(url, mirror or os.environ.get("SIDACTL_MIRROR"))
-    if offline or os.environ.get("SIDACTL_OFFLINE", "0") not in ("", "0"):
-        places = [place for place in places if place.startswith("file:")]
-        if not places:
-            raise SidaError(
-                f"{what} must be downloaded from {url}, which offline forbids",
-                "Allow it, or set SIDACTL_MIRROR to a folder that holds the file.",
-            )
+    places = _allowed_places(url, what, offline, mirror)
     partial = destination.with_name(f"download-{hashlib.sha256(url.encode()).hexdigest()[:32]}")
     lock = partial.with_suffix(".lock")
     with _disk(destination), exclusive(lock, lambda: say(f"waiting for another process to download {what}")):
@@ -90,6 +84,23 @@ def fetch(
     if expected is None:
         say(f"{what} has SHA-256 {digest}: none is known to compare it with, so this one is recorded")
     return digest
+
+
+def refuse_forbidden(url: str, what: str) -> None:
+    """Raises the SidaError with which `fetch` would refuse to download what $SIDACTL_OFFLINE forbids."""
+    _allowed_places(url, what, False, None)
+
+
+def _allowed_places(url: str, what: str, offline: bool, mirror: str | None) -> Sequence[str]:
+    places = _places(url, mirror or os.environ.get("SIDACTL_MIRROR"))
+    if offline or os.environ.get("SIDACTL_OFFLINE", "0") not in ("", "0"):
+        places = [place for place in places if place.startswith("file:")]
+        if not places:
+            raise SidaError(
+                f"{what} must be downloaded from {url}, which offline forbids",
+                "Allow it, or set SIDACTL_MIRROR to a folder that holds the file.",
+            )
+    return places
 
 
 @contextmanager

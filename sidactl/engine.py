@@ -27,6 +27,7 @@ from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.nets.edm import UNetBlock
 from sidactl.nets.edm2 import Block
 from sidactl.recipe import Execution, Recipe, Setting
+from sidactl.recipe import passes_of as rounds_of
 
 SMALL_NET = 1 << 25
 """parameters times pixels below which a net on the CPU is run by one thread"""
@@ -275,18 +276,31 @@ class GradientSum:
     It adds in float64: Adam without momentum makes steps as large out of small gradients as out of large ones, so that
     sums which differ in their last bit, as those of other orders do, would lead to another run within a few steps.
     Of what is sharded FSDP2 adds up the rest, in the same way.
+
+    loss_scale: a power of two, on the net's device, that losses are multiplied by and the sums divided by, so that the
+    small gradients of a loss divided by a large batch are numbers of float16; exact in every other type.
     """
 
-    def __init__(self, net: nn.Module, num_passes: int) -> None:
+    def __init__(self, net: nn.Module, num_passes: int, loss_scale: Tensor | None = None) -> None:
         trained = [p for p in net.parameters() if p.requires_grad]
         self._parameters = [p for p in trained if not is_sharded(p)]
-        self._is_sharded = len(self._parameters) < len(trained)
+        self._sharded = [p for p in trained if is_sharded(p)]
         self._is_needed = num_passes > 1 or rank_and_size()[1] > 1
+        self._loss_scale = loss_scale
         self._sums: dict[nn.Parameter, Tensor] = {}
 
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss whose gradients `add` takes."""
+        return loss if self._loss_scale is None else loss * self._loss_scale
+
     def of(self, output: Tensor, gradient: Tensor | None = None) -> Sequence[Tensor | None]:
-        """The gradients of a pass, to be added; of a net that is not sharded several threads may ask at a time."""
-        if not self._is_sharded:
+        """The gradients of a pass, to be added; of a net that is not sharded several threads may ask at a time.
+
+        gradient: that of a loss which was `scaled`, with respect to the output; without it the output is the loss.
+        """
+        if gradient is None:
+            output = self.scaled(output)
+        if not self._sharded:
             return torch.autograd.grad(output, self._parameters, gradient, allow_unused=True)
         torch.autograd.backward(output, gradient)
         gradients = [p.grad for p in self._parameters]
@@ -309,10 +323,20 @@ class GradientSum:
                 self._sums[parameter] = value.to(torch.float64)
 
     def finish(self) -> None:
-        """Gives the net the sum of all that was taken, in all processes."""
+        """Gives the net the sum of all that was taken, in all processes, without the loss scale."""
+        if self._loss_scale is not None:
+            for parameter in self._sharded:
+                if parameter.grad is not None:
+                    local(parameter.grad).div_(self._loss_scale)
+            for parameter in () if self._is_needed else self._parameters:
+                if parameter.grad is not None:  # not in its place: autograd may give two parameters the same tensor
+                    parameter.grad = parameter.grad / self._loss_scale
         while self._sums:  # one by one, so that not all of both is held at a time
             parameter, values = self._sums.popitem()
-            parameter.grad = summed(values).to(parameter.dtype)
+            values = summed(values)
+            if self._loss_scale is not None:
+                values /= self._loss_scale
+            parameter.grad = values.to(parameter.dtype)
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -331,33 +355,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def passes_of(recipe: Recipe, execution: Execution) -> list[Sequence[int]]:
-    """The accumulation rounds of this process, in groups that go through the nets at once.
-
-    Raises SidaError where the processes cannot share the rounds evenly, or where the images at a time do not fit them.
-    """
-    rank, size = rank_and_size()
-    num_rounds, micro_batch = recipe.num_accumulation_rounds, recipe.batch_size // recipe.num_accumulation_rounds
-    if num_rounds % size:
-        raise SidaError(
-            f"the {num_rounds} micro-batches of a batch must be shared evenly, got {size} processes",
-            "Start as many processes as divide it, or pass another --num-accumulation-rounds.",
-        )
-    rounds = range(rank, num_rounds, size)
-    images = execution.batch_per_device or micro_batch
-    if images % micro_batch or len(rounds) % (images // micro_batch):
-        fitting = ", ".join(str(micro_batch * n) for n in range(1, len(rounds) + 1) if len(rounds) % n == 0)
-        raise SidaError(
-            f"batch-per-device must be one of {fitting} (micro-batches of {micro_batch}), got {images}",
-            "For less memory pass --checkpoint-activations, or change the recipe with --num-accumulation-rounds.",
-        )
-    at_once = images // micro_batch
-    if at_once > 1 and not recipe.joins_micro_batches:
-        what = "dropout" if recipe.dropout else "augmentation"
-        raise SidaError(
-            f"with {what} a pass holds one micro-batch of {micro_batch}, got --batch-per-device {images}",
-            f"Pass --batch-per-device {micro_batch}, or leave it out.",
-        )
-    return [rounds[start : start + at_once] for start in range(0, len(rounds), at_once)]
+    """The accumulation rounds of this process, in groups that go through the nets at once; see `recipe.passes_of`."""
+    return rounds_of(recipe, execution, *rank_and_size())
 
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -387,8 +386,6 @@ def arrange(
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if execution.ema_on_cpu:
         ema.cpu()
-    if execution.shard and execution.compile:
-        raise SidaError("compiled nets cannot be sharded, got both", "Leave out --shard or --compile.")
     if execution.shard:
         for net in (teacher, fake_score, generator, ema):
             shard_(net)

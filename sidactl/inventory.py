@@ -5,26 +5,35 @@ import io
 import json
 import os
 import platform
-import shlex
+import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from sidactl import __version__, catalog
-from sidactl.artifacts import NETS, load_dataset, load_net, mapping
+from sidactl.artifacts import NETS, RunDir, load_dataset, load_net, mapping, require_images
 from sidactl.errors import SidaError
+from sidactl.inputs import Ref, ref_text, run_of
+from sidactl.outputs import Output, type_of, whole
 from sidactl.scores import Score, score_of
 from sidactl.store import KINDS, Artifact, GcReport, Store
+from sidactl.text import markdown, shell_word
 
 ExportForm = Literal["files", "png", "npz", "safetensors", "state-dict", "onnx"]
 EXPORT_FORMS: tuple[ExportForm, ...] = ("files", "png", "npz", "safetensors", "state-dict", "onnx")
 ONNX_MAX_BYTES = 2 * 10**9
 """what fits into one ONNX file"""
 ONNX_OPSET = 18
+FOLDER_FORMS: tuple[ExportForm, ...] = ("files", "png")
+_MANIFEST = "manifest.json"
+_MAX_HEADER_BYTES = 100_000_000
+"""of a safetensors file, as the format has it"""
 _FORM_KINDS: dict[ExportForm, Sequence[str]] = {
     "files": KINDS,
     "png": ("samples", "dataset"),
@@ -65,18 +74,35 @@ class Described:
         }
 
 
-def show(ref: str, *, run: Path | str | None = None) -> Described:
+def show(ref: Ref, *, run: RunDir = None) -> Described:
     """An artifact, the graph behind it, and its scores."""
-    store = Store.open(run)
-    artifact = store.resolve(ref, KINDS)
+    store = Store.open(run_of(ref, run))
+    artifact = store.resolve(ref_text(ref), KINDS)
+    scores = store.artifacts(kind="score", source=artifact.oid)
     return Described(
         artifact,
         store.names_of(artifact.oid),
         list(_ancestors(store, artifact, "")),
-        [score_of(a) for a in store.artifacts() if a.kind == "score" and a.inputs.get("subject") == artifact.oid],
+        [score_of(a) for a in scores if a.inputs.get("subject") == artifact.oid],
         {name: store.path(artifact, name) for name in artifact.files},
         _published(artifact),
     )
+
+
+def unfetched(name: str, *, run: RunDir = None) -> list[catalog.Row]:
+    """The catalog's entries of this name, where nothing in the run directory has it yet."""
+    named = (ref for ref in Store.open(run).refs() if name in (ref, ref.partition("/")[2]))
+    return [] if any(named) else [row for row in catalog.rows() if row.name == name]
+
+
+def files(ref: Ref, *, run: RunDir = None) -> dict[str, Path]:
+    """Where the files of an artifact lie, by name; read-only, and checked.
+
+    Objects are named by their content, without a suffix, so readers that go by the suffix need a copy (`export`).
+    Others read them as they are: zipfile.ZipFile(paths["images.zip"]), PIL.Image.open(paths["grid.png"]),
+    safetensors.torch.load_file(paths["model.safetensors"]), numpy.load(paths["stats.npz"]).
+    """
+    return show(ref, run=run).paths
 
 
 def _published(artifact: Artifact) -> Mapping[str, catalog.Published]:
@@ -98,7 +124,7 @@ def _ancestors(store: Store, artifact: Artifact, path: str) -> Iterator[tuple[st
         yield from _ancestors(store, parent, f"{path}{role}.")
 
 
-def ls(kind: str | None = None, *, run: Path | str | None = None) -> list[tuple[Artifact, list[str]]]:
+def ls(kind: str | None = None, *, run: RunDir = None) -> list[tuple[Artifact, list[str]]]:
     """Every artifact (of one kind) with its names, by kind and then name."""
     if kind is not None and kind not in KINDS:
         raise SidaError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}", "Leave it out to list everything.")
@@ -106,20 +132,20 @@ def ls(kind: str | None = None, *, run: Path | str | None = None) -> list[tuple[
     names: dict[str, list[str]] = {}
     for name, oid in store.refs().items():
         names.setdefault(oid, []).append(name)
-    found = [(a, names.get(a.oid, [])) for a in store.artifacts() if kind in (None, a.kind)]
+    found = [(a, names.get(a.oid, [])) for a in store.artifacts(kind=kind)]
     return sorted(found, key=lambda item: (KINDS.index(item[0].kind), not item[1], item[1], item[0].oid))
 
 
-def verify(*, run: Path | str | None = None) -> list[tuple[str, str]]:
+def verify(*, run: RunDir = None) -> list[tuple[str, str]]:
     """What is wrong with the run directory, as (object, problem); every object is hashed again."""
     return list(Store.open(run).verify())
 
 
-def gc(*, dry_run: bool = False, drop: Sequence[str] = (), run: Path | str | None = None) -> GcReport:
+def gc(*, dry_run: bool = False, drop: Sequence[str] = (), run: RunDir = None) -> GcReport:
     """Removes what no ref reaches; first drops the refs named in `drop`, such as "generator/best"."""
     store = Store.open(run)
     for name in drop:
-        if name not in store.refs():
+        if store.ref(*(name.partition("/")[::2])) is None:
             raise SidaError(f"no ref {name!r} in {store.root}", "See what there is with: sidactl ls")
     if not dry_run:
         for name in drop:
@@ -129,7 +155,12 @@ def gc(*, dry_run: bool = False, drop: Sequence[str] = (), run: Path | str | Non
 
 
 def export(
-    ref: str, destination: Path | str, *, form: ExportForm = "files", run: Path | str | None = None, force: bool = False
+    ref: Ref,
+    destination: os.PathLike[str] | str,
+    *,
+    form: ExportForm = "files",
+    run: RunDir = None,
+    force: bool = False,
 ) -> Path:
     """Writes an artifact out, whole or not at all, and returns where.
 
@@ -137,17 +168,21 @@ def export(
     and arr_1 classes, as the guided-diffusion evaluator reads them; safetensors: weights with their network spec in
     the metadata; state-dict: a torch file {"ema": weights} that holds no code; onnx: the generator's one step, from
     `latents` (unit noise, float32 [N, C, H, W]) and one-hot `labels` [N, K] to `images`, in opset 18. A network comes
-    with a model card: README.md in the folder, or beside the file, under its name with .md added.
+    with a model card: README.md in the folder, or beside the file, under its name with .md added. `force` replaces an
+    earlier export: a folder whose manifest lists all that is in it, or a file of the same form; nothing else.
     """
     if form not in EXPORT_FORMS:
         raise SidaError(f"--to must be one of {', '.join(EXPORT_FORMS)}, got {form!r}", "Leave it out for the files.")
-    store, path = Store.open(run), Path(destination)
-    artifact = store.resolve(ref, _FORM_KINDS[form])
-    with ExitStack() as stack:
-        temporary = stack.enter_context(_whole(path, force))
-        if artifact.kind in NETS and form != "files":
-            card = stack.enter_context(_whole(path.with_name(f"{path.name}.md"), force))
-            card.write_text(model_card(store, artifact, form, path.name))
+    store, path = Store.open(run_of(ref, run)), Path(destination)
+    artifact = store.resolve(ref_text(ref), _FORM_KINDS[form])
+    if form in ("png", "npz"):
+        require_images(artifact)
+    outputs = [Output(path, partial(_problem_of, form))]
+    if artifact.kind in NETS and form != "files":
+        outputs.insert(0, Output(path.parent / f"{path.name}.md", _problem_of_card))
+    with whole(outputs, force=force, run=store.root) as (*cards, temporary):
+        for card in cards:
+            card.write_text(model_card(store, artifact, form, path.name), encoding="utf-8")
         if form == "files":
             _export_files(store, artifact, temporary)
         elif form == "png":
@@ -161,39 +196,95 @@ def export(
     return path
 
 
-@contextmanager
-def _whole(path: Path, force: bool) -> Iterator[Path]:
-    """Yields a path beside `path` that takes its place when the block succeeds and vanishes when it does not."""
-    if path.exists() and not force:
-        raise SidaError(f"{path} exists already", "Choose another name, or pass --force to replace it.")
-    temporary = path.with_name(f".{path.name}.part")
+def _problem_of(form: ExportForm, path: Path) -> str:
+    """What is at `path`, if that is no earlier export of this form; empty if it is."""
+    found = type_of(path)
+    if form in FOLDER_FORMS:
+        return _problem_of_folder(path) if found == "a folder" else found
+    if found != "a file":
+        return found
+    return "" if _IS_OF_FORM[form](path) else f"a file that is no {form}"
+
+
+def _problem_of_folder(folder: Path) -> str:
+    listed = _listed(folder)
+    if listed is None:
+        return "a folder without the manifest of an export"
+    inner = {parent.as_posix() for name in listed for parent in PurePosixPath(name).parents}
+    for where, folders, files in os.walk(folder):
+        for name in sorted((*folders, *files)):
+            path = Path(where, name)
+            known = inner if type_of(path) == "a folder" else listed
+            if path.is_symlink() or path.relative_to(folder).as_posix() not in known:
+                return f"a folder with {path.relative_to(folder)}, which no export wrote"
+    return ""
+
+
+def _listed(folder: Path) -> set[str] | None:
+    """The files of an exported folder, by its manifest; None where there is no such manifest."""
     try:
-        _remove(temporary)
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        _remove(path)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise SidaError(f"{path} cannot be written: {error.strerror}", "Free some space or choose another.") from None
-    finally:
-        _remove(temporary)
+        manifest = json.loads((folder / _MANIFEST).read_bytes())
+        is_ours = manifest["kind"] in KINDS and re.fullmatch("[0-9a-f]{64}", manifest["oid"])
+        # An earlier version listed the artifact's files alone.
+        listed = manifest["exported"] if "exported" in manifest else [*manifest["files"], "README.md"]
+        return {_MANIFEST, *map(str, listed)} if is_ours else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def _problem_of_card(path: Path) -> str:
+    if (found := type_of(path)) != "a file":
+        return found
+    with path.open("rb") as file:
+        is_card = re.match(rb"# [^\n]*\n\nA (teacher|generator) for sidactl, oid `[0-9a-f]{64}`", file.read(1 << 12))
+    return "" if is_card else "a file that is no model card"
+
+
+def _has_members(path: Path, name: str) -> bool:
+    """Whether it is a zip with a member of that name, in whichever folder."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(PurePosixPath(member).name == name for member in archive.namelist())
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
+
+
+def _is_safetensors(path: Path) -> bool:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            return length <= _MAX_HEADER_BYTES and isinstance(json.loads(file.read(length)), dict)
+        except (ValueError, RecursionError):
+            return False
+
+
+def _is_onnx(path: Path) -> bool:
+    with path.open("rb") as file:
+        return bool(re.match(rb"\x08[\x01-\x1f]\x12.pytorch", file.read(16), re.DOTALL))
+
+
+_IS_OF_FORM: Mapping[str, Callable[[Path], bool]] = {
+    "npz": partial(_has_members, name="arr_0.npy"),
+    "safetensors": _is_safetensors,
+    "state-dict": partial(_has_members, name="data.pkl"),
+    "onnx": _is_onnx,
+}
+
+
+def _write_manifest(store: Store, artifact: Artifact, folder: Path) -> None:
+    """What the folder is, and what is in it: by that --force knows what it may replace."""
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    described = show(artifact.oid, run=store.root).to_json() | {"exported": sorted([*names, _MANIFEST])}
+    (folder / _MANIFEST).write_text(json.dumps(described, indent=2) + "\n")
 
 
 def _export_files(store: Store, artifact: Artifact, folder: Path) -> None:
     folder.mkdir()
     for name in artifact.files:
         shutil.copyfile(store.path(artifact, name), folder / name)
-    described = show(artifact.oid, run=store.root)
-    (folder / "manifest.json").write_text(json.dumps(described.to_json(), indent=2) + "\n")
     if artifact.kind in NETS:
-        (folder / "README.md").write_text(model_card(store, artifact, "files", "model.safetensors"))
+        (folder / "README.md").write_text(model_card(store, artifact, "files", "model.safetensors"), encoding="utf-8")
+    _write_manifest(store, artifact, folder)
 
 
 def model_card(store: Store, artifact: Artifact, form: ExportForm, file: str) -> str:
@@ -203,14 +294,14 @@ def model_card(store: Store, artifact: Artifact, form: ExportForm, file: str) ->
     origin = {role: parent for role, parent in described.ancestors if role in ("teacher", "generator", "dataset")}
     teacher = origin.get("teacher", artifact)
     licence = params.get("licence") or teacher.params.get("licence") or "not known: ask where the weights come from"
-    lines = [f"# {params['name']}", "", f"A {artifact.kind} for sidactl, oid `{artifact.oid}`.", ""]
-    lines += [f"- {role}: {parent.params['name']} (`{parent.oid}`)" for role, parent in origin.items()]
-    lines += [f"- dataset: {params['dataset']}"] if "dataset" not in origin else []
+    lines = [f"# {_text(params['name'])}", "", f"A {artifact.kind} for sidactl, oid `{artifact.oid}`.", ""]
+    lines += [f"- {role}: {_text(parent.params['name'])} (`{parent.oid}`)" for role, parent in origin.items()]
+    lines += [f"- dataset: {_text(params['dataset'])}"] if "dataset" not in origin else []
     lines += [f"- images seen in training: {results['images_seen']:,}"] if "images_seen" in results else []
-    lines += [f"- licence: {licence}", "", "## Scores", ""]
+    lines += [f"- licence: {_text(licence)}", "", "## Scores", ""]
     rows = [
-        f"| {name} | {n['value']:.4g} | {'' if n['std'] is None else format(n['std'], '.2g')} "
-        f"| {len(told['seeds']) or 1} x {told['num']:,} | {n['detector']} |"
+        f"| {_text(name)} | {n['value']:.4g} | {'' if n['std'] is None else format(n['std'], '.2g')} "
+        f"| {len(told['seeds']) or 1} x {told['num']:,} | {_text(n['detector'])} |"
         for told in (score.to_json() for score in described.scores)
         for name, n in told["scores"].items()
     ]
@@ -226,10 +317,14 @@ def model_card(store: Store, artifact: Artifact, form: ExportForm, file: str) ->
     return "\n".join(lines)
 
 
+def _text(value: object) -> str:
+    return markdown(str(value))
+
+
 def _usage(artifact: Artifact, form: ExportForm, file: str) -> list[str]:
     """How images are drawn from the exported `file`, as lines of Markdown."""
     if form in ("files", "safetensors"):
-        return ["```sh", f"sidactl fetch-teacher {shlex.quote(file)} | sidactl sample --num 64", "```"]
+        return ["```sh", f"sidactl fetch-teacher {shell_word(file)} | sidactl sample --num 64", "```"]
     net, sampler = mapping(artifact.params["net"]), mapping(artifact.params["sampler"])
     if form == "state-dict":
         spec = "HeunSpec" if artifact.kind == "teacher" else "OneStepSpec"
@@ -277,6 +372,7 @@ def _export_png(store: Store, artifact: Artifact, folder: Path) -> None:
         pixels = dataset.images([index])[0].permute(1, 2, 0).numpy()
         data = encode_png(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
         (folder / group / f"img{index:08d}.png").write_bytes(data)
+    _write_manifest(store, artifact, folder)
 
 
 def _export_npz(store: Store, artifact: Artifact, path: Path) -> None:
@@ -296,7 +392,11 @@ def _export_weights(store: Store, artifact: Artifact, path: Path, form: ExportFo
     state = {k: v.contiguous() for k, v in load_net(store, artifact, "cpu").state_dict().items()}
     if form == "safetensors":
         described = {"kind": artifact.kind, "params": dict(artifact.params)}
-        safetensors.torch.save_file(state, path, metadata={"sidactl": json.dumps(described)})
+        try:
+            safetensors.torch.save_file(state, path, metadata={"sidactl": json.dumps(described)})
+        except safetensors.SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else 0, os.strerror(int(number[1])) if number else error) from error
     else:
         buffer = io.BytesIO()
         torch.save({"ema": state}, buffer)
@@ -346,7 +446,7 @@ def _export_onnx(store: Store, artifact: Artifact, path: Path) -> None:
         logging.disable(level)
 
 
-def env(*, run: Path | str | None = None) -> dict[str, Any]:
+def env(*, run: RunDir = None) -> dict[str, Any]:
     """Versions, devices and the run directory: what a bug report needs."""
     import torch
 

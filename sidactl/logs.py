@@ -1,7 +1,9 @@
 """Other places to watch a training run from: TensorBoard, Weights & Biases. Our own record is events.jsonl."""
 
+import importlib.util
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -24,8 +26,7 @@ def watching(names: Sequence[str], then: Watch) -> Iterator[Watch]:
     Each has a folder of its own, logs/<run>/<name> in the run directory, which a run that goes on writes on in. Of
     several processes only the first one writes. Raises SidaError for a logger that is not known or not installed.
     """
-    if unknown := [name for name in names if name not in LOGGERS]:
-        raise SidaError(f"the logger must be one of {', '.join(LOGGERS)}, got {unknown[0]!r}", "Pass another --log.")
+    check(names)
     for name in names:
         _import(name)
     with ExitStack() as stack:
@@ -57,6 +58,22 @@ def watching(names: Sequence[str], then: Watch) -> Iterator[Watch]:
         yield watch
 
 
+def check(names: Sequence[str]) -> None:
+    """Raises SidaError for a logger that is not known or not installed, importing none."""
+    for name in names:
+        if name not in LOGGERS:
+            raise SidaError(f"the logger must be one of {', '.join(LOGGERS)}, got {name!r}", "Pass another --log.")
+        if name not in sys.modules and importlib.util.find_spec(name) is None:
+            raise _missing(name, name)
+
+
+def _missing(name: str, package: str) -> SidaError:
+    return SidaError(
+        f"--log {name} needs a package that is not installed ({package})",
+        f"Install it with: pip install 'sidactl[{name}]'",
+    )
+
+
 def _import(name: str) -> Any:
     try:
         if name == "tensorboard":
@@ -67,10 +84,7 @@ def _import(name: str) -> Any:
 
         return wandb
     except ImportError as error:
-        raise SidaError(
-            f"--log {name} needs a package that is not installed ({error.name or error})",
-            f"Install it with: pip install 'sidactl[{name}]'",
-        ) from error
+        raise _missing(name, str(error.name or error)) from error
 
 
 @contextmanager

@@ -6,10 +6,12 @@ What a step does is the trainer's; how a net is scored and who watches come in a
 import hashlib
 import json
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,11 +25,27 @@ from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.store import LiveDir
 
 CHECKPOINTS_KEPT = 2
+CHECKPOINT_SCHEMA = 2
+"""of a checkpoint's state.json; 1 says no number, lacks loss scales and counts of updates, or the best's digest, too"""
 _GO_BACK = "The last checkpoint is kept; lower the learning rate or choose another precision."
 
 
+class LossScale(Protocol):
+    """What the losses of a float16 net are multiplied by; falls with updates that are skipped."""
+
+    def to_json(self) -> dict[str, float]: ...
+
+    def restore(self, state: Mapping[str, float]) -> None: ...
+
+
 class Skipped(Protocol):
-    """Counts of updates that were skipped, by net."""
+    """Counts of updates that were skipped, and of those made, by net; and the loss scales that follow them."""
+
+    @property
+    def loss_scales(self) -> Mapping[str, LossScale]: ...
+
+    @property
+    def made(self) -> dict[str, int]: ...
 
     @property
     def total(self) -> dict[str, int]: ...
@@ -35,7 +53,7 @@ class Skipped(Protocol):
     @property
     def in_a_row(self) -> dict[str, int]: ...
 
-    def restore(self, total: dict[str, int], in_a_row: dict[str, int]) -> None: ...
+    def restore(self, total: dict[str, int], in_a_row: dict[str, int], made: dict[str, int]) -> None: ...
 
     @property
     def is_at_hand(self) -> bool:
@@ -74,10 +92,14 @@ class Event:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How good the EMA net is (lower is better), and a picture of what it draws (PNG)."""
+    """How good the EMA net is (lower is better), and a picture of what it draws (PNG).
+
+    A net that draws images which are not finite has the score NaN, no picture, and a warning that says so.
+    """
 
     score: float
-    preview: bytes
+    preview: bytes | None
+    warning: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,14 +120,16 @@ class History:
     scores: list[tuple[int, float]] = field(default_factory=list)
     best_sha256: str | None = None
     """of the file with the best net's weights"""
+    made: Mapping[str, int] | None = field(default_factory=dict)
+    """updates of each net up to the last evaluation, or when it was due; None where an older checkpoint does not say"""
 
     @property
     def best(self) -> tuple[int, float] | None:
-        return self.best_up_to(math.inf)
+        return self.best_of_first(len(self.scores))
 
-    def best_up_to(self, nimg: float) -> tuple[int, float] | None:
-        """The best of the evaluations up to this many images, the first of equals."""
-        fitting = [point for point in self.scores if point[0] <= nimg and math.isfinite(point[1])]
+    def best_of_first(self, count: int) -> tuple[int, float] | None:
+        """The best of the first so many evaluations, the first of equals."""
+        fitting = [point for point in self.scores[:count] if math.isfinite(point[1])]
         return min(fitting, key=lambda point: point[1], default=None)
 
 
@@ -125,16 +149,18 @@ def run(
     """Trains to the end of the schedule, or until should_stop() is true after a step; yields what happened.
 
     Continues from the newest sound checkpoint in `live`. Leaves there: two checkpoints, the EMA net with the lowest
-    score (`best_weights`), `preview-<images>.png`, and `events.jsonl`. On a CPU, with as many threads, a continued run
-    ends in the same bits as an uninterrupted one. Of several processes all take the same way through it: one that is
-    told to stop stops all.
-    Raises SidaError (exit code 1) when too many updates in a row had to be skipped or a weight is not finite.
+    score (`best_weights`), `preview-<images>.png`, and `events.jsonl`. A checkpoint is written before every evaluation,
+    too, so that one that fails costs no training. On a CPU, with as many threads, a continued run ends in the same bits
+    as an uninterrupted one. Of several processes all take the same way through it: one that is told to stop stops all.
+    Raises SidaError (exit code 1) when too many updates in a row had to be skipped, or all from one evaluation to the
+    next, when a weight is not finite, or where there is a checkpoint that this version cannot read.
     """
 
     def note(event: Event) -> Event:
         # JSON has no word for NaN and infinity.
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.values.items()}
-        live.append("events.jsonl", json.dumps({"event": event.kind, "nimg": event.nimg} | values).encode())
+        line = {"event": event.kind, "nimg": event.nimg, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+        live.append("events.jsonl", json.dumps(line | values).encode())
         return event
 
     def awaits_evaluation() -> bool:
@@ -144,10 +170,30 @@ def run(
         return evaluate is not None and (is_last or _passes(seen, training.nimg, schedule.evaluate_every_nimg))
 
     warnings = _resume(training, history, live)
+    saved = training.nimg, len(history.scores)
+
+    def save() -> None:
+        nonlocal saved
+        _refuse_non_finite_weights(training)
+        if saved != (position := (training.nimg, len(history.scores))):
+            save_checkpoint(training, history, live)
+            saved = position
+
     if training.nimg:
         yield Event("resumed", training.nimg)
     for warning in warnings:
         yield note(warning)
+    scales = _scales(training)
+
+    def scale_warnings() -> list[Event]:
+        nonlocal scales
+        before, scales = scales, _scales(training)
+        return [
+            note(Event("warning", training.nimg, {"message": _fallen(name, before[name], value)}))
+            for name, value in scales.items()
+            if value < before[name]
+        ]
+
     window: list[dict[str, Tensor]] = []
     engine.keep_memory()
     while training.nimg < schedule.duration_nimg or awaits_evaluation():
@@ -163,17 +209,24 @@ def run(
                 values = {"stage": stage, "skipped_steps": sum(training.skipped.total.values()), **_mean(window)}
                 window.clear()
                 yield note(Event("progress", training.nimg, values))
+                yield from scale_warnings()
         if evaluate and awaits_evaluation():
-            _refuse_non_finite_weights(training)
+            _refuse_standstill(training, history, is_last=training.nimg >= schedule.duration_nimg)
+            save()
             if evaluation := evaluate(training.ema, should_stop):
                 yield note(_keep(evaluation, training, history, live))
+                if evaluation.warning:
+                    yield note(Event("warning", training.nimg, {"message": evaluation.warning}))
         stopping = engine.any_process(should_stop())
         is_last = training.nimg >= schedule.duration_nimg and not awaits_evaluation()
+        if evaluate is None and (is_last or _passes(before, training.nimg, schedule.evaluate_every_nimg)):
+            _refuse_standstill(training, history, is_last=is_last)
+            history.made = training.skipped.made
         if is_last or stopping or _passes(before, training.nimg, schedule.checkpoint_every_nimg):
-            _refuse_non_finite_weights(training)
-            save_checkpoint(training, history, live)
+            save()
             yield note(Event("checkpoint", training.nimg))
         if stopping:
+            yield from scale_warnings()
             yield note(Event("interrupted", training.nimg))
             return
 
@@ -182,7 +235,9 @@ def _keep(evaluation: Evaluation, training: Training, history: History, live: Li
     """Enters an evaluation into the history; a new best is written beside the old one, which goes with a checkpoint."""
     nimg, score = training.nimg, evaluation.score
     history.scores.append((nimg, score))
-    live.write(f"preview-{nimg:010d}.png", evaluation.preview)
+    history.made = training.skipped.made
+    if evaluation.preview:
+        live.write(f"preview-{nimg:010d}.png", evaluation.preview)
     if history.best == (nimg, score):
         best = weights(training.ema)
         history.best_sha256 = hashlib.sha256(best).hexdigest()
@@ -227,6 +282,34 @@ def _refuse_divergence(training: Training, stop_if_nan_steps: int) -> None:
                 _GO_BACK,
                 exit_code=EXIT_FAILED,
             )
+
+
+def _refuse_standstill(training: Training, history: History, *, is_last: bool) -> None:
+    """Refuses to go on where all updates of a net since the last evaluation were skipped.
+
+    While a loss scale can still fall that is no sign of divergence, unless the run ends with it.
+    """
+    in_a_row = training.skipped.in_a_row
+    for name, made in training.skipped.made.items():
+        falls = _scales(training).get(name, 1.0) > 1.0 and not is_last
+        if history.made is not None and made == history.made.get(name, 0) and in_a_row[name] and not falls:
+            raise SidaError(
+                f"the last {in_a_row[name]} updates of the {name.replace('_', ' ')}, all since the last evaluation, "
+                f"had a gradient that is not finite, the last at step {training.step_index} ({training.nimg:,} images)",
+                _GO_BACK,
+                exit_code=EXIT_FAILED,
+            )
+
+
+def _scales(training: Training) -> dict[str, float]:
+    return {name: scale.to_json()["value"] for name, scale in training.skipped.loss_scales.items()}
+
+
+def _fallen(name: str, before: float, now: float) -> str:
+    return (
+        f"the {name.replace('_', ' ')} had gradients that are not finite: their updates were skipped, and its loss "
+        f"scale fell from {before:g} to {now:g}"
+    )
 
 
 def _refuse_non_finite_weights(training: Training) -> None:
@@ -274,10 +357,14 @@ def save_checkpoint(training: Training, history: History, live: LiveDir) -> None
         _save_tensors(_tensors(training, parts=False), folder)
         if engine.rank_and_size()[0] == 0:
             state = {
+                "schema": CHECKPOINT_SCHEMA,
                 "nimg": training.nimg,
                 "step_index": training.step_index,
                 "skipped": training.skipped.total,
                 "skipped_in_a_row": training.skipped.in_a_row,
+                "updates": training.skipped.made,
+                "updates_evaluated": history.made,
+                "loss_scales": {name: scale.to_json() for name, scale in training.skipped.loss_scales.items()},
                 "scores": history.scores,
                 "best_sha256": history.best_sha256,
             }
@@ -288,11 +375,12 @@ def save_checkpoint(training: Training, history: History, live: LiveDir) -> None
         return
     # What is newer is a damaged one that was passed over; it must not take the place of a sound one.
     there = _checkpoints(live)
-    kept = there[: there.index(live.path / name) + 1][-CHECKPOINTS_KEPT:]
+    newest_of = {_position_of(path)[0]: path for path in there[: there.index(live.path / name) + 1]}
+    kept = list(newest_of.values())[-CHECKPOINTS_KEPT:]
     for path in there:
         if path not in kept:
             live.remove(path.name)
-    bests = {_best_name(best[0]) for path in kept if (best := history.best_up_to(_nimg_in(path)))}
+    bests = {_best_name(best[0]) for path in kept if (best := history.best_of_first(_position_of(path)[1]))}
     for path in live.path.glob("best-*.safetensors"):
         if path.name not in bests:
             live.remove(path.name)
@@ -337,13 +425,19 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+_CHECKPOINT = re.compile(r"checkpoint-[0-9]{10,15}-[0-9]{1,9}")
+
+
 def _checkpoints(live: LiveDir) -> list[Path]:
-    """From the oldest to the newest."""
-    return sorted(live.path.glob("checkpoint-*-*"), key=lambda path: [int(n) for n in path.name.split("-")[1:]])
+    """From the oldest to the newest; what has another name, such as a copy with .bak, is none of ours."""
+    found = [path for path in live.path.iterdir() if _CHECKPOINT.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=_position_of)
 
 
-def _nimg_in(checkpoint: Path) -> int:
-    return int(checkpoint.name.split("-")[1])
+def _position_of(checkpoint: Path) -> tuple[int, int]:
+    """The images seen, and the evaluations made."""
+    nimg, num_scores = checkpoint.name.split("-")[1:]
+    return int(nimg), int(num_scores)
 
 
 def _best_name(nimg: int) -> str:
@@ -351,22 +445,96 @@ def _best_name(nimg: int) -> str:
 
 
 def _resume(training: Training, history: History, live: LiveDir) -> list[Event]:
-    """Loads the newest sound checkpoint, if any; returns warnings about the ones passed over."""
+    """Loads the newest sound checkpoint, if any; returns warnings about the ones passed over, and what it lacks.
+
+    Damaged ones are passed over. Raises SidaError for one that is sound and cannot be read: it holds somebody's work.
+    """
     problems: list[str] = []
+    warnings: list[str] = []
     for path in reversed(_checkpoints(live)):
         if problem := engine.agreed(lambda path=path: _problem_of(path)):  # type: ignore[misc]
             problems.append(f"{path.name} {problem}")
             continue
-        _load_tensors(_tensors(training, parts=False), path)
-        state = json.loads((path / _STATE).read_text())
-        training.nimg, training.step_index = state["nimg"], state["step_index"]
-        training.skipped.restore(state["skipped"], state["skipped_in_a_row"])
-        history.scores[:] = [(int(nimg), float(score)) for nimg, score in state["scores"]]
-        history.best_sha256 = state["best_sha256"]
+        tensors = _tensors(training, parts=False)
+        if reason := engine.agreed(lambda path=path, tensors=tensors: _reason_to_refuse(path, tensors)):  # type: ignore[misc]
+            hint = f"Go on with the sidactl that wrote it, or begin anew after: sidactl gc --live {live.path.name[:12]}"
+            raise SidaError(f"{path} {reason}", hint, exit_code=EXIT_FAILED)
+        _load_tensors(tensors, path)
+        saved = _Saved.of(path)
+        training.nimg, training.step_index = saved.nimg, saved.step_index
+        training.skipped.restore(saved.skipped, saved.in_a_row, saved.made)
+        history.scores[:], history.best_sha256 = saved.scores, saved.best_sha256
+        history.made = saved.made_at_evaluation
+        for name, scale in training.skipped.loss_scales.items():
+            if name in saved.loss_scales:
+                scale.restore(saved.loss_scales[name])
+            else:
+                warnings.append(f"{path.name} was written before losses were scaled in float16; from here on they are")
+        if history.best and history.best_sha256 is None:
+            best = live.path / _best_name(history.best[0])
+            history.best_sha256 = _sha256(best) if best.is_file() else None
+            warnings.append(f"{path.name} has no digest of the best generator: {best.name} is taken as it is")
         break
-    _forget_events_after(training.nimg, live)
+    _forget_events_after(training.nimg, history, live)
     what = f"the checkpoint at {training.nimg:,} images" if training.nimg else "the beginning"
-    return [Event("warning", training.nimg, {"message": f"{told}; going on from {what}"}) for told in problems]
+    messages = [*(f"{told}; going on from {what}" for told in problems), *dict.fromkeys(warnings)]
+    return [Event("warning", training.nimg, {"message": message}) for message in messages]
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What a checkpoint says beside its tensors."""
+
+    nimg: int
+    step_index: int
+    skipped: dict[str, int]
+    in_a_row: dict[str, int]
+    made: dict[str, int]
+    made_at_evaluation: dict[str, int] | None
+    loss_scales: dict[str, dict[str, float]]
+    scores: list[tuple[int, float]]
+    best_sha256: str | None
+
+    @classmethod
+    def of(cls, checkpoint: Path) -> "_Saved":
+        """Raises ValueError for a newer schema, and what Python raises for other content than ours."""
+        state = json.loads((checkpoint / _STATE).read_bytes())
+        schema = int(state.get("schema", 1))
+        if schema > CHECKPOINT_SCHEMA:
+            raise ValueError(f"its schema is {schema}, this sidactl reads {CHECKPOINT_SCHEMA} and older ones")
+        evaluated = state["updates_evaluated"] if schema > 1 else None
+        return cls(
+            nimg=int(state["nimg"]),
+            step_index=int(state["step_index"]),
+            skipped=_counts(state["skipped"]),
+            in_a_row=_counts(state["skipped_in_a_row"]),
+            made=_counts(state["updates"]) if schema > 1 else {},
+            made_at_evaluation=None if evaluated is None else _counts(evaluated),
+            loss_scales=dict(state["loss_scales"]) if schema > 1 else {},
+            scores=[(int(nimg), float(score)) for nimg, score in state["scores"]],
+            best_sha256=state["best_sha256"] if schema > 1 else state.get("best_sha256"),
+        )
+
+
+def _counts(value: Mapping[str, int]) -> dict[str, int]:
+    return {str(name): int(count) for name, count in value.items()}
+
+
+def _reason_to_refuse(checkpoint: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Why a sound checkpoint cannot be read into these tensors, to be read after its name; empty where it can."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    try:
+        _Saved.of(checkpoint)
+    except KeyError as error:
+        return f"cannot be read: it does not say {error}"
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        return f"cannot be read: {error}"
+    metadata = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+    there = {name: tuple(getattr(entry, "size", ())) for name, entry in metadata.items()}
+    ours = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wrong = sorted(name for name in there.keys() | ours.keys() if there.get(name) != ours.get(name))
+    return f"cannot be read: it holds other tensors than this run ({wrong[0]})" if wrong else ""
 
 
 def _problem_of(checkpoint: Path) -> str:
@@ -383,15 +551,24 @@ def _problem_of(checkpoint: Path) -> str:
         return f"cannot be read ({type(error).__name__})"
 
 
-def _forget_events_after(nimg: int, live: LiveDir) -> None:
+def _forget_events_after(nimg: int, history: History, live: LiveDir) -> None:
     events = live.path / "events.jsonl"
+    if events.is_dir():
+        raise SidaError(f"{events} must be a file, got a folder", "Move it away, then repeat the same command.")
+    evaluated = {point[0] for point in history.scores}
+
+    def is_known(line: bytes) -> bool:
+        seen = nimg_of(line)
+        return seen <= nimg and (json.loads(line).get("event") != "evaluation" or seen in evaluated)
+
     if events.exists():
-        kept = [line for line in events.read_bytes().splitlines(keepends=True) if _nimg_of(line) <= nimg]
+        kept = [line for line in events.read_bytes().splitlines(keepends=True) if is_known(line)]
         live.write("events.jsonl", b"".join(kept))
 
 
-def _nimg_of(line: bytes) -> float:
+def nimg_of(line: bytes) -> float:
+    """The images seen at an event; infinity for what is no event, such as the half line that a killed process left."""
     try:
         return int(json.loads(line)["nimg"])
-    except ValueError:  # the half line that a killed process left
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return math.inf

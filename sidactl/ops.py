@@ -6,41 +6,48 @@ torch and all that needs it are imported where they are used, so that a question
 import dataclasses
 import json
 import math
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
-from sidactl import catalog, references
+from sidactl import catalog, preflight, references
 from sidactl.artifacts import (
     NET_FILES,
     NETS,
+    RunDir,
     Tick,
     agreed_answer,
     answered,
     asked,
     at_work,
+    dataset_called,
     image_source,
     is_alone,
     load_dataset,
     load_net,
     mapping,
     named,
+    part_of,
     require_images,
     resolve,
     shape_for_nets,
+    source_identity,
 )
 from sidactl.artifacts import fetch_teacher as fetch_teacher
 from sidactl.artifacts import load as load
 from sidactl.artifacts import prepare_data as prepare_data
 from sidactl.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, SidaError
+from sidactl.inputs import Count, Ref, Seeds, count_of, field_values, optional_ref, ref_text, run_of, seeds_of, whole
 from sidactl.recipe import (
     MODES,
+    Adversarial,
     Execution,
     HeunSpec,
     Memory,
@@ -51,9 +58,10 @@ from sidactl.recipe import (
     Setting,
     TeacherRecipe,
     override,
+    passes_of,
 )
 from sidactl.references import class_of, detector_name, images_per_batch
-from sidactl.scores import SCORE_NAMES, load_detector, sampler_of
+from sidactl.scores import ScoreOptions, is_answered, load_detector, sampler_of, score_name
 from sidactl.scores import evaluate as evaluate
 from sidactl.scores import fd_dinov2 as fd_dinov2
 from sidactl.scores import fid as fid
@@ -79,7 +87,12 @@ SELECTION_SEED = 1 << 31
 
 
 def dataset_stats(
-    ref: str, *, detector: str | None = None, run: Path | str | None = None, device: str | None = None
+    ref: Ref,
+    *,
+    detector: str | os.PathLike[str] | None = None,
+    run: RunDir = None,
+    device: str | None = None,
+    tick: Tick | None = None,
 ) -> Artifact:
     """The feature statistics of all images of a dataset, as scores compare with them; by default of its own detector.
 
@@ -87,23 +100,23 @@ def dataset_stats(
     """
     from sidactl.engine import pick_device
 
-    store = Store.open(run)
-    data = resolve(store, ref, ["dataset"])
+    store, detector = Store.open(run_of(ref, run)), optional_ref(detector, "the detector")
+    data = resolve(store, ref_text(ref), ["dataset"])
     require_images(data)
     names = [name.partition("/")[2] for name in store.names_of(data.oid)]
     data = references.pixels_of(store, data)
     chosen = load_detector(store, detector or detector_name(data), pick_device(device))
-    made = references.reference_stats(store, data, chosen)
+    made = references.reference_stats(store, data, chosen, tick)
     return named(store, made, [f"{name}-{chosen.name}" for name in names])
 
 
 def train_teacher(
-    dataset: str,
+    dataset: Ref,
     *,
     name: str,
     net: str | None = None,
     recipe: TeacherRecipe | None = None,
-    run: Path | str | None = None,
+    run: RunDir = None,
     device: str | None = None,
     force: bool = False,
     watch: Watch | None = None,
@@ -112,7 +125,7 @@ def train_teacher(
     """A teacher trained from scratch on a dataset with the EDM loss; the EMA net at the end of training.
 
     net: the form to start from, ddpmpp (default), ncsnpp, adm or edm2, small, and shaped to the dataset. Overrides name
-    fields of TeacherRecipe or NetSpec.
+    fields of TeacherRecipe or NetSpec, or their flags: duration="50k" is duration_nimg=50_000.
     """
     if net not in (None, *catalog.SMALL_NETS):
         raise SidaError(f"the net must be one of {', '.join(catalog.SMALL_NETS)}, got {net!r}", "Pass --net ddpmpp.")
@@ -120,8 +133,9 @@ def train_teacher(
         raise SidaError("train-teacher runs in one process", "Start it without torchrun.")
     store = Store.open(run)
     store.check_name("teacher", name)
-    data = resolve(store, dataset, ["dataset"])
+    data = resolve(store, ref_text(dataset, "the dataset"), ["dataset"])
     require_images(data)
+    recipe_overrides = field_values(recipe_overrides, TeacherRecipe, NetSpec)
     recipe = _teacher_recipe(recipe, net, data, recipe_overrides)
     key = store.key("train-teacher", {"recipe": recipe.to_json()}, {"dataset": data.oid})
     if not force and (known := asked(store, key)):
@@ -144,7 +158,8 @@ def train_teacher(
             checkpoint_every_nimg=max(recipe.duration_nimg // 10, recipe.batch_size),
             stop_if_nan_steps=recipe.stop_if_nan_steps,
         )
-        _train(training, schedule, live, None, watch, {"title": f"train-teacher {name}"})
+        facts = {"title": f"train-teacher {name}"}
+        _train(training, schedule, live, None, watch, facts, warnings=recipe.unusual())
         params = {
             "name": name,
             "net": recipe.net.to_json(),
@@ -162,6 +177,7 @@ def train_teacher(
 def _teacher_recipe(
     recipe: TeacherRecipe | None, form: str | None, data: Artifact, overrides: Mapping[str, Any]
 ) -> TeacherRecipe:
+    _check_trainable(data)
     shape = dict(zip(("img_resolution", "img_channels", "label_dim"), shape_for_nets(data), strict=True))
     net_fields = {f.name for f in dataclasses.fields(NetSpec)}
     fields = {f.name for f in dataclasses.fields(TeacherRecipe)} - {"dataset", "net"}
@@ -171,7 +187,7 @@ def _teacher_recipe(
         recipe.net if recipe else catalog.SMALL_NETS[form or "ddpmpp"],
         **(shape | {k: v for k, v in overrides.items() if k in net_fields}),
     )
-    _check_fit(data, net, "network")
+    _check_fit(shape_for_nets(data), net, "network")
     # EDM2's normalised weights turn by the same angle at ten times the rate.
     lr = 1e-2 if net.architecture == "EDM2" else TeacherRecipe.lr
     base = recipe or TeacherRecipe(dataset="", net=net, lr=lr)
@@ -180,19 +196,49 @@ def _teacher_recipe(
 
 
 @dataclass(frozen=True)
+class Scoring:
+    """How a run is scored while it trains."""
+
+    detector: str
+    reference: preflight.Input
+    is_default: bool
+    """whether it is the detector that would be taken without being asked for"""
+
+    @property
+    def score_name(self) -> str:
+        return score_name(self.detector)
+
+
+@dataclass(frozen=True)
 class Plan:
     """What `distill` would do: the complete recipe, and the inputs by role (a catalog name where nothing is stored)."""
 
     recipe: Recipe
+    default: Recipe
+    """the recipe without what the user changed"""
     inputs: Mapping[str, str]
     memory: Mapping[tuple[int, bool], Memory]
     """what a device needs, by the number of devices that share a batch, and whether the networks are sharded"""
     cost: catalog.Cost | None
+    scoring: Scoring | None
+    """None: the last generator is the result"""
+    needs: Sequence[preflight.Need]
+    """what is fetched or made before training begins"""
+    missing: Sequence[SidaError]
+    """what nobody but the user can get, and without which the run is refused"""
+    warnings: Sequence[str]
+    notes: Sequence[str]
+    free_bytes: int
 
     @property
     def hours(self) -> float | None:
         """What the published run's machine would need; None where its pace is not published."""
         return self.recipe.duration_nimg / 1000 * self.cost.sec_per_kimg / 3600 if self.cost else None
+
+    @property
+    def num_evaluations(self) -> int:
+        """How often the generator is scored."""
+        return -(-self.recipe.duration_nimg // max(self.recipe.evaluate_every_nimg, self.recipe.batch_size))
 
 
 def plan(
@@ -204,8 +250,16 @@ def plan(
     store: Store,
     overrides: Mapping[str, Any],
     execution: Execution | None = None,
+    reference: str | None = None,
+    score: bool = True,
+    detector: str | None = None,
+    allow_untrained: bool = False,
+    device: str | None = None,
 ) -> Plan:
-    """The resolved recipe and input names of a distillation; writes nothing and needs no torch."""
+    """The resolved recipe and inputs of a distillation, with all checked that can be known before it begins.
+
+    Raises SidaError as the run would; writes nothing, fetches nothing, and needs no torch.
+    """
     if mode not in MODES:
         raise SidaError(f"mode must be one of {', '.join(MODES)}, got {mode!r}", "Pass --mode sida.")
     if mode == "sid2a" and generator is None:
@@ -214,35 +268,128 @@ def plan(
         )
     if mode != "sid2a" and generator is not None:
         raise SidaError(f"mode {mode} starts from the teacher, got generator {generator!r}", "Use --mode sid2a for it.")
+    for flag, given in (("--ref", reference), ("--detector", detector)):
+        if given is not None and not score:
+            raise SidaError(f"{flag} is for scoring, got {given} and --no-score", "Leave out one of the two.")
+    preflight.check_device(device)
     chosen: Mode = next(m for m in MODES if m == mode)
-    if teacher in catalog.TEACHERS:
-        recipe = catalog.recipe_for(teacher, chosen)
-        own_dataset: Any = catalog.TEACHERS[teacher].dataset
-        net, num_parameters = catalog.TEACHERS[teacher].net, catalog.NUM_PARAMETERS[teacher]
+    taught = _teacher_of(store, teacher)
+    net = NetSpec.from_json(mapping(taught.params["net"]))
+    name, own_dataset = str(taught.params["name"]), taught.params["dataset"]
+    if taught.artifact:
+        num_parameters = _num_parameters(store.path(taught.artifact, "model.safetensors"))
     else:
-        stored = _stored_teacher(store, teacher)
-        net = NetSpec.from_json(mapping(stored.params["net"]))
-        num_parameters = _num_parameters(store.path(stored, "model.safetensors"))
-        recipe = catalog.recipe_for(
-            str(stored.params["name"]), chosen, str(mapping(stored.params["net"])["architecture"])
-        )
-        own_dataset = stored.params["dataset"]
+        num_parameters = catalog.NUM_PARAMETERS[name]
+    recipe = catalog.recipe_for(name, chosen, net, num_parameters)
+    if name not in catalog.TEACHERS:
+        recipe = _suited(recipe, taught, overrides)
     if not (dataset or own_dataset):
         raise SidaError(f"teacher {teacher} does not say what it was trained on", "Pass --dataset REF.")
+    default = recipe
     recipe = dataclasses.replace(override(recipe, overrides), dataset=dataset or str(own_dataset))
+    settings, notes = execution or Execution(), list[str]()
+    passes_of(recipe, settings, 0, int(os.environ.get("WORLD_SIZE", "1")))
+    warnings = recipe.unusual()
+    if refusal := preflight.check_stages(recipe):
+        if not allow_untrained:
+            raise refusal
+        warnings.append(refusal.message)
     inputs = {"teacher": teacher, "dataset": recipe.dataset}
+    used = [taught]
     if generator:
         inputs["generator"] = generator
-    rounds, settings = recipe.num_accumulation_rounds, execution or Execution()
+        used.append(start := preflight.find(store, generator, ["generator"]))
+        if start.params:
+            _check_generator(start.params, taught.params)
+    data, missing = _planned_data(store, recipe, dataset)
+    if data:
+        used.append(data)
+        if data.artifact and recipe.mode != "sid":
+            require_images(data.artifact)
+        if data.artifact:
+            _check_trainable(data.artifact)
+        _check_fit(preflight.shape_of(data), net, "teacher")
+    if dataset is None and recipe.mode == "sid" and not (data and _has_images(data)):
+        notes.append(f"dataset {recipe.dataset}: mode sid needs no images, training on classes alone")
+    scoring, needs = None, [source.need for source in used if source.need]
+    if score and not missing:
+        scoring, more, nothing = _planned_scoring(store, recipe, net, taught, data, reference, detector)
+        needs += [need for need in more if need not in needs]
+        if nothing:
+            notes.append(f"nothing is scored, and the last generator is the result: {nothing}")
+    if not score:
+        notes.append("nothing is scored, and the last generator is the result")
+    free_bytes = preflight.check_disk(store, num_parameters)
+    rounds = recipe.num_accumulation_rounds
     memory = {
         (num_devices, shard): Memory.of(
-            recipe, net, num_parameters, dataclasses.replace(settings, shard=shard), num_devices=num_devices
+            recipe,
+            net,
+            num_parameters,
+            dataclasses.replace(settings, shard=shard, compile=False),
+            num_devices=num_devices,
         )
         for num_devices in range(1, rounds + 1)
         if rounds % num_devices == 0
         for shard in (False, True)
     }
-    return Plan(recipe, inputs, memory, catalog.COSTS.get((recipe.teacher, recipe.mode)))
+    cost = catalog.COSTS.get((recipe.teacher, recipe.mode))
+    return Plan(recipe, default, inputs, memory, cost, scoring, needs, missing, warnings, notes, free_bytes)
+
+
+def _suited(recipe: Recipe, teacher: preflight.Input, overrides: Mapping[str, Any]) -> Recipe:
+    """A recipe for a teacher of one's own, with the noise levels that it was trained on, and for the duration asked."""
+    trained = teacher.params.get("recipe")
+    if isinstance(trained, Mapping):
+        recipe = dataclasses.replace(recipe, P_mean=trained["P_mean"], P_std=trained["P_std"])
+    return recipe.lasting(overrides["duration_nimg"]) if "duration_nimg" in overrides else recipe
+
+
+def _planned_data(store: Store, recipe: Recipe, asked: str | None) -> tuple[preflight.Input | None, list[SidaError]]:
+    """The dataset to train on; none where mode sid takes classes alone, or where the user has to prepare it first."""
+    try:
+        return preflight.find(store, recipe.dataset, ["dataset"]), []
+    except SidaError as error:
+        if asked is None and recipe.mode == "sid":
+            return None, []
+        entry = catalog.DATASETS.get(recipe.dataset)
+        if entry is None or entry.builtin:
+            raise
+        return None, [error]
+
+
+def _has_images(data: preflight.Input) -> bool:
+    return data.artifact is None or data.artifact.results["kind"] != "labels"
+
+
+def _planned_scoring(
+    store: Store,
+    recipe: Recipe,
+    net: NetSpec,
+    teacher: preflight.Input,
+    data: preflight.Input | None,
+    asked: str | None,
+    detector: str | None,
+) -> tuple[Scoring | None, list[preflight.Need], str | None]:
+    """What the run is scored with and against, and what that needs; or why it is not, in mode sid alone."""
+    try:
+        compared = preflight.reference(store, asked, teacher, data)
+    except SidaError as error:
+        if _needs_reference(recipe, asked, detector, data.artifact if data else None) or error.exit_code != EXIT_USAGE:
+            raise
+        return None, [], error.message
+    default = preflight.default_detector(compared)
+    chosen = detector or default
+    needs = preflight.check_detector(store, chosen, net, compared)
+    if compared.need:
+        needs.insert(0, compared.need)
+    return Scoring(chosen, compared, chosen == default), needs, None
+
+
+def _needs_reference(recipe: Recipe, asked: str | None, detector: str | None, data: Artifact | None) -> bool:
+    """Whether a run must be scored: not in mode sid, with classes alone, where nothing was asked for."""
+    is_of_images = data is not None and data.results["kind"] != "labels"
+    return asked is not None or detector is not None or recipe.mode != "sid" or is_of_images
 
 
 def _num_parameters(path: Path) -> int:
@@ -252,14 +399,14 @@ def _num_parameters(path: Path) -> int:
     return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 
-def _stored_teacher(store: Store, text: str) -> Artifact:
-    """A stored teacher; for a word that is neither stored nor in the catalog the error has the nearest name."""
+def _teacher_of(store: Store, text: str) -> preflight.Input:
+    """A teacher; for a word that is neither stored nor in the catalog the error has the nearest name."""
     if _is_foreign(text):
         raise SidaError(f"teacher {text} must be imported before it can be planned with", "Use fetch-teacher first.")
     try:
-        return store.resolve(text, ["teacher"])
+        return preflight.find(store, text, ["teacher"])
     except SidaError:
-        if all(c in "0123456789abcdef" for c in text) or "/" in text:
+        if text in catalog.TEACHERS or all(c in "0123456789abcdef" for c in text) or "/" in text:
             raise
         catalog.teacher(text)
         raise
@@ -271,13 +418,17 @@ def _is_foreign(text: str) -> bool:
 
 def distill(
     *,
-    teacher: str,
+    teacher: Ref,
     mode: str,
-    generator: str | None = None,
-    dataset: str | None = None,
-    reference: str | None = None,
+    generator: Ref | None = None,
+    dataset: Ref | None = None,
+    reference: Ref | None = None,
+    score: bool = True,
+    detector: str | os.PathLike[str] | None = None,
+    teacher_score: bool = True,
+    allow_untrained: bool = False,
     name: str | None = None,
-    run: Path | str | None = None,
+    run: RunDir = None,
     device: str | None = None,
     force: bool = False,
     watch: Watch | None = None,
@@ -292,30 +443,53 @@ def distill(
     reference: what to score against meanwhile, as in `fid`; by default the images of the dataset, or else its
         published statistics. In mode sid, where there are neither, nothing is scored, and the last generator is the
         result.
+    score: False = nothing is scored, and the last generator is the result.
+    detector: what scores the run: a name or a file, as in `fid`; by default the reference's own, and for a dataset of
+        one's own random-features, which is built in.
+    teacher_score: whether the teacher is scored likewise at the end, for comparison. It shapes no generator.
+    allow_untrained: go on where the duration ends before the generator, or its adversarial part, would be trained.
 
     A run that was interrupted is continued; one that finished before is answered from the run directory. Overrides
-    name fields of Recipe or Adversarial. Source: SiDA (2410.14919), Algorithms 1 and 2.
+    name fields of Recipe, Adversarial or Execution, or their flags: duration="2k" is duration_nimg=2000. With a
+    teacher of one's own, the duration alone changes all that is counted in images in proportion.
+    Source: SiDA (2410.14919), Algorithms 1 and 2.
     """
+    teacher, generator = ref_text(teacher, "the teacher"), optional_ref(generator, "the generator")
+    dataset, reference = optional_ref(dataset, "the dataset"), optional_ref(reference, "the reference")
+    detector = optional_ref(detector, "the detector")
+    recipe_overrides = field_values(recipe_overrides, Recipe, Adversarial, Execution)
+    settings = {f.name for f in dataclasses.fields(Execution)} & set(recipe_overrides)
+    chosen = {name: recipe_overrides.pop(name) for name in settings}
+    execution = dataclasses.replace(execution or Execution(), **chosen)
     store = Store.open(run)
     if name:
         store.check_name("generator", name)
     with _first_alone():
-        recipe, inputs, notes = _resolved(store, teacher, mode, generator, dataset, reference, recipe_overrides)
-        oids = {role: artifact.oid for role, artifact in inputs.items()}
-        keys = {
-            which: store.key("distill", {"recipe": recipe.to_json(), "which": which}, oids)
-            for which in ("best", "last")
-        }
+        asked_for = _resolved(
+            store,
+            teacher=teacher,
+            mode=mode,
+            generator=generator,
+            dataset=dataset,
+            overrides=recipe_overrides,
+            execution=execution,
+            reference=reference,
+            score=score,
+            detector=detector,
+            allow_untrained=allow_untrained,
+            device=device,
+        )
+        keys = asked_for.keys(store)
         is_known = not force and asked(store, keys["best"]) is not None
     if not is_known:
         with _together(store, keys["best"]) as live:
-            _distill(store, live, keys, recipe, execution or Execution(), inputs, device, watch, notes)
+            _distill(store, live, keys, asked_for, device, watch, with_teacher_score=teacher_score)
     with _first_alone():
         found = {which: store.asked(key) for which, key in keys.items()}
         if found["last"]:
             named(store, found["last"], ["last"])
         assert found["best"]
-        mode_name = f"{recipe.teacher}-{recipe.mode}".replace("/", "-")
+        mode_name = f"{asked_for.recipe.teacher}-{asked_for.recipe.mode}".replace("/", "-")
         return named(store, found["best"], ["best", mode_name, *([name] if name else [])])
 
 
@@ -345,55 +519,92 @@ def _together(store: Store, key: str) -> Iterator[LiveDir]:
         yield live
 
 
-def _resolved(
-    store: Store,
-    teacher: str,
-    mode: str,
-    generator: str | None,
-    dataset: str | None,
-    reference: str | None,
-    overrides: Mapping[str, Any],
-) -> tuple[Recipe, dict[str, Artifact], list[str]]:
-    """The complete recipe of a distillation, its inputs by role, and what people should know of them."""
+@dataclass(frozen=True)
+class _Run:
+    """A distillation with every word resolved: what `_distill` works on."""
+
+    recipe: Recipe
+    default: Recipe
+    """the recipe without what the user changed"""
+    execution: Execution
+    inputs: Mapping[str, Artifact]
+    compared: Artifact | None
+    """what it is scored against; None = it is not"""
+    detector: str | None
+    settings: Mapping[str, Any]
+    """what shapes the result beside recipe and inputs, where it is not the default"""
+    warnings: Sequence[str]
+    notes: Sequence[str]
+
+    def keys(self, store: Store) -> dict[str, str]:
+        """The questions that the best and the last generator answer; what shapes neither is no part of them."""
+        apart = {name: getattr(self.default, name) for name in ("checkpoint_every_nimg", "stop_if_nan_steps")}
+        recipe = dataclasses.replace(self.recipe, **apart).to_json()
+        oids = {role: artifact.oid for role, artifact in self.inputs.items()}
+        return {
+            which: store.key("distill", {"recipe": recipe, "which": which, **self.settings}, oids)
+            for which in ("best", "last")
+        }
+
+
+def _resolved(store: Store, *, teacher: str, execution: Execution, device: str | None, **options: Any) -> _Run:
+    """A distillation with its inputs fetched and prepared, once all was checked that can be known before."""
     if _is_foreign(teacher):
         teacher = resolve(store, teacher, ["teacher"]).oid
-    planned = plan(teacher=teacher, mode=mode, generator=generator, dataset=dataset, store=store, overrides=overrides)
+    planned = plan(teacher=teacher, store=store, execution=execution, device=device, **options)
+    if planned.missing:
+        raise planned.missing[0]
+    if planned.needs:  # nobody should wait for a download to hear of a device that is not there
+        from sidactl.engine import pick_device
+
+        pick_device(device)
+    dataset, generator, reference = (options[name] for name in ("dataset", "generator", "reference"))
     teacher_artifact = resolve(store, teacher, ["teacher"])
     inputs = {"teacher": teacher_artifact}
-    teacher_net = NetSpec.from_json(mapping(teacher_artifact.params["net"]))
-    data = inputs["dataset"] = _training_data(store, planned, teacher_net, dataset)
+    net = NetSpec.from_json(mapping(teacher_artifact.params["net"]))
+    data = inputs["dataset"] = _training_data(store, planned, teacher_artifact, dataset)
     recipe = dataclasses.replace(
         planned.recipe, dataset=planned.recipe.dataset if dataset is None else str(data.params["name"])
     )
-    notes: list[str] = []
-    if data.results["kind"] == "labels" and dataset is None:
-        notes.append(f"dataset {recipe.dataset}: mode sid needs no images, training on classes alone")
-    try:
-        inputs["reference"] = _training_reference(store, teacher_artifact, data, reference)
-    except SidaError as error:
-        # What failed, such as a download, may work another time; what is not there does not come.
-        is_needed = reference is not None or recipe.mode != "sid" or data.results["kind"] != "labels"
-        if is_needed or error.exit_code != EXIT_USAGE:
-            raise
-        notes.append(f"nothing is scored, and the last generator is the result: {error.message}")
+    notes, settings = list(planned.notes), dict[str, Any]()
+    compared, detector = None, options["detector"]
+    if options["score"]:
+        try:
+            compared = _training_reference(store, teacher_artifact, data, reference)
+        except SidaError as error:
+            # What failed, such as a download, may work another time; what is not there does not come.
+            if _needs_reference(recipe, reference, detector, data) or error.exit_code != EXIT_USAGE:
+                raise
+            if planned.scoring:
+                notes.append(f"nothing is scored, and the last generator is the result: {error.message}")
+    elif data.results["kind"] != "labels":
+        settings["scored"] = False
     if generator is not None:
         inputs["generator"] = resolve(store, generator, ["generator"])
-        _check_generator(inputs["generator"], teacher_artifact)
-    _check_fit(data, teacher_net, "teacher")
-    if "reference" in inputs and inputs["reference"].oid == data.oid:
-        del inputs["reference"]
-    return recipe, inputs, notes
+        _check_generator(inputs["generator"].params, teacher_artifact.params)
+    _check_trainable(data)
+    _check_fit(shape_for_nets(data), net, "teacher")
+    if compared:
+        default = references.training_detector(compared)
+        if detector not in (None, default):
+            settings["detector"] = source_identity(detector) if preflight.is_file(detector) else detector
+        detector = detector or default
+        if compared.oid != data.oid:
+            inputs["reference"] = compared
+    return _Run(recipe, planned.default, execution, inputs, compared, detector, settings, planned.warnings, notes)
 
 
-def _training_data(store: Store, planned: Plan, net: NetSpec, asked: str | None) -> Artifact:
+def _training_data(store: Store, planned: Plan, teacher: Artifact, asked: str | None) -> Artifact:
     """The dataset to train on; in mode sid, where it is not there and none was named, the net's classes alone."""
     try:
-        data = resolve(store, planned.inputs["dataset"], ["dataset"])
+        data = resolve(store, asked, ["dataset"]) if asked else dataset_called(store, planned.inputs["dataset"])
     except SidaError:
+        if not asked and "dataset" in teacher.inputs:
+            return store.get(teacher.inputs["dataset"])
         if asked or planned.recipe.mode != "sid":
             raise
         # A net without classes looks at no label: one class does as well.
-        return prepare_data(None, classes=net.label_dim or 1, run=store.root)
+        return prepare_data(None, classes=int(mapping(teacher.params["net"])["label_dim"]) or 1, run=store.root)
     if planned.recipe.mode != "sid":
         require_images(data)
     return data
@@ -411,65 +622,78 @@ def _distill(
     store: Store,
     live: LiveDir,
     keys: Mapping[str, str],
-    recipe: Recipe,
-    execution: Execution,
-    inputs: Mapping[str, Artifact],
+    wanted: _Run,
     device: str | None,
     watch: Watch | None,
-    notes: Sequence[str],
+    *,
+    with_teacher_score: bool,
 ) -> None:
     """Trains, stores the last and the best generator under their keys, and a run that binds them."""
     import safetensors.torch
 
-    from sidactl import engine, loop, pictures, teachers, trainer
+    from sidactl import engine, loop, pictures, sampling, teachers, trainer
 
+    recipe, execution, inputs, compared = wanted.recipe, wanted.execution, wanted.inputs, wanted.compared
     chosen_device = engine.pick_device(device)
     engine.passes_of(recipe, execution)  # what does not fit is told before anything is loaded
-    data = inputs["dataset"]
     sampler = OneStepSpec(sigma_init=recipe.sigma_init)
-    compared = inputs.get("reference", None if data.results["kind"] == "labels" else data)
-    detector, evaluate = None, None
-    if compared:
-        detector = load_detector(store, detector_name(compared), chosen_device)
-        evaluate = _evaluation(detector, references.moments(store, compared, detector), sampler, recipe.evaluate_num)
     teacher = load_net(store, inputs["teacher"], chosen_device)
     start = load_net(store, inputs["generator"], chosen_device) if "generator" in inputs else None
+    detector, evaluate, notes = None, None, list(wanted.notes)
+    facts = {"title": f"distill {recipe.teacher} {recipe.mode}", "teacher": recipe.teacher}
+    if compared:
+        assert wanted.detector
+        detector = load_detector(store, wanted.detector, chosen_device)
+        facts["score_name"] = score_name(detector.name)
+        moments = references.moments(store, compared, detector, watch)
+        _try_scoring(detector, moments, start or teacher, sampler)
+        evaluate = _evaluation(detector, moments, sampler, recipe.evaluate_num, part_of(watch, "scoring the generator"))
+        if with_teacher_score and not _is_scored(store, wanted):
+            notes.append(
+                f"at the end the teacher is scored, too, on {recipe.evaluate_num:,} images of "
+                f"{sampler_of(inputs['teacher']).nfe} evaluations each; --no-teacher-score leaves that out"
+            )
+    data = inputs["dataset"]
     batches = _batches(store, data, recipe.batch_size, recipe.num_accumulation_rounds, recipe.seed, chosen_device)
     training = trainer.Distillation(recipe, teacher, start, batches, execution)
     if tried := _fitted(training, execution, live, chosen_device):
-        notes = [*notes, tried]
+        notes.append(tried)
     schedule = loop.Schedule(
         duration_nimg=recipe.duration_nimg,
         evaluate_every_nimg=recipe.evaluate_every_nimg,
         checkpoint_every_nimg=recipe.checkpoint_every_nimg,
         stop_if_nan_steps=recipe.stop_if_nan_steps,
     )
-    title = f"distill {recipe.teacher} {recipe.mode}"
-    facts = {"title": title, "teacher": recipe.teacher}
-    history = _train(training, schedule, live, evaluate, watch, facts, notes)
+    history = _train(training, schedule, live, evaluate, watch, facts, notes, wanted.warnings)
     teacher_score, curve = None, {}
     last: tuple[int, float | None] = training.nimg, None
     best = last
-    if compared and detector:
+    if detector:
         if history.best is None:
             raise SidaError("no evaluation gave a finite score", "Lower the learning rate.", exit_code=EXIT_FAILED)
         last, best = history.scores[-1], history.best
-        teacher_score = _teacher_score(store, inputs["teacher"], compared, recipe, device, watch)
+        if with_teacher_score:
+            teacher_score = _teacher_score(store, wanted, device, watch)
         curve["curve.png"] = pictures.curve(
             history.scores,
             teacher_score=teacher_score,
             title=f"{recipe.mode} of {recipe.teacher}, one step",
-            ylabel=SCORE_NAMES[detector.name],
+            ylabel=score_name(detector.name),
         )
     net, made = engine.gathered(training.ema, chosen_device), {}
     if engine.rank_and_size()[0] > 0:
         return
+    untrained = recipe.untrained()
     for which, (nimg, score) in (("last", last), ("best", best)):
         if which == "best" and history.best:
             teachers.load_weights(net, safetensors.torch.load(loop.best_weights(history, live)))
+        pictured: dict[str, bytes] = {}
+        # Of a run that was scored the last may draw what is no image; the best is there all the same.
+        with suppress(*([sampling.NotFiniteError] if compared else [])):
+            pictured["grid.png"] = _preview(net, sampler)
         made[which] = store.put(
             "generator",
-            {"model.safetensors": loop.weights(net), "grid.png": _preview(net, sampler), **curve},
+            {"model.safetensors": loop.weights(net), **pictured, **curve},
             inputs={role: artifact.oid for role, artifact in inputs.items()},
             params={
                 "name": f"{recipe.teacher}-{recipe.mode}",
@@ -485,6 +709,7 @@ def _distill(
                 "detector": detector.name if detector else None,
                 "scores": [[n, _finite(s)] for n, s in history.scores],
                 "skipped_updates": sum(training.skipped.total.values()),
+                **({"untrained": untrained} if untrained else {}),
             },
         )
     record = store.put(
@@ -495,6 +720,22 @@ def _distill(
     # The best comes last: once it is there, the question is answered.
     for which, artifact in made.items():
         answered(store, keys[which], artifact, "distill")
+
+
+def _try_scoring(
+    detector: "Detector", reference: references.Moments, net: "Preconditioned", sampler: OneStepSpec
+) -> None:
+    """Draws two images and has them measured, so that what does not fit is told before the first step."""
+    from sidactl import sampling
+
+    seeds = range(SELECTION_SEED, SELECTION_SEED + 2)
+    (batch,) = sampling.generate(net, seeds, sampler, device=detector.device)
+    found, wanted = detector(batch.images).shape[1], len(reference.mean)
+    if found != wanted:
+        raise SidaError(
+            f"the reference has {wanted:,} features, detector {detector.name} gives {found:,}",
+            "Pass another --ref, or --detector.",
+        )
 
 
 def _fitted(training: "Distillation", execution: Execution, live: LiveDir, device: "torch.device") -> str | None:
@@ -519,9 +760,15 @@ def _fitted(training: "Distillation", execution: Execution, live: LiveDir, devic
 
 
 def _evaluation(
-    detector: "Detector", reference: references.Moments, sampler: OneStepSpec, num_images: int
+    detector: "Detector",
+    reference: references.Moments,
+    sampler: OneStepSpec,
+    num_images: int,
+    tick: Tick | None = None,
 ) -> "Evaluate":
     """What scores a net while it trains: its distance from the reference, and a grid of images."""
+    import torch
+
     from sidactl import engine, loop, metrics, sampling
 
     seeds = range(SELECTION_SEED, SELECTION_SEED + num_images)
@@ -530,17 +777,41 @@ def _evaluation(
         net = engine.gathered(net, detector.device)
         size = images_per_batch(net.spec.img_channels, net.spec.img_resolution)
         samples = sampling.generate(net, seeds, sampler, device=detector.device, batch_size=size)
-        generated = metrics.FeatureStats()
-        features = (detector(batch.images) for batch in samples.shared())
-        for rows in engine.joined(features, len(samples), should_stop=should_stop):
-            generated.add(rows)
+        generated, done = metrics.FeatureStats(), 0
+        problem: str | None = None
+        unusable: str | None = None
+
+        def features() -> "Iterator[torch.Tensor]":
+            nonlocal problem
+            try:
+                for batch in samples.shared():
+                    yield detector(batch.images)
+            except sampling.NotFiniteError as error:
+                problem = error.message
+                while True:  # other processes count on this one's share
+                    yield torch.full((1, detector.num_features), math.nan)
+
+        for rows in engine.joined(features(), len(samples), should_stop=should_stop):
+            if bool(rows.isfinite().all()):
+                generated.add(rows)
+            else:
+                unusable = f"features by {detector.name} are not finite"
+            if tick:
+                done += len(rows)
+                tick(done, num_images)
         if engine.any_process(should_stop()):
             return None
+        if told := engine.first_told(problem) or engine.first_told(unusable):
+            return loop.Evaluation(math.nan, None, f"no score after these updates: {told}")
 
         def score() -> str:
             return repr(metrics.frechet_distance(generated.mean, generated.covariance(), *reference))
 
-        return loop.Evaluation(float(engine.agreed(score)), _preview(net, sampler))
+        value = float(engine.agreed(score))
+        try:
+            return loop.Evaluation(value, _preview(net, sampler))
+        except sampling.NotFiniteError as error:
+            return loop.Evaluation(value, None, f"no picture: {error.message}")
 
     return evaluate
 
@@ -550,22 +821,51 @@ def _finite(score: float | None) -> float | None:
     return score if score is not None and math.isfinite(score) else None
 
 
-def _teacher_score(
-    store: Store, teacher: Artifact, compared: Artifact, recipe: Recipe, device: str | None, watch: Watch | None
-) -> float:
+def _teacher_score(store: Store, wanted: _Run, device: str | None, watch: Watch | None) -> float | None:
+    """The teacher's score as the generator's are, for comparison; None, and said so, where it cannot be had."""
     from sidactl import loop
 
+    recipe, teacher = wanted.recipe, wanted.inputs["teacher"]
+    nfe = sampler_of(teacher).nfe
+    show = part_of(watch, f"scoring the teacher ({nfe} evaluations each)")
+
+    def tell(message: str, kind: str = "note") -> None:
+        if watch:
+            watch(loop.Event(kind, recipe.duration_nimg, {"message": message}))
+
     def tick(done: int, total: int) -> None:
-        if watch and done == 0:
-            nfe = sampler_of(teacher).nfe
-            message = f"scoring the teacher on {total:,} images ({nfe} evaluations each) for comparison"
-            watch(loop.Event("note", recipe.duration_nimg, {"message": message}))
+        if done == 0:
+            tell(f"scoring the teacher on {total:,} images ({nfe} evaluations each) for comparison")
+        if show:
+            show(done, total)
 
-    score = fid(teacher.oid, reference=compared.oid, num=recipe.evaluate_num, run=store.root, device=device, tick=tick)
-    return score.value
+    try:
+        options = _teacher_question(store, wanted) | {"device": device, "tick": tick}
+        return fid(teacher.oid, **options).value
+    except (SidaError, RuntimeError, MemoryError) as error:
+        if not is_alone():  # the others wait for this process
+            raise
+        told = error.message if isinstance(error, SidaError) else (str(error).splitlines() or [repr(error)])[0]
+        tell(f"the teacher could not be scored ({told}); the generator is kept without that comparison", "warning")
+        return None
 
 
-def finetune_sid2a(*, teacher: str, generator: str, **options: Any) -> Artifact:
+def _teacher_question(store: Store, wanted: _Run) -> ScoreOptions:
+    assert wanted.compared
+    return {
+        "reference": wanted.compared.oid,
+        "num": wanted.recipe.evaluate_num,
+        "detector": wanted.detector,
+        "run": store.root,
+    }
+
+
+def _is_scored(store: Store, wanted: _Run) -> bool:
+    """Whether the teacher's score is known already."""
+    return is_answered(wanted.inputs["teacher"].oid, ["fid"], _teacher_question(store, wanted))
+
+
+def finetune_sid2a(*, teacher: Ref, generator: Ref, **options: Any) -> Artifact:
     """`distill` in mode sid2a: SiDA started from a generator; options as there.
 
     Source: SiDA (2410.14919), section 4.3.
@@ -573,16 +873,17 @@ def finetune_sid2a(*, teacher: str, generator: str, **options: Any) -> Artifact:
     return distill(teacher=teacher, mode="sid2a", generator=generator, **options)
 
 
-def _check_generator(generator: Artifact, teacher: Artifact) -> None:
-    if generator.params["dataset"] not in (None, teacher.params["dataset"]):
+def _check_generator(generator: Mapping[str, Any], teacher: Mapping[str, Any]) -> None:
+    """Refuses a generator, by its parameters, that is not one of this teacher's kind."""
+    if generator["dataset"] not in (None, teacher["dataset"]):
         raise SidaError(
-            f"the generator must be of the teacher's dataset {teacher.params['dataset']!r}, "
-            f"got one of {generator.params['dataset']!r}",
+            f"the generator must be of the teacher's dataset {teacher['dataset']!r}, "
+            f"got one of {generator['dataset']!r}",
             "Give a generator that was distilled from this teacher.",
         )
     # Dropout is the recipe's, and generators have no uncertainty head.
     apart = {"dropout": 0, "logvar_channels": 0}
-    theirs, ours = (dict(mapping(a.params["net"])) | apart for a in (generator, teacher))
+    theirs, ours = (dict(mapping(params["net"])) | apart for params in (generator, teacher))
     if theirs != ours:
         wrong = next(k for k in ours if theirs.get(k) != ours[k])
         raise SidaError(
@@ -591,10 +892,23 @@ def _check_generator(generator: Artifact, teacher: Artifact) -> None:
         )
 
 
-def _check_fit(data: Artifact, net: NetSpec, whose: str) -> None:
+def _check_trainable(data: Artifact) -> None:
+    """Raises SidaError for images of a size that scores take but nets do not."""
+    height: Any = data.results["resolution"]
+    width: Any = data.results.get("width", height)
+    if height is None or (width == height and height & (height - 1) == 0):
+        return
+    side = 1 << round(math.log2(min(width, height)))
+    raise SidaError(
+        f"images to train on must be square with a side that is a power of two, got {width}x{height}",
+        f"Make a dataset of them with: sidactl prepare-data PATH --resolution {side}x{side}",
+    )
+
+
+def _check_fit(got: tuple[int | None, int | None, int] | None, net: NetSpec, whose: str) -> None:
+    """Refuses a dataset of this resolution, channels and classes for a network; None = they are not known yet."""
     wanted = (net.img_resolution, net.img_channels, net.label_dim)
-    got = shape_for_nets(data)
-    if got[:2] not in (wanted[:2], (None, None)) or net.label_dim not in (0, got[2]):
+    if got and (got[:2] not in (wanted[:2], (None, None)) or net.label_dim not in (0, got[2])):
         raise SidaError(
             f"the dataset must fit the {whose} (resolution, channels, classes = "
             f"{wanted[0]}, {wanted[1]}, {wanted[2]}), got {got[0]}, {got[1]}, {got[2]}",
@@ -623,6 +937,7 @@ def _train(
     watch: Watch | None,
     facts: Mapping[str, Any],
     notes: Sequence[str] = (),
+    warnings: Sequence[str] = (),
 ) -> "History":
     """Runs the loop to its end, passing events on; an interruption leaves a checkpoint and raises, exit code 130."""
     from sidactl import engine, loop
@@ -632,8 +947,9 @@ def _train(
     with _stop_on_signals() as should_stop:
         began = {**facts, "events": str(live.path / "events.jsonl"), "duration_nimg": schedule.duration_nimg}
         tell(loop.Event("started", 0, began))
-        for message in notes:
-            tell(loop.Event("note", 0, {"message": message}))
+        for kind, messages in (("warning", warnings), ("note", notes)):
+            for message in messages:
+                tell(loop.Event(kind, 0, {"message": message}))
         events = loop.run(training, schedule, live, evaluate=evaluate, should_stop=should_stop, history=history)
         for event in events:
             tell(event)
@@ -681,10 +997,18 @@ def _preview(net: "Preconditioned", sampler: OneStepSpec | HeunSpec) -> bytes:
 
 @dataclass(frozen=True)
 class Sampled:
-    """A samples artifact with its content: images uint8 [N, H, W, C], labels int64 [N] or None, seeds."""
+    """A samples artifact with its content: images uint8 [N, H, W, C], labels int64 [N] or None, seeds.
+
+    Wherever a ref is expected it does as one, and says which run directory it lies in.
+    """
 
     artifact: Artifact
     store: Store
+
+    @property
+    def oid(self) -> str:
+        """That of the artifact."""
+        return self.artifact.oid
 
     @cached_property
     def images(self) -> "NDArray[np.uint8]":
@@ -701,35 +1025,45 @@ class Sampled:
 
 
 def sample(
-    ref: str,
+    ref: Ref,
     *,
-    seeds: Sequence[int],
-    class_index: int | str | None = None,
-    steps: int | None = None,
+    seeds: Seeds | None = None,
+    num: Count | None = None,
+    class_index: SupportsIndex | str | None = None,
+    steps: SupportsIndex | None = None,
     sampler: Literal["one-step", "heun"] | None = None,
-    guide: str | None = None,
+    guide: Ref | None = None,
     guidance: float = 1.0,
     setting: Setting | None = None,
     name: str | None = None,
-    run: Path | str | None = None,
+    run: RunDir = None,
     device: str | None = None,
     force: bool = False,
     tick: Tick | None = None,
 ) -> Sampled:
     """Images of a teacher or generator, one per seed, as a samples artifact (a zip in the EDM layout, and a grid).
 
+    num: so many from seed 0 on, such as "10k", instead of `seeds`; 64 where neither is given.
     The sampler defaults to the net's own: one step for a generator, Heun for a teacher. guide: a weaker teacher that
     Heun's sampler moves away from, `guidance` times as far (1 = not at all). Noise and class of an image depend on its
     seed alone. class_index: one class for all images, by its index or by its name in the net's dataset.
     setting: of the nets' arithmetic, float32 by default; another precision is another question.
     """
+    if seeds is not None and num is not None:
+        raise SidaError("num and seeds cannot both be given", "Pass one of them.")
+    count = 64 if num is None else count_of(num, "num")
+    seeds = seeds_of(range(count) if seeds is None else seeds)
     if not seeds:
-        raise SidaError("sample count must be >= 1, got 0", "Pass --num 1 or more.")
-    store = Store.open(run)
+        raise SidaError(f"sample count must be >= 1, got {min(count, 0)}", "Pass --num 1 or more.")
+    class_index = (
+        class_index if class_index is None or isinstance(class_index, str) else whole(class_index, "class_index")
+    )
+    steps = None if steps is None else whole(steps, "steps")
+    store = Store.open(run_of(ref, run))
     if name:
         store.check_name("samples", name)
     with _first_alone():
-        subject = resolve(store, ref, NETS)
+        subject = resolve(store, ref_text(ref), NETS)
     chosen = _sampler(subject, sampler, steps)
     if isinstance(class_index, str):
         class_index = class_of(store, subject, class_index)
@@ -744,7 +1078,7 @@ def sample(
     if not math.isfinite(guidance):
         raise SidaError(f"guidance must be finite, got {guidance}", "Pass another --guidance.")
     if guide is not None:
-        inputs["guide"] = resolve(store, guide, ["teacher"])
+        inputs["guide"] = resolve(store, ref_text(guide, "the guide"), ["teacher"])
         params["guidance"] = guidance
     elif guidance != 1:
         raise SidaError(f"guidance {guidance:g} needs a second net, got none", "Pass --guide REF.")

@@ -26,7 +26,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sidactl import pictures
 from sidactl.codec import LatentCodec
-from sidactl.data import LABEL_FILE, Dataset, decode_latents, decode_pixels, first_line, image_formats
+from sidactl.data import LABEL_FILE, Dataset, decode_latents, decode_pixels, drawn_subset, first_line, image_formats
 from sidactl.engine import agreed, in_order, joined, share
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.sources import ClassOrder, Convention, Item, Pixels, Say, Source, open_source
@@ -83,6 +83,8 @@ class PreparedDataset:
     skipped: list[tuple[str, str]]
     kind: Literal["pixels", "latents"]
     class_names: list[str] | None = None
+    width: int | None = None
+    """where it is not the height, which is `resolution`"""
 
 
 class _Member(NamedTuple):
@@ -120,6 +122,7 @@ def prepare(
     convention: Convention | None = None,
     workers: int | None = None,
     skip_bad: bool = False,
+    any_size: bool = False,
     work: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
     say: Say = lambda line: None,
@@ -147,13 +150,16 @@ def prepare(
         bits and refuse 16-bit grey. Arrays keep their channels.
     workers: threads that decode (Pillow works outside the interpreter lock); default: one per core.
     skip_bad: leave out images that cannot be read and list them, instead of stopping at the first.
+    any_size: images of any one size and shape, as scores take them; what a net is trained on is square with a side that
+        is a power of two.
     work: a folder in which an interrupted preparation is kept, no more than seconds of it lost; the same call with the
         same folder goes on from there, even from the end where `destination` is its images.zip. It is the caller's to
         clear.
     progress: called with (images done, images in all). say: gets a line on what was passed over or begun anew.
 
-    Raises SidaError, naming the file, for anything that cannot be used. Results must be square with a side that is
-    a power of two, all of one shape. Member names count skipped images too, as the published tools do.
+    Raises SidaError, naming the file, for anything that cannot be used. Results must be of one shape, square with a
+    side that is a power of two unless any_size is given. Member names count skipped images too, as the published tools
+    do.
     Source: the dataset tools of EDM (2206.00364) and EDM2 (2312.02696), pixel for pixel.
     """
     for option, value in (("max-images", max_images), ("workers", workers)):
@@ -167,7 +173,7 @@ def prepare(
         raise SidaError(f"--convention must be edm or edm2, got {convention!r}", "Leave it out.")
     resolution, transform, use_labels = _options(preset, transform, resolution)
     change = _Change(transform, resolution, convention, channels, exif_rotate)
-    with _unfinished(destination, work, say) as zipped:
+    with _unfinished(destination, work, say, any_size=any_size) as zipped:
         opened = open_source(
             source,
             convention,
@@ -212,21 +218,18 @@ def prepare(
 
 
 def _subset(opened: Source, max_images: int | None, use_labels: bool, convention: Convention | None) -> bytearray:
-    """1 for each item to take, 0 for the others: the first of each class in turn; without classes a fixed random few.
-
-    Source, for the latter: EDM (2206.00364), how its loader draws a subset.
-    """
+    """1 for each item to take, 0 for the others: the first of each class in turn; without classes a random few."""
     if max_images is None or max_images >= opened.total:
         return bytearray(b"\1") * opened.total
     order = np.arange(opened.total)
-    if convention is None and use_labels and opened.labels is not None:
+    if convention is None and (opened.labels is None or not use_labels):
+        order = drawn_subset(opened.total, max_images, 0)
+    elif convention is None and opened.labels is not None:
         by_class = np.argsort(opened.labels, kind="stable")
         known = opened.labels[by_class]
         turn = np.empty_like(order)
         turn[by_class] = order - np.searchsorted(known, known)
         order = np.lexsort((opened.labels, turn))
-    elif convention is None:
-        np.random.RandomState(0).shuffle(order)
     chosen = bytearray(opened.total)
     for position in order[:max_images]:
         chosen[position] = 1
@@ -436,6 +439,7 @@ class _Unfinished:
     num_images: int = 0
     saved_sec: float = 0.0
     sha256: "Sequence[hashlib._Hash]" = ()
+    any_size: bool = False
 
     @classmethod
     def open(cls, folder: Path, say: Say) -> "_Unfinished":
@@ -464,7 +468,7 @@ class _Unfinished:
     def add(self, source_name: str, name: str, member: _Member, label: int | None) -> None:
         """One image; SidaError where its shape is not that of the first, or cannot be used at all."""
         self.first = self.first or (source_name, member.shape)
-        _check_shape(source_name, member.shape, *self.first)
+        _check_shape(source_name, member.shape, *self.first, self.any_size)
         self.zip.add(name, member.data, label)
         self.num_images += 1
 
@@ -514,7 +518,7 @@ class _Unfinished:
             )
         self.save()
         found = self.zip.finish(class_names)
-        channels, size, _ = self.first[1]
+        channels, size, width = self.first[1]
         counts = [found[label] for label in range(max(max(found) + 1, len(class_names or ())))] if found else []
         return PreparedDataset(
             num_images=self.num_images,
@@ -525,11 +529,12 @@ class _Unfinished:
             skipped=self.skipped,
             kind="latents" if channels == 8 else "pixels",
             class_names=list(class_names) if class_names else None,
+            width=None if width == size else width,
         )
 
 
 @contextmanager
-def _unfinished(destination: Path, work: Path | None, say: Say) -> Iterator[_Unfinished]:
+def _unfinished(destination: Path, work: Path | None, say: Say, *, any_size: bool = False) -> Iterator[_Unfinished]:
     """A zip to write in the block, and to complete there; becomes `destination` after it.
 
     An interruption leaves it in `work`, where there is one; bad input leaves nothing.
@@ -538,6 +543,7 @@ def _unfinished(destination: Path, work: Path | None, say: Say) -> Iterator[_Unf
     try:
         folder.mkdir(exist_ok=work is not None)
         zipped = _Unfinished.open(folder, say)
+        zipped.any_size = any_size
         with zipped.zip.images, zipped.zip.members:
             try:
                 yield zipped
@@ -737,10 +743,12 @@ def encode_npy(array: NDArray[np.float32]) -> bytes:
     return buffer.getvalue()
 
 
-def _check_shape(name: str, shape: tuple[int, int, int], first_name: str, first_shape: tuple[int, int, int]) -> None:
-    hint = "Pass --resolution, e.g. 32x32, and a --transform if the aspect ratio shall be kept."
+def _check_shape(
+    name: str, shape: tuple[int, int, int], first_name: str, first_shape: tuple[int, int, int], any_size: bool
+) -> None:
+    hint = "Pass --resolution to prepare-data, e.g. 32x32, and a --transform if the aspect ratio shall be kept."
     channels, height, width = shape
-    if height != width or width & (width - 1):
+    if not any_size and (height != width or width & (width - 1)):
         raise SidaError(
             f"images must be square with a side that is a power of two, got {width}x{height} for {name}", hint
         )

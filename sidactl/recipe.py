@@ -1,11 +1,15 @@
 """Frozen descriptions of networks and of training runs, every number with its unit; no torch here, and no I/O."""
 
+import bisect
 import dataclasses
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from functools import cache
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, Literal, Self, Union
 
 from sidactl.errors import SidaError
 
@@ -13,11 +17,22 @@ Mode = Literal["sid", "sida", "sid2a"]
 MODES: tuple[Mode, ...] = ("sid", "sida", "sid2a")
 Precision = Literal["fp32", "tf32", "fp16", "bf16"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "tf32", "fp16", "bf16")
+HIGH_LR = 0.1
+"""learning rates above it are warned of"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plain:
-    """Conversion of a frozen dataclass to plain JSON values and back, strictly."""
+    """Conversion of a frozen dataclass to plain JSON values and back, strictly.
+
+    Every field must be of its declared type, and within its bounds, of which each class knows its own.
+    """
+
+    def __post_init__(self) -> None:
+        for name, declared in _types(type(self)).items():
+            value = getattr(self, name)
+            if not _is_a(declared, value):
+                raise _refusal(name, _called(declared), value)
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values; nested dataclasses as objects, tuples as lists."""
@@ -26,7 +41,7 @@ class Plain:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         """The dataclass written by `to_json`. Raises SidaError for a name that is not a field."""
-        types = typing.get_type_hints(cls)
+        types = _types(cls)
         unknown = sorted(set(value) - set(types))
         if unknown:
             raise SidaError(f"unknown {cls.__name__} field {unknown[0]!r}", f"It has {', '.join(sorted(types))}.")
@@ -44,6 +59,81 @@ def _typed(declared: Any, value: Any) -> Any:
         if isinstance(option, type) and issubclass(option, Plain) and isinstance(value, Mapping):
             return option.from_json(value)
     return tuple(value) if isinstance(value, list) else value
+
+
+_types: Callable[[Any], dict[str, Any]] = cache(typing.get_type_hints)
+
+
+def _is_a(declared: Any, value: object) -> bool:
+    """Whether a value is of a field's declared type: whole numbers are numbers, true and false are not."""
+    origin, options = typing.get_origin(declared), typing.get_args(declared)
+    if origin is Literal:
+        return isinstance(value, str) and value in options
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_is_a(options[0], item) for item in value)
+    if origin in (Union, UnionType):
+        return any(_is_a(option, value) for option in options)
+    if declared in (int, float):
+        return isinstance(value, Integral if declared is int else Real) and not isinstance(value, bool)
+    return isinstance(value, declared)
+
+
+def _called(declared: Any) -> str:
+    """A field's type, for people."""
+    origin, options = typing.get_origin(declared), typing.get_args(declared)
+    if origin is Literal:
+        return f"one of {', '.join(options)}"
+    if origin in (Union, UnionType):
+        return " or ".join(_called(option) for option in options)
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", NoneType: "none"}
+    return "whole numbers" if origin is tuple else names.get(declared, f"a {declared.__name__}")
+
+
+def _refusal(name: str, what: str, got: object) -> SidaError:
+    told = repr(got) if isinstance(got, str) else got
+    return SidaError(f"{name} must be {what}, got {told}", f"Pass another {flag_of(name)}.")
+
+
+def flag_of(field: str) -> str:
+    """The command-line option of a recipe's field."""
+    return "--" + field.removesuffix("_nimg").replace("_", "-").lower()
+
+
+def _within(value: Plain, names: Sequence[str], what: str, holds: Callable[[Any], bool]) -> None:
+    """Refuses the first of these fields for which it does not hold; None, where the type allows it, always does."""
+    for name in names:
+        got = getattr(value, name)
+        if got is not None and not all(map(holds, got if isinstance(got, tuple) else [got])):
+            raise _refusal(name, what, list(got) if isinstance(got, tuple) else got)
+
+
+def _at_least(value: Plain, least: int, *names: str) -> None:
+    _within(value, names, f"at least {least}", lambda got: got >= least)
+
+
+def _finite(value: Plain, *names: str) -> None:
+    _within(value, names, "finite", math.isfinite)
+
+
+def _positive(value: Plain, *names: str) -> None:
+    _within(value, names, "positive and finite", lambda got: 0 < got < math.inf)
+
+
+def _not_negative(value: Plain, *names: str) -> None:
+    _within(value, names, "at least 0 and finite", lambda got: 0 <= got < math.inf)
+
+
+def _below_one(value: Plain, *names: str) -> None:
+    _within(value, names, "in [0, 1)", lambda got: 0 <= got < 1)
+
+
+def _share(value: Plain, *names: str) -> None:
+    _within(value, names, "in [0, 1]", lambda got: 0 <= got <= 1)
+
+
+def _seed(value: Plain) -> None:
+    _at_least(value, 0, "seed")
+    _within(value, ["seed"], "at most 2^63 - 1", lambda got: got < 1 << 63)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +186,19 @@ class NetSpec(Plain):
     """EDM2: share of the encoder's features in their concatenation with the decoder's"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "img_resolution", "img_channels", "model_channels", "num_blocks", "channels_per_head")
+        _at_least(self, 1, "channel_mult", "channel_mult_emb", "channel_mult_noise", "attn_resolutions")
+        _at_least(self, 0, "label_dim", "augment_dim", "logvar_channels")
+        for name in ("channel_mult", "resample_filter"):
+            if not getattr(self, name):
+                raise _refusal(name, "one number or more", [])
+        if len(self.resample_filter) % 2 or sum(self.resample_filter) <= 0:
+            what = "an even number of taps with a positive sum"
+            raise _refusal("resample_filter", what, list(self.resample_filter))
+        _below_one(self, "dropout")
+        _positive(self, "sigma_data")
+        _share(self, "label_balance", "concat_balance")
         depth = len(self.channel_mult) - 1
         if self.img_resolution % (1 << depth):
             raise SidaError(
@@ -120,6 +223,11 @@ class OneStepSpec(Plain):
     sigma_init: float = 2.5
     """noise level of the input, and the sigma argument; step k of N uses sigma_init (N - k) / N"""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "num_steps")
+        _positive(self, "sigma_init")
+
     @property
     def nfe(self) -> int:
         """Network evaluations per image."""
@@ -140,6 +248,15 @@ class HeunSpec(Plain):
     S_noise: float = 1.0
     convention: Literal["edm", "edm2"] = "edm"
     """edm: float64, and with churn noise is drawn in every step; edm2: float32, drawn where it is used"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "num_steps")
+        _positive(self, "sigma_min", "sigma_max", "rho")
+        _not_negative(self, "S_churn", "S_min", "S_noise")
+        _within(self, ["S_max"], "at least 0", lambda got: got >= 0)
+        if self.sigma_min >= self.sigma_max:
+            raise _refusal("sigma_min", f"below sigma_max, {self.sigma_max:g}", self.sigma_min)
 
     @property
     def nfe(self) -> int:
@@ -172,10 +289,10 @@ class Adversarial(Plain):
     """each element of the fake score's gradient is clipped to +- this; EDM runs only, not in the paper"""
 
     def __post_init__(self) -> None:
-        for name in ("lambda_adv", "discriminator_scale", "joint_weight"):
-            _must_be(name, 0 <= getattr(self, name) < math.inf, "at least 0 and finite", getattr(self, name))
-        clip_value = self.clip_gradient_value
-        _must_be("clip_gradient_value", clip_value is None or clip_value > 0, "positive or none", clip_value)
+        super().__post_init__()
+        _not_negative(self, "lambda_adv", "discriminator_scale", "joint_weight")
+        _at_least(self, 0, "adversarial_from_nimg")
+        _within(self, ["clip_gradient_value"], "positive or none", lambda got: got > 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,27 +375,20 @@ class Recipe(Plain):
         return not self.dropout and not self.augment_p
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "duration_nimg", "num_accumulation_rounds", "evaluate_every_nimg"):
-            _must_be(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
-        for name in ("checkpoint_every_nimg", "stop_if_nan_steps"):
-            _must_be(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
-        _must_be("evaluate_num", self.evaluate_num >= 2, "at least 2", self.evaluate_num)
-        _must_be("ema_halflife_nimg", self.ema_halflife_nimg >= 0, "at least 0", self.ema_halflife_nimg)
-        _must_be("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}", self.precision)
-        known = (None, *PRECISIONS[:1], *PRECISIONS[2:])  # TF32 is a setting of the device, not of one net
-        _must_be("teacher_precision", self.teacher_precision in known, "fp32, fp16 or bf16", self.teacher_precision)
-        for name in ("fake_score_lr", "generator_lr", "lambda_sid", "sigma_init", "P_std", "adam_eps"):
-            _must_be(name, 0 < getattr(self, name) < math.inf, "positive and finite", getattr(self, name))
-        for name in ("fake_score_beta1", "generator_beta1", "beta2", "dropout"):
-            _must_be(name, 0 <= getattr(self, name) < 1, "in [0, 1)", getattr(self, name))
-        _must_be("augment_p", 0 <= self.augment_p <= 1, "in [0, 1]", self.augment_p)
-        _must_be("tmax", 0 < self.tmax <= 1000, "in (0, 1000]", self.tmax)
-        _must_be("mode", self.mode in MODES, f"one of {', '.join(MODES)}", self.mode)
-        forced = self.forced_normalization
-        is_known = forced in ("off", "published", "intended")
-        _must_be("forced_normalization", is_known, "one of off, published, intended", forced)
-        _must_be("alpha", math.isfinite(self.alpha), "finite", self.alpha)
-        _must_be("seed", self.seed >= 0, "at least 0", self.seed)
+        super().__post_init__()
+        _at_least(self, 1, "batch_size", "duration_nimg", "num_accumulation_rounds", "evaluate_every_nimg")
+        _at_least(self, 1, "checkpoint_every_nimg", "stop_if_nan_steps")
+        _at_least(self, 2, "evaluate_num")
+        _at_least(self, 0, "ema_halflife_nimg", "generator_from_nimg")
+        if self.teacher_precision == "tf32":  # a setting of the device, not of one net
+            raise _refusal("teacher_precision", "fp32, fp16 or bf16", self.teacher_precision)
+        _positive(self, "fake_score_lr", "generator_lr", "lambda_sid", "sigma_init", "P_std", "adam_eps")
+        _not_negative(self, "ema_rampup_ratio")
+        _below_one(self, "fake_score_beta1", "generator_beta1", "beta2", "dropout")
+        _share(self, "augment_p")
+        _within(self, ["tmax"], "in (0, 1000]", lambda got: 0 < got <= 1000)
+        _finite(self, "alpha", "P_mean")
+        _seed(self)
         if self.batch_size % self.num_accumulation_rounds:
             raise SidaError(
                 f"batch_size must be divisible by num_accumulation_rounds, got {self.batch_size} and "
@@ -287,11 +397,64 @@ class Recipe(Plain):
             )
         assert (self.adversarial is None) == (self.mode == "sid"), "sid has no adversarial part, the others do"
 
+    def lasting(self, duration_nimg: int) -> Self:
+        """The recipe for another duration, by whose change all that is counted in images changes in proportion."""
+        changed = dataclasses.replace(self, duration_nimg=duration_nimg)
+        ratio = duration_nimg / self.duration_nimg
 
-def _must_be(name: str, holds: bool, what: str, got: object) -> None:
-    if not holds:
-        flag = "--" + name.removesuffix("_nimg").replace("_", "-").lower()
-        raise SidaError(f"{name} must be {what}, got {got}", f"Pass another {flag}.")
+        def scaled(value: Plain, *names: str) -> dict[str, Any]:
+            counts = {name: getattr(value, name) for name in names}
+            return {name: n and max(round(n * ratio), 1) for name, n in counts.items()}
+
+        part = self.adversarial
+        names = ("generator_from_nimg", "ema_halflife_nimg", "evaluate_every_nimg", "checkpoint_every_nimg")
+        return dataclasses.replace(
+            changed,
+            **scaled(self, *names),
+            adversarial=part and dataclasses.replace(part, **scaled(part, "adversarial_from_nimg")),
+        )
+
+    def trains_generator(self, nimg: int) -> bool:
+        """Whether the step that begins after so many images updates the generator, not the fake score alone."""
+        return self.generator_from_nimg is None or nimg > self.generator_from_nimg
+
+    def is_adversarial(self, nimg: int) -> bool:
+        """Whether the generator's loss has its adversarial term in the step that begins after so many images."""
+        return self.adversarial is not None and nimg > self.adversarial.adversarial_from_nimg
+
+    def stages(self) -> dict[str, int | None]:
+        """How many images were seen when each stage begins; None for one that the duration does not reach."""
+        starts = range(0, self.duration_nimg, self.batch_size)
+
+        def first(holds: Callable[[int], bool]) -> int | None:
+            index = bisect.bisect_left(starts, True, key=holds)
+            return starts[index] if index < len(starts) else None
+
+        stages = {"fake score": first(lambda nimg: True), "generator": first(self.trains_generator)}
+        if self.adversarial is not None:
+            both = first(lambda nimg: self.trains_generator(nimg) and self.is_adversarial(nimg))
+            stages["adversarial part"] = both
+        return stages
+
+    def untrained(self, nimg: int | None = None) -> list[str]:
+        """What no step of the whole run, or of its first so many images, trains: "generator", "adversarial part"."""
+        end = self.duration_nimg if nimg is None else nimg
+        return [stage for stage, start in self.stages().items() if start is None or start >= end]
+
+    def unusual(self) -> list[str]:
+        """What is allowed and rarely meant, a line for each."""
+        lines = _high_rates(self, "fake_score_lr", "generator_lr")
+        if not 0 <= self.alpha <= 2:
+            lines.append(f"alpha is {self.alpha:g}; values from 0 to 2 are known, 1.0 and 1.2 the published ones")
+        return lines
+
+
+def _high_rates(recipe: Plain, *names: str) -> list[str]:
+    return [
+        f"{name} is {getattr(recipe, name):g}; Adam's rates above {HIGH_LR:g} rarely train anything"
+        for name in names
+        if getattr(recipe, name) > HIGH_LR
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,6 +474,41 @@ class Execution(Plain):
     compile: bool = False
     """torch.compile: minutes at the start (less the next time, from a cache), faster steps; other dropout masks"""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "batch_per_device")
+        if self.shard and self.compile:
+            raise SidaError("compiled nets cannot be sharded, got both", "Leave out --shard or --compile.")
+
+
+def passes_of(recipe: Recipe, execution: Execution, rank: int = 0, num_processes: int = 1) -> list[Sequence[int]]:
+    """The accumulation rounds of a process, in groups that go through the nets at once.
+
+    Raises SidaError where the processes cannot share the rounds evenly, or where the images at a time do not fit them.
+    """
+    num_rounds, micro_batch = recipe.num_accumulation_rounds, recipe.batch_size // recipe.num_accumulation_rounds
+    if num_rounds % num_processes:
+        raise SidaError(
+            f"the {num_rounds} micro-batches of a batch must be shared evenly, got {num_processes} processes",
+            "Start as many processes as divide it, or pass another --num-accumulation-rounds.",
+        )
+    rounds = range(rank, num_rounds, num_processes)
+    images = execution.batch_per_device or micro_batch
+    if images % micro_batch or len(rounds) % (images // micro_batch):
+        fitting = ", ".join(str(micro_batch * n) for n in range(1, len(rounds) + 1) if len(rounds) % n == 0)
+        raise SidaError(
+            f"batch-per-device must be one of {fitting} (micro-batches of {micro_batch}), got {images}",
+            "For less memory pass --checkpoint-activations, or change the recipe with --num-accumulation-rounds.",
+        )
+    at_once = images // micro_batch
+    if at_once > 1 and not recipe.joins_micro_batches:
+        what = "dropout" if recipe.dropout else "augmentation"
+        raise SidaError(
+            f"with {what} a pass holds one micro-batch of {micro_batch}, got --batch-per-device {images}",
+            f"Pass --batch-per-device {micro_batch}, or leave it out.",
+        )
+    return [rounds[start : start + at_once] for start in range(0, len(rounds), at_once)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Setting(Plain):
@@ -322,9 +520,6 @@ class Setting(Plain):
     """activations and weights lie in memory pixel by pixel instead of channel by channel"""
     compile: bool = False
     """torch.compile: seconds to minutes at the start (less the next time, from a cache), then faster"""
-
-    def __post_init__(self) -> None:
-        _must_be("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}", self.precision)
 
     @property
     def name(self) -> str:
@@ -378,10 +573,19 @@ class TeacherRecipe(Plain):
     """so many updates in a row with a non-finite gradient stop the run"""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "duration_nimg"):
-            _must_be(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
-        _must_be("lr", 0 < self.lr < math.inf, "positive and finite", self.lr)
-        _must_be("seed", self.seed >= 0, "at least 0", self.seed)
+        super().__post_init__()
+        _at_least(self, 1, "batch_size", "duration_nimg", "stop_if_nan_steps")
+        _at_least(self, 0, "lr_rampup_nimg", "ema_halflife_nimg")
+        _positive(self, "lr", "P_std", "adam_eps")
+        _not_negative(self, "ema_rampup_ratio")
+        _below_one(self, "beta1", "beta2")
+        _share(self, "augment_p")
+        _finite(self, "P_mean")
+        _seed(self)
+
+    def unusual(self) -> list[str]:
+        """What is allowed and rarely meant, a line for each."""
+        return _high_rates(self, "lr")
 
 
 def override(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:

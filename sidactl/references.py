@@ -1,17 +1,20 @@
 """What images are scored against: datasets and their statistics, and the statistics that others published."""
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from sidactl import catalog
 from sidactl.artifacts import (
     NETS,
+    Tick,
     answered,
+    dataset_called,
     fetched_file,
     load_dataset,
     mapping,
+    part_of,
     prepare_data,
     resolve,
     source_identity,
@@ -31,8 +34,11 @@ if TYPE_CHECKING:
 
 Need = Literal["moments", "images"]
 """what a metric compares with: mean and covariance of features, or the features of single images"""
+ENOUGH = 1.1
+"""images per feature below which a Fréchet distance is warned of: the covariance has not its full rank"""
 MAX_BATCH_SIZE, BATCH_VALUES = 250, 1 << 20
 """images per batch: few enough that all their pixels are at most BATCH_VALUES values"""
+RANDOM_FEATURES = "random-features"
 _PUBLISHED_NAMES = {"inception": "fid", "dinov2": "fd_dinov2"}
 """what EDM2's reference files call the statistics by a detector"""
 
@@ -66,7 +72,7 @@ def find(store: Store, text: str | None, subject: Artifact, need: Need) -> Artif
                 "Pass --ref with a dataset or a folder.",
             )
     try:
-        return pixels_of(store, resolve(store, text, ["dataset", "stats"]))
+        return pixels_of(store, resolve(store, text, ["dataset", "stats"], any_size=True))
     except SidaError as error:
         try:
             store.resolve(text, NETS)
@@ -120,7 +126,7 @@ def dataset_of(store: Store, subject: Artifact) -> Artifact:
         return dataset_of(store, store.get(subject.inputs["net"]))
     if subject.params["dataset"] is None:
         raise SidaError("it is not known which dataset this network is of", "Pass --ref DATASET.")
-    return resolve(store, str(subject.params["dataset"]), ["dataset"])
+    return dataset_called(store, str(subject.params["dataset"]))
 
 
 def class_of(store: Store, net: Artifact, name: str) -> int:
@@ -169,6 +175,17 @@ def warning(artifact: Artifact) -> str | None:
     return None
 
 
+def num_images(store: Store, reference: Artifact) -> int | None:
+    """How many images a reference's statistics are of; None where it is not known."""
+    import numpy as np
+
+    if "stats.npz" in reference.files:
+        with np.load(io.BytesIO(store.read(reference, "stats.npz")), allow_pickle=False) as held:
+            return int(held["num_items"])
+    count = reference.results.get("num_images") if reference.kind == "dataset" else reference.params.get("num_images")
+    return count if isinstance(count, int) else None
+
+
 def _has_moments(path: str) -> bool:
     return _has(path, "mu") and _has(path, "sigma")
 
@@ -194,15 +211,26 @@ def _imported(store: Store, source: str, entry: catalog.Reference | None) -> Art
         return known
     import numpy as np
 
+    from sidactl import pickles
+
     with fetched_file(store, source, entry.name if entry else source, entry) as (path, sha256):
-        found = _read_pickle(path) if path.suffix.lower() == ".pkl" else {"inception": _read_npz(path)}
+        contents = pickles.read(path) if path.suffix.lower() == ".pkl" else None
+        found = {"inception": _read_npz(path)} if contents is None else _read_pickle(path, contents)
     files: dict[str, Path | bytes] = {}
     for name, moments in found.items():
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, mu=moments.mean, sigma=moments.covariance)
         files[f"{name}.npz"] = buffer.getvalue()
     called = entry.name if entry else Path(source.partition("?")[0]).name
-    params = {"name": called, "source": source, "source_sha256": sha256, "licence": entry.licence if entry else None}
+    params: dict[str, Any] = {
+        "name": called,
+        "source": source,
+        "source_sha256": sha256,
+        "licence": entry.licence if entry else None,
+    }
+    num, num_features = _num_images(contents or {}), max(len(moments.mean) for moments in found.values())
+    if num and num < ENOUGH * num_features:  # alone, so that the oid of those that have enough stays as it was
+        params["num_images"] = num
     artifact = store.put("stats", files, params=params)
     return answered(store, key, artifact, "import-stats", refs=[entry.name] if entry else [])
 
@@ -222,13 +250,20 @@ def _read_npz(path: Path) -> Moments:
                 )
             return _moments(arrays["mu"], arrays["sigma"], str(path))
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        if "allow_pickle" in str(error):
+            raise SidaError(
+                f"mu and sigma in {path} must hold real numbers, got Python objects", "Save them as plain arrays."
+            ) from error
         raise SidaError(f"{path} is damaged or not an npz file", "Download it again.") from error
 
 
-def _read_pickle(path: Path) -> dict[str, Moments]:
-    from sidactl import pickles
+def _num_images(contents: Mapping[str, Any]) -> int | None:
+    """How many images a reference file's statistics are of, where it says so."""
+    count = contents.get("num_images")
+    return count if isinstance(count, int) and count > 0 else None
 
-    contents = pickles.read(path)
+
+def _read_pickle(path: Path, contents: Mapping[str, Any]) -> dict[str, Moments]:
     found = {}
     for detector, name in _PUBLISHED_NAMES.items():
         part = contents.get(name)
@@ -243,19 +278,28 @@ def _read_pickle(path: Path) -> dict[str, Moments]:
 
 
 def _moments(mu: Any, sigma: Any, where: str) -> Moments:
+    """Checked so far that a distance to them means something. Raises SidaError naming `where`."""
     import numpy as np
 
-    mean, covariance = np.asarray(mu, np.float64), np.asarray(sigma, np.float64)
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+    from sidactl import metrics
+
+    mean, covariance = (metrics.real_array(v, f"{name} in {where}") for name, v in (("mu", mu), ("sigma", sigma)))
+    if not mean.size or mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         got = f"{list(mean.shape)} and {list(covariance.shape)}"
         raise SidaError(f"mu and sigma in {where} must be [F] and [F, F], got {got}", "Download the file again.")
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise SidaError(f"mu and sigma in {where} must be finite", "Download the file again.")
+    if (largest := max(np.abs(mean).max(), np.abs(covariance).max())) > metrics.LARGEST:
+        raise SidaError(
+            f"mu and sigma in {where} must be at most {metrics.LARGEST:g}, got {largest:.3g}", metrics.NOT_STATISTICS
+        )
+    metrics.check_symmetric(covariance, f"sigma in {where}")
+    metrics.check_positive(covariance, f"sigma in {where}")
     return Moments(mean, covariance)
 
 
-def moments(store: Store, reference: Artifact, detector: "Detector") -> Moments:
-    """Mean and covariance of the reference's features by this detector.
+def moments(store: Store, reference: Artifact, detector: "Detector", watcher: object = None) -> Moments:
+    """Mean and covariance of the reference's features by this detector; computed with `part_of(watcher)` where need be.
 
     Raises SidaError where statistics were made by another detector, by other weights, or with another resize.
     """
@@ -268,7 +312,7 @@ def moments(store: Store, reference: Artifact, detector: "Detector") -> Moments:
             return dict(held)
 
     if reference.kind == "dataset":
-        reference = reference_stats(store, reference, detector)
+        reference = reference_stats(store, reference, detector, part_of(watcher, reference_part(reference)))
     if "detector" in reference.params:
         if reference.params["detector"] != detector.identity:
             raise SidaError(
@@ -299,7 +343,12 @@ def moments(store: Store, reference: Artifact, detector: "Detector") -> Moments:
     return Moments(published["mu"], published["sigma"])
 
 
-def reference_stats(store: Store, data: Artifact, detector: "Detector") -> Artifact:
+def reference_part(data: Artifact) -> str:
+    """What the work on a reference's images is called where its progress is shown."""
+    return f"features of {data.params.get('name') or data.oid[:12]}"
+
+
+def reference_stats(store: Store, data: Artifact, detector: "Detector", tick: Tick | None = None) -> Artifact:
     """Feature statistics of all images of a dataset, a stats artifact; computed once."""
     import numpy as np
 
@@ -308,7 +357,7 @@ def reference_stats(store: Store, data: Artifact, detector: "Detector") -> Artif
     key = store.key("stats", {"detector": detector.identity}, {"dataset": data.oid})
     if known := store.asked(key):
         return known
-    stats = detectors.stats_of(detector, dataset_images(load_dataset(store, data)))
+    stats = detectors.stats_of(detector, dataset_images(load_dataset(store, data), tick=tick))
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **stats.arrays())
     params = {"detector": detector.identity}
@@ -316,9 +365,19 @@ def reference_stats(store: Store, data: Artifact, detector: "Detector") -> Artif
     return answered(store, key, artifact, "stats")
 
 
-def dataset_images(dataset: "Dataset", positions: "Sequence[int] | NDArray[np.int64] | None" = None) -> "Images":
+def dataset_images(
+    dataset: "Dataset", positions: "Sequence[int] | NDArray[np.int64] | None" = None, *, tick: Tick | None = None
+) -> "Images":
     """Batches of the images at these positions, in order; of all by default."""
-    return map(dataset.images, position_batches(dataset, positions))
+    batches = position_batches(dataset, positions)
+    done, total = 0, sum(map(len, batches))
+    for batch in batches:
+        if tick:
+            tick(done, total)
+        yield dataset.images(batch)
+        done += len(batch)
+    if tick:
+        tick(done, total)
 
 
 def position_batches(
@@ -326,13 +385,30 @@ def position_batches(
 ) -> "Sequence[Sequence[int] | NDArray[np.int64]]":
     """The positions (all by default), as many at a time as are held at once."""
     chosen = range(dataset.num_images) if positions is None else positions
-    size = images_per_batch(dataset.num_channels, dataset.resolution)
+    size = images_per_batch(dataset.num_channels, dataset.resolution, dataset.width)
     return [chosen[start : start + size] for start in range(0, len(chosen), size)]
 
 
-def images_per_batch(num_channels: int, resolution: int) -> int:
-    """How many images of this size are held at once."""
-    return max(1, min(MAX_BATCH_SIZE, BATCH_VALUES // (num_channels * resolution**2)))
+def images_per_batch(num_channels: int, resolution: int, width: int | None = None) -> int:
+    """How many images of this height (and width, where it is another) are held at once."""
+    return max(1, min(MAX_BATCH_SIZE, BATCH_VALUES // (num_channels * resolution * (width or resolution))))
+
+
+def training_detector(reference: Artifact) -> str:
+    """The detector that a run is scored with unless another is asked for: for a dataset of one's own one built in.
+
+    Such a score chooses the best generator of one run, no more, so that it need not be one that papers print.
+    """
+    if reference.kind == "dataset" and (entry := _entry_of(reference)):
+        return entry.detector
+    name = detector_name(reference)
+    return RANDOM_FEATURES if reference.kind == "dataset" and name == "inception" else name
+
+
+def _entry_of(dataset: Artifact) -> catalog.Dataset | None:
+    """The catalog's entry of a dataset, by its name or by the preset that made it."""
+    known = (catalog.DATASETS.get(str(dataset.params.get(key))) for key in ("name", "preset"))
+    return next(filter(None, known), None)
 
 
 def detector_name(reference: Artifact) -> str:
@@ -342,5 +418,5 @@ def detector_name(reference: Artifact) -> str:
             return str(reference.params["detector"]).partition("@")[0].removesuffix("-torchscript")
         return "inception" if "inception.npz" in reference.files else "dinov2"
     entry = catalog.DATASETS.get(str(reference.params["name"]))
-    is_tiny = reference.results["resolution"] == 8 and reference.results["num_channels"] == 1
+    is_tiny = [reference.results.get(n) for n in ("resolution", "width", "num_channels")] == [8, None, 1]
     return entry.detector if entry else "tiny-digits" if is_tiny else "inception"

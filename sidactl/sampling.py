@@ -13,8 +13,12 @@ from torch import Tensor
 from sidactl.codec import Codec, codec_for
 from sidactl.diffusion import Denoiser, Preconditioned, as_one_hot, karras_sigmas
 from sidactl.engine import batches_of, is_compiled, share
-from sidactl.errors import SidaError
+from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.recipe import HeunSpec, OneStepSpec
+
+
+class NotFiniteError(SidaError):
+    """An image that no pixels can stand for; what was drawn is not to be used."""
 
 
 class SeededNoise:
@@ -45,7 +49,10 @@ class SampleBatch:
 
 @dataclass(frozen=True)
 class Samples:
-    """A sized iterable of SampleBatch on the CPU, computed as it is read."""
+    """A sized iterable of SampleBatch on the CPU, computed as it is read.
+
+    Reading raises NotFiniteError, naming the seed, where an image holds NaN or infinity.
+    """
 
     net: Denoiser
     sampler: OneStepSpec | HeunSpec
@@ -88,6 +95,13 @@ class Samples:
             guidance=self.guidance,
         )
         images, labels = images[: len(seeds)], None if labels is None else labels[: len(seeds)].cpu()
+        bad = images.flatten(1).isfinite().all(1).logical_not().nonzero()
+        if len(bad):
+            raise NotFiniteError(
+                f"the image of seed {seeds[int(bad[0])]} is not finite",
+                "Take another network or precision, or less --guidance.",
+                exit_code=EXIT_FAILED,
+            )
         return SampleBatch(self.codec.decode(images).cpu(), labels, seeds)
 
 

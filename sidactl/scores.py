@@ -1,14 +1,17 @@
 """Scores of images against a reference, by trials over fresh seed ranges, kept as score artifacts."""
 
+import hashlib
+import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypedDict, Unpack
 
 from sidactl import __version__, catalog, references
 from sidactl.artifacts import (
     NETS,
+    RunDir,
     Tick,
     agreed_answer,
     answered,
@@ -16,25 +19,35 @@ from sidactl.artifacts import (
     load_dataset,
     load_net,
     mapping,
+    part_of,
     read_state_dict,
     require_images,
     resolve,
     source_identity,
 )
 from sidactl.errors import SidaError
+from sidactl.inputs import Count, Ref, count_of, optional_ref, ref_text, run_of, seeds_of, whole
 from sidactl.recipe import HeunSpec, OneStepSpec, Setting
-from sidactl.references import Moments, Need, detector_name, images_per_batch
+from sidactl.references import ENOUGH, Moments, Need, detector_name, images_per_batch
 from sidactl.store import Artifact, Store
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from torch import Tensor
 
+    from sidactl.data import Dataset
     from sidactl.detectors import Detector, Resize
     from sidactl.metrics import FeatureStats
 
 SCORED = (*NETS, "samples", "dataset")
-SCORE_NAMES = {"tiny-digits": "FD tiny-digits", "inception": "FID", "dinov2": "FD-DINOv2"}
+SCORE_NAMES = {
+    "tiny-digits": "FD tiny-digits",
+    "random-features": "random-features FD",
+    "inception": "FID",
+    "dinov2": "FD-DINOv2",
+}
 """what a Fréchet distance is called by its detector; only Inception's is a FID"""
 Convention = Literal["edm", "sid", "guided-diffusion"]
 CONVENTIONS: tuple[Convention, ...] = ("edm", "sid", "guided-diffusion")
@@ -42,24 +55,26 @@ Labels = Literal["uniform", "dataset"]
 LABELS: tuple[Labels, ...] = ("uniform", "dataset")
 MAX_REAL_IMAGES = 200_000
 """so many images of a dataset, drawn by a fixed seed, stand for it in precision, recall and KID, as in SiD"""
-ENOUGH = 1.1
-"""images per feature below which a Fréchet distance is warned of: the covariance has not its full rank"""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number or two about images: by which detector (None = the reference's own), and what it compares with."""
+    """A number or two about images: by which detector (None = the reference's own), and what it compares with.
+
+    has_order: whether it takes images in parts, so that their order counts.
+    """
 
     detector: str | None = None
     need: Need | None = "moments"
+    has_order: bool = False
 
 
 METRICS: Mapping[str, Metric] = {
     "fid": Metric(),
     "fd-dinov2": Metric(detector="dinov2"),
     "prec-recall": Metric(need="images"),
-    "kid": Metric(need="images"),
-    "inception-score": Metric(need=None),
+    "kid": Metric(need="images", has_order=True),
+    "inception-score": Metric(need=None, has_order=True),
 }
 
 
@@ -68,29 +83,34 @@ class ScoreOptions(TypedDict, total=False):
 
     reference: a dataset or statistics by oid, name, file or URL; by default the published statistics of the dataset
         that the subject was made from, or that dataset.
-    num, trials, first_seed: images per trial (50,000), trials, and the first one's first seed; the next go on from it.
+    num, trials, first_seed: images per trial (50,000; "10k" does), trials, and the first one's first seed; the
+        next go on from it.
+    subset_seed: what draws `num` images of samples, a folder or a dataset that hold more; 0 by default.
     labels: classes drawn uniformly for each seed, as EDM does, or by their share of the dataset, as SiD does.
     setting: of the arithmetic of a generator or teacher, float32 by default; that of detectors is always float32.
-    detector: inception, dinov2, tiny-digits, or a file: Inception in TorchScript, or a state dict of Inception's.
+    detector: inception, dinov2, tiny-digits, random-features (built in, for any images), or a file: Inception in
+        TorchScript, or a state dict of Inception's.
     resize: of dinov2: torch, as in the published statistics, or pil.
     convention: whose arithmetic: edm (N - 1 in covariances, float32 distances), sid (N for generated images, float16
-        distances) or guided-diffusion (its precision and recall).
-    neighbours: k of precision and recall. num_splits: parts of the inception score.
+        distances, generated images in the order of their seeds) or guided-diffusion (its precision and recall).
+    neighbours: k of precision and recall. num_splits: parts of the inception score. Which image is in which part, and
+        in which of KID's subsets, depends on the images alone, not on their order or names.
     tick: called with images done and in all.
     """
 
-    reference: str | None
-    num: int | None
-    trials: int
-    first_seed: int
+    reference: Ref | None
+    num: Count | None
+    trials: SupportsIndex
+    first_seed: SupportsIndex
+    subset_seed: SupportsIndex | None
     labels: str
     setting: Setting
-    detector: str | None
+    detector: str | os.PathLike[str] | None
     resize: str
     convention: str
-    neighbours: int
-    num_splits: int
-    run: Path | str | None
+    neighbours: SupportsIndex
+    num_splits: SupportsIndex
+    run: RunDir
     device: str | None
     force: bool
     tick: Tick | None
@@ -117,8 +137,11 @@ class Score:
 
     @property
     def value(self) -> float:
-        """The mean over trials of the first number."""
+        """The mean over trials of the first number; also `float(score)`."""
         return statistics.fmean(next(iter(self.values.values())))
+
+    def __float__(self) -> float:
+        return self.value
 
     def to_json(self) -> dict[str, Any]:
         """Every number as mean, standard deviation (null for one trial), minimum and values; and how it was made."""
@@ -145,7 +168,7 @@ class Score:
         }
 
 
-def fid(ref: str, **options: Unpack[ScoreOptions]) -> Score:
+def fid(ref: Ref, **options: Unpack[ScoreOptions]) -> Score:
     """Fréchet distance of images to a reference: called FID only with Inception's features.
 
     A generator or teacher is sampled anew in each trial by its own sampler; samples, folders, zips and npz files are
@@ -154,27 +177,27 @@ def fid(ref: str, **options: Unpack[ScoreOptions]) -> Score:
     return evaluate(ref, ["fid"], **options)
 
 
-def fd_dinov2(ref: str, **options: Unpack[ScoreOptions]) -> Score:
+def fd_dinov2(ref: Ref, **options: Unpack[ScoreOptions]) -> Score:
     """Fréchet distance of DINOv2's features. Source: Stein et al. (2306.04675), as EDM2 (2312.02696) computes it."""
     return evaluate(ref, ["fd-dinov2"], **options)
 
 
-def prec_recall(ref: str, **options: Unpack[ScoreOptions]) -> Score:
+def prec_recall(ref: Ref, **options: Unpack[ScoreOptions]) -> Score:
     """Improved precision and recall, in this order. Source: Kynkäänniemi et al. (1904.06991), eqs. 1-3."""
     return evaluate(ref, ["prec-recall"], **options)
 
 
-def inception_score(ref: str, **options: Unpack[ScoreOptions]) -> Score:
+def inception_score(ref: Ref, **options: Unpack[ScoreOptions]) -> Score:
     """Inception score, the mean over parts of the images. Source: Salimans et al. (1606.03498), section 4."""
     return evaluate(ref, ["inception-score"], **options)
 
 
-def evaluate(ref: str, metrics: Sequence[str] | None = None, **options: Unpack[ScoreOptions]) -> Score:
+def evaluate(ref: Ref, metrics: Sequence[str] | None = None, **options: Unpack[ScoreOptions]) -> Score:
     """Several metrics in one pass over the images; all that apply to the reference if none is named.
 
     Source: those of `fid`, `prec_recall` and `inception_score`; KID is Bińkowski et al. (1801.01401), section 4.
     """
-    asked = _Question.parse(ref, metrics, options)
+    asked = _Question.parse(ref_text(ref), metrics, _plain_options(ref, options))
     known = None if asked.force else agreed_answer(asked.store, asked.key)
     if known is None:
         from sidactl import engine
@@ -182,6 +205,32 @@ def evaluate(ref: str, metrics: Sequence[str] | None = None, **options: Unpack[S
         measured = _measure(asked)
         known = asked.store.get(engine.agreed(lambda: _keep(asked, measured).oid))
     return score_of(known)
+
+
+def score_name(detector: str) -> str:
+    """What a Fréchet distance by this detector is called: by a name, or by the file that holds it."""
+    return SCORE_NAMES.get(detector, f"FD {Path(detector).name}")
+
+
+def is_answered(ref: str, metrics: Sequence[str], options: ScoreOptions) -> bool:
+    """Whether `evaluate` would have its answer from the run directory."""
+    question = _Question.parse(ref, metrics, _plain_options(ref, options))
+    return question.store.asked(question.key) is not None
+
+
+def _plain_options(ref: Ref, options: ScoreOptions) -> Mapping[str, Any]:
+    """The options as text and ints, whatever they came as."""
+    plain: dict[str, Any] = {**options, "run": run_of(ref, options.get("run"))}
+    if unknown := sorted(set(plain) - set(ScoreOptions.__annotations__)):
+        raise SidaError(f"unknown option {unknown[0]!r}", f"There are {', '.join(ScoreOptions.__annotations__)}.")
+    for name in ("reference", "detector"):
+        plain[name] = optional_ref(plain.get(name), f"the {name}")
+    if plain.get("num") is not None:
+        plain["num"] = count_of(plain["num"], "num")
+    for name in ("trials", "first_seed", "subset_seed", "neighbours", "num_splits"):
+        if plain.get(name) is not None:
+            plain[name] = whole(plain[name], name)
+    return plain
 
 
 @dataclass(frozen=True)
@@ -205,7 +254,7 @@ class _Question:
     tick: Tick | None
 
     @classmethod
-    def parse(cls, ref: str, metrics: Sequence[str] | None, options: ScoreOptions) -> "_Question":
+    def parse(cls, ref: str, metrics: Sequence[str] | None, options: Mapping[str, Any]) -> "_Question":
         num, trials = options.get("num"), options.get("trials", 1)
         if num is not None and num < 2:
             raise SidaError(f"sample count must be >= 2, got {num}", "Pass --num 2 or more.")
@@ -228,15 +277,23 @@ class _Question:
         if (asked := options.get("detector")) and not _is_file(asked):
             catalog.detector(asked)
         store = Store.open(options.get("run"))
-        subject = resolve(store, ref, SCORED)
+        subject = resolve(store, ref, SCORED, any_size=True)
         require_images(subject)
         seeds: list[list[int]] = []
         if subject.kind in NETS:
             num, first = num or 50_000, options.get("first_seed", 0)
+            seeds_of(range(first, first + trials * num), "seeds of all trials")
             seeds = [[first + t * num, first + (t + 1) * num] for t in range(trials)]
+            if options.get("subset_seed") is not None:
+                raise SidaError("a subset is of images that there are, got a net that draws them", "Pass --first-seed.")
         else:
             num = _fixed_count(subject, num, trials, setting)
+            settings |= _subset(subject, num, options.get("subset_seed"))
         chosen = list(metrics or _applicable(store, subject, options))
+        if set(chosen) & {name for name, metric in METRICS.items() if metric.has_order} and not (
+            settings["convention"] == "sid" and subject.kind in (*NETS, "samples")
+        ):
+            settings["order"] = "content"
         found = {
             name: references.find(store, options.get("reference"), subject, need)
             for name in chosen
@@ -244,7 +301,7 @@ class _Question:
         }
         for artifact in found.values():
             require_images(artifact)
-        detectors = {name: _detector_of(name, options.get("detector"), found, store, subject) for name in chosen}
+        detectors = {name: _detector_of(name, options, found, store, subject) for name in chosen}
         if (scorer := detectors.get("inception-score")) and not _has_classes(scorer):
             raise SidaError(
                 f"the inception score needs classes, detector {scorer} gives none", "Pass --detector inception."
@@ -272,7 +329,7 @@ class _Question:
         )
 
 
-def _applicable(store: Store, subject: Artifact, options: ScoreOptions) -> list[str]:
+def _applicable(store: Store, subject: Artifact, options: Mapping[str, Any]) -> list[str]:
     """The metrics of an evaluation: all with the reference's own detector, and FD-DINOv2 where Inception is used."""
     reference = references.find(store, options.get("reference"), subject, "moments")
     detector = options.get("detector") or detector_name(reference)
@@ -289,21 +346,30 @@ def _applicable(store: Store, subject: Artifact, options: ScoreOptions) -> list[
     return wanted + (["inception-score"] if _has_classes(detector) else [])
 
 
-def _detector_of(metric: str, asked: str | None, found: Mapping[str, Artifact], store: Store, subject: Artifact) -> str:
-    fixed = METRICS[metric].detector
+def _detector_of(
+    metric: str, options: Mapping[str, Any], found: Mapping[str, Artifact], store: Store, subject: Artifact
+) -> str:
+    fixed, asked = METRICS[metric].detector, options.get("detector")
     if fixed and asked not in (None, fixed):
         raise SidaError(f"{metric} is by detector {fixed}, got {asked!r}", "Leave out --detector.")
     if fixed or asked:
         return str(fixed or asked)
     if metric in found:
         return detector_name(found[metric])
-    name = references.dataset_name(store, subject)
-    return "tiny-digits" if name == "tiny-digits" else "inception"
+    # What compares with nothing is by the detector of what is compared beside it, or would be.
+    compared = next((found[name] for name in found if not METRICS[name].detector), None)
+    if not compared and options.get("reference"):
+        compared = references.find(store, options.get("reference"), subject, "moments")
+    if compared and _has_classes(own := detector_name(compared)):
+        return own
+    if not compared and subject.kind == "dataset":
+        return detector_name(subject)
+    return "tiny-digits" if references.dataset_name(store, subject) == "tiny-digits" else "inception"
 
 
 def _has_classes(detector: str) -> bool:
-    """Whether it classifies: the transformer does not, nor do networks in TorchScript, which give features alone."""
-    return detector not in ("dinov2", "inception-torchscript") and not _is_torchscript(detector)
+    """Whether it classifies: only the digits' and Inception do; in TorchScript that, too, gives features alone."""
+    return detector not in ("dinov2", "random-features", "inception-torchscript") and not _is_torchscript(detector)
 
 
 def _weights_digest(store: Store, detector: str) -> Any:
@@ -358,13 +424,16 @@ def _measure(asked: _Question) -> _Measured:
     by_metric = {metric: loaded[name] for metric, name in asked.detectors.items()}
     keeps = {asked.detectors[m] for m in asked.metrics if METRICS[m].need != "moments"}
     warnings = [w for a in asked.references.values() if (w := references.warning(a))]
-    for name in {asked.detectors[m] for m in asked.metrics if METRICS[m].need == "moments"}:
-        detector = loaded[name]
-        if asked.num < ENOUGH * detector.num_features:
-            warnings.append(
-                f"{asked.num:,} images are few for {detector.num_features:,} features: the distance is far too high by "
-                f"their number alone; compare only with scores of as many, better of 50,000"
-            )
+    for metric in asked.metrics:
+        detector = by_metric[metric]
+        if METRICS[metric].need == "moments":
+            warnings += _too_few(asked.num, references.num_images(asked.store, asked.references[metric]), detector)
+        elif METRICS[metric].need == "images":
+            held = references.num_images(asked.store, asked.references[metric])
+            if held and held > MAX_REAL_IMAGES:
+                warnings.append(
+                    f"{MAX_REAL_IMAGES:,} of {held:,} reference images, drawn by seed 0, stand for all of them"
+                )
     is_first = engine.rank_and_size()[0] == 0
     against = {m: _against(asked, m, by_metric[m]) for m in asked.metrics} if is_first else {}
     values: dict[str, list[float]] = {}
@@ -383,12 +452,49 @@ def _measure(asked: _Question) -> _Measured:
     return _Measured(values, made_by, made_against, sorted(set(warnings)))
 
 
+def _too_few(num: int, num_reference: int | None, detector: "Detector") -> Iterator[str]:
+    """Warnings of sets whose covariance has not its full rank."""
+    least = ENOUGH * detector.num_features
+    if num < least:
+        yield (
+            f"{num:,} images are few for {detector.num_features:,} features: the distance is far too high by their "
+            "number alone; compare only with scores of as many, better of 50,000"
+        )
+    if num_reference is not None and num_reference < least:
+        yield (
+            f"{num_reference:,} reference images are few for {detector.num_features:,} features: the distance is far "
+            "too high by their number alone; compare only with scores against the same ones, better take more"
+        )
+
+
 @dataclass
 class _Seen:
     """What is kept of a trial's images under one detector: moments, and where they are needed the features."""
 
     stats: "FeatureStats"
-    features: "Tensor | None"
+    features: "_Features | None"
+
+
+@dataclass(frozen=True)
+class _Features:
+    """Features [N, F] of images, and for each image a number that stands for its pixels, int64 [N]."""
+
+    rows: "Tensor"
+    digests: "Tensor"
+
+    def by_content(self) -> "Tensor":
+        """The rows in an order as good as drawn, which is the same in whatever order the images come."""
+        return self.rows[self.digests.argsort(stable=True)]
+
+
+def _digests(images: "Tensor") -> "Tensor":
+    """Int64 [N] for uint8 images [N, C, H, W]; grey images have those of their RGB copies."""
+    import torch
+
+    rgb = images.expand(-1, 3, -1, -1)
+    size = str(list(rgb.shape[1:])).encode()
+    found = [hashlib.sha256(size + image.contiguous().numpy().tobytes()).digest()[:8] for image in rgb]
+    return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in found])
 
 
 def _features(asked: _Question, trial: int, loaded: Mapping[str, "Detector"], keeps: set[str]) -> Mapping[str, _Seen]:
@@ -404,42 +510,45 @@ def _features(asked: _Question, trial: int, loaded: Mapping[str, "Detector"], ke
         "seeds": asked.seeds[trial] if asked.seeds else None,
         "labels": asked.settings["labels"],
         **asked.setting.of_images(),
+        **{name: asked.settings[name] for name in ("subset_seed",) if name in asked.settings},
     }
     keys = {
         name: store.key("features", params | {"detector": d.identity}, {"subject": asked.subject.oid})
         for name, d in loaded.items()
     }
-    known = {name: None if asked.force else store.asked(key) for name, key in keys.items()}
-    parts: dict[str, list[Tensor]] = {name: [] for name in loaded}
-    seen = {name: _Seen(FeatureStats(), None) for name in loaded}
+    known = None if asked.force else _known_features(store, keys)
+    seen = {name: _Seen(FeatureStats(), known[name] if known else None) for name in loaded}
     done, total = trial * asked.num, asked.num * max(1, len(asked.seeds))
     if asked.tick:
         asked.tick(done, total)
-    if all(known.values()):
-        for name, artifact in known.items():
-            assert artifact
-            parts[name] = [_read_features(store, artifact)]
-            seen[name].stats.add(parts[name][0])
+    if known:
+        for name, features in known.items():
+            seen[name].stats.add(features.rows)
         if asked.tick:
             asked.tick(done + asked.num, total)
-    else:
-        num_batches, images = _images(asked, seeds, next(iter(loaded.values())).device)
-        computed = ({name: d(batch) for name, d in loaded.items()} for batch in images)
-        count = 0
-        for batch in engine.joined(computed, num_batches):
-            for name, rows in batch.items():
-                _refuse_bad(rows, count, seeds, loaded[name])
-                seen[name].stats.add(rows)
-                if name in keeps:
-                    parts[name].append(rows)
-            count += len(rows)
-            if asked.tick:
-                asked.tick(done + count, total)
+        return seen
+    num_batches, images = _images(asked, seeds, next(iter(loaded.values())).device)
+    computed = (
+        ({name: d(batch) for name, d in loaded.items()}, _digests(batch) if keeps else None) for batch in images
+    )
+    parts: dict[str, list[Tensor]] = {name: [] for name in loaded}
+    digests: list[Tensor] = []
+    count = 0
+    for by_name, marks in engine.joined(computed, num_batches):
+        for name, rows in by_name.items():
+            _refuse_bad(rows, count, seeds, loaded[name])
+            seen[name].stats.add(rows)
+            if name in keeps:
+                parts[name].append(rows)
+        if marks is not None:
+            digests.append(marks)
+        count += len(rows)
+        if asked.tick:
+            asked.tick(done + count, total)
     for name in loaded:
-        if name in keeps and parts[name]:
-            seen[name].features = features = torch.cat(parts[name])
-            if not known[name]:
-                _keep_features(store, keys[name], asked.subject, params, loaded[name], features)
+        if parts[name]:
+            seen[name].features = features = _Features(torch.cat(parts[name]), torch.cat(digests))
+            _keep_features(store, keys[name], asked.subject, params, loaded[name], features)
     return seen
 
 
@@ -457,7 +566,7 @@ def _images(asked: _Question, seeds: range | None, device: "torch.device") -> tu
 
     if seeds is None:
         dataset = load_dataset(asked.store, asked.subject)
-        batches = references.position_batches(dataset, range(asked.num))
+        batches = references.position_batches(dataset, _positions(asked, dataset))
         return len(batches), map(dataset.images, engine.share(batches))
     from sidactl import sampling
 
@@ -473,50 +582,74 @@ def _images(asked: _Question, seeds: range | None, device: "torch.device") -> tu
     return len(samples), (batch.images for batch in samples.shared())
 
 
+def _positions(asked: _Question, dataset: "Dataset") -> "Sequence[int] | NDArray[np.int64]":
+    """Which images of a dataset are scored."""
+    from sidactl import data
+
+    if "subset_seed" not in asked.settings:
+        return range(asked.num)
+    return data.drawn_subset(dataset.num_images, asked.num, asked.settings["subset_seed"])
+
+
 def _keep_features(
-    store: Store, key: str, subject: Artifact, params: Mapping[str, Any], detector: "Detector", features: "Tensor"
+    store: Store, key: str, subject: Artifact, params: Mapping[str, Any], detector: "Detector", features: _Features
 ) -> None:
     import safetensors.torch
 
-    files = {"features.safetensors": safetensors.torch.save({"features": features.contiguous()})}
+    tensors = {"features": features.rows.contiguous(), "digests": features.digests}
+    files = {"features.safetensors": safetensors.torch.save(tensors)}
     params = dict(params) | {"detector": detector.identity}
     artifact = store.put("features", files, inputs={"subject": subject.oid}, params=params)
     answered(store, key, artifact, "features")
 
 
-def _read_features(store: Store, artifact: Artifact) -> "Tensor":
+def _known_features(store: Store, keys: Mapping[str, str]) -> dict[str, _Features] | None:
+    """The features that were kept under these keys, by the same names; None where any of them is not there."""
     import safetensors.torch
 
-    return safetensors.torch.load(store.read(artifact, "features.safetensors"))["features"]
+    known = {name: artifact for name, key in keys.items() if (artifact := store.asked(key))}
+    if len(known) < len(keys):
+        return None
+    found = {}
+    for name, artifact in known.items():
+        held = safetensors.torch.load(store.read(artifact, "features.safetensors"))
+        if "digests" not in held:  # kept by an older version
+            return None
+        found[name] = _Features(held["features"], held["digests"])
+    return found
 
 
-def _against(asked: _Question, metric: str, detector: "Detector") -> "Moments | Tensor | None":
+def _against(asked: _Question, metric: str, detector: "Detector") -> "Moments | _Features | None":
     """What a metric compares with: moments, features of real images, or nothing."""
     if METRICS[metric].need == "moments":
-        return references.moments(asked.store, asked.references[metric], detector)
-    return _real_features(asked.store, asked.references[metric], detector) if METRICS[metric].need else None
+        return references.moments(asked.store, asked.references[metric], detector, asked.tick)
+    return _real_features(asked.store, asked.references[metric], detector, asked.tick) if METRICS[metric].need else None
 
 
-def _real_features(store: Store, data: Artifact, detector: "Detector") -> "Tensor":
+def _real_features(store: Store, data: Artifact, detector: "Detector", watcher: object) -> _Features:
     import numpy as np
+    import torch
 
-    from sidactl import detectors
+    from sidactl.data import drawn_subset
 
     params: dict[str, Any] = {"detector": detector.identity, "at_most": MAX_REAL_IMAGES}
     key = store.key("features", params, {"subject": data.oid})
-    if known := store.asked(key):
-        return _read_features(store, known)
+    if known := _known_features(store, {detector.name: key}):
+        return known[detector.name]
     dataset = load_dataset(store, data)
     chosen = np.arange(dataset.num_images)
     if len(chosen) > MAX_REAL_IMAGES:
-        chosen = np.sort(np.random.RandomState(0).permutation(chosen)[:MAX_REAL_IMAGES])
-    features = detectors.features_of(detector, references.dataset_images(dataset, chosen))
+        chosen = drawn_subset(dataset.num_images, MAX_REAL_IMAGES, seed=0)
+    tick = part_of(watcher, references.reference_part(data))
+    images = references.dataset_images(dataset, chosen, tick=tick)
+    rows, digests = zip(*((detector(batch), _digests(batch)) for batch in images), strict=True)
+    features = _Features(torch.cat(rows), torch.cat(digests))
     _keep_features(store, key, data, params, detector, features)
     return features
 
 
 def _numbers(
-    asked: _Question, metric: str, detector: "Detector", seen: _Seen, against: "Moments | Tensor | None"
+    asked: _Question, metric: str, detector: "Detector", seen: _Seen, against: "Moments | _Features | None"
 ) -> Mapping[str, float]:
     from sidactl import metrics
 
@@ -526,14 +659,16 @@ def _numbers(
         covariance = seen.stats.covariance(ddof=0 if convention == "sid" else 1)
         return {SCORE_NAMES[detector.name]: metrics.frechet_distance(seen.stats.mean, covariance, *against)}
     assert seen.features is not None
+    is_by_content = "order" in asked.settings
+    ours = seen.features.by_content() if is_by_content else seen.features.rows
     if against is None:
-        score, _ = metrics.inception_score(detector.logits(seen.features), asked.settings["num_splits"])
+        score, _ = metrics.inception_score(detector.logits(ours), asked.settings["num_splits"])
         return {f"IS{suffix}": score}
+    theirs = against.by_content() if is_by_content else against.rows
     if metric == "kid":
-        size = min(1000, len(against), len(seen.features))
-        distance, _ = metrics.kernel_distance(against, seen.features, subset_size=size, seed=0)
+        distance, _ = metrics.kernel_distance(theirs, ours, subset_size=min(1000, len(theirs), len(ours)), seed=0)
         return {f"KID{suffix}": distance}
-    real, generated = against.to(detector.device), seen.features.to(detector.device)
+    real, generated = theirs.to(detector.device), ours.to(detector.device)
     k = asked.settings["neighbours"]
     if convention == "guided-diffusion":
         precision, recall = metrics.guided_diffusion_precision_recall(real, generated, k)
@@ -611,6 +746,22 @@ def _fixed_count(subject: Artifact, num: int | None, trials: int, setting: Setti
             "Pass a smaller --num, or sample more.",
         )
     return num or available
+
+
+def _subset(subject: Artifact, num: int, seed: int | None) -> dict[str, int]:
+    """The settings of a drawn subset; none where all images are scored."""
+    available = subject.results["num_images"]
+    assert isinstance(available, int)
+    if seed is not None and not 0 <= seed < 1 << 31:
+        raise SidaError(f"the subset seed must be from 0 to {(1 << 31) - 1}, got {seed}", "Pass --subset-seed 0.")
+    if num < available:
+        return {"subset_seed": seed or 0, "subset_of": available}
+    if seed is not None:
+        raise SidaError(
+            f"a subset must have fewer than all {available} images, got a seed for one of {num}",
+            "Pass a smaller --num, or leave out --subset-seed.",
+        )
+    return {}
 
 
 def sampler_of(subject: Artifact) -> OneStepSpec | HeunSpec:

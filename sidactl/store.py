@@ -18,16 +18,19 @@ import json
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from graphlib import TopologicalSorter
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeAlias, TypeVar
 
 from sidactl.errors import EXIT_FAILED, SidaError
+from sidactl.text import shell_word
 
 SCHEMA_VERSION = 1
 KINDS = ("teacher", "generator", "dataset", "detector", "samples", "features", "stats", "score", "run")
@@ -38,13 +41,21 @@ T = TypeVar("T")
 
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
 _CHUNK_BYTES = 1 << 20
+_MAX_NAME_BYTES = 255
+"""of a file's name, on every file system there is"""
+_OID_FILE_BYTES = 256
+"""more than a ref or an answer holds"""
+_DIGESTS = "SHA256SUMS"
+"""the file in a folder of live/ that lists the others, as `sha256sum` does"""
 # Sorted keys put this first in a manifest: ten bytes tell it from nearly any other object, whatever its size.
 _MANIFEST_HEAD = b'{"files":{'
+_MANIFEST_FIELDS = {"schema", "kind", "files", "inputs", "params", "results"}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HEX = re.compile(r"[0-9a-fA-F]+")
 _PART = r"[A-Za-z0-9_+][A-Za-z0-9._+-]*"
 _NAME = re.compile(rf"(?!.*\.\.){_PART}(/{_PART})*")
 _LIVE_NAME = re.compile(rf"(?!lock$){_PART}")
+_FOLDERS = ("objects", "refs", "asked", "live", "tmp")
 _SEE_LS = "See what there is with: sidactl ls"
 _ASK_AGAIN = "Run sidactl verify, then ask again with --force."
 _DAMAGED = "damaged: its content no longer matches its name"
@@ -89,8 +100,11 @@ def canonical_json(value: object) -> bytes:
 
     ValueError: NaN, infinity, lone surrogates. TypeError: keys that are not str, types that JSON does not have.
     """
-    text = json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return text.encode()
+    return _plain_json(_plain(value))
+
+
+def _plain_json(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def _plain(value: object) -> object:
@@ -122,8 +136,11 @@ def _parse_manifest(oid: str, manifest: bytes) -> Artifact | None:
         artifact = Artifact(oid=oid, files=files, **parts)
         oids = [*artifact.inputs.values(), *(entry.sha256 for entry in files.values())]
         sound = artifact.kind in KINDS and all(map(_NAME.fullmatch, files)) and all(map(_SHA256.fullmatch, oids))
-        return artifact if sound and _manifest_bytes(artifact) == manifest else None
-    except (ValueError, KeyError, TypeError, AttributeError):
+        # What comes from JSON is plain already; this is `_manifest_bytes(artifact) == manifest`, in half the time.
+        sound = sound and set(fields) == _MANIFEST_FIELDS and type(fields["schema"]) is int
+        sound = sound and fields["schema"] == SCHEMA_VERSION and _plain_json(fields) == manifest
+        return artifact if sound else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -198,15 +215,32 @@ def _is_abandoned(path: Path) -> bool:
     return False
 
 
+def _is_file(path: Path) -> bool:
+    """Whether it can be read to its end: a folder cannot, and a pipe waits for ever."""
+    return stat.S_ISREG(path.stat().st_mode)
+
+
 def _hash_file(path: Path) -> str:
+    if not _is_file(path):
+        return ""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_manifest(path: Path) -> bytes | None:
+    if not _is_file(path):
+        return None
     with path.open("rb") as file:
         head = file.read(len(_MANIFEST_HEAD))
         return head + file.read() if head == _MANIFEST_HEAD else None
+
+
+def _read_oid(path: Path) -> str | None:
+    """What a ref or an answer holds, be it an oid or not; None for what is no file."""
+    if not _is_file(path):
+        return None
+    with path.open("rb") as file:
+        return file.read(_OID_FILE_BYTES).decode(errors="replace").strip()
 
 
 def _lock_live(path: Path) -> int:
@@ -311,6 +345,200 @@ class LiveDir:
                     Path(folder, name).rmdir()
 
 
+_UNSEEN_COMMANDS = ("fetch-detector", "fetch-reference", "import-stats", "stats", "features", "score")
+"""what answers are logged under that are part of other commands"""
+_EVENT_FIELDS = {"event": str, "nimg": int}
+
+
+def _problem_in_live(path: Path) -> str:
+    """What is wrong with a file or folder of unfinished work, and what helps; empty where nothing is."""
+    try:
+        if path.name in ("lock", "events.jsonl") and not _is_file(path):
+            return f"must be a file. Remove it: rm -rf {shell_word(path)}"
+        if path.name == "events.jsonl" and (number := _bad_event(path)):
+            return f"line {number} is no event. Remove it: sed -i {number}d {shell_word(path)}"
+        if path.name == "state.json" and not (_is_file(path) and isinstance(_json_or_none(path.read_bytes()), dict)):
+            return f"must be a JSON object. Remove it, and the work begins anew: rm -rf {shell_word(path.parent)}"
+        if path.name.startswith("checkpoint-") and (problem := _problem_of_checkpoint(path)):
+            return f"{problem}. Remove it, and the work goes on from before it: rm -rf {shell_word(path)}"
+    except FileNotFoundError:  # a process is at work
+        return ""
+    except OSError as error:
+        return _cannot_be_read(error, path)
+    return ""
+
+
+def _bad_event(path: Path) -> int | None:
+    """The number of the first line that is no event; the half line that a killed process left is none."""
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        event = _json_or_none(line)
+        is_event = isinstance(event, dict) and all(isinstance(event.get(k), t) for k, t in _EVENT_FIELDS.items())
+        if line.endswith(b"\n") and not is_event:
+            return number
+    return None
+
+
+def _json_or_none(data: bytes) -> object:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _problem_of_checkpoint(folder: Path) -> str:
+    if not (folder.is_dir() and re.fullmatch(r"checkpoint-\d+-\d+", folder.name)):
+        return "is no checkpoint"
+    if not (folder / _DIGESTS).is_file():
+        return f"has lost its {_DIGESTS}"
+    lines = (folder / _DIGESTS).read_text(errors="replace").splitlines()
+    digests = {name: sha256 for sha256, _, name in (line.partition("  ") for line in lines)}
+    there = {path.name for path in folder.iterdir()} - {_DIGESTS}
+    if odd := sorted(there ^ set(digests)):
+        return f"{odd[0]} is {'not one of its files' if odd[0] in there else 'missing'}"
+    bad = [name for name, sha256 in digests.items() if _hash_file(folder / name) != sha256]
+    return f"{bad[0]} is {_DAMAGED}" if bad else ""
+
+
+def _cannot_be_read(error: BaseException | None, path: Path) -> str:
+    assert isinstance(error, OSError)
+    is_shut = error.errno in (errno.EACCES, errno.EPERM)
+    way = "Let it be read: chmod -R u+rX" if is_shut else "Remove it: rm -rf"
+    return f"cannot be read: {error.strerror}. {way} {shell_word(path)}"
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """What `verify` found in objects/, and what it says of that: every way out is a command that works."""
+
+    store: "Store"
+    artifacts: Mapping[str, Artifact]
+    """the sound ones by oid, without parameters and results"""
+    damaged: Collection[str]
+    unreadable: Mapping[str, BaseException | None]
+    """what the disk said, by SHA-256"""
+
+    @cached_property
+    def _names(self) -> Mapping[str, list[str]]:
+        """The refs of artifacts."""
+        names: dict[str, list[str]] = {}
+        for name, file in self.store._ref_files().items():
+            with suppress(SidaError):  # `refs` tells that it cannot be read
+                names.setdefault(self.store._oid(f"refs/{file}") or "", []).append(name)
+        return names
+
+    @cached_property
+    def _log(self) -> Mapping[str, Mapping[str, str]]:
+        """The command that gave each answer, by question and oid."""
+        log: dict[str, dict[str, str]] = {}
+        for line in (self.store._read(Path.read_bytes, self.store.root / "log.jsonl") or b"").splitlines():
+            entry = _json_or_none(line)
+            words = [entry.get(field) for field in ("key", "oid", "command")] if isinstance(entry, dict) else [None]
+            if all(isinstance(word, str) for word in words):
+                key, oid, command = map(str, words)
+                log.setdefault(key, {})[oid] = command
+        return log
+
+    @cached_property
+    def _commands(self) -> Mapping[str, str]:
+        """The command that made each artifact."""
+        return {oid: command for answers in self._log.values() for oid, command in answers.items()}
+
+    @cached_property
+    def _uses(self) -> Mapping[str, list[tuple[str, str]]]:
+        """What each broken object is to whom, and the artifact to be made anew for it."""
+        uses: dict[str, list[tuple[str, str]]] = {sha256: [] for sha256 in (*self.damaged, *self.unreadable)}
+        for sha256 in uses:
+            uses[sha256] += [(f"artifact of ref {name}", sha256) for name in self._names.get(sha256, [])]
+        for artifact in self.artifacts.values():
+            for name, entry in artifact.files.items():
+                if entry.sha256 in uses:
+                    uses[entry.sha256].append((f"file {name} of {self._label(artifact)}", artifact.oid))
+            for role, oid in artifact.inputs.items():
+                if oid in uses:
+                    uses[oid].append((f"input {role} of {self._label(artifact)}", oid))
+        for key in self.store._listdir("asked") if uses else []:
+            with suppress(SidaError):  # `answers` tells that it cannot be read
+                oid = self.store._oid(f"asked/{key}") or ""
+                if oid in uses:
+                    uses[oid].append((f"artifact that answers {self._commands.get(oid, 'a question')}", oid))
+        return uses
+
+    def _label(self, artifact: Artifact) -> str:
+        names = self._names.get(artifact.oid)
+        return f"{artifact.kind} {artifact.oid[:12]}" + (f" ({', '.join(names)})" if names else "")
+
+    def _make_anew(self, oid: str) -> str:
+        command = self._commands.get(oid)
+        which = "that needs it" if command in _UNSEEN_COMMANDS else f"that made it{f' ({command})' if command else ''}"
+        return f"repeat the command {which} with --force"
+
+    def objects(self) -> Iterator[tuple[str, str]]:
+        """Damaged objects, and sound artifacts that lack something."""
+        for sha256, uses in sorted(self._uses.items()):
+            what = f"{uses[0][0]}{f' and {len(uses) - 1} more' if len(uses) > 1 else ''}: " if uses else ""
+            path = self.store._object(sha256)
+            if sha256 in self.unreadable:
+                yield sha256, what + _cannot_be_read(self.unreadable[sha256], path)
+            else:
+                then = f", then {self._make_anew(uses[0][1])}" if uses else ""
+                yield sha256, f"{what}{_DAMAGED}. Remove it: rm -rf {shell_word(path)}{then}"
+        for artifact in self.artifacts.values():
+            for problem, oid in self._lacks(artifact):
+                forget = f"rm -f {shell_word(self.store._object(artifact.oid))}"
+                mend = f"To have it back, {self._make_anew(oid)}; to forget the artifact: {forget}"
+                yield artifact.oid, f"{self._label(artifact)}: {problem}. {mend}"
+
+    def _lacks(self, artifact: Artifact) -> Iterator[tuple[str, str]]:
+        """What an artifact lacks, and the artifact to be made anew for it."""
+        broken = {*self.damaged, *self.unreadable}
+        for name, entry in artifact.files.items():
+            size_bytes = self.store._size_bytes(entry.sha256)
+            if size_bytes is None:
+                yield f"its file {name} ({entry.sha256[:12]}) is missing", artifact.oid
+            elif size_bytes != entry.size_bytes and entry.sha256 not in broken:
+                yield f"its file {name} must have {entry.size_bytes} bytes, got {size_bytes}", artifact.oid
+        for role, oid in artifact.inputs.items():
+            if oid not in self.artifacts and oid not in broken:
+                is_there = self.store._size_bytes(oid) is not None
+                yield f"its input {role} ({oid[:12]}) is {'no artifact' if is_there else 'missing'}", oid
+
+    def refs(self) -> Iterator[tuple[str, str]]:
+        """Refs that name nothing, or something of another kind."""
+        for name, file in self.store._ref_files().items():
+            if problem := self._problem_of_name(f"refs/{file}", name.partition("/")[0], "Remove it"):
+                yield name, problem
+
+    def answers(self) -> Iterator[tuple[str, str]]:
+        """Answers that name nothing, or what never answered their question."""
+        for key in filter(_SHA256.fullmatch, self.store._listdir("asked")):
+            way = "Remove it, and it is worked out anew"
+            if problem := self._problem_of_name(f"asked/{key}", None, way, self._log.get(key, {})):
+                yield f"asked/{key}", problem
+
+    def _problem_of_name(self, name: str, kind: str | None, way: str, answers: Mapping[str, str] = _EMPTY) -> str:
+        path = self.store.root / name
+        try:
+            oid = self.store._oid(name)
+        except SidaError as error:
+            return _cannot_be_read(error.__cause__, path)
+        if oid is None or oid in self.damaged or oid in self.unreadable:
+            return ""  # it is gone meanwhile, or the object itself is told
+        artifact = self.artifacts.get(oid) or self.store._sound(oid)  # younger than our look at the objects
+        if not _SHA256.fullmatch(oid):
+            problem = f"it names {oid[:12]!r}, which is no oid"
+        elif artifact is None:
+            what = "missing" if self.store._size_bytes(oid) is None else "no artifact"
+            problem = f"it names artifact {oid[:12]}, which is {what}"
+        elif kind not in (None, artifact.kind):
+            problem = f"it names {self._label(artifact)}, which is not of its kind"
+        elif answers and oid not in answers:
+            command = next(iter(answers.values()))
+            problem = f"it names {self._label(artifact)}, which never answered it ({command})"
+        else:
+            return ""
+        return f"{problem}. {way}: rm -f {shell_word(path)}"
+
+
 class Store:
     """The content-addressed run directory at `root`. Reading never creates it; the first write does.
 
@@ -323,9 +551,13 @@ class Store:
         self._verified: set[tuple[str, int, int]] = set()
 
     @classmethod
-    def open(cls, root: Path | str | None = None) -> "Store":
-        """The store at `root`, or $SIDACTL_RUN, or ./sida-run; SidaError where its format is not ours."""
-        store = cls(Path(root or os.environ.get("SIDACTL_RUN") or "sida-run"))
+    def open(cls, root: os.PathLike[str] | str | None = None) -> "Store":
+        """The store at `root`, or $SIDACTL_RUN, or ./sida-run (~ is a home); SidaError where its format is not ours."""
+        # A shell leaves the ~ of --run=~/x and of quoted variables as it is.
+        path = os.path.expanduser(root or os.environ.get("SIDACTL_RUN") or "sida-run")
+        if path.startswith("~"):
+            raise SidaError(f"there is no home directory for {path}", f"Write ./{path} for a folder of that name.")
+        store = cls(Path(path))
         store._has_format()
         return store
 
@@ -394,16 +626,18 @@ class Store:
 
         A ref is "kind/name", or "name" alone where that is unique within `kinds`.
         """
-        refs = self.refs()
-        names = [text] if text in refs else [name for name in refs if name.partition("/")[2] == text]
-        if names:
-            name = _only(text, [(name, name.partition("/")[0], name) for name in names], kinds, "Write the kind too.")
+        refs = self.refs_called(text)
+        if refs:
+            name = _only(text, [(name, name.partition("/")[0], name) for name in refs], kinds, "Write the kind too.")
             artifact = self._manifest(refs[name])
             if artifact is None:
                 raise SidaError(f"ref '{name}' names artifact {refs[name][:12]}, which is gone", _ASK_AGAIN)
+            if artifact.kind != name.partition("/")[0]:
+                message = f"ref '{name}' must name an artifact of its kind, got {artifact.kind} {artifact.oid[:12]}"
+                raise SidaError(message, "See what helps with: sidactl verify")
             return artifact
         if not _HEX.fullmatch(text):
-            raise self._no_ref(text, refs)
+            raise self._no_ref(text)
         if len(text) < 4:
             raise SidaError(f"a prefix must have 4 or more hex digits, got '{text}'", _SEE_LS)
         prefix = text.lower()
@@ -414,9 +648,13 @@ class Store:
         options = [(f"{oid[:12]} ({artifact.kind})", artifact.kind, oid) for oid, artifact in found.items()]
         return found[_only(text, options, kinds, "Give more digits.")]
 
-    def artifacts(self) -> Iterator[Artifact]:
-        """All artifacts, by oid. Damaged manifests are left to `verify`."""
-        yield from filter(None, map(self._sound, self._objects()))
+    def artifacts(self, *, kind: str | None = None, source: str | None = None) -> Iterator[Artifact]:
+        """All artifacts (of one kind, with the oid `source` among their inputs), by oid; those that are not damaged."""
+        # Looked for in the bytes first: most manifests need not be hashed and parsed then.
+        words = [f'"kind":"{kind}"'.encode()] * bool(kind) + [f'"{source}"'.encode()] * bool(source)
+        for artifact in filter(None, (self._sound(oid, words) for oid in self._objects())):
+            if kind in (None, artifact.kind) and (source is None or source in artifact.inputs.values()):
+                yield artifact
 
     def set_ref(self, kind: str, name: str, oid: str) -> None:
         """Lets the ref "kind/name" name that artifact, which must be of that kind."""
@@ -430,17 +668,35 @@ class Store:
 
     def delete_ref(self, kind: str, name: str) -> None:
         """Removes a ref; the artifact stays until gc."""
-        path, refs = self._ref_path(kind, name), self.refs()
-        if f"{kind}/{name}" not in refs:
-            raise self._no_ref(f"{kind}/{name}", refs)
+        path = self._ref_path(kind, name)
+        if self.ref(kind, name) is None:
+            raise self._no_ref(f"{kind}/{name}")
         with _disk(self.root, "written"):
             path.unlink(missing_ok=True)
 
     def refs(self) -> dict[str, str]:
         """All refs: "kind/name" -> oid."""
-        files = [f"{kind}/{name}" for kind in KINDS for name in self._listdir(f"refs/{kind}")]
-        oids = {name.replace("%2F", "/"): self._text(f"refs/{name}") for name in files}
+        oids = {name: self._oid(f"refs/{file}") for name, file in self._ref_files().items()}
         return {name: oid for name, oid in oids.items() if oid is not None}
+
+    def ref(self, kind: str, name: str) -> str | None:
+        """The oid that the ref "kind/name" names; None where there is no such ref."""
+        file = name.replace("/", "%2F")
+        is_name = kind in KINDS and _NAME.fullmatch(name) and len(file) <= _MAX_NAME_BYTES
+        return self._oid(f"refs/{kind}/{file}") if is_name else None
+
+    def refs_called(self, text: str) -> dict[str, str]:
+        """The refs that `text` may mean, as "kind/name" or as "name" alone, with their oids."""
+        oids = {text: self.ref(*text.split("/", 1))} if "/" in text else {}
+        if oids.get(text) is None:
+            oids = {f"{kind}/{text}": self.ref(kind, text) for kind in KINDS}
+        return {name: oid for name, oid in oids.items() if oid is not None}
+
+    def _ref_files(self) -> dict[str, str]:
+        """The refs as "kind/name", and their paths in refs/; of names that are ours."""
+        files = [(kind, file) for kind in KINDS for file in self._listdir(f"refs/{kind}")]
+        names = {f"{kind}/{file.replace('%2F', '/')}": f"{kind}/{file}" for kind, file in files}
+        return {name: file for name, file in names.items() if _NAME.fullmatch(name.partition("/")[2])}
 
     def check_name(self, kind: str, name: str) -> None:
         """Raises SidaError where `name` cannot be a ref, so that long work need not end in that."""
@@ -452,7 +708,7 @@ class Store:
 
     def asked(self, key: str) -> Artifact | None:
         """The answer to a question asked before; None where there is none, or not all of it is there any more."""
-        artifact = self._sound(self._text(f"asked/{key}") or "")
+        artifact = self._sound(self._oid(f"asked/{key}") or "")
         if artifact and any(self._size_bytes(e.sha256) != e.size_bytes for e in artifact.files.values()):
             return None
         return artifact
@@ -497,27 +753,82 @@ class Store:
             _append(self.root / "log.jsonl", canonical_json(line))
 
     def verify(self) -> Iterator[tuple[str, str]]:
-        """Rehashes everything; yields (SHA-256 of an object, "kind/name" or "asked/key", what is wrong with it)."""
-        for sha256 in self._objects():
-            if self._sha256(sha256) not in (None, sha256):
-                yield sha256, _DAMAGED
-            elif artifact := self._sound(sha256):
-                for name, entry in artifact.files.items():
-                    size_bytes = self._size_bytes(entry.sha256)
-                    if size_bytes is None:
-                        yield artifact.oid, f"its file {name} ({entry.sha256[:12]}) is missing"
-                    elif size_bytes != entry.size_bytes:
-                        yield artifact.oid, f"its file {name} must have {entry.size_bytes} bytes, got {size_bytes}"
-                for role, oid in artifact.inputs.items():
-                    if self._size_bytes(oid) is None:
-                        yield artifact.oid, f"its input {role} ({oid[:12]}) is missing"
-        asked = {f"asked/{key}": self._text(f"asked/{key}") for key in self._listdir("asked")}
-        for name, named in (*self.refs().items(), *asked.items()):
-            if named is not None and self._sound(named) is None:
-                yield name, f"it names artifact {named[:12]}, which is missing or damaged"
+        """Rehashes everything; yields (what is broken, what is wrong with it and what helps).
+
+        What is broken is named by its SHA-256, as "kind/name", or by its path in the run directory. gc waits for it;
+        writers do not, and what a process works on in live/ is left alone.
+        """
+        with self._reading():
+            yield from self._verify_folders()
+            damaged: set[str] = set()
+            unreadable: dict[str, BaseException | None] = {}
+            artifacts: dict[str, Artifact] = {}
+            for sha256 in self._objects():
+                try:
+                    if self._sha256(sha256) not in (None, sha256):
+                        damaged.add(sha256)
+                    elif artifact := self._sound(sha256):
+                        artifacts[sha256] = replace(artifact, params=_EMPTY, results=_EMPTY)
+                except SidaError as error:
+                    unreadable[sha256] = error.__cause__
+            checked = _Checked(self, artifacts, damaged, unreadable)
+            yield from checked.objects()
+            yield from checked.refs()
+            yield from checked.answers()
+            for name in self._listdir("live"):
+                yield from self._verify_live(name)
+
+    def _verify_folders(self) -> Iterator[tuple[str, str]]:
+        """What is in the folders of the run directory that cannot be ours."""
+        for shard in self._listdir("objects"):
+            names = self._listdir(f"objects/{shard}")
+            if not re.fullmatch("[0-9a-f]{2}", shard) or not (self.root / "objects" / shard).is_dir():
+                yield self._nothing_of_ours(f"objects/{shard}")
+            else:
+                odd = [name for name in names if not _SHA256.fullmatch(shard + name)]
+                yield from (self._nothing_of_ours(f"objects/{shard}/{name}") for name in odd)
+        ours = set(self._ref_files().values())
+        for kind in self._listdir("refs"):
+            if kind not in KINDS or not (self.root / "refs" / kind).is_dir():
+                yield self._nothing_of_ours(f"refs/{kind}")
+                continue
+            files = [f"{kind}/{name}" for name in self._listdir(f"refs/{kind}")]
+            odd = [file for file in files if file not in ours or not self._is_file(f"refs/{file}")]
+            yield from (self._nothing_of_ours(f"refs/{file}") for file in odd)
+        odd = [key for key in self._listdir("asked") if not _SHA256.fullmatch(key) or not self._is_file(f"asked/{key}")]
+        yield from (self._nothing_of_ours(f"asked/{key}") for key in odd)
+        odd = [key for key in self._listdir("live") if not _SHA256.fullmatch(key) or self._is_file(f"live/{key}")]
+        yield from (self._nothing_of_ours(f"live/{key}") for key in odd)
+
+    def _is_file(self, name: str) -> bool:
+        try:
+            return _is_file(self.root / name)
+        except OSError:
+            return False
+
+    def _nothing_of_ours(self, name: str) -> tuple[str, str]:
+        path = shell_word(self.root / name)
+        return name, f"nothing that sidactl makes. Move it elsewhere, or remove it: rm -rf {path}"
+
+    def _verify_live(self, key: str) -> Iterator[tuple[str, str]]:
+        """What is wrong with unfinished work, unless a process is at it now."""
+        folder = self.root / "live" / key
+        if not _SHA256.fullmatch(key) or not folder.is_dir():
+            return
+        found = []
+        try:
+            for path in sorted(folder.iterdir()):
+                problem = _problem_in_live(path)
+                found += [(f"live/{key[:12]}/{path.name}", problem)] if problem else []
+        except OSError as error:
+            found.append((f"live/{key[:12]}", _cannot_be_read(error, folder)))
+        # Asked at the end: what a process is at work on changes under our eyes.
+        lock = folder / "lock"
+        if found and (not self._is_file(f"live/{key}/lock") or _is_abandoned(lock)):
+            yield from found
 
     def gc(self, dry_run: bool = False, *, grace_sec: float = 3600.0) -> GcReport:
-        """Removes what no ref reaches, and reports it; with `dry_run`, reports only. Waits for writers.
+        """Removes what no ref reaches, and reports it; with `dry_run`, reports and writes nothing. Waits for writers.
 
         Kept: what refs reach through files and inputs; scores whose every input is kept; objects younger than
         `grace_sec`, which a process may be about to name; what any of these needs; live/, which is work in progress.
@@ -525,11 +836,12 @@ class Store:
         """
         if not self._has_format():
             return GcReport(num_objects=0, num_bytes=0, removed=())
-        with self._writing(fcntl.LOCK_EX):
+        with self._reading() if dry_run else self._writing(fcntl.LOCK_EX):
             cutoff = time.time() - grace_sec
-            stats = {sha256: self._object(sha256).stat() for sha256 in self._objects()}
-            manifests = {artifact.oid: artifact for artifact in self.artifacts()}
-            young = {sha256 for sha256, stat in stats.items() if stat.st_mtime > cutoff}
+            found = {sha256: self._read(Path.stat, self._object(sha256)) for sha256 in self._objects()}
+            stats = {sha256: about for sha256, about in found.items() if about and stat.S_ISREG(about.st_mode)}
+            manifests = {a.oid: replace(a, params=_EMPTY, results=_EMPTY) for a in self.artifacts()}
+            young = {sha256 for sha256, about in stats.items() if about.st_mtime > cutoff}
             kept = young | self._reachable([*self.refs().values(), *(young & manifests.keys())], manifests)
             dead = stats.keys() - kept
             # Answers go first, then manifests, an artifact before its inputs, then files: a kill leaves no loose end.
@@ -537,11 +849,13 @@ class Store:
             order = dict.fromkeys([*reversed([*graph.static_order()]), *sorted(dead)])
             num_bytes = {sha256: stats[sha256].st_size for sha256 in order if sha256 in dead}
             asked = [f"asked/{key}" for key in self._listdir("asked")]
-            asked = [name for name in asked if self._text(name) not in kept & manifests.keys()]
+            answers = kept & manifests.keys()
+            asked = [name for name in asked if self._is_file(name) and self._oid(name) not in answers]
             # While we hold the lock nobody writes: what has a name of ours in tmp/ has no owner, unless it is scratch.
             tmp = [f"tmp/{name}" for name in self._listdir("tmp") if len(name) == 64 and _HEX.fullmatch(name)]
             tmp = [name for name in tmp if _is_abandoned(self.root / name)]
-            num_tmp_bytes = sum((self.root / name).stat().st_size for name in tmp)
+            tmp_stats = [self._read(Path.stat, self.root / name) for name in tmp]
+            num_tmp_bytes = sum(about.st_size for about in tmp_stats if about)
             if not dry_run:
                 for path in (*(self.root / name for name in (*asked, *tmp)), *map(self._object, num_bytes)):
                     path.unlink(missing_ok=True)
@@ -552,17 +866,24 @@ class Store:
         """The objects that `roots` need, and those that the scores need whose every input is among them."""
         reached: set[str] = set()
         files: set[str] = set()
-        scores = [artifact for artifact in manifests.values() if artifact.kind == "score"]
-        queue = list(roots)
+        # How many of a score's inputs are not reached yet; a score waits at each of them.
+        missing = {a.oid: len(set(a.inputs.values())) for a in manifests.values() if a.kind == "score"}
+        waiting: dict[str, list[str]] = {}
+        for score in missing:
+            for oid in set(manifests[score].inputs.values()):
+                waiting.setdefault(oid, []).append(score)
+        queue = [*roots, *(score for score, count in missing.items() if count == 0)]
         while queue:
             oid = queue.pop()
-            if oid not in reached and self._size_bytes(oid) is not None:
-                artifact = manifests.get(oid) or self.get(oid)  # `get` tells what is wrong with a manifest left out
-                reached.add(oid)
-                files.update(entry.sha256 for entry in artifact.files.values())
-                queue.extend(artifact.inputs.values())
-            if not queue:
-                queue = [s.oid for s in scores if s.oid not in reached and reached.issuperset(s.inputs.values())]
+            if oid in reached or self._size_bytes(oid) is None:
+                continue
+            artifact = manifests.get(oid) or self.get(oid)  # `get` tells what is wrong with a manifest left out
+            reached.add(oid)
+            files.update(entry.sha256 for entry in artifact.files.values())
+            queue.extend(artifact.inputs.values())
+            for score in waiting.pop(oid, []):
+                missing[score] -= 1
+                queue += [score] if missing[score] == 0 else []
         return reached | files
 
     def _has_format(self) -> bool:
@@ -577,13 +898,22 @@ class Store:
         """Creates what is not there yet, and keeps writers and gc apart. What is left in tmp/ goes with the stack."""
         has_format = self._has_format()
         with _disk(self.root, "written"), ExitStack() as stack:
-            for folder in ("objects", "refs", "asked", "live", "tmp"):
+            for folder in _FOLDERS:
                 (self.root / folder).mkdir(parents=True, exist_ok=True)
             if not has_format:
                 _place(self._stage(stack, f"{SCHEMA_VERSION}\n".encode(), 0o666)[0], self.root / "format")
             file = stack.enter_context((self.root / "format").open("r+b"))
             fcntl.flock(file, lock)
             yield stack
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Keeps gc away for as long as a `with` block; writes nothing."""
+        with _disk(self.root, "read"), ExitStack() as stack:
+            if self._has_format():
+                file = stack.enter_context((self.root / "format").open("rb"))
+                fcntl.flock(file, fcntl.LOCK_SH)
+            yield
 
     def _stage(self, stack: ExitStack, source: Path | Data, mode: int = 0o444) -> tuple[Path, FileEntry]:
         tmp = self.root / "tmp" / os.urandom(32).hex()
@@ -609,11 +939,16 @@ class Store:
                 return None
 
     def _listdir(self, folder: str) -> list[str]:
-        return sorted(self._read(os.listdir, self.root / folder) or [])
+        """The names in it, in order; none where there is no such folder."""
+        path = self.root / folder
+        return sorted(self._read(os.listdir, path) or []) if folder in _FOLDERS or path.is_dir() else []
 
     def _text(self, name: str) -> str | None:
         data = self._read(Path.read_bytes, self.root / name)
         return None if data is None else data.decode(errors="replace").strip()
+
+    def _oid(self, name: str) -> str | None:
+        return self._read(_read_oid, self.root / name)
 
     def _size_bytes(self, sha256: str) -> int | None:
         stat = self._read(os.stat, self._object(sha256))
@@ -623,16 +958,18 @@ class Store:
         """What an object's content hashes to now; None where there is no such object."""
         return self._read(_hash_file, self._object(sha256))
 
-    def _manifest(self, oid: str) -> Artifact | None:
-        """The artifact; None where there is no such object, or it is no manifest."""
+    def _manifest(self, oid: str, words: Sequence[bytes] = ()) -> Artifact | None:
+        """The artifact; None where there is no such object, or it is no manifest, or one without these words."""
         manifest = self._read(_read_manifest, self._object(oid))
-        if manifest is not None and hashlib.sha256(manifest).hexdigest() != oid:
+        if manifest is None or not all(word in manifest for word in words):
+            return None
+        if hashlib.sha256(manifest).hexdigest() != oid:
             raise _BrokenError(oid, oid, "manifest", _DAMAGED)
-        return _parse_manifest(oid, manifest) if manifest else None
+        return _parse_manifest(oid, manifest)
 
-    def _sound(self, oid: str) -> Artifact | None:
+    def _sound(self, oid: str, words: Sequence[bytes] = ()) -> Artifact | None:
         with suppress(_BrokenError):
-            return self._manifest(oid)
+            return self._manifest(oid, words)
         return None
 
     def _ref_path(self, kind: str, name: str) -> Path:
@@ -646,7 +983,8 @@ class Store:
             raise SidaError(f"{rule}, got '{name}'", "Add another letter.")
         return self.root / "refs" / kind / name.replace("/", "%2F")
 
-    def _no_ref(self, text: str, refs: Collection[str]) -> SidaError:
+    def _no_ref(self, text: str) -> SidaError:
+        refs = self._ref_files()
         bare = {name.partition("/")[2]: name for name in refs}
         near = [bare[match] for match in difflib.get_close_matches(text, bare)]
         near += difflib.get_close_matches(text, set(refs) - set(near), cutoff=0.85)

@@ -73,9 +73,13 @@ def spec_of(record: pickles.Record) -> NetSpec:
 
 
 def load_record(record: pickles.Record) -> Preconditioned:
-    """The denoiser that a record describes, with its weights, in eval mode and float32."""
-    net = nets.build(spec_of(record))
-    load_weights(net, pickles.state_dict(record))
+    """The denoiser that a record describes, with its weights, in eval mode and float32.
+
+    Raises SidaError for weights that do not fit it, or are not real and finite.
+    """
+    net, state = nets.build(spec_of(record)), pickles.state_dict(record)
+    nets.check_values(state)
+    load_weights(net, state)
     if record.forced_normalization_hook:
         force_normalize_(net)
     return net.eval().requires_grad_(False)

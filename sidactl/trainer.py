@@ -4,6 +4,7 @@ Every draw is a function of the seed and a position. The loop around the steps, 
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -231,20 +232,72 @@ def adam(net: nn.Module, *, lr: float, beta1: float, beta2: float, eps: float) -
     return optimizer
 
 
-class SkippedSteps:
-    """Updates that were skipped for a gradient that was not finite: in all, and in a row, by net.
+IMAGES_PER_LOSS_SCALE = 16
+"""images of a batch that the loss scale of a float16 run has a factor of 1 for, at its start
 
-    Counted where the answers of `apply_gradients` are, and fetched by whoever asks.
+Losses are sums divided by the batch over all processes. The published runs divided by the share of one of eight GPUs,
+so batch / 1024 on ImageNet 64 (8,192 images) gives their gradients, of which the discriminator's still have an angle to
+float32's (cosine 0.8). batch / 16 is 512 there: its smallest gradients, those at the encoder's features, are then about
+as large as float16's smallest normal number, 6e-5, and the largest, those of weights, far below its largest, 65,504.
+"""
+LOSS_SCALE_GROWS_AFTER = 1000
+"""updates without a skipped one after which a loss scale that fell doubles: a single outlier is no lasting loss"""
+
+
+class LossScale:
+    """The power of two by which the losses of a float16 net are multiplied before the backward pass; not in papers.
+
+    It starts at the batch divided by IMAGES_PER_LOSS_SCALE, rounded up; halves with every skipped update, down to 1;
+    doubles after LOSS_SCALE_GROWS_AFTER updates in a row, up to where it started. All of it happens on the device.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, batch_size: int, device: torch.device) -> None:
+        self._start = 2.0 ** max(0, math.ceil(math.log2(batch_size / IMAGES_PER_LOSS_SCALE)))
+        self.value = torch.tensor(self._start, device=device)
+        self._good = torch.tensor(0, device=device)
+
+    def follow(self, stepped: Tensor) -> None:
+        """Takes notice of an update that was made or skipped."""
+        stepped = stepped.to(self.value.device)
+        self._good = (self._good + 1) * stepped
+        grows = self._good >= LOSS_SCALE_GROWS_AFTER
+        grown = torch.where(grows, self.value * 2, self.value).clamp(max=self._start)
+        self.value = torch.where(stepped, grown, (self.value / 2).clamp(min=1.0))
+        self._good = self._good * grows.logical_not()
+
+    def to_json(self) -> dict[str, float]:
+        return {"value": float(self.value), "good_updates": int(self._good)}
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        """Goes on from there, as an interrupted run left it."""
+        self.value.fill_(state["value"])
+        self._good.fill_(int(state["good_updates"]))
+
+
+class SkippedSteps:
+    """Updates that were skipped for a gradient that was not finite: in all, and in a row, by net; and those made.
+
+    Counted where the answers of `apply_gradients` are, and fetched by whoever asks. Loss scales follow them.
+    """
+
+    def __init__(self, loss_scales: Mapping[str, LossScale] | None = None) -> None:
+        self.loss_scales = loss_scales or {}
+        self._made: dict[str, int | Tensor] = {}
         self._total: dict[str, int | Tensor] = {}
         self._in_a_row: dict[str, int | Tensor] = {}
 
     def count(self, name: str, stepped: Tensor | bool) -> None:
-        skipped = torch.as_tensor(stepped).logical_not()
+        stepped = torch.as_tensor(stepped)
+        skipped = stepped.logical_not()
+        self._made[name] = self._made.get(name, 0) + stepped.to(torch.int64)
         self._total[name] = self._total.get(name, 0) + skipped.to(torch.int64)
         self._in_a_row[name] = (self._in_a_row.get(name, 0) + 1) * skipped
+        if name in self.loss_scales:
+            self.loss_scales[name].follow(stepped)
+
+    @property
+    def made(self) -> dict[str, int]:
+        return {name: int(count) for name, count in self._made.items()}
 
     @property
     def total(self) -> dict[str, int]:
@@ -254,9 +307,9 @@ class SkippedSteps:
     def in_a_row(self) -> dict[str, int]:
         return {name: int(count) for name, count in self._in_a_row.items()}
 
-    def restore(self, total: Mapping[str, int], in_a_row: Mapping[str, int]) -> None:
+    def restore(self, total: Mapping[str, int], in_a_row: Mapping[str, int], made: Mapping[str, int]) -> None:
         """Goes on from these counts, as an interrupted run left them."""
-        self._total, self._in_a_row = dict(total), dict(in_a_row)
+        self._total, self._in_a_row, self._made = dict(total), dict(in_a_row), dict(made)
 
     @property
     def is_at_hand(self) -> bool:
@@ -338,19 +391,25 @@ class Distillation:
             eps=recipe.adam_eps,
         )
         self.nimg = self.step_index = 0
-        self.skipped = SkippedSteps()
+        # The generator's gradient goes back through all three nets.
+        through = {"fake_score": (self.fake_score,), "generator": (self.teacher, self.fake_score, self.generator)}
+        device = next(self.generator.parameters()).device
+        self._loss_scales = {
+            name: LossScale(recipe.batch_size, device)
+            for name, nets in through.items()
+            if any(net.compute_dtype == torch.float16 for net in nets)
+        }
+        self.skipped = SkippedSteps(self._loss_scales)
 
     @property
     def trains_generator(self) -> bool:
         """Whether this step updates the generator; before that the fake score trains alone."""
-        start = self.recipe.generator_from_nimg
-        return start is None or self.nimg > start
+        return self.recipe.trains_generator(self.nimg)
 
     @property
     def is_adversarial(self) -> bool:
         """Whether this step's generator loss has its adversarial term."""
-        part = self.recipe.adversarial
-        return part is not None and self.nimg > part.adversarial_from_nimg
+        return self.recipe.is_adversarial(self.nimg)
 
     def stage(self) -> str:
         """For people: what this step trains."""
@@ -435,7 +494,7 @@ class Distillation:
             force_normalize_(psi)
         if shares and self._normalizes_generator:
             force_normalize_(self.generator)
-        gradients = engine.GradientSum(psi, len(self.passes))
+        gradients = self._gradient_sum("fake_score", psi)
 
         def gradients_of(rounds: Sequence[int]) -> tuple[dict[str, Tensor], Sequence[Tensor | None]]:
             engine.sync_gradients(psi, rounds is self.passes[-1])
@@ -474,7 +533,7 @@ class Distillation:
         self.fake_score.eval()
         if self._normalizes_generator and not self.recipe.share_fakes:
             force_normalize_(self.generator)
-        gradients = engine.GradientSum(self.generator, len(self.passes))
+        gradients = self._gradient_sum("generator", self.generator)
 
         def gradients_of(rounds: Sequence[int]) -> tuple[dict[str, Tensor], Sequence[Tensor | None]]:
             engine.sync_gradients(self.generator, rounds is self.passes[-1])
@@ -486,11 +545,17 @@ class Distillation:
                 fakes, self._fakes = self._generate(batch) if self._fakes is None else self._fakes, None
                 # The loss has a graph of its own, gone before the generator's is gone back: no gradient of the fake
                 # score's weights is computed, and less memory is held at a time.
-                stats, gradient = self._gradient_of_images(batch, fakes.detach().requires_grad_(), len(rounds))
+                images = fakes.detach().requires_grad_()
+                stats, loss = self._generator_loss(batch, images, len(rounds))
+                (gradient,) = torch.autograd.grad(gradients.scaled(loss), images)
                 return stats, gradients.of(fakes, gradient)
 
         with engine.without_weight_gradients(self.fake_score):
             return self._summed(gradients_of, gradients, is_trial)
+
+    def _gradient_sum(self, name: str, net: nn.Module) -> engine.GradientSum:
+        scale = self._loss_scales[name].value if name in self._loss_scales else None
+        return engine.GradientSum(net, len(self.passes), scale)
 
     def _summed(
         self,
@@ -507,10 +572,10 @@ class Distillation:
             gradients.finish()
         return {name: torch.stack([stats[name] for stats in passes]) for name in passes[0]}
 
-    def _gradient_of_images(
+    def _generator_loss(
         self, batch: MicroBatch, fakes: Tensor, num_micro_batches: int
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """The generator's losses and their gradient with respect to its images."""
+        """The generator's losses by name, and the sum of them that it descends."""
         recipe, part = self.recipe, self.recipe.adversarial
         sigma = sigma_of_time(batch.diffusion.uniform((len(fakes), 1, 1, 1)) * (recipe.tmax / 1000))
         noise = batch.diffusion.normal(fakes.shape)
@@ -523,8 +588,7 @@ class Distillation:
             weight, scale = part.joint_weight, part.lambda_adv / recipe.batch_size * fakes[0].numel()
             per_image = losses.adversarial_generator_loss(sid, num_micro_batches=num_micro_batches)
             stats["generator_adversarial_loss"] = per_image.sum() * scale
-        (gradient,) = torch.autograd.grad(weight * torch.stack(list(stats.values())).sum(), fakes)
-        return stats, gradient
+        return stats, weight * torch.stack(list(stats.values())).sum()
 
     def _batch(self, batch: int, rounds: Sequence[int]) -> MicroBatch:
         return MicroBatch.joined([self._batches.get(batch, index) for index in rounds])

@@ -1,8 +1,10 @@
-"""What people meet: data on stdout, everything else on stderr, progress, and how counts and seeds are written and read.
+"""What people meet: data on stdout, everything else on stderr, progress, and how counts, sizes and times are written.
 
 Nothing heavy is imported here; rich comes in only where something is drawn on a terminal.
 """
 
+import errno
+import io
 import json
 import math
 import os
@@ -10,27 +12,28 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import chain, pairwise
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, TextIO
 
 from sidactl.errors import EXIT_FAILED, SidaError
+from sidactl.inputs import parse_count as parse_count
+from sidactl.inputs import parse_seeds as parse_seeds
+from sidactl.text import visible
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 _RATE_WINDOW_SEC = 30.0
-_COUNT = re.compile(r"([0-9]{1,15})(?:\.([0-9]{1,15}))?([kMG]?)", re.IGNORECASE)
-_ZEROS = {"": 0, "k": 3, "m": 6, "g": 9}
-_SEEDS = re.compile(r"\s*([0-9]{1,15})(?:-([0-9]{1,15}))?\s*")
-_CONTROL = re.compile(r"\s*[\x00-\x1f\x7f-\x9f\u2028\u2029]+\s*")
+_RATE_FROM_SEC = 2.0
+"""a speed measured over less says nothing yet"""
+_MAX_EVERY_SEC = 600.0
+_BREAKS = re.compile(r"\s*[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]\s*")
 
 
 def print_data(text: str) -> None:
-    """One line on stdout: an oid or a number."""
+    """One line on stdout: an oid, a number, or what is known by a name; what would not be seen in it is escaped."""
     assert text, "data is not empty"
-    assert "\n" not in text, f"not one line of data: {text!r}"
-    _write(sys.stdout, text)
+    _write(sys.stdout, visible(text))
 
 
 def print_json(value: object) -> None:
@@ -56,6 +59,7 @@ def table(
     Columns of numbers are right-aligned; a cell without content (None) is a dash where there is no terminal.
     """
     file = file or sys.stdout
+    title = None if title is None else visible(title)
     given = [list(row) for row in rows]
     assert all(len(row) == len(columns) for row in given), "a row of another length"
     numeric = [_is_numeric([row[i] for row in given]) for i in range(len(columns))]
@@ -70,7 +74,10 @@ def table(
             drawn.add_column(Text(name), justify="right" if right else "left", overflow="fold")
         for row in given:
             drawn.add_row(*[Text("" if cell is None else _fact(cell)) for cell in row])
-        Console(file=file, force_terminal=True).print(drawn)
+        console = Console(file=file, force_terminal=True)
+        with console.capture() as captured:
+            console.print(drawn)
+        _write(file, captured.get().removesuffix("\n"))
         return
     cells = [list(columns), *(["-" if cell is None else _fact(cell) or "-" for cell in row] for row in given)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
@@ -101,17 +108,24 @@ def fail(error: SidaError) -> int:
 
 
 class Progress:
-    """How far a piece of work has come, told on stderr; made by `progress`."""
+    """How far a piece of work has come, told on stderr; made by `progress` or a `Display`."""
 
     def __init__(
-        self, title: str, total: int | None, unit: str, every_sec: float, clock: Callable[[], float], live: bool
+        self,
+        title: str,
+        total: int | None,
+        unit: str,
+        every_sec: float,
+        clock: Callable[[], float],
+        live: bool,
     ) -> None:
         self._title, self._total, self._unit = title, total, unit
         self._every_sec, self._clock, self._live = every_sec, clock, live
         self._started_sec = self._printed_sec = clock()
         self._done = 0
-        self._mark: tuple[float, int] | None = None  # when how many were done, as the speed last saw it
-        self._rate: float | None = None
+        self._first_sec: float | None = None  # when the speed's first update came
+        self._mark = 0.0, 0  # when how many were done, as the speed last saw it
+        self._gained = self._weight = 0.0  # the speed's sums of images and seconds, in which older ones fade
         self._facts: dict[str, str] = {}
         self._untold = False
 
@@ -120,26 +134,31 @@ class Progress:
 
         The speed counts from the first update on, so a resumed run may begin anywhere, and is averaged over about 30 s.
         """
-        now, first = self._clock(), self._mark is None
-        if self._mark is None or done < self._mark[1]:
-            self._mark, self._rate = (now, done), None
+        now, first = self._clock(), self._first_sec is None
+        if self._first_sec is None or done < self._mark[1]:
+            self._first_sec, self._mark, self._gained, self._weight = now, (now, done), 0.0, 0.0
         elapsed_sec, gained = now - self._mark[0], done - self._mark[1]
         if elapsed_sec > 0 and gained > 0:
-            newest = gained / elapsed_sec
-            previous = newest if self._rate is None else self._rate
-            self._rate = newest + (previous - newest) * math.exp(-elapsed_sec / _RATE_WINDOW_SEC)
+            fading = math.exp(-elapsed_sec / _RATE_WINDOW_SEC)
+            self._gained = self._gained * fading + gained / elapsed_sec * (1 - fading)
+            self._weight = self._weight * fading + 1 - fading
             self._mark = (now, done)
         self._done = done
         # A new dict: the display reads the old one from its own thread.
         self._facts = self._facts | {_folded(name): _fact(value) for name, value in (facts or {}).items()}
         self._untold = True
-        if not self._live and (first or now - self._printed_sec >= self._every_sec):
+        if not self._live and first:
             self.tell()
+        elif not self._live and now - self._printed_sec >= self._every_sec:
+            self.tell()
+            self._every_sec = min(2 * self._every_sec, max(_MAX_EVERY_SEC, self._every_sec))
 
     def tell(self) -> None:
-        """The present state as one line, if it was not told yet."""
+        """The present state as one line with the time of day, if it was not told yet."""
         if self._untold:
-            note(f"{self._title}: {', '.join([self._count(), *self._pace(), *self._told()])}")
+            note(
+                f"{time.strftime('%H:%M:%S')} {self._title}: {', '.join([self._count(), *self._pace(), *self._told()])}"
+            )
         self._untold, self._printed_sec = False, self._clock()
 
     def note(self, line: str) -> None:
@@ -150,17 +169,19 @@ class Progress:
         write, unit = (format_bytes, "") if self._unit == "bytes" else (format_count, f" {self._unit}")
         if self._total is None:
             return f"{write(self._done)}{unit}"
-        percent = f" ({100 * self._done // self._total}%)" if self._total else ""
-        return f"{write(self._done)} / {write(self._total)}{unit}{percent}"
+        done = min(self._done, self._total)  # the last step of a training takes a whole batch
+        percent = f" ({100 * done // self._total}%)" if self._total else ""
+        return f"{write(done)} / {write(self._total)}{unit}{percent}"
 
     def _pace(self) -> list[str]:
         told = []
-        if self._rate is not None:
-            number = f"{self._rate:,.0f}" if self._rate >= 100 else f"{self._rate:.3g}"
+        if self._weight and self._first_sec is not None and self._mark[0] - self._first_sec >= _RATE_FROM_SEC:
+            rate = self._gained / self._weight
+            number = f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
             is_bytes = self._unit == "bytes"
-            told.append(f"{format_bytes(round(self._rate)) if is_bytes else f'{number} {self._unit}'}/s")
+            told.append(f"{format_bytes(round(rate)) if is_bytes else f'{number} {self._unit}'}/s")
             if self._total is not None and self._total > self._done:
-                told.append(f"{format_duration((self._total - self._done) / self._rate)} left")
+                told.append(f"{format_duration((self._total - self._done) / rate)} left")
         return [*told, f"{format_duration(self._clock() - self._started_sec)} so far"]
 
     def _told(self) -> list[str]:
@@ -181,6 +202,92 @@ class Progress:
         return lines
 
 
+class Display:
+    """Where the progress of a command and of its parts is shown, one at a time; made by `display`."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack, self._live = stack, _is_terminal(sys.stderr)
+        self._whole: Progress | None = None
+        self._shown: Progress | None = None
+        self._parts: dict[str, Progress] = {}
+
+    def show(
+        self,
+        title: str,
+        total: int | None,
+        unit: str = "images",
+        *,
+        every_sec: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> Progress:
+        """The command's own progress, in place of that of a part; what it is called and counts is taken once."""
+        if self._whole is None:
+            self._whole = Progress(_folded(title), total, unit, every_sec, clock, self._live)
+        self._turn_to(self._whole)
+        return self._whole
+
+    def part(self, title: str, unit: str = "images") -> Callable[[int, int], None]:
+        """Takes how many units of a part are done, and how many there are; shown meanwhile, under its own title."""
+
+        def tick(done: int, total: int) -> None:
+            if title not in self._parts:
+                progress = Progress(_folded(title), total or None, unit, 10.0, time.monotonic, self._live)
+                self._parts[title] = progress
+            self._turn_to(self._parts[title])
+            self._parts[title].update(done)
+            if done >= total > 0:  # the next time it is another, such as the next evaluation
+                self._parts.pop(title).tell()
+
+        return tick
+
+    def close(self) -> None:
+        """Leaves the command's own progress in its last state."""
+        if self._whole:
+            self._turn_to(self._whole)
+        if self._shown and not self._live:
+            self._shown.tell()
+
+    def _turn_to(self, progress: Progress) -> None:
+        if self._shown is progress:
+            return
+        before, self._shown = self._shown, progress
+        if not self._live:
+            if before:
+                before.tell()
+        elif before is None:
+            self._draw()
+
+    def _draw(self) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        def drawn() -> "RenderableType":
+            assert self._shown
+            return self._shown.drawn()
+
+        console = Console(file=sys.stderr, force_terminal=True)
+        # What others write scrolls by above the display; a stdout that is no terminal is data and stays alone.
+        live = Live(
+            get_renderable=drawn, console=console, redirect_stdout=_is_terminal(sys.stdout), redirect_stderr=True
+        )
+        self._stack.enter_context(live)
+
+
+@contextmanager
+def display() -> Iterator[Display]:
+    """A `Display` for the time of a `with` block: drawn on a terminal, else a line now and then.
+
+    Lines come after 10 s, then after twice as long each time, at most 10 minutes; the first and the last state are told
+    in any case. A display inside another display is not possible. Results are printed after the block, not within.
+    """
+    with ExitStack() as stack:
+        shown = Display(stack)
+        try:
+            yield shown
+        finally:
+            shown.close()
+
+
 @contextmanager
 def progress(
     title: str,
@@ -190,26 +297,12 @@ def progress(
     every_sec: float = 10.0,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Progress]:
-    """A `Progress` for the time of a `with` block: a live display on a terminal, else at most a line per `every_sec`.
+    """A `Progress` for the time of a `with` block, in a `display` of its own, whose first line comes after `every_sec`.
 
-    Without a terminal the first and the last state are told in any case. `total` None: the end is not known. Bytes
-    are told as kB, MB, GB. One at a time: a display inside another display is not possible. stdout is never touched.
+    total: None where the end is not known. Bytes are told as kB, MB, GB.
     """
-    live = _is_terminal(sys.stderr)
-    shown = Progress(_folded(title), total, unit, every_sec, clock, live)
-    if not live:
-        try:
-            yield shown
-        finally:
-            shown.tell()
-        return
-    from rich.console import Console
-    from rich.live import Live
-
-    console = Console(file=sys.stderr, force_terminal=True)
-    # stderr is taken over so that notes and warnings scroll by above the display; stdout is data and stays alone.
-    with Live(get_renderable=shown.drawn, console=console, redirect_stdout=False, redirect_stderr=True):
-        yield shown
+    with display() as shown:
+        yield shown.show(title, total, unit, every_sec=every_sec, clock=clock)
 
 
 def format_count(count: int) -> str:
@@ -219,41 +312,6 @@ def format_count(count: int) -> str:
             digits = f"{count % size * 10**decimals // size:0{decimals}}".rstrip("0")
             return f"{count // size:,}{'.' if digits else ''}{digits}{suffix}"
     return f"{count:,}"
-
-
-def parse_count(text: str, flag: str) -> int:
-    """'500', '10_000', '50k', '1.5M', '1G' -> that many images; SidaError names `flag` otherwise."""
-    match = _COUNT.fullmatch(text.strip().replace("_", ""))
-    whole, fraction, suffix = match.groups(default="") if match else ("", "", "")
-    zeros, fraction = _ZEROS[suffix.lower()], fraction.rstrip("0")
-    if not match or len(fraction) > zeros:
-        raise SidaError(f"{flag} must be a whole number of images such as 500, 50k or 1.5M, got {text!r}")
-    return int(whole + fraction.ljust(zeros, "0"))
-
-
-def parse_seeds(text: str, flag: str = "--seeds") -> Sequence[int]:
-    """'0-63,100,200-203' -> the seeds in this order, both ends of a range included.
-
-    Consecutive seeds come as a `range`, however many they are.
-    SidaError for anything else, for a range that runs downwards and for a seed that is named twice.
-    """
-    ranges: list[range] = []
-    for part in text.split(","):
-        match = _SEEDS.fullmatch(part)
-        if not match:
-            raise SidaError(f"{flag} must be seeds and ranges of seeds such as 0-63,100, got {text!r}")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise SidaError(f"{flag} must have ranges that run upwards, got '{part.strip()}'", f"Write {last}-{first}.")
-        if ranges and ranges[-1].stop == first:
-            ranges[-1] = range(ranges[-1].start, last + 1)
-        else:
-            ranges.append(range(first, last + 1))
-    ascending = sorted(ranges, key=lambda seeds: seeds.start)
-    for before, after in pairwise(ascending):
-        if after.start < before.stop:
-            raise SidaError(f"{flag} must name each seed once, got {after.start} twice in {text!r}")
-    return ranges[0] if len(ranges) == 1 else list(chain.from_iterable(ranges))
 
 
 def format_duration(duration_sec: float) -> str:
@@ -279,7 +337,7 @@ def format_bytes(num_bytes: int) -> str:
 
 
 def _fact(value: str | float) -> str:
-    return _folded(value) if isinstance(value, str) else str(value) if isinstance(value, int) else f"{value:.5g}"
+    return visible(value) if isinstance(value, str) else str(value) if isinstance(value, int) else f"{value:.5g}"
 
 
 def _is_numeric(cells: Sequence[str | int | float | None]) -> bool:
@@ -288,8 +346,8 @@ def _is_numeric(cells: Sequence[str | int | float | None]) -> bool:
 
 
 def _folded(text: str) -> str:
-    """The text in one line: line breaks and control characters, with the blanks around them, become one blank."""
-    return _CONTROL.sub(" ", text).strip()
+    """A message in one line: its line breaks, with the blanks around them, become one blank; the rest is `visible`."""
+    return visible(_BREAKS.sub(" ", text).strip())
 
 
 def _speaks() -> bool:
@@ -308,9 +366,55 @@ def _write(file: TextIO, text: str) -> None:
 
 
 def _print(file: TextIO, text: str) -> None:
-    """A line, at once; a reader that has gone away (`| head -1`) is no error."""
+    """A line, at once; a reader that has gone away (`| head -1`) is no error, nor is a stderr that takes nothing.
+
+    Raises SidaError, exit code 1, where stdout takes no data.
+    """
     try:
-        print(text, file=file, flush=True)
-    except BrokenPipeError:
+        print(_encodable(text, file), file=file, flush=True)
+    except OSError as error:
         # What is left in the buffer would fail again when Python exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+        if file is sys.stdout and not isinstance(error, BrokenPipeError):
+            raise stdout_error(error) from None
+
+
+def stdout_error(error: OSError) -> SidaError:
+    """What is told where stdout takes no data."""
+    reason = "it is closed" if error.errno == errno.EBADF else error.strerror
+    return SidaError(
+        f"the result cannot be written to stdout: {reason}",
+        "What was made is kept: repeat the command with another stdout.",
+        exit_code=EXIT_FAILED,
+    )
+
+
+def _encodable(text: str, file: TextIO) -> str:
+    """The text with escapes in place of what the file's encoding has no bytes for."""
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    try:
+        text.encode(encoding, getattr(file, "errors", None) or "strict")
+    except UnicodeEncodeError:
+        return text.encode(encoding, "backslashreplace").decode(encoding)
+    return text
+
+
+def mend_streams() -> None:
+    """Puts something in the place of standard streams that were closed before the process began.
+
+    The next file opened would else become one of them. Nothing can be read from such a stdin, nothing is said on such a
+    stderr, and writing to such a stdout fails. Names that are no text in the locale are written as the bytes they are.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            # stdout for reading alone: what is written there must not get lost in silence
+            opened = os.open(os.devnull, os.O_WRONLY if name == "stderr" else os.O_RDONLY)
+            assert opened == number, "the lower ones are open"
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="surrogateescape")

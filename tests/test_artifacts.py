@@ -25,7 +25,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from sidactl import artifacts, catalog, inventory, nets, ops, sampling
+from sidactl import artifacts, catalog, inventory, nets, ops, pickles, sampling
 from sidactl.artifacts import (
     fetch_teacher,
     image_source,
@@ -434,6 +434,42 @@ def test_claimed_network_of_any_size_is_compared_before_it_is_built(run: Path, t
     assert refused("a.safetensors", run).startswith("the weights do not fit the network: ")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.index_fill(0, torch.tensor([0]), float("nan")), "weights must be finite, "),
+        (lambda t: t / 0, "weights must be finite, "),
+        (lambda t: t.to(torch.complex64), "weights must be real floating-point numbers, {name} is complex64. "),
+        (lambda t: t.to(torch.int32), "weights must be real floating-point numbers, {name} is int32. "),
+        (lambda t: t > 0, "weights must be real floating-point numbers, {name} is bool. "),
+    ],
+)
+def test_weights_that_are_not_real_and_finite_are_refused_by_name(
+    change: Any, message: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "export.safetensors"
+    exported(run, "tiny-digits", path)
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    weights = safetensors.torch.load_file(path)
+    name = sorted(name for name in weights if weights[name].ndim == 4)[3]
+    changed = weights | {name: change(weights[name])}
+    safetensors.torch.save_file({k: v.contiguous() for k, v in changed.items()}, path, metadata=metadata)
+    before = {artifact.oid for artifact in Store(run).artifacts()}
+    told = refused("export.safetensors", run)
+    assert told.startswith(message.format(name=name))
+    assert name in told
+    assert {artifact.oid for artifact in Store(run).artifacts()} == before
+    # A pickle has its weights from the same reader of records.
+    record = pickles.read(network("sida_gen_edm"))["ema"]
+    state = pickles.state_dict(record)
+    first = sorted(name for name in state if state[name].ndim == 4)[0]
+    monkeypatch.setattr(pickles, "state_dict", lambda record: state | {first: change(state[first])})
+    told = refused(network("sida_gen_edm"), run)
+    assert told.startswith(message.format(name=first))
+    assert first in told
+
+
 def test_damaged_safetensors(run: Path, tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"not this")
     assert refused("a.safetensors", run).startswith("a.safetensors: damaged or not a safetensors file (")
@@ -536,7 +572,7 @@ def test_bad_sources_are_refused_by_the_command_in_one_line(run: Path, tmp_path:
     picture(folder / "b.png", size=(16, 16))
     assert refused_data(run, folder) == (
         f"images must all have one size, got 8x8 for {folder}/a.png and 16x16 for {folder}/b.png. "
-        "Pass --resolution, e.g. 32x32, and a --transform if the aspect ratio shall be kept."
+        "Pass --resolution to prepare-data, e.g. 32x32, and a --transform if the aspect ratio shall be kept."
     )
     (folder / "dataset.json").write_text('{"labels": [["a.png", 0]]}')
     assert refused_data(run, folder, resolution=(8, 8)) == (

@@ -5,13 +5,14 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 
 from sidactl import catalog, nets, teachers
-from sidactl.catalog import DATASETS, DETECTORS, GENERATORS, REFERENCES, TEACHERS, Published
+from sidactl.catalog import DATASETS, DETECTORS, GENERATORS, NUM_PARAMETERS, REFERENCES, TEACHERS, Published
 from sidactl.errors import SidaError
 from sidactl.pickles import Record
 from sidactl.recipe import MODES, Adversarial, Execution, HeunSpec, Memory, Mode, OneStepSpec, Recipe
@@ -186,18 +187,51 @@ def test_every_teacher_but_the_guide_has_three_recipes_that_survive_json() -> No
             assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
 
 
-@pytest.mark.parametrize(("architecture", "like"), [("SongUNet", "edm-cifar10-uncond"), ("EDM2", "edm2-xs")])
 @pytest.mark.parametrize("mode", MODES)
-def test_teacher_of_ones_own_gets_the_recipe_of_published_runs(mode: Mode, architecture: str, like: str) -> None:
-    recipe = catalog.recipe_for("mine", mode, architecture)
-    assert recipe == dataclasses.replace(
-        TEACHERS[like].recipes[mode],
+def test_a_small_teacher_of_ones_own_is_distilled_as_tiny_digits_is(mode: Mode) -> None:
+    for num_parameters in (50_000, NUM_PARAMETERS["tiny-digits"]):
+        recipe = catalog.recipe_for("mine", mode, catalog.SMALL_NETS["ddpmpp"], num_parameters)
+        assert recipe == dataclasses.replace(TEACHERS["tiny-digits"].recipes[mode], teacher="mine", dataset="")
+
+
+@pytest.mark.parametrize(("form", "like", "duration"), [("ddpmpp", "edm-cifar10-uncond", 20), ("edm2", "edm2-xs", 20)])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_large_teacher_of_ones_own_is_distilled_as_published_ones_are_for_a_tenth_of_the_time(
+    mode: Mode, form: str, like: str, duration: int
+) -> None:
+    published = TEACHERS[like].recipes[mode]
+    net = dataclasses.replace(catalog.SMALL_NETS[form], img_resolution=64)
+    assert catalog.recipe_for("mine", mode, net, NUM_PARAMETERS[like]) == dataclasses.replace(
+        published,
         teacher="mine",
         dataset="",
-        num_accumulation_rounds=1,
+        num_accumulation_rounds=published.batch_size // 32,
+        duration_nimg=(duration if mode != "sid2a" else duration // 2) * 1_000_000,
+        generator_from_nimg=100_000,
         dropout=0.0,
         augment_p=0.0,
+        evaluate_num=10_000,
     )
+
+
+@pytest.mark.parametrize("form", catalog.SMALL_NETS)
+@pytest.mark.parametrize("mode", MODES)
+def test_the_recipe_of_a_teacher_of_ones_own_grows_with_its_network_and_trains_all_its_parts(
+    mode: Mode, form: str
+) -> None:
+    sizes = (100_000, 400_000, 2_000_000, 10_000_000, 60_000_000, 300_000_000)
+    made = [catalog.recipe_for("mine", mode, catalog.SMALL_NETS[form], size) for size in sizes]
+    for smaller, larger in pairwise(made):
+        assert smaller.duration_nimg <= larger.duration_nimg <= 20_000_000
+        assert smaller.generator_lr >= larger.generator_lr
+        assert smaller.batch_size <= larger.batch_size
+    for recipe in made:
+        assert recipe.untrained() == []
+        for duration in (1_000, 2_000, 50_000, 10_000_000):
+            shorter = recipe.lasting(duration)
+            assert shorter.duration_nimg == duration
+            assert duration < 4 * recipe.batch_size or shorter.untrained() == []
+            assert shorter.evaluate_every_nimg <= duration
 
 
 def test_guide_has_no_recipe() -> None:
@@ -276,7 +310,7 @@ def test_every_network_and_statistic_has_its_own_file_over_https() -> None:
     assert len(set(urls)) == len(urls)
     assert all(url.startswith("https://") for url in urls)
     builtin = [e.name for group in groups for e in group.values() if not e.source]
-    assert builtin == ["tiny-digits", "tiny-digits"]
+    assert builtin == ["tiny-digits", "tiny-digits", "random-features"]
 
 
 def test_known_digests_are_pinned_and_an_uncertain_one_is_marked() -> None:

@@ -251,12 +251,49 @@ def test_run_directory_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
 
 def test_dry_run_prints_the_recipe_and_writes_nothing(tmp_path: Path) -> None:
     done = sidactl(
-        "distill", "--teacher", "tiny-digits", "--dry-run", "--alpha", "1.1", "--duration", "1k", run=tmp_path / "r"
+        "distill", "--teacher", "tiny-digits", "--dry-run", "--alpha", "2.1", "--duration", "11k", run=tmp_path / "r"
     )
     plan = json.loads(done.stdout)
-    assert plan["recipe"]["alpha"] == 1.1
-    assert plan["recipe"]["duration_nimg"] == 1000
+    assert plan["recipe"]["alpha"] == 2.1
+    assert plan["recipe"]["duration_nimg"] == 11_000
     assert plan["inputs"] == {"teacher": "tiny-digits", "dataset": "tiny-digits"}
+    assert plan["stages"] == [
+        {"trains": "fake score", "from_nimg": 0},
+        {"trains": "generator", "from_nimg": 4096},
+        {"trains": "adversarial part", "from_nimg": 10_112},
+    ]
+    assert plan["scoring"] == {
+        "score": "FD tiny-digits",
+        "detector": "tiny-digits",
+        "reference": "tiny-digits",
+        "evaluations": 2,
+        "images": 10_000,
+        "teacher_at_the_end": True,
+    }
+    assert (plan["first"], plan["missing"], plan["estimate"]["disk_gb"]) == ([], [], 0.02)
+    told = "warning: alpha is 2.1; values from 0 to 2 are known, 1.0 and 1.2 the published ones\n"
+    assert done.stderr == told
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--duration", "2k"], "the generator trains from 4,000 images on, the run ends at 2,000: it would return its"),
+        (["--ref", "nowhere"], "no ref 'nowhere' in "),
+        (["--log", "nowhere"], "the logger must be one of tensorboard, wandb, got 'nowhere'. "),
+        (["--device", "abacus"], "device must be cpu, cuda or cuda:N, got 'abacus'. "),
+        (["--shard", "--compile"], "compiled nets cannot be sharded, got both. "),
+        (["--no-score", "--detector", "inception"], "--detector is for scoring, got inception and --no-score. "),
+    ],
+)
+def test_dry_run_refuses_as_the_run_would(tmp_path: Path, words: list[str], told: str) -> None:
+    arguments = ["distill", "--teacher", "tiny-digits", *words]
+    for more in ([], ["--dry-run"]):
+        done = sidactl(*arguments, *more, run=tmp_path / "r", check=None)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"error: {told}")
+        assert done.stderr.count("\n") == 1
     assert not (tmp_path / "r").exists()
 
 
@@ -314,7 +351,7 @@ def test_distill_prints_one_oid_and_people_read_stderr(distilled: tuple[Path, st
     assert Store.open(run).get(oid).kind == "generator"
     again = sidactl("distill", "--teacher", "tiny-digits", "--mode", "sida", *flags(), run=run)
     assert again.stdout == f"{oid}\n"
-    assert again.stderr.startswith("best generator: score ")
+    assert again.stderr.startswith("best generator: FD tiny-digits ")
 
 
 def test_finished_command_is_answered_without_torch(distilled: tuple[Path, str]) -> None:
@@ -500,8 +537,11 @@ def test_verify_names_a_damaged_object(tmp_path: Path) -> None:
     path.chmod(0o644)
     path.write_bytes(b"jello")
     done = sidactl("verify", run=tmp_path / "run", check=1)
-    assert artifact.files["a.txt"].sha256 in done.stdout
-    assert done.stderr == "error: 1 problem in the run directory. Ask again with --force for what is damaged.\n"
+    assert done.stdout == (
+        f"{artifact.files['a.txt'].sha256}: file a.txt of samples {artifact.oid[:12]}: damaged: its content no longer "
+        f"matches its name. Remove it: rm -rf {path}, then repeat the command that made it with --force\n"
+    )
+    assert done.stderr == "error: 1 problem in the run directory. Each line says what helps.\n"
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from PIL import Image
 
 from sidactl import prepare as prepare_module
 from sidactl.codec import LatentCodec
-from sidactl.data import DataOrder, Dataset, ZipArchive, tiny_digits_arrays
+from sidactl.data import DataOrder, Dataset, ZipArchive, drawn_subset, tiny_digits_arrays
 from sidactl.errors import SidaError
 from sidactl.prepare import PRESETS, ZipWriter, contact_sheet, encode_png, prepare, prepare_latents
 from tests.golden import golden_metrics
@@ -95,7 +95,7 @@ def test_prepare_equals_published_tool(name: str, inputs: Path, tmp_path: Path) 
 
 def test_prepare_refusals_where_published_tool_fails(inputs: Path, tmp_path: Path) -> None:
     pow2 = "images must be square with a side that is a power of two, got {0} for {1}. "
-    scale = "Pass --resolution, e.g. 32x32, and a --transform if the aspect ratio shall be kept."
+    scale = "Pass --resolution to prepare-data, e.g. 32x32, and a --transform if the aspect ratio shall be kept."
     rgba = "must have 8-bit grey or RGB, got Pillow's mode RGBA. Convert it, or go on without: prepare-data --skip-bad."
     refusals = {
         "edm_rgba": f"{inputs}/rgba/0.png {rgba}",
@@ -1000,7 +1000,8 @@ def test_dataset_names_what_is_wrong(tmp_path: Path) -> None:
         "Convert it with prepare-data."
     )
     make_zip(path, [("00000/img00000000.png", encode_png(noise(4, 8, 3)))])
-    assert load(path) == f"images in {path} must be square, got 8x4. Convert it with prepare-data."
+    oblong = Dataset(path)
+    assert (oblong.num_channels, oblong.resolution, oblong.width) == (3, 4, 8)
     make_zip(path, [("readme.txt", b"")])
     assert load(path) == f"{path} must hold images, got none. Make a dataset with prepare-data."
     rgba = io.BytesIO()
@@ -1080,3 +1081,12 @@ def test_order_is_uniform() -> None:
     for epoch in range(2000):
         counts[np.arange(4), order.indices(4 * epoch, 4)] += 1
     assert np.abs(counts / 2000 - 0.25).max() < 0.04  # four standard deviations
+
+
+def test_a_subset_is_drawn_as_the_published_tools_draw_it() -> None:
+    loader = json.loads(golden_metrics(EXPECTED).read_text())["loader"]
+    for size in (10, 25, 1000):
+        for seed in (0, 1, 12345):
+            expected = loader[f"edm_max{size}_seed{seed}"]
+            assert drawn_subset(60, size, seed).tolist() == expected
+            assert drawn_subset(60, size, seed + (1 << 31)).tolist() == expected

@@ -60,6 +60,16 @@ def test_statistics_do_not_depend_on_batches_and_are_those_of_the_features(
         np.testing.assert_allclose(stats.covariance(), np.cov(features, rowvar=False), rtol=1e-4, atol=1e-6)
 
 
+def test_features_are_the_same_bits_beside_whatever_other_images(
+    detector: detectors.Detector, digits: tuple[Tensor, Tensor]
+) -> None:
+    images = digits[0][:70]
+    features = detector(images)
+    for size in (1, 2, 3, 23):
+        assert torch.equal(detectors.features_of(detector, images.split(size)), features)
+    assert torch.equal(detector(images.flip(0)).flip(0), features)
+
+
 def test_noise_lies_further_from_the_digits_than_the_digits_from_each_other(
     detector: detectors.Detector, digits: tuple[Tensor, Tensor]
 ) -> None:
@@ -71,6 +81,81 @@ def test_noise_lies_further_from_the_digits_than_the_digits_from_each_other(
     half, other = moments(digits[0][::2]), moments(digits[0][1::2])
     assert frechet_distance(*half, *other) < 0.5
     assert frechet_distance(*half, *moments(noise)) > 10
+
+
+@pytest.fixture(scope="module")
+def random_features() -> detectors.Detector:
+    return detectors.load("random-features")
+
+
+def test_the_seeded_detector_is_the_same_for_ever(random_features: detectors.Detector) -> None:
+    weights = detectors.RandomFeatures.drawn()
+    assert random_features.identity == "random-features@967b4065e63610d7-fp32"
+    assert [tuple(w.shape) for w in weights.values()] == [(16, 3, 3, 3), (16, 16, 3, 3), (16, 16, 3, 3)]
+    # Half of the filters see no flat colour; the float32 sum of 27 or 144 weights leaves rounding alone.
+    assert all(float(w[::2].sum((1, 2, 3)).abs().max()) < 1e-6 for w in weights.values())
+    ramp = torch.arange(3 * 8 * 8, dtype=torch.uint8).reshape(1, 3, 8, 8)
+    torch.testing.assert_close(
+        random_features(ramp)[0, :3], torch.tensor([2.0847950, 0.0, 1.0721439]), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("size", [(4, 4), (5, 5), (28, 28), (33, 20), (96, 96), (299, 299)])
+def test_the_seeded_detector_takes_any_size_and_batch(
+    random_features: detectors.Detector, size: tuple[int, int]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (9, 3, *size), generator=generator, dtype=torch.uint8)
+    features = random_features(images)
+    assert (features.shape, features.dtype) == ((9, 128), torch.float32)
+    for parts in (1, 2, 7):
+        assert torch.equal(torch.cat([random_features(part) for part in images.split(parts)]), features)
+    grey = images[:, :1]
+    assert torch.equal(random_features(grey), random_features(grey.expand(-1, 3, -1, -1)))
+
+
+def test_the_seeded_detector_refuses_what_is_smaller_than_its_layers(random_features: detectors.Detector) -> None:
+    with pytest.raises(SidaError) as caught:
+        random_features(torch.zeros(1, 1, 3, 8, dtype=torch.uint8))
+    assert str(caught.value) == (
+        "detector random-features needs images of 4x4 pixels or more, got 8x3. Score larger images."
+    )
+
+
+def drawings(num: int) -> Tensor:
+    """Uint8 [num, 3, 32, 32]: discs of many colours and places on white."""
+    rng = np.random.RandomState(0)
+    y, x = np.mgrid[:32, :32]
+    centre, radius = rng.uniform(8, 24, (num, 2, 1, 1)), rng.uniform(4, 10, (num, 1, 1))
+    inside = (x - centre[:, 0]) ** 2 + (y - centre[:, 1]) ** 2 < radius**2
+    colour = rng.randint(0, 200, (num, 3, 1, 1))
+    return torch.from_numpy(np.where(inside[:, None], colour, 255).astype(np.uint8))
+
+
+def test_the_seeded_detector_ranks_images_as_eyes_do(
+    random_features: detectors.Detector, digits: tuple[Tensor, Tensor]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    # Bounds well within what was seen: (digits, drawings) of each change, in multiples of the distance of two halves.
+    bounds = {"noise": (20, 20), "blurred": (20, 4), "inverted": (20, 20), "moved": (2, 2), "lighter": (1.5, 2)}
+    for which, images in enumerate((digits[0][torch.randperm(1797, generator=generator)], drawings(1800))):
+        half, other = images[:898].float(), images[898:1796].float()
+        blurred = torch.nn.functional.avg_pool2d(other, 3, stride=1, padding=1, count_include_pad=False)
+        changed = {
+            "noise": torch.randint(256, other.shape, generator=generator).float(),
+            "blurred": blurred.round(),
+            "inverted": 255 - other,
+            "moved": other.roll(images.shape[3] // 4, dims=3),
+            "lighter": (other + 16).clamp(max=255),
+        }
+
+        def moments(pixels: Tensor) -> tuple[np.ndarray, np.ndarray]:
+            stats = detectors.stats_of(random_features, [pixels.to(torch.uint8)])
+            return stats.mean, stats.covariance()
+
+        same = frechet_distance(*moments(half), *moments(other))
+        found = {name: frechet_distance(*moments(half), *moments(pixels)) / same for name, pixels in changed.items()}
+        assert {name: value for name, value in found.items() if value < bounds[name][which]} == {}, found
 
 
 def test_the_identity_is_that_of_the_weights_whatever_file_they_came_from(detector: detectors.Detector) -> None:
@@ -100,7 +185,7 @@ def test_an_unknown_detector_is_refused_by_its_name() -> None:
     with pytest.raises(SidaError) as caught:
         detectors.load("resnet")
     assert str(caught.value) == (
-        "unknown detector 'resnet'. Use one of tiny-digits, inception, dinov2, or a TorchScript file."
+        "unknown detector 'resnet'. Use one of tiny-digits, random-features, inception, dinov2, or a TorchScript file."
     )
 
 

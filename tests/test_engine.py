@@ -199,6 +199,35 @@ def test_gradients_lie_in_memory_as_their_weights_do(num_passes: int) -> None:
         assert torch.equal(parameter.grad, num_passes * values)
 
 
+@pytest.mark.parametrize("num_passes", [1, 2])
+def test_a_loss_scale_changes_no_bit_of_float32(num_passes: int) -> None:
+    """Both weights get the same tensor of autograd, which must not be divided twice."""
+    generator = torch.Generator().manual_seed(0)
+    net = torch.nn.ParameterList([torch.randn(4, 6, 3, 3, generator=generator) for _ in range(2)])
+    values = torch.randn(num_passes, 4, 6, 3, 3, generator=generator)
+    found = []
+    for scale in (None, 1.0, 512.0):
+        gradients = GradientSum(net, num_passes, None if scale is None else torch.tensor(scale))
+        for value in values:
+            gradients.add(gradients.of(((net[0] + net[1]) * value).square().sum()))
+        gradients.finish()
+        found.append([parameter.grad for parameter in net])
+    assert found[0][0] is not None
+    torch.testing.assert_close(found[1:], [found[0]] * 2, rtol=0, atol=0)
+
+
+def test_a_loss_scale_keeps_what_float16_would_lose() -> None:
+    """The weight is float32, and the product float16; 2^-26 is less than its smallest number."""
+    for scale, expected in ((1.0, 0.0), (64.0, 2.0**-26)):
+        weight = torch.nn.Parameter(torch.ones(1))
+        gradients = GradientSum(torch.nn.ParameterList([weight]), 1, torch.tensor(scale))
+        loss = (weight.half() * torch.ones(1).half()).float().sum() * 2.0**-26
+        gradients.add(gradients.of(loss))
+        gradients.finish()
+        assert weight.grad is not None
+        assert weight.grad.item() == expected
+
+
 @pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="glibc's memory")
 def test_kept_memory_is_not_fetched_anew() -> None:
     """Counted in pages that the process had to be given, while it makes large tensors and drops them."""

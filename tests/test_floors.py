@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "sidactl"
 # Floor by floor, from the ground up; within a floor a module may import those on its left.
 FLOORS = [
-    ["errors", "recipe", "catalog", "store"],
+    ["errors", "text", "inputs", "recipe", "catalog", "store", "outputs"],
     ["diffusion", "losses", "augment", "codec", "metrics", "pictures", "nets"],
     [
         "engine",
@@ -23,7 +23,7 @@ FLOORS = [
         "sampling",
         "detectors",
     ],
-    ["artifacts", "references", "scores", "ops", "inventory", "bench"],
+    ["artifacts", "references", "preflight", "scores", "ops", "inventory", "bench"],
     ["ui", "logs", "cli"],
 ]
 ORDER = [module for floor in FLOORS for module in floor]
@@ -76,7 +76,9 @@ def test_module_has_a_floor_and_opens_with_a_sentence(path: Path) -> None:
     assert docstring.split("\n")[0].rstrip().endswith((".", ";", ",")) or "\n\n" in docstring
 
 
-@pytest.mark.parametrize("module", [*STANDARD_LIBRARY_ONLY, "artifacts", "scores", "ops", "inventory", "ui", "cli"])
+@pytest.mark.parametrize(
+    "module", [*STANDARD_LIBRARY_ONLY, "artifacts", "preflight", "scores", "ops", "inventory", "ui", "cli"]
+)
 def test_what_answers_quickly_imports_nothing_heavy_at_its_top(module: str) -> None:
     top = {name.split(".")[0] for name in imports(PACKAGE / f"{module}.py", top_level=True)}
     assert not top & HEAVY

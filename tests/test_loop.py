@@ -126,6 +126,18 @@ def straight(tmp_path: Path) -> Iterator[dict[str, Any]]:
         yield runner.state()
 
 
+def test_an_evaluation_without_a_number_is_warned_of_and_leaves_no_picture(live: LiveDir) -> None:
+    runner = Runner(live)
+    runner.evaluate = lambda net, stop: (  # type: ignore[method-assign]
+        loop.Evaluation(math.nan, None, "no score") if runner.toy.nimg == 60 else loop.Evaluation(1.0, b"picture")
+    )
+    events = runner.run()
+    assert [(e.nimg, e.values["message"]) for e in events if e.kind == "warning"] == [(60, "no score")]
+    assert runner.history.best == (30, 1.0)
+    assert math.isnan(runner.history.scores[1][1])
+    assert sorted(p.name for p in live.path.glob("preview-*")) == [f"preview-{n:010d}.png" for n in (30, 90, 120)]
+
+
 def kinds(events: list[loop.Event], kind: str) -> list[int]:
     return [event.nimg for event in events if event.kind == kind]
 
@@ -200,7 +212,7 @@ def test_two_checkpoints_with_digests_are_left_and_nothing_half_written(live: Li
     Runner(live, {30: 2.0, 60: 1.0, 90: 3.0, 120: 4.0}).run()
     assert sorted(path.name for path in live.path.iterdir()) == [
         "best-0000000060.safetensors",
-        "checkpoint-0000000080-2",
+        "checkpoint-0000000090-2",
         "checkpoint-0000000120-4",
         "events.jsonl",
         "lock",
@@ -222,8 +234,8 @@ def test_the_previous_best_is_removed_only_once_no_checkpoint_can_need_it(live: 
         ("checkpoint", 40): [30],
         ("evaluation", 60): [30, 60],
         ("checkpoint", 80): [30, 60],
-        ("evaluation", 90): [30, 60, 90],
-        ("evaluation", 120): [30, 60, 90],
+        ("evaluation", 90): [60, 90],
+        ("evaluation", 120): [60, 90],
         ("checkpoint", 120): [60, 90],
     }
 
@@ -359,6 +371,30 @@ def test_an_evaluation_that_was_given_up_is_made_first_when_the_run_goes_on(
     assert runner.state() == straight
 
 
+def test_an_evaluation_that_fails_costs_no_training(live: LiveDir, straight: dict[str, Any]) -> None:
+    failing, runner = Runner(live, {}), Runner(live)
+    for nimg in (30, 60):
+        with pytest.raises(KeyError):
+            failing.run()
+        assert failing.toy.nimg == nimg
+        assert runner.run(should_stop=lambda nimg=nimg: runner.toy.nimg == nimg + 10)[0].nimg == nimg  # type: ignore[misc]
+    runner.run()
+    assert runner.state() == straight
+
+
+def test_an_evaluation_that_is_repeated_and_differs_leaves_the_best_of_its_checkpoint(live: LiveDir) -> None:
+    first = Runner(live, {30: 3.0, 60: 2.0})
+    for event in first.start():
+        if event.kind == "evaluation" and event.nimg == 60:
+            break
+    assert sorted(p.name for p in live.path.glob("checkpoint-*"))[-1] == "checkpoint-0000000060-1"
+    again = Runner(live, {60: 9.0, 90: 8.0, 120: 7.0})
+    assert [e.values["score"] for e in again.run() if e.kind == "evaluation"] == [9.0, 8.0, 7.0]
+    assert again.history.best == (30, 3.0)
+    assert loop.best_weights(again.history, live)
+    assert [(e["nimg"], e["score"]) for e in lines_of(live) if e["event"] == "evaluation"] == again.history.scores
+
+
 def flip_a_byte(path: Path, digest: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -407,9 +443,9 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_says_so(
     damage(next(newest.glob("*.safetensors")), newest / "SHA256SUMS")
     events = runner.run()
     assert events[:2] == [
-        loop.Event("resumed", 40),
+        loop.Event("resumed", 60),
         loop.Event(
-            "warning", 40, {"message": f"checkpoint-0000000080-2 {told}; going on from the checkpoint at 40 images"}
+            "warning", 60, {"message": f"checkpoint-0000000080-2 {told}; going on from the checkpoint at 60 images"}
         ),
     ]
     assert runner.state() == straight
@@ -425,7 +461,7 @@ def test_with_both_checkpoints_damaged_it_begins_again_and_says_so(live: LiveDir
     events = runner.run()
     assert [event.values["message"] for event in events if event.kind == "warning"] == [
         "checkpoint-0000000080-2 is damaged; going on from the beginning",
-        "checkpoint-0000000040-1 is damaged; going on from the beginning",
+        "checkpoint-0000000060-1 is damaged; going on from the beginning",
     ]
     assert kinds(events, "resumed") == []
     assert runner.state() == straight
@@ -437,10 +473,10 @@ def test_a_damaged_checkpoint_does_not_take_the_place_of_a_sound_one(live: LiveD
         if event.kind == "checkpoint" and event.nimg == 80:
             break
     truncate(live.path / "checkpoint-0000000080-2" / "state.json", live.path)
-    runner.run(should_stop=lambda: runner.toy.nimg == 50)
+    runner.run(should_stop=lambda: runner.toy.nimg == 70)
     assert sorted(p.name for p in live.path.glob("checkpoint-*")) == [
-        "checkpoint-0000000040-1",
-        "checkpoint-0000000050-1",
+        "checkpoint-0000000060-1",
+        "checkpoint-0000000070-2",
     ]
 
 
@@ -473,9 +509,9 @@ def test_skipped_updates_in_a_row_are_counted_across_an_interruption(live: LiveD
         runner.run(toy=Toy(bad_gradients=range(6, 100)))
 
 
-@pytest.mark.parametrize(("poisoned", "found_at"), [(4, 60), (6, 80)])
+@pytest.mark.parametrize(("poisoned", "found_at", "resumed_at"), [(4, 60, 40), (6, 80, 60)])
 def test_a_weight_that_is_not_finite_stops_the_run_before_anything_is_kept_of_it(
-    live: LiveDir, poisoned: int, found_at: int
+    live: LiveDir, poisoned: int, found_at: int, resumed_at: int
 ) -> None:
     runner = Runner(live)
     with pytest.raises(SidaError) as caught:
@@ -486,7 +522,7 @@ def test_a_weight_that_is_not_finite_stops_the_run_before_anything_is_kept_of_it
     )
     assert caught.value.exit_code == 1
     assert runner.evaluated == [n for n in (30, 60) if n < found_at]
-    assert runner.run()[0] == loop.Event("resumed", 40)
+    assert runner.run()[0] == loop.Event("resumed", resumed_at)
 
 
 @pytest.mark.parametrize("kind", ["progress", "evaluation", "checkpoint"])

@@ -106,6 +106,49 @@ def test_frechet_names_the_row_that_is_not_finite() -> None:
     )
 
 
+def asymmetric(size: int) -> np.ndarray:
+    sigma = np.eye(size)
+    sigma[0, 1] = 0.3
+    return sigma
+
+
+@pytest.mark.parametrize(
+    ("sigma", "message"),
+    [
+        (
+            asymmetric(4),
+            "sigma2 must be symmetric, it differs from its transpose by up to 0.3, its largest value is 1",
+        ),
+        (np.diag([1.0, 2.0, -0.5, 1.0]), "sigma2 must hold variances >= 0, that of feature 2 is -0.5"),
+        (
+            np.eye(4) + 2 * np.eye(4)[[1, 0, 2, 3]] * np.array([[1], [1], [0], [0]]),
+            "sigma2 must be positive semidefinite, its smallest eigenvalue is -1, its largest 3",
+        ),
+        (np.eye(4) * 1j, "sigma2 must hold real numbers, got complex128"),
+        (np.eye(4, dtype=bool), "sigma2 must hold real numbers, got bool"),
+        (np.full((4, 4), "1.0"), "sigma2 must hold real numbers, got text"),
+        (np.full((4, 4), None), "sigma2 must hold real numbers, got Python objects"),
+    ],
+)
+def test_frechet_refuses_what_is_no_covariance_with_the_size_of_its_defect(sigma: np.ndarray, message: str) -> None:
+    told = f"{message}. These are no moments of features: make them again."
+    assert error(frechet_distance, np.zeros(4), np.eye(4), np.zeros(4), sigma) == told
+
+
+def test_frechet_takes_covariances_with_the_rounding_of_float32_and_of_singular_ones(rng: np.random.Generator) -> None:
+    features = rng.standard_normal((40, 90)) * np.linspace(0.1, 3, 90) + 5
+    exact = np.cov(features, rowvar=False)  # of rank 39
+    rows = features.astype(np.float32)
+    sums = (rows.T @ rows / 40).astype(np.float64) - np.outer(rows.mean(0), rows.mean(0))
+    single = sums * 40 / 39
+    assert np.linalg.eigvalsh(exact)[0] < 0
+    assert np.linalg.eigvalsh(single)[0] < -1e-7
+    mean, other = features.mean(0), np.eye(90)
+    assert frechet_distance(mean, single, np.zeros(90), other) == pytest.approx(
+        frechet_distance(mean, exact, np.zeros(90), other), rel=1e-4
+    )
+
+
 # Moments
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sidactl import detectors
-from sidactl.data import Dataset
+from sidactl.data import Dataset, drawn_subset
 from sidactl.errors import SidaError
 from sidactl.metrics import FeatureStats, frechet_distance
 from sidactl.nets import inception
@@ -417,9 +417,7 @@ REFERENCE = "datasets/edm_cifar.zip"
 
 def subset_of_20() -> np.ndarray:
     """The images that EDM2 keeps of 50 under seed 3."""
-    order = np.arange(50)
-    np.random.RandomState(3).shuffle(order)
-    return np.sort(order[:20])
+    return drawn_subset(50, 20, seed=3)
 
 
 def vits14() -> VisionTransformer:

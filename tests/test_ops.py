@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -19,11 +20,11 @@ import pytest
 import torch
 from PIL import Image
 
-from sidactl import catalog, cli, engine, inventory, loop, metrics, ops, sampling
+from sidactl import catalog, cli, engine, inventory, loop, metrics, ops, preflight, references, sampling
 from sidactl.artifacts import mapping
 from sidactl.diffusion import Preconditioned
 from sidactl.errors import SidaError
-from sidactl.recipe import Execution, Setting
+from sidactl.recipe import Execution, OneStepSpec, Setting
 from sidactl.store import Artifact, Store, digest
 from tests.conftest import SHORT, Finished, short_distill
 
@@ -323,7 +324,10 @@ def test_a_signal_while_the_teacher_is_scored_loses_nothing(fresh_run: Path) -> 
     assert seen[-1].values == {"message": "scoring the teacher on 50 images (35 evaluations each) for comparison"}
     again: list[loop.Event] = []
     short_distill(fresh_run, again.append, evaluate_num=50)
-    assert [(e.kind, e.nimg) for e in again] == [("started", 0), ("resumed", 96), ("note", 96)]
+    assert [(e.kind, e.nimg) for e in again] == [("started", 0), ("note", 0), ("resumed", 96), ("note", 96)]
+    assert again[1].values["message"] == (
+        "at the end the teacher is scored, too, on 50 images of 35 evaluations each; --no-teacher-score leaves that out"
+    )
     assert nothing_is_wrong(fresh_run)
 
 
@@ -469,7 +473,7 @@ def test_killed_at_random_moments_the_same_call_goes_on_to_the_same_oid(
 
 def test_sid2a_starts_from_a_generator_and_says_so(finished: Finished, fresh_run: Path) -> None:
     shutil.copytree(finished.root, fresh_run, dirs_exist_ok=True)
-    options = SHORT | {"duration_nimg": 16, "generator_lr": 1e-12}
+    options = SHORT | {"duration_nimg": 32, "adversarial_from_nimg": 0, "generator_lr": 1e-12}
     tuned = ops.finetune_sid2a(
         teacher="tiny-digits", generator="generator/last", name="tuned", run=fresh_run, device="cpu", **options
     )
@@ -608,6 +612,359 @@ def test_a_prefix_of_two_artifacts_is_ambiguous(tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"'{oids[0][:4]}' fits 2 artifacts: {oids[0][:12]} (generator), {oids[1][:12]} (generator). Give more digits."
     )
+
+
+# What is refused before anything is computed, fetched or written
+
+
+def planned(root: Path, **options: Any) -> ops.Plan:
+    """The plan of a distillation of tiny-digits; everything that plan refuses, distill refuses before it begins."""
+    chosen: dict[str, Any] = {"teacher": "tiny-digits", "mode": "sida", "generator": None, "dataset": None}
+    return ops.plan(**(chosen | {"overrides": {}} | options), store=Store.open(root))
+
+
+@pytest.mark.parametrize(
+    ("mode", "overrides", "message"),
+    [
+        (
+            "sida",
+            {"duration_nimg": 2000},
+            "the generator trains from 4,000 images on, the run ends at 2,000: it would return its teacher. "
+            "Pass --generator-from 500, or a longer --duration.",
+        ),
+        (
+            "sid",
+            {"duration_nimg": 4096},
+            "the generator trains from 4,000 images on, in steps of 128, the run ends at 4,096: it would return its "
+            "teacher. Pass --generator-from 1024, or a longer --duration.",
+        ),
+        (
+            "sid",
+            {"duration_nimg": 100, "generator_from_nimg": 0},
+            "the generator trains from 0 images on, in steps of 128, the run ends at 100: it would return its teacher. "
+            "Pass --generator-from none, or a longer --duration.",
+        ),
+        (
+            "sida",
+            {"duration_nimg": 10_112},
+            "the adversarial part counts from 10,000 images on, in steps of 128, the run ends at 10,112: it would be "
+            "mode sid. Pass --adversarial-from 5056, or a longer --duration.",
+        ),
+        (
+            "sida",
+            {"duration_nimg": 128, "generator_from_nimg": None},
+            "the adversarial part counts from 10,000 images on, the run ends at 128: it would be mode sid. "
+            "Pass a longer --duration.",
+        ),
+    ],
+)
+def test_a_run_that_would_not_train_what_its_mode_is_for_is_refused(
+    tmp_path: Path, mode: str, overrides: dict[str, Any], message: str
+) -> None:
+    for act in (
+        lambda: planned(tmp_path / "run", mode=mode, overrides=overrides),
+        lambda: ops.distill(teacher="tiny-digits", mode=mode, run=tmp_path / "run", **overrides),
+    ):
+        with pytest.raises(SidaError) as caught:
+            act()
+        assert (str(caught.value), caught.value.exit_code) == (message, 2)
+    assert not (tmp_path / "run").exists()
+    flag = re.search(r"Pass --(generator|adversarial)-from (\S+),", message)
+    if flag:  # what it says to pass helps
+        chosen = {f"{flag[1]}_from_nimg": None if flag[2] == "none" else int(flag[2])}
+        rest = {"adversarial_from_nimg": 0} if mode == "sida" and flag[1] == "generator" else {}
+        assert planned(tmp_path / "run", mode=mode, overrides=overrides | chosen | rest).recipe.untrained() == []
+    planned(tmp_path / "run", mode=mode, overrides={"duration_nimg": 10_113})
+
+
+def test_a_published_recipe_too_short_is_refused_by_its_own_numbers(tmp_path: Path) -> None:
+    with pytest.raises(SidaError) as caught:
+        planned(tmp_path / "run", teacher="edm-cifar10-uncond", overrides={"duration_nimg": 2000})
+    assert str(caught.value) == (
+        "the generator trains from 100,000 images on, the run ends at 2,000: it would return its teacher. "
+        "Pass --generator-from 500, or a longer --duration."
+    )
+
+
+def test_asked_for_a_run_that_trains_nothing_says_so_and_returns_the_teacher(
+    fresh_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    events: list[loop.Event] = []
+    made = ops.distill(
+        teacher="tiny-digits",
+        mode="sida",
+        run=fresh_run,
+        watch=events.append,
+        allow_untrained=True,
+        **SHORT | {"duration_nimg": 32, "generator_from_nimg": 50},
+    )
+    told = "the generator trains from 50 images on, the run ends at 32: it would return its teacher"
+    assert [e.values["message"] for e in events if e.kind == "warning"] == [told]
+    assert made.results["untrained"] == ["generator", "adversarial part"]
+    teacher, generator = (ops.load(ref, fresh_run).state_dict() for ref in ("tiny-digits", made.oid))
+    assert all(torch.equal(teacher[name], generator[name]) for name in generator)
+    cli._print_generator(made, as_json=False)
+    assert capsys.readouterr().err.startswith(
+        "warning: nothing of the generator was trained in the 32 images of this generator: "
+        "it is its teacher, unchanged\nbest generator: FD tiny-digits "
+    )
+
+
+def test_another_duration_moves_the_stages_of_a_teacher_of_ones_own(edm2: tuple[Path, str], tmp_path: Path) -> None:
+    root, oid = edm2
+    usual, short = (planned(root, teacher=oid, overrides=o).recipe for o in ({}, {"duration_nimg": 7000}))
+    assert usual.duration_nimg == 70_000
+    assert short.untrained() == usual.untrained() == []
+    assert short == replace(usual, duration_nimg=7000) or (
+        short.generator_from_nimg,
+        short.evaluate_every_nimg,
+        short.checkpoint_every_nimg,
+        short.ema_halflife_nimg,
+        short.adversarial and short.adversarial.adversarial_from_nimg,
+    ) == (400, 1000, 1000, 2000, 1000)
+    assert (usual.P_mean, usual.P_std) == (-1.2, 1.2)  # as the teacher was trained
+    kept = planned(root, teacher=oid, overrides={"duration_nimg": 7000, "evaluate_every_nimg": 50}).recipe
+    assert (kept.evaluate_every_nimg, kept.checkpoint_every_nimg) == (50, 1000)
+    with pytest.raises(SidaError, match=r"^duration_nimg must be at least 1, got 0\. "):
+        planned(root, teacher=oid, overrides={"duration_nimg": 0})
+
+
+def test_what_shapes_no_generator_is_no_part_of_the_question(finished: Finished) -> None:
+    again = short_distill(finished.root, never, checkpoint_every_nimg=7, stop_if_nan_steps=3)
+    assert again == finished.best
+    options: dict[str, Any] = {"teacher": "tiny-digits", "mode": "sida", "run": finished.root, "watch": never}
+    assert ops.distill(**options, teacher_score=False, detector="tiny-digits", **SHORT) == finished.best
+
+
+def test_the_question_of_the_default_recipe_is_what_it_was(finished: Finished) -> None:
+    store = Store.open(finished.root)
+    options = {"teacher": "tiny-digits", "mode": "sida", "generator": None, "dataset": None, "reference": None}
+    more = {"score": True, "detector": None, "allow_untrained": False, "overrides": {}}
+    asked_for = ops._resolved(store, execution=Execution(), device=None, **options, **more)
+    oids = {role: refs(finished.root)[f"{role}/tiny-digits"] for role in ("teacher", "dataset")}
+    recipe = catalog.TEACHERS["tiny-digits"].recipes["sida"].to_json()
+    assert asked_for.keys(store)["best"] == store.key("distill", {"recipe": recipe, "which": "best"}, oids)
+
+
+def test_without_scores_the_last_generator_is_the_result_and_nothing_is_needed_for_them(
+    finished: Finished, fresh_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "load_detector", None)
+    events: list[loop.Event] = []
+    made = ops.distill(teacher="tiny-digits", mode="sida", score=False, run=fresh_run, watch=events.append, **SHORT)
+    assert messages(events) == ["nothing is scored, and the last generator is the result"]
+    assert {event.kind for event in events} == {"started", "note", "progress", "checkpoint"}
+    assert (made.results["selection_score"], made.results["detector"], made.results["scores"]) == (None, None, [])
+    last = Store.open(finished.root).resolve("generator/last")
+    assert made.files["model.safetensors"] == last.files["model.safetensors"]
+    for options, got in (({"reference": "tiny-digits"}, "--ref"), ({"detector": "inception"}, "--detector")):
+        (value,) = options.values()
+        with pytest.raises(SidaError) as caught:
+            ops.distill(teacher="tiny-digits", mode="sida", score=False, run=fresh_run, **options)
+        assert str(caught.value) == f"{got} is for scoring, got {value} and --no-score. Leave out one of the two."
+
+
+@pytest.fixture(scope="module")
+def colourful(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory with 40 colour pictures of 16x16 pixels in two classes, `dataset/mine`, and `teacher/own`."""
+    folder = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(0)
+    for index in range(40):
+        (folder / f"{index % 2}").mkdir(exist_ok=True)
+        pixels = random.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index % 2}" / f"{index}.png")
+    root = tmp_path_factory.mktemp("colourful") / "run"
+    ops.prepare_data(str(folder), name="mine", run=root)
+    ops.train_teacher("mine", name="own", run=root, duration_nimg=64, batch_size=32, model_channels=8)
+    return root
+
+
+def test_a_teacher_of_ones_own_is_distilled_and_scored_offline(
+    colourful: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SIDACTL_OFFLINE", "1")
+    made = ops.distill(
+        teacher="own", mode="sida", run=colourful, **SHORT | {"duration_nimg": 48, "adversarial_from_nimg": 16}
+    )
+    assert made.results["detector"] == "random-features"
+    assert made.results["teacher_score"]
+    cli._print_generator(made, as_json=False)
+    told = capsys.readouterr().err
+    assert f"best generator: random-features FD {made.results['selection_score']:.4g} after " in told
+    assert "FID" not in told
+    scoring = planned(colourful, teacher="own").scoring
+    assert scoring
+    assert (scoring.detector, scoring.score_name) == ("random-features", "random-features FD")
+    with pytest.raises(SidaError) as caught:
+        planned(colourful, teacher="own", detector="inception")
+    assert caught.value.message.startswith("detector inception must be downloaded from https://github.com/")
+
+
+def test_another_detector_is_another_question(finished: Finished, fresh_run: Path) -> None:
+    made = ops.distill(
+        teacher="tiny-digits", mode="sida", detector="random-features", run=fresh_run, teacher_score=False, **SHORT
+    )
+    assert (made.results["detector"], made.results["teacher_score"]) == ("random-features", None)
+    assert made.results["scores"] != finished.best.results["scores"]
+    last = Store.open(fresh_run).resolve("generator/last")
+    assert (
+        last.files["model.safetensors"]
+        == (Store.open(finished.root).resolve("generator/last").files["model.safetensors"])
+    )
+
+
+@pytest.mark.parametrize("name", ["cifar10", "imagenet64", "tiny-digits"])
+def test_a_dataset_of_the_catalog_keeps_its_detector(tmp_path: Path, name: str) -> None:
+    for params in ({"name": name}, {"name": "mine.zip", "preset": name}):
+        results: dict[str, Any] = {"resolution": 32, "num_channels": 3, "kind": "pixels"}
+        data = Store(tmp_path).put("dataset", {}, params=params, results=results)
+        assert references.training_detector(data) == catalog.DATASETS[name].detector
+
+
+def test_what_the_detector_cannot_take_is_refused_before_the_first_step(colourful: Path) -> None:
+    ops.fetch_teacher("tiny-digits", run=colourful)
+    ops.prepare_data("tiny-digits", run=colourful)
+    digits = ops.dataset_stats("tiny-digits", run=colourful)
+    for options, message in (
+        (
+            {"reference": "tiny-digits"},
+            "detector tiny-digits needs grey images of 8x8 pixels, the generator draws 3 channels of 16x16. "
+            "Pass --detector random-features, or another --ref.",
+        ),
+        (
+            {"reference": digits.oid, "detector": "random-features"},
+            f"{digits.oid} holds statistics by tiny-digits, not by random-features. Pass another --ref, or --detector.",
+        ),
+        ({"detector": "inseption"}, "unknown detector 'inseption'. Did you mean 'inception'?"),
+        (
+            {"detector": "nothing.safetensors"},
+            "nothing.safetensors: no such file. Check the path, or use --detector inception.",
+        ),
+        ({"reference": "nowhere.npz"}, "nowhere.npz: no such file. Check the path."),
+        (
+            {"dataset": "tiny-digits"},
+            "the dataset must fit the teacher (resolution, channels, classes = 16, 3, 2), got 8, 1, 10. "
+            "Pass another --dataset, or prepare this one to fit.",
+        ),
+    ):
+        with pytest.raises(SidaError) as caught:
+            planned(colourful, teacher="own", **options)
+        assert (str(caught.value), caught.value.exit_code) == (message, 2)
+        with pytest.raises(SidaError) as caught:
+            ops.distill(teacher="own", mode="sida", run=colourful, watch=never, **options)
+        assert str(caught.value) == message
+    # Where features do not say by whom they are, two images do.
+    random = ops.load_detector(Store.open(colourful), "random-features", torch.device("cpu"))
+    wrong = references.Moments(np.zeros(64), np.eye(64))
+    with pytest.raises(SidaError) as caught:
+        ops._try_scoring(random, wrong, ops.load("own", colourful), OneStepSpec())
+    assert str(caught.value) == (
+        "the reference has 64 features, detector random-features gives 128. Pass another --ref, or --detector."
+    )
+
+
+def test_statistics_of_another_width_are_refused_by_their_header(tmp_path: Path) -> None:
+    for width, count in ((64, "64"), (1024, "1,024")):
+        path = tmp_path / f"{width}.npz"
+        np.savez(path, mu=np.zeros(width), sigma=np.eye(width))
+        with pytest.raises(SidaError) as caught:
+            planned(tmp_path / "run", reference=str(path))
+        assert str(caught.value) == (
+            f"{path} holds statistics of {count} features, which are taken for Inception's 2,048, "
+            "inception gives 2,048. Pass another --ref, or --detector."
+        )
+
+
+def test_words_that_name_nothing_are_refused_by_a_plan_as_by_a_run(finished: Finished) -> None:
+    root = finished.root
+    nothing = f"no ref 'nowhere' in {root}. See what there is with: sidactl ls"
+    for options, message in (
+        ({"dataset": "nowhere"}, nothing),
+        ({"reference": "nowhere"}, nothing),
+        ({"mode": "sid2a", "generator": "nowhere"}, nothing),
+        ({"mode": "sid2a", "generator": "nowhere.pkl"}, "nowhere.pkl: no such file. Check the path."),
+        ({"dataset": "nowhere.zip"}, "nowhere.zip: no such file. Check the path."),
+        ({"dataset": "generator/best"}, "'generator/best' must be of kind dataset, got generator. See what"),
+        ({"device": "abacus"}, "device must be cpu, cuda or cuda:N, got 'abacus'. Pass --device cpu."),
+        (
+            {"mode": "sid2a", "generator": "sid/cifar10-uncond"},
+            "the generator must be of the teacher's dataset 'tiny-digits', got one of 'cifar10'. ",
+        ),
+        (
+            {"execution": Execution(batch_per_device=100)},
+            "batch-per-device must be one of 64, 128 (micro-batches of 64), got 100. ",
+        ),
+    ):
+        with pytest.raises(SidaError) as caught:
+            planned(root, **options)
+        assert str(caught.value).startswith(message)
+
+
+def test_a_plan_names_what_is_fetched_first_and_what_only_the_user_can_get(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned(tmp_path / "run", teacher="edm-cifar10-uncond", mode="sid")
+    assert [(need.what, need.size_bytes) for need in plan.needs] == [
+        ("teacher edm-cifar10-uncond", None),
+        ("statistics cifar10", None),
+        ("detector inception", 95_628_359),
+    ]
+    assert plan.notes == ["dataset cifar10: mode sid needs no images, training on classes alone"]
+    sida = planned(tmp_path / "run", teacher="edm-cifar10-uncond")
+    assert [error.message for error in sida.missing] == ["dataset cifar10 must be prepared from its files"]
+    with pytest.raises(SidaError, match=r"^dataset cifar10 must be prepared from its files\. "):
+        ops.distill(teacher="edm-cifar10-uncond", mode="sida", run=tmp_path / "run")
+    monkeypatch.setenv("SIDACTL_OFFLINE", "1")
+    with pytest.raises(SidaError, match=r"^teacher edm-cifar10-uncond must be downloaded from .*, which offline forb"):
+        planned(tmp_path / "run", teacher="edm-cifar10-uncond", mode="sid")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_told_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil._ntuple_diskusage(10**12, 0, 10**10) if hasattr(shutil, "_ntuple_diskusage") else None
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(SidaError) as caught:
+        planned(tmp_path / "run", teacher="edm2-s", mode="sid", score=False)
+    assert str(caught.value) == (
+        f"the run needs about 29.1 GB in the run directory {tmp_path / 'run'}, where 10.0 GB are free. "
+        "Free some space or choose another with --run DIR."
+    )
+    assert planned(tmp_path / "run").free_bytes == 10**10
+
+
+@pytest.mark.parametrize("error", [SidaError("no answer", "Wait."), MemoryError()])
+def test_a_teacher_that_cannot_be_scored_costs_no_generator(
+    fresh_run: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*arguments: Any, **options: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(ops, "fid", fails)
+    events: list[loop.Event] = []
+    made = ops.distill(
+        teacher="tiny-digits", mode="sid", run=fresh_run, watch=events.append, **SHORT_SID | {"duration_nimg": 32}
+    )
+    reason = "MemoryError()" if isinstance(error, MemoryError) else "no answer"
+    assert events[-1].kind == "warning"
+    assert events[-1].values["message"] == (
+        f"the teacher could not be scored ({reason}); the generator is kept without that comparison"
+    )
+    assert made.results["teacher_score"] is None
+    assert made.results["selection_score"]
+    cli._print_generator(made, as_json=False)
+    assert "its teacher: not scored. Look at it: " in capsys.readouterr().err
+
+
+def test_what_is_rarely_meant_is_warned_of(fresh_run: Path) -> None:
+    events: list[loop.Event] = []
+    overrides = SHORT_SID | {"duration_nimg": 16, "alpha": -3.0, "fake_score_lr": 0.5}
+    ops.distill(teacher="tiny-digits", mode="sid", score=False, run=fresh_run, watch=events.append, **overrides)
+    assert [event.values["message"] for event in events if event.kind == "warning"] == [
+        "fake_score_lr is 0.5; Adam's rates above 0.1 rarely train anything",
+        "alpha is -3; values from 0 to 2 are known, 1.0 and 1.2 the published ones",
+    ]
 
 
 def test_a_plan_writes_nothing_and_needs_no_run_directory(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Recipes and other plain descriptions: there and back through JSON, overrides, and what they refuse."""
 
+import dataclasses
 import json
 import math
 from typing import Any
@@ -10,7 +11,18 @@ import typer
 from sidactl import catalog
 from sidactl.cli import app
 from sidactl.errors import SidaError
-from sidactl.recipe import MODES, Adversarial, HeunSpec, NetSpec, OneStepSpec, Plain, Recipe, TeacherRecipe, override
+from sidactl.recipe import (
+    MODES,
+    Adversarial,
+    Execution,
+    HeunSpec,
+    NetSpec,
+    OneStepSpec,
+    Plain,
+    Recipe,
+    TeacherRecipe,
+    override,
+)
 
 SID, SIDA = (catalog.TEACHERS["tiny-digits"].recipes[mode] for mode in ("sid", "sida"))
 PLAIN: list[Plain] = [
@@ -106,6 +118,18 @@ BAD: list[tuple[str, Any, str, str]] = [
     ("tmax", 1001, "in (0, 1000]", "--tmax"),
     ("alpha", math.nan, "finite", "--alpha"),
     ("seed", -1, "at least 0", "--seed"),
+    ("seed", 10**23, "at most 2^63 - 1", "--seed"),
+    ("batch_size", 16.5, "a whole number", "--batch-size"),
+    ("batch_size", True, "a whole number", "--batch-size"),
+    ("generator_from_nimg", -1, "at least 0", "--generator-from"),
+    ("adversarial_from_nimg", -1, "at least 0", "--adversarial-from"),
+    ("lambda_adv", math.nan, "at least 0 and finite", "--lambda-adv"),
+    ("clip_gradient_value", 0, "positive or none", "--clip-gradient-value"),
+    ("ema_rampup_ratio", math.nan, "at least 0 and finite", "--ema-rampup-ratio"),
+    ("P_mean", math.inf, "finite", "--p-mean"),
+    ("logvar", 1, "true or false", "--logvar"),
+    ("teacher_precision", "tf32", "fp32, fp16 or bf16", "--teacher-precision"),
+    ("precision", "fp64", "one of fp32, tf32, fp16, bf16", "--precision"),
 ]
 
 
@@ -113,7 +137,8 @@ BAD: list[tuple[str, Any, str, str]] = [
 def test_a_value_out_of_range_is_refused_with_the_flag_to_pass(name: str, value: Any, what: str, flag: str) -> None:
     with pytest.raises(SidaError) as caught:
         override(SIDA, {name: value})
-    assert str(caught.value) == f"{name} must be {what}, got {value}. Pass another {flag}."
+    told = repr(value) if isinstance(value, str) else value
+    assert str(caught.value) == f"{name} must be {what}, got {told}. Pass another {flag}."
     assert caught.value.exit_code == 2
     assert flag in flags_of("distill")
 
@@ -134,6 +159,13 @@ def test_a_batch_must_split_into_its_rounds() -> None:
         ("duration_nimg", 0, "at least 1", "--duration"),
         ("lr", math.nan, "positive and finite", "--lr"),
         ("seed", -1, "at least 0", "--seed"),
+        ("lr_rampup_nimg", -1, "at least 0", "--lr-rampup"),
+        ("ema_rampup_ratio", math.nan, "at least 0 and finite", "--ema-rampup-ratio"),
+        ("beta1", 1.0, "in [0, 1)", "--beta1"),
+        ("adam_eps", 0.0, "positive and finite", "--adam-eps"),
+        ("augment_p", 2, "in [0, 1]", "--augment-p"),
+        ("P_std", -1.0, "positive and finite", "--p-std"),
+        ("stop_if_nan_steps", 0, "at least 1", "--stop-if-nan-steps"),
     ],
 )
 def test_a_teacher_recipe_refuses_likewise(name: str, value: Any, what: str, flag: str) -> None:
@@ -166,6 +198,108 @@ def test_a_network_must_halve_evenly_and_have_channels_for_its_group_norm() -> N
         "channel counts must be divisible by their GroupNorm groups, got 130 channels. "
         "Choose model_channels such as 16, 32, 64 or 128."
     )
+
+
+@pytest.mark.parametrize("form", catalog.SMALL_NETS)
+@pytest.mark.parametrize(
+    ("name", "value", "what", "told"),
+    [
+        ("model_channels", -16, "at least 1", "-16"),
+        ("channel_mult", (1, -1), "at least 1", "[1, -1]"),
+        ("channel_mult", (), "one number or more", "[]"),
+        ("num_blocks", 0, "at least 1", "0"),
+        ("dropout", 1.5, "in [0, 1)", "1.5"),
+        ("dropout", math.nan, "in [0, 1)", "nan"),
+        ("dropout", "0.1", "a number", "'0.1'"),
+        ("sigma_data", 0.0, "positive and finite", "0.0"),
+        ("sigma_data", math.nan, "positive and finite", "nan"),
+        ("channels_per_head", 0, "at least 1", "0"),
+        ("channel_mult_emb", 0, "at least 1", "0"),
+        ("logvar_channels", -1, "at least 0", "-1"),
+        ("augment_dim", -1, "at least 0", "-1"),
+        ("label_dim", -1, "at least 0", "-1"),
+        ("label_balance", 1.5, "in [0, 1]", "1.5"),
+        ("resample_filter", (1, 2, 1), "an even number of taps with a positive sum", "[1, 2, 1]"),
+        ("resample_filter", (1, -1), "an even number of taps with a positive sum", "[1, -1]"),
+        ("encoder_type", "none", "one of standard, skip, residual", "'none'"),
+        ("model_channels", 2.5, "a whole number", "2.5"),
+        ("channel_mult", (1, 2.5), "whole numbers", "(1, 2.5)"),
+    ],
+)
+def test_a_network_that_cannot_be_is_refused_with_the_flag_to_pass(
+    form: str, name: str, value: Any, what: str, told: str
+) -> None:
+    with pytest.raises(SidaError) as caught:
+        dataclasses.replace(catalog.SMALL_NETS[form], **{name: value})
+    flag = f"--{name.replace('_', '-')}"
+    assert str(caught.value) == f"{name} must be {what}, got {told}. Pass another {flag}."
+    assert flag in flags_of("train-teacher")
+
+
+@pytest.mark.parametrize(
+    ("cls", "fields", "told"),
+    [
+        (HeunSpec, {"num_steps": 2.5}, "num_steps must be a whole number, got 2.5"),
+        (HeunSpec, {"sigma_max": "x"}, "sigma_max must be a number, got 'x'"),
+        (HeunSpec, {"sigma_min": 0.0}, "sigma_min must be positive and finite, got 0.0"),
+        (HeunSpec, {"sigma_min": 90.0}, "sigma_min must be below sigma_max, 80, got 90.0"),
+        (HeunSpec, {"S_churn": -1.0}, "S_churn must be at least 0 and finite, got -1.0"),
+        (HeunSpec, {"S_max": math.nan}, "S_max must be at least 0, got nan"),
+        (HeunSpec, {"convention": "vp"}, "convention must be one of edm, edm2, got 'vp'"),
+        (OneStepSpec, {"num_steps": 0}, "num_steps must be at least 1, got 0"),
+        (OneStepSpec, {"sigma_init": math.nan}, "sigma_init must be positive and finite, got nan"),
+        (Execution, {"batch_per_device": 0}, "batch_per_device must be at least 1, got 0"),
+    ],
+)
+def test_what_else_cannot_be_is_refused(cls: type[Plain], fields: dict[str, Any], told: str) -> None:
+    with pytest.raises(SidaError) as caught:
+        cls.from_json(fields)
+    assert caught.value.message == told
+
+
+def test_what_is_allowed_and_rarely_meant_is_told() -> None:
+    assert SIDA.unusual() == SID.unusual() == []
+    assert override(SIDA, {"alpha": -3.0, "generator_lr": 1.0}).unusual() == [
+        "generator_lr is 1; Adam's rates above 0.1 rarely train anything",
+        "alpha is -3; values from 0 to 2 are known, 1.0 and 1.2 the published ones",
+    ]
+    assert TeacherRecipe(dataset="mine", net=catalog.SMALL_NETS["adm"], lr=0.5).unusual() == [
+        "lr is 0.5; Adam's rates above 0.1 rarely train anything"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("generator_from", "adversarial_from", "duration", "stages", "untrained"),
+    [
+        (None, 0, 160, (0, 0, 16), []),
+        (None, 0, 16, (0, 0, None), ["adversarial part"]),
+        (0, 0, 17, (0, 16, 16), []),
+        (16, 16, 33, (0, 32, 32), []),
+        (16, 16, 32, (0, None, None), ["generator", "adversarial part"]),
+        (15, 31, 32, (0, 16, None), ["adversarial part"]),
+        (31, 8, 48, (0, 32, 32), []),
+        (10**15, 0, 10**12, (0, None, None), ["generator", "adversarial part"]),
+    ],
+)
+def test_a_stage_begins_with_the_first_step_after_its_number_of_images(
+    generator_from: int | None,
+    adversarial_from: int,
+    duration: int,
+    stages: tuple[int | None, ...],
+    untrained: list[str],
+) -> None:
+    recipe = override(
+        SIDA,
+        {
+            "batch_size": 16,
+            "generator_from_nimg": generator_from,
+            "adversarial_from_nimg": adversarial_from,
+            "duration_nimg": duration,
+        },
+    )
+    assert recipe.stages() == dict(zip(("fake score", "generator", "adversarial part"), stages, strict=True))
+    assert recipe.untrained() == untrained
+    assert recipe.untrained(16) == [stage for stage, start in recipe.stages().items() if start is None or start >= 16]
 
 
 def test_evaluations_per_image_follow_from_steps() -> None:

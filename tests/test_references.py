@@ -163,6 +163,78 @@ def test_what_a_reference_cannot_be(fifty: Path, tmp_path: Path) -> None:
     )
 
 
+def lower(value: float) -> np.ndarray[Any, Any]:
+    sigma = np.eye(8)
+    sigma[3, 1] = value
+    return sigma
+
+
+IMPOSSIBLE: dict[str, tuple[Any, Any, str]] = {
+    "asymmetric": (np.zeros(8), lower(0.3), "sigma in {where} must be symmetric, it differs from its transpose by up "),
+    "negative variance": (
+        np.zeros(8),
+        np.diag([1.0] * 7 + [-2]),
+        "sigma in {where} must hold variances >= 0, that of ",
+    ),
+    "indefinite": (
+        np.zeros(8),
+        lower(3.0) + lower(3.0).T - np.eye(8),
+        "sigma in {where} must be positive semidefinite, its smallest eigenvalue is -2, its largest 4.",
+    ),
+    "text": (np.full(8, "1"), np.eye(8), "mu in {where} must hold real numbers, got text."),
+    "complex": (np.zeros(8), np.eye(8) * (1 + 0j), "sigma in {where} must hold real numbers, got complex128."),
+    "truth values": (np.zeros(8), np.eye(8, dtype=bool), "sigma in {where} must hold real numbers, got bool."),
+    "infinite": (np.zeros(8), np.full((8, 8), np.inf), "mu and sigma in {where} must be finite."),
+    "too large": (np.zeros(8), np.eye(8) * 1e308, "mu and sigma in {where} must be at most 1e+100, got 1e+308."),
+    "empty": (np.zeros(0), np.zeros((0, 0)), "mu and sigma in {where} must be [F] and [F, F], got [0] and [0, 0]."),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_impossible_statistics_are_refused_before_a_detector_is_looked_for(
+    name: str, fifty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*arguments: Any) -> None:
+        raise AssertionError("a detector was looked for")
+
+    monkeypatch.setattr(scores, "_weights_digest", never)
+    mu, sigma, message = IMPOSSIBLE[name]
+    path, pickled = tmp_path / "stats.npz", tmp_path / "stats.pkl"
+    np.savez(path, mu=mu, sigma=sigma)
+    assert refused(tmp_path / "run", str(fifty), reference=str(path)).startswith(message.format(where=path))
+    if name in ("text", "complex"):
+        return  # of which the reader of pickles knows no arrays
+    pickled.write_bytes(pickle.dumps({"fid": {"mu": mu, "sigma": sigma}}))
+    told = refused(tmp_path / "run", str(fifty), reference=str(pickled))
+    assert told.startswith(message.format(where=f"fid in {pickled}"))
+
+
+def test_statistics_of_objects_and_of_plain_words_are_refused(fifty: Path, tmp_path: Path) -> None:
+    path, pickled = tmp_path / "stats.npz", tmp_path / "stats.pkl"
+    np.savez(path, mu=np.full(8, None), sigma=np.eye(8))
+    assert refused(tmp_path / "run", str(fifty), reference=str(path)) == (
+        f"mu and sigma in {path} must hold real numbers, got Python objects. Save them as plain arrays."
+    )
+    pickled.write_bytes(pickle.dumps({"fid": {"mu": "zero", "sigma": [[1.0], [2.0, 3.0]]}}))
+    assert refused(tmp_path / "run", str(fifty), reference=str(pickled)) == (
+        f"mu in fid in {pickled} must hold real numbers, got text. These are no moments of features: make them again."
+    )
+
+
+@pytest.mark.usefixtures("by_golden_features")
+def test_published_statistics_of_few_images_are_warned_of(fifty: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for num, warnings in ((8, 1), (9, 0)):
+        path = tmp_path / f"of-{num}.pkl"
+        path.write_bytes(pickle.dumps({"num_images": num, "fid": {"mu": np.zeros(8), "sigma": np.eye(8)}}))
+        score = scores.fid(str(fifty), reference=str(path), run=run)
+        assert len(score.warnings) == warnings
+        kept = Store.open(run).get(score.references["FID"])
+        assert ("num_images" in kept.params) == bool(warnings)
+    first = scores.fid(str(fifty), reference=str(tmp_path / "of-8.pkl"), run=run).warnings[0]
+    assert first.startswith("8 reference images are few for 8 features: ")
+
+
 class Evil:
     def __reduce__(self) -> Any:
         return print, ("executed",)

@@ -1,19 +1,23 @@
 """Scores of artifacts: what they are of, that they repeat, and the exact text of errors."""
 
+import math
 import shutil
 import statistics
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
-from sidactl import detectors, inventory, metrics, ops, references, scores
-from sidactl.artifacts import load_dataset
+from sidactl import cli, detectors, inventory, metrics, ops, prepare, references, scores
+from sidactl.artifacts import load_dataset, load_net, resolve
 from sidactl.errors import SidaError
-from sidactl.recipe import Setting
+from sidactl.recipe import OneStepSpec, Setting
 from sidactl.store import Store
 from tests.conftest import Finished
 
@@ -194,6 +198,34 @@ def test_a_score_in_another_precision_says_so_and_is_that_of_such_samples(finish
         ),
         (
             "samples",
+            {"num": 100, "subset_seed": -1},
+            "the subset seed must be from 0 to 2147483647, got -1. Pass --subset-seed 0.",
+        ),
+        (
+            "samples",
+            {"subset_seed": 1},
+            "a subset must have fewer than all 200 images, got a seed for one of 200. "
+            "Pass a smaller --num, or leave out --subset-seed.",
+        ),
+        (
+            "generator/best",
+            {"num": 10, "subset_seed": 1},
+            "a subset is of images that there are, got a net that draws them. Pass --first-seed.",
+        ),
+        (
+            "generator/best",
+            {"num": 10, "first_seed": -1},
+            "seeds of images must be from 0 to 4294967295, got -1. "
+            "Draw from others: only their lower 32 bits would count.",
+        ),
+        (
+            "generator/best",
+            {"num": 10, "trials": 3, "first_seed": (1 << 32) - 29},
+            "seeds of images must be from 0 to 4294967295, got 4294967296. "
+            "Draw from others: only their lower 32 bits would count.",
+        ),
+        (
+            "samples",
             {"trials": 2},
             "trials need images drawn anew, got 2 trials of fixed samples. "
             "Score the generator itself, or leave out --trials.",
@@ -277,3 +309,253 @@ def test_classes_can_be_drawn_as_in_the_dataset(finished: Finished) -> None:
     with pytest.raises(SidaError) as caught:
         scores.fid("generator/best", num=300, labels="balanced", run=finished.root)
     assert str(caught.value) == "labels must be one of uniform, dataset, got 'balanced'. Pass another."
+
+
+def test_the_seeded_detector_scores_anything_by_its_own_name(finished: Finished, collapsed: str, diverse: str) -> None:
+    options: dict[str, Any] = {"detector": "random-features", "run": finished.root}
+    score = scores.evaluate(diverse, **options)
+    assert list(score.values) == ["KID random-features", "precision", "random-features FD", "recall"]
+    assert score.value == score.values["KID random-features"][0]
+    distance = scores.fid(diverse, **options)
+    assert list(distance.values) == ["random-features FD"]
+    assert distance.value < scores.fid(collapsed, **options).value
+    assert distance.detectors == {"random-features FD": detectors.load("random-features").identity}
+    with pytest.raises(SidaError, match=r"^the inception score needs classes, detector random-features gives none\."):
+        scores.inception_score(diverse, **options)
+
+
+def test_fewer_images_than_there_are_are_drawn_by_seed(finished: Finished) -> None:
+    """The first of a set sorted by class are all of one class."""
+    store = Store.open(finished.root)
+    dataset = load_dataset(store, store.resolve("dataset/tiny-digits"))
+    assert dataset.labels is not None
+    found = features(finished, "dataset/tiny-digits")
+    real = found.mean(0), np.cov(found, rowvar=False)
+    options: dict[str, Any] = {"reference": "dataset/tiny-digits", "num": 120, "run": finished.root}
+    for seed in (0, 5):
+        order = np.arange(1797)
+        np.random.RandomState(seed).shuffle(order)
+        rows = found[np.sort(order[:120])]
+        expected = metrics.frechet_distance(rows.mean(0), np.cov(rows, rowvar=False), *real)
+        score = scores.fid("dataset/tiny-digits", subset_seed=seed, **options)
+        assert score.value == pytest.approx(expected, rel=1e-9)
+        assert score.to_json()["settings"] | {"subset_seed": seed, "subset_of": 1797} == score.settings
+        assert score.num == 120
+    assert scores.fid("dataset/tiny-digits", **options) == scores.fid("dataset/tiny-digits", subset_seed=0, **options)
+    assert cli._score_lines(score) == [
+        f"{FD} {score.value:.4g}; 120 of 1,797 images, drawn by seed 5, {score.detectors[FD]}"
+    ]
+    whole = scores.fid("dataset/tiny-digits", **options | {"num": 1797})
+    assert not {"subset_seed", "subset_of"} & set(whole.settings)
+
+
+def test_numbers_of_images_in_parts_depend_on_the_images_alone(
+    finished: Finished, diverse: str, tmp_path: Path
+) -> None:
+    """As samples in the order of seeds, and as a folder by class, an npz and a zip in reverse."""
+    folder = inventory.export(diverse, tmp_path / "folder", form="png", run=finished.root)
+    by_class = load_dataset(Store.open(finished.root), resolve(Store.open(finished.root), str(folder), ["dataset"]))
+    assert by_class.labels is not None
+    assert (np.diff(by_class.labels) >= 0).all()
+    npz, images = tmp_path / "shuffled.npz", by_class.images(range(by_class.num_images))
+    order = np.random.RandomState(0).permutation(len(images))
+    np.savez(npz, arr_0=images.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()[order])
+    reversed_zip = tmp_path / "reversed.zip"
+    with zipfile.ZipFile(reversed_zip, "w") as archive:
+        for index, image in enumerate(images.flip(0)):
+            archive.writestr(f"{index:05d}.png", prepare.encode_png(image.permute(1, 2, 0).squeeze(2).numpy()))
+    options: dict[str, Any] = {"reference": "dataset/tiny-digits", "run": finished.root}
+    subjects = [diverse, str(folder), str(npz), str(reversed_zip)]
+    found = [scores.evaluate(ref, ["inception-score", "kid"], **options) for ref in subjects]
+    assert [score.values for score in found[1:]] == [found[0].values] * 3
+    assert {score.settings["order"] for score in found} == {"content"}
+    # The order is none of a file's, by which a part is certain of its one class, and as good as drawn.
+    detector = detectors.load("tiny-digits")
+    logits, rng = detector.logits(detector(images)), np.random.RandomState(0)
+    score = scores.inception_score(diverse, **options)
+    assert metrics.inception_score(logits)[0] < 0.7 * score.value
+    drawn = [metrics.inception_score(logits[torch.from_numpy(rng.permutation(200))])[0] for _ in range(20)]
+    assert min(drawn) - 0.2 < score.value < max(drawn) + 0.2
+
+
+def test_the_convention_sid_takes_images_in_the_order_of_their_seeds(finished: Finished, tmp_path: Path) -> None:
+    drawn = ops.sample("generator/best", seeds=range(60), run=finished.root).artifact.oid
+    options: dict[str, Any] = {"convention": "sid", "run": finished.root}
+    expected, _ = metrics.inception_score(
+        detectors.load("tiny-digits").logits(torch.tensor(features(finished, drawn)).float())
+    )
+    for score in (
+        scores.inception_score("generator/best", num=60, **options),
+        scores.inception_score(drawn, **options),
+    ):
+        assert score.value == pytest.approx(expected, rel=1e-9)
+        assert "order" not in score.settings
+    assert scores.inception_score(drawn, run=finished.root).value != pytest.approx(expected, rel=1e-9)
+
+
+def test_features_that_an_older_version_kept_are_taken_anew(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def older(tensors: dict[str, torch.Tensor], **options: Any) -> bytes:
+        return save({name: tensor for name, tensor in tensors.items() if name != "digests"}, **options)
+
+    save = safetensors.torch.save
+    with monkeypatch.context() as patched:
+        patched.setattr(safetensors.torch, "save", older)
+        scores.prec_recall("generator/best", num=33, run=finished.root)
+    score = scores.inception_score("generator/best", num=33, run=finished.root)
+    assert score == scores.inception_score("generator/best", num=33, run=finished.root, force=True)
+
+
+def test_an_evaluation_is_by_the_detector_of_its_reference(finished: Finished, diverse: str, tmp_path: Path) -> None:
+    folder = str(inventory.export(diverse, tmp_path / "mine", form="png", run=finished.root))
+    score = scores.evaluate(folder, reference="tiny-digits", run=finished.root)
+    assert list(score.values) == [FD, "IS tiny-digits", "KID tiny-digits", "precision", "recall"]
+    assert set(score.detectors.values()) == {detectors.load("tiny-digits").identity}
+    alone = scores.inception_score(folder, reference="tiny-digits", run=finished.root)
+    assert alone.values == {"IS tiny-digits": score.values["IS tiny-digits"]}
+
+
+def test_few_reference_images_are_warned_of(finished: Finished, diverse: str) -> None:
+    few = ops.sample("tiny-digits", seeds=range(50), steps=4, run=finished.root).artifact.oid
+    assert scores.fid(diverse, run=finished.root).warnings == []
+    images = str(Store.open(finished.root).path(Store.open(finished.root).get(few), "images.zip"))
+    reference = ops.prepare_data(_copy(images, finished.root.parent / "few.zip"), run=finished.root).oid
+    told = (
+        "50 reference images are few for 64 features: the distance is far too high by their number alone; compare only "
+        "with scores against the same ones, better take more"
+    )
+    assert scores.fid(diverse, reference=reference, run=finished.root).warnings == [told]
+    stats = ops.dataset_stats(reference, run=finished.root).oid
+    assert scores.fid(diverse, reference=stats, run=finished.root).warnings == [told]
+    assert scores.prec_recall(diverse, reference=reference, run=finished.root).warnings == []
+
+
+def _copy(source: str, destination: Path) -> str:
+    return str(shutil.copy(source, destination))
+
+
+def test_more_reference_images_than_are_taken_are_told(
+    finished: Finished, diverse: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scores, "MAX_REAL_IMAGES", 150)
+    score = scores.prec_recall(diverse, reference="dataset/tiny-digits", num=190, run=finished.root)
+    assert score.warnings == ["150 of 1,797 reference images, drawn by seed 0, stand for all of them"]
+
+
+def images_of(width: int, height: int, num: int = 150) -> NDArray[np.uint8]:
+    """Uint8 [num, height, width, 3], each of one shade with some grain."""
+    rng = np.random.RandomState(width * height)
+    shades = rng.randint(40, 200, (num, 1, 1, 3))
+    return (shades + rng.randint(-20, 20, (num, height, width, 3))).astype(np.uint8)
+
+
+@pytest.mark.parametrize(("width", "height"), [(28, 28), (12, 20), (130, 130)])
+def test_images_of_any_one_size_are_scored(finished: Finished, tmp_path: Path, width: int, height: int) -> None:
+    images = images_of(width, height, 150 if width < 100 else 12)
+    npz, folder = tmp_path / "mine.npz", tmp_path / "mine"
+    np.savez(npz, arr_0=images)
+    folder.mkdir()
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{index:03d}.png")
+    options: dict[str, Any] = {"detector": "random-features", "run": finished.root}
+    score = scores.fid(str(folder), reference=str(npz), **options)
+    assert score.value == pytest.approx(0, abs=1e-6)
+    assert scores.fid("dataset/tiny-digits", reference=str(npz), **options).value > 1
+    store = Store.open(finished.root)
+    results = store.get(score.subject).results
+    assert (results["resolution"], results.get("width")) == (height, None if width == height else width)
+    with pytest.raises(SidaError) as caught:
+        ops.train_teacher(score.subject, name="mine", run=finished.root)
+    side = {28: 32, 12: 16, 130: 128}[width]
+    assert str(caught.value) == (
+        f"images to train on must be square with a side that is a power of two, got {width}x{height}. "
+        f"Make a dataset of them with: sidactl prepare-data PATH --resolution {side}x{side}"
+    )
+
+
+def test_a_folder_that_is_fit_for_training_is_one_dataset_for_scores_too(finished: Finished, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for index, image in enumerate(images_of(16, 16, 20)):
+        Image.fromarray(image).save(folder / f"{index:02d}.png")
+    scored = scores.fid(str(folder), reference=str(folder), detector="random-features", run=finished.root)
+    assert scored.subject == ops.prepare_data(str(folder), run=finished.root).oid
+
+
+def test_images_of_a_size_that_the_detector_does_not_take_are_told_what_does(
+    finished: Finished, tmp_path: Path
+) -> None:
+    npz = tmp_path / "mine.npz"
+    np.savez(npz, arr_0=images_of(28, 28))
+    with pytest.raises(SidaError) as caught:
+        scores.fid(str(npz), reference="tiny-digits", run=finished.root)
+    assert str(caught.value) == (
+        "detector tiny-digits needs grey uint8 images of 8x8 pixels, got torch.uint8 [150, 3, 28, 28]. "
+        "Score these images with --detector random-features or inception."
+    )
+    with pytest.raises(SidaError) as caught:
+        ops.prepare_data(str(npz), run=finished.root)
+    assert str(caught.value).endswith(
+        "Pass --resolution to prepare-data, e.g. 32x32, and a --transform if the aspect ratio shall be kept."
+    )
+
+
+def changed(finished: Finished, ref: str, factor: float) -> str:
+    """A net whose last biases are multiplied; by NaN it is one that an older version may have stored."""
+    store = Store.open(finished.root)
+    artifact = store.resolve(ref)
+    weights = safetensors.torch.load(store.read(artifact, "model.safetensors"))
+    for name in weights:
+        if name.endswith("aux_conv.bias"):
+            weights[name] = weights[name] * factor
+    files: dict[str, Path | bytes] = {"model.safetensors": safetensors.torch.save(weights)}
+    return store.put(artifact.kind, files, inputs=dict(artifact.inputs), params=dict(artifact.params)).oid
+
+
+def test_an_image_that_is_not_finite_ends_a_command_by_its_seed(finished: Finished) -> None:
+    oid = changed(finished, "generator/best", math.nan)
+    store = Store.open(finished.root)
+
+    def kept() -> list[str]:
+        return [artifact.kind for artifact in store.artifacts() if oid in artifact.inputs.values()]
+
+    for act in (
+        lambda: ops.sample(oid, seeds=[17, 18], run=finished.root),
+        lambda: scores.fid(oid, num=20, first_seed=17, run=finished.root),
+        lambda: scores.evaluate(oid, num=20, first_seed=17, run=finished.root),
+    ):
+        with pytest.raises(SidaError) as caught:
+            act()
+        assert str(caught.value) == (
+            "the image of seed 17 is not finite. Take another network or precision, or less --guidance."
+        )
+        assert caught.value.exit_code == 1
+    assert kept() == []
+    guide = changed(finished, "teacher/tiny-digits", 0.5)
+    with pytest.raises(SidaError, match=r"^the image of seed 0 is not finite\."):
+        ops.sample("tiny-digits", seeds=[0], guide=guide, guidance=1e308, steps=3, run=finished.root)
+
+
+@pytest.mark.parametrize("seeds", [[-1], [3, 1 << 32], range(-5, 3)])
+def test_samples_of_seeds_beyond_32_bits_are_refused(finished: Finished, seeds: Any) -> None:
+    with pytest.raises(SidaError) as caught:
+        ops.sample("tiny-digits", seeds=seeds, run=finished.root)
+    assert str(caught.value).startswith("seeds of images must be from 0 to 4294967295, got ")
+    assert caught.value.exit_code == 2
+
+
+def test_an_evaluation_while_training_of_images_that_are_not_finite_is_no_number(finished: Finished) -> None:
+    store = Store.open(finished.root)
+    detector = detectors.load("tiny-digits")
+    reference = references.moments(store, store.resolve("dataset/tiny-digits"), detector)
+    evaluate = ops._evaluation(detector, reference, OneStepSpec(), 300)
+    sound = evaluate(load_net(store, finished.best, "cpu"), lambda: False)
+    assert sound
+    assert (sound.score > 0, sound.warning) == (True, None)
+    evaluation = evaluate(
+        load_net(store, store.get(changed(finished, "generator/best", math.nan)), "cpu"), lambda: False
+    )
+    assert evaluation
+    assert (math.isnan(evaluation.score), evaluation.preview) == (True, None)
+    assert evaluation.warning == "no score after these updates: the image of seed 2147483648 is not finite"

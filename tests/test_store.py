@@ -5,12 +5,15 @@ import fcntl
 import hashlib
 import json
 import os
+import re
+import shutil
 import signal
 import stat
 import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -688,30 +691,195 @@ def test_log_adds_one_line_and_changes_no_oid(store: Store) -> None:
 # verify
 
 
+def told(store: Store) -> dict[str, str]:
+    """What verify says, without the way out, by what is broken."""
+    return {name: problem.partition(". ")[0] for name, problem in store.verify()}
+
+
+def follow(store: Store) -> list[str]:
+    """Does what verify says until it says nothing; the commands that it took."""
+    done: list[str] = []
+    while problems := list(store.verify()):
+        for name, problem in problems:
+            commands = re.findall(r"(?:: |\. )((?:rm|sed|chmod) -.*?)(?:, then .*)?$", problem)
+            assert len(commands) == 1, (name, problem)
+            done += commands
+            assert len(done) < 50
+            subprocess.run(["bash", "-c", commands[0]], check=True)
+    return done
+
+
 def test_verify_finds_each_kind_of_harm(store: Store) -> None:
     cut, lost, bad = (store.put("run", {"a": data}) for data in (b"hello", b"lost", b"bad"))
-    child = store.put("generator", {}, inputs={"teacher": lost.oid, "dataset": "ab" * 32})
+    child = store.put("generator", {}, inputs={"teacher": lost.oid, "dataset": "ab" * 32, "file": cut.oid})
     gone = store.put("score", {})
     store.set_ref("score", "best", gone.oid)
+    store.set_ref("run", "cut", cut.oid)
     store.answer("cd" * 32, gone.oid)
-    assert list(store.verify()) == [(child.oid, "its input dataset (abababababab) is missing")]
+    generator = f"generator {child.oid[:12]}"
+    assert told(store) == {child.oid: f"{generator}: its input dataset (abababababab) is missing"}
 
     overwrite(store, cut.files["a"].sha256, b"hel")
     object_path(store, lost.files["a"].sha256).unlink()
     overwrite(store, bad.oid, b"{}")
     object_path(store, gone.oid).unlink()
     damaged = "damaged: its content no longer matches its name"
-    assert sorted(store.verify()) == sorted(
-        [
-            (child.oid, "its input dataset (abababababab) is missing"),
-            (cut.files["a"].sha256, damaged),
-            (cut.oid, "its file a must have 5 bytes, got 3"),
-            (lost.oid, f"its file a ({lost.files['a'].sha256[:12]}) is missing"),
-            (bad.oid, damaged),
-            ("score/best", f"it names artifact {gone.oid[:12]}, which is missing or damaged"),
-            ("asked/" + "cd" * 32, f"it names artifact {gone.oid[:12]}, which is missing or damaged"),
-        ]
+    missing = f"it names artifact {gone.oid[:12]}, which is missing"
+    assert told(store) == {
+        child.oid: f"{generator}: its input dataset (abababababab) is missing",
+        cut.files["a"].sha256: f"file a of run {cut.oid[:12]} (run/cut): {damaged}",
+        lost.oid: f"run {lost.oid[:12]}: its file a ({lost.files['a'].sha256[:12]}) is missing",
+        bad.oid: damaged,
+        "score/best": missing,
+        f"asked/{'cd' * 32}": missing,
+    }
+    overwrite(store, cut.oid, b"{}")
+    assert told(store)[cut.oid] == f"artifact of ref run/cut and 1 more: {damaged}"
+    (store.root / "refs/run/cut").unlink()
+    assert told(store)[cut.oid] == f"input file of {generator}: {damaged}"
+    assert follow(store)
+    assert store.refs() == {}
+
+
+def test_verify_tells_of_refs_and_answers_of_another_kind_or_question(store: Store) -> None:
+    teacher, fid, recall = store.put("teacher", {}), store.put("score", {}, params={"n": 1}), store.put("score", {})
+    for name, artifact in (("ab", fid), ("cd", recall)):
+        store.log({"command": "score", "key": name * 32, "oid": artifact.oid})
+        store.answer(name * 32, artifact.oid)
+    store.answer("ef" * 32, teacher.oid)  # not in the log: nothing is known against it
+    store.set_ref("teacher", "t", teacher.oid)
+    assert told(store) == {}
+    (store.root / "refs/samples").mkdir()
+    (store.root / "refs/samples/x").write_text(teacher.oid)
+    (store.root / "asked" / ("ab" * 32)).write_text(recall.oid)
+    (store.root / "asked" / ("cd" * 32)).write_text(teacher.oid)
+    names = f"teacher {teacher.oid[:12]} (teacher/t, samples/x)"
+    assert told(store) == {
+        "samples/x": f"it names {names}, which is not of its kind",
+        f"asked/{'ab' * 32}": f"it names score {recall.oid[:12]}, which never answered it (score)",
+        f"asked/{'cd' * 32}": f"it names {names}, which never answered it (score)",
+    }
+    for text in ("x", "samples/x"):
+        with pytest.raises(SidaError) as caught:
+            store.resolve(text)
+        assert str(caught.value) == (
+            f"ref 'samples/x' must name an artifact of its kind, got teacher {teacher.oid[:12]}. "
+            "See what helps with: sidactl verify"
+        )
+    assert len(follow(store)) == 3
+    assert (store.asked("ab" * 32), store.asked("ef" * 32), store.refs()) == (None, teacher, {"teacher/t": teacher.oid})
+
+
+GARBAGE: dict[str, Callable[[Path], object]] = {
+    "binary": lambda path: path.write_bytes(bytes(range(256)) * 100),
+    "empty": lambda path: path.write_bytes(b""),
+    "folder": lambda path: (path / "inner").mkdir(parents=True),
+    "pipe": lambda path: os.mkfifo(path),
+    "link": lambda path: path.symlink_to("/nowhere"),
+    "link to a folder": lambda path: path.symlink_to("/"),
+}
+
+
+@pytest.mark.parametrize("what", GARBAGE)
+def test_garbage_anywhere_hides_nothing_and_the_way_out_works(store: Store, what: str) -> None:
+    kept, lost = store.put("samples", {"a": b"kept"}), store.put("samples", {"a": b"lost"})
+    store.set_ref("samples", "kept", kept.oid)
+    object_path(store, lost.files["a"].sha256).unlink()
+    odd = "a\n\x1b[31m'\u202e"
+    names = [f"refs/{odd}", "refs/x", "refs/samples/..x", f"refs/samples/{odd}", "refs/samples/plain", "asked/x"]
+    names += [f"asked/{'ab' * 32}", "objects/x", "objects/zz", f"objects/{kept.oid[:2]}/x", f"objects/00/{'0' * 62}"]
+    names += [f"objects/{kept.oid[:2]}/{odd}", "live/x", f"live/{odd}", f"live/{'ab' * 32}"]
+    (store.root / "objects/00").mkdir()
+    for name in names:
+        GARBAGE[what](store.root / name)
+    (store.root / os.fsdecode(b"refs/samples/\xff")).write_text(kept.oid)
+    found = told(store)
+    missing = f"samples {lost.oid[:12]}: its file a ({lost.files['a'].sha256[:12]}) is missing"
+    assert found[lost.oid] == missing
+    assert found["refs/samples/..x"] == found["asked/x"] == found["live/x"] == "nothing that sidactl makes"
+    assert set(store.refs()) <= {"samples/kept", "samples/plain"}
+    assert store.resolve("kept") == kept
+    assert [a.oid for a in store.artifacts()] == sorted([kept.oid, lost.oid])
+    assert store.gc(dry_run=True).num_objects == 0 or what in ("binary", "empty")
+    follow(store)
+    assert (store.refs(), [a.oid for a in store.artifacts()]) == ({"samples/kept": kept.oid}, [kept.oid])
+    assert store.read(kept, "a") == b"kept"
+
+
+def test_what_cannot_be_read_is_told_and_the_rest_is_looked_at(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    shut, lost = store.put("samples", {"a": b"shut"}), store.put("samples", {"a": b"lost"})
+    store.set_ref("samples", "shut", shut.oid)
+    sha256 = shut.files["a"].sha256
+    object_path(store, lost.files["a"].sha256).unlink()
+    hash_file = store_module._hash_file
+
+    def refuse(path: Path) -> str:
+        if path == object_path(store, sha256):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return hash_file(path)
+
+    monkeypatch.setattr(store_module, "_hash_file", refuse)
+    found = dict(store.verify())
+    assert found[sha256] == (
+        f"file a of samples {shut.oid[:12]} (samples/shut): cannot be read: Permission denied. "
+        f"Let it be read: chmod -R u+rX {object_path(store, sha256)}"
     )
+    assert set(found) == {sha256, lost.oid}
+
+
+def checkpoint(folder: Path, **files: bytes) -> None:
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    lines = [f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in files.items()]
+    (folder / "SHA256SUMS").write_text("".join(lines))
+
+
+def test_verify_looks_into_unfinished_work_unless_a_process_is_at_it(store: Store) -> None:
+    key = "ab" * 32
+    with store.live(key) as live:
+        live.append("events.jsonl", b'{"event": "progress", "nimg": 1}')
+        live.write("state.json", b"{}")
+        for name in ("checkpoint-0000000064-1", "checkpoint-0000000128-2", "checkpoint-0000000192-2"):
+            checkpoint(live.path / name, state=b"state", weights=b"weights")
+        with (live.path / "events.jsonl").open("ab") as file:
+            file.write(b'{"event": "prog')  # the half line that a kill leaves
+    assert told(store) == {}
+    live.append("events.jsonl", b"\n[]")
+    shutil.copytree(live.path / "checkpoint-0000000064-1", live.path / "checkpoint-0000000064-1.bak")
+    (live.path / "checkpoint-0000000064-1/weights").write_bytes(b"weighty")
+    (live.path / "checkpoint-0000000128-2/weights").unlink()
+    with store.live(key):
+        assert told(store) == {}
+    at = f"live/{key[:12]}"
+    assert told(store) == {
+        f"{at}/events.jsonl": "line 2 is no event",
+        f"{at}/checkpoint-0000000064-1.bak": "is no checkpoint",
+        f"{at}/checkpoint-0000000064-1": "weights is damaged: its content no longer matches its name",
+        f"{at}/checkpoint-0000000128-2": "weights is missing",
+    }
+    assert len(follow(store)) == 5
+    assert sorted(os.listdir(live.path)) == ["checkpoint-0000000192-2", "events.jsonl", "lock", "state.json"]
+    assert (live.path / "events.jsonl").read_text() == '{"event": "progress", "nimg": 1}\n'
+    (live.path / "state.json").write_bytes(b"{")
+    assert told(store) == {f"{at}/state.json": "must be a JSON object"}
+    follow(store)
+    assert os.listdir(store.root / "live") == []
+
+
+def test_gc_waits_for_verify_and_verify_writes_nothing(store: Store) -> None:
+    for n in range(3):
+        store.put("run", {"a": b"%d" % n})
+    overwrite(store, store.put("run", {}).oid, b"damaged")
+    age(store)
+    before = {path: path.stat().st_mtime_ns for path in store.root.rglob("*")}
+    looking = store.verify()
+    next(looking)
+    with (store.root / "format").open("rb") as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert list(looking) == []
+    assert {path: path.stat().st_mtime_ns for path in store.root.rglob("*")} == before
+    assert store.gc().num_objects == 7
 
 
 # gc
@@ -854,6 +1022,60 @@ def test_gc_copes_with_a_dangling_ref_and_a_missing_input(store: Store) -> None:
     assert store.gc(grace_sec=0).num_objects == 0
 
 
+def test_gc_reads_a_score_once_however_many_there_are(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chain of scores: each is kept only once the one before is."""
+    kept = store.put("samples", {})
+    store.set_ref("samples", "kept", kept.oid)
+    chain = [kept]
+    for n in range(40):
+        chain.append(store.put("score", {}, inputs={"subject": chain[-1].oid}, params={"n": n}))
+        store.answer(f"{n:064x}", chain[-1].oid)
+    dead = store.put("samples", {}, params={"n": 0})
+    scored = store.put("score", {}, inputs={"subject": dead.oid, "reference": kept.oid})
+    age(store)
+    looks: list[str] = []
+    size_bytes = Store._size_bytes
+    monkeypatch.setattr(Store, "_size_bytes", lambda self, oid: looks.append(oid) or size_bytes(self, oid))
+    assert set(store.gc(dry_run=True).removed) == {dead.oid, scored.oid}
+    assert len(looks) <= 2 * len(chain)
+
+
+def test_a_ref_is_read_without_the_others(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = store.put("generator", {})
+    for n in range(30):
+        store.set_ref("generator", f"a/{n}", artifact.oid)
+    read: list[Path] = []
+    read_oid = store_module._read_oid
+    monkeypatch.setattr(store_module, "_read_oid", lambda path: read.append(path) or read_oid(path))
+    for text in ("generator/a/7", "a/7"):
+        assert store.resolve(text) == artifact
+    assert len(read) <= 2 * len(KINDS)
+
+
+def test_what_no_ref_can_be_called_is_not_looked_for(store: Store) -> None:
+    store.set_ref("generator", "g", store.put("generator", {}).oid)
+    for text in ("generator/..", "generator/.", "../format", "generator/" + "x" * 300, "a\0b", "\ud800", "generator/"):
+        with pytest.raises(SidaError, match=r"^no ref "):
+            store.resolve(text)
+
+
+def test_gc_looks_at_a_directory_that_cannot_be_written(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.put("run", {"a": b"a"})
+    age(store)
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    open_file = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda path, mode="r", *rest: open_file(path, mode, *rest) if "+" not in mode else refuse()
+    )
+    assert store.gc(dry_run=True).num_objects == 2
+    with pytest.raises(SidaError, match=": Read-only file system"):
+        store.gc()
+
+
 def test_gc_waits_for_a_writer(store: Store, tmp_path: Path) -> None:
     store.put("run", {})
     pipe = tmp_path / "slow"
@@ -929,7 +1151,7 @@ def write(store):
     with store.live("cd" * 32) as live:
         live.write("state.bin", b"one")
         live.write("state.bin", b"two")
-        live.append("events.jsonl", b"{}")
+        live.append("events.jsonl", b'{"event": "progress", "nimg": 1}')
         key = Store.key("distill", {}, {"teacher": teacher.oid})
         for data in (b"first", b"second"):
             generator = store.put("generator", {"w": data, "v": b"v" * 3000000}, inputs={"teacher": teacher.oid})

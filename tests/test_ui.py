@@ -46,6 +46,11 @@ def terminal_as_stderr(monkeypatch: pytest.MonkeyPatch, columns: int = 100) -> T
     return terminal
 
 
+def untimed(text: str) -> str:
+    """Lines of progress without the time of day that each begins with."""
+    return "".join(re.sub(r"^\d\d:\d\d:\d\d (?=[a-z ]+: )", "", line) for line in text.splitlines(keepends=True))
+
+
 def run_python(code: str, stderr: int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100"}
     command = [sys.executable, "-c", textwrap.dedent(code)]
@@ -61,8 +66,33 @@ def test_import_loads_nothing_heavy() -> None:
 def test_print_data_is_one_line_on_stdout_alone(capsys: pytest.CaptureFixture[str]) -> None:
     ui.print_data("1.9234")
     assert capsys.readouterr() == ("1.9234\n", "")
-    with pytest.raises(AssertionError):
-        ui.print_data("two\nlines")
+
+
+HOSTILE = "a\x1b[31m\n## b\u202ec\u2066d\u200ee\x9bf\x7f\ud800-\udcff<b>"
+SHOWN = r"a\x1b[31m\n## b\u202ec\u2066d\u200ee\x9bf\x7f\ud800-\xff<b>"
+
+
+def test_text_from_outside_is_shown_with_visible_escapes_everywhere(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ui.print_data(HOSTILE)
+    assert capsys.readouterr().out == f"{SHOWN}\n"
+    ui.table(["licence"], [[HOSTILE]], title=HOSTILE)
+    assert capsys.readouterr().out == f"{SHOWN}\nlicence\n{SHOWN}\n"
+    ui.print_json({HOSTILE: HOSTILE})
+    assert json.loads(capsys.readouterr().out) == {HOSTILE: HOSTILE}
+    # A message is one line, whatever a library wrote into it.
+    in_message = SHOWN.replace(r"\n", " ")
+    ui.note(HOSTILE)
+    ui.fail(SidaError(HOSTILE))
+    with ui.progress(HOSTILE, 1) as shown:
+        shown.update(1, {"licence": HOSTILE})
+    told = capsys.readouterr().err.splitlines()
+    assert told[:2] == [in_message, f"error: {in_message}"]
+    assert all(in_message in line and line.endswith(f"licence {SHOWN}") for line in told[2:])
+    terminal = terminal_as_stderr(monkeypatch, columns=200)
+    ui.table(["licence"], [[HOSTILE]], title=HOSTILE, file=terminal)
+    assert [line.strip() for line in terminal.screen().splitlines() if "##" in line] == [SHOWN, SHOWN]
 
 
 def test_print_json_is_one_document_in_the_order_given(capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,7 +121,7 @@ def test_messages_are_one_line_each_on_stderr(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr() == (
         "",
         "loads edm2-s (280M parameters)\n"
-        "warning: odd [31m file\n"
+        "warning: odd\\x1b[31m file\n"
         "error: a teacher must have a sigma_data, got none. Pass another file.\n"
         "error: no such run\n",
     )
@@ -115,7 +145,7 @@ def test_a_reader_that_has_gone_away_is_no_error() -> None:
 def test_table_off_a_terminal_aligns_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
     ui.table(["name", "images", "FID"], [["a\nb", 5, 1.97123], ["longer", 50000, None]], title="Scores")
     assert capsys.readouterr() == (
-        "Scores\nname    images     FID\na b          5  1.9712\nlonger   50000       -\n",
+        "Scores\nname    images     FID\na\\nb         5  1.9712\nlonger   50000       -\n",
         "",
     )
 
@@ -135,13 +165,76 @@ def test_progress_off_a_terminal_tells_first_last_and_now_and_then(capsys: pytes
         for step in range(26):
             p.update(50_000 + 1000 * step, {"stage": "sida"} if step == 0 else {"FID": 3.21})
             clock.now_sec += 1
-    assert capsys.readouterr() == (
-        "",
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert untimed(err) == (
         "distill: 50k / 200k images (25%), 0.0s so far, stage sida\n"
         "distill: 60k / 200k images (30%), 1,000 images/s, 2m 20s left, 10s so far, stage sida, FID 3.21\n"
-        "distill: 70k / 200k images (35%), 1,000 images/s, 2m 10s left, 20s so far, stage sida, FID 3.21\n"
-        "distill: 75k / 200k images (37%), 1,000 images/s, 2m 05s left, 26s so far, stage sida, FID 3.21\n",
+        "distill: 75k / 200k images (37%), 1,000 images/s, 2m 05s left, 26s so far, stage sida, FID 3.21\n"
     )
+    assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in err.splitlines())
+
+
+def test_progress_off_a_terminal_is_told_ever_more_seldom_up_to_ten_minutes(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    with ui.progress("distill", None, clock=clock) as p:
+        for _ in range(4000):
+            p.update(int(clock.now_sec))
+            clock.now_sec += 1
+    counts = re.findall(r"([\d,.]+k?) images,", capsys.readouterr().err)
+    told = [ui.parse_count(count.replace(",", ""), "") - 1000 for count in counts]
+    assert told == [0, 10, 30, 70, 150, 310, 630, 1230, 1830, 2430, 3030, 3630, 3999]
+
+
+def test_progress_never_passes_its_total(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with ui.progress("distill", 5000, clock=Clock()) as p:
+        p.update(5120)
+    assert untimed(capsys.readouterr().err) == "distill: 5k / 5k images (100%), 0.0s so far\n"
+    terminal = terminal_as_stderr(monkeypatch)
+    with ui.progress("distill", 5000, clock=Clock()) as p:
+        p.update(5120)
+    assert "distill  5k / 5k images (100%)" in terminal.screen()
+
+
+def test_progress_tells_no_speed_before_it_can_be_known(capsys: pytest.CaptureFixture[str]) -> None:
+    """A first update that took a millisecond says nothing about the next ones, and must not weigh like 30 seconds."""
+    clock = Clock()
+    with ui.progress("distill", 10_000, every_sec=1, clock=clock) as p:
+        p.update(0)
+        clock.now_sec += 0.001
+        p.update(128)
+        for _ in range(10):
+            clock.now_sec += 1
+            p.update(int(128 + 100 * (clock.now_sec - 1000.001)))
+    lines = untimed(capsys.readouterr().err).splitlines()
+    assert lines[1] == "distill: 228 / 10k images (2%), 1.0s so far"
+    assert re.search(r", 11\d images/s, 1m 2\ds left, ", lines[-1])
+
+
+def test_parts_are_shown_in_turn_and_the_whole_at_last(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work() -> None:
+        with ui.display() as display:
+            reference = display.part("features of digits")
+            reference(0, 100)
+            reference(100, 100)
+            display.show("fid", 50).update(10)
+            display.part("scoring")(3, 4)
+
+    work()
+    assert [re.sub(r" so far$", "", line) for line in untimed(capsys.readouterr().err).splitlines()] == [
+        line.rstrip()
+        for line in (
+            "features of digits: 0 / 100 images (0%), 0.0s",
+            "features of digits: 100 / 100 images (100%), 0.0s",
+            "fid: 10 / 50 images (20%), 0.0s",
+            "scoring: 3 / 4 images (75%), 0.0s",
+        )
+    ]
+    terminal = terminal_as_stderr(monkeypatch)
+    work()
+    assert terminal.screen().splitlines()[-3].strip() == "fid  10 / 50 images (20%)"
 
 
 def test_progress_of_a_download_tells_sizes_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,7 +247,7 @@ def test_progress_of_a_download_tells_sizes_rate_and_time_left(capsys: pytest.Ca
         p.update(0)
         clock.now_sec += 10
         p.update(512)
-    assert capsys.readouterr().err == (
+    assert untimed(capsys.readouterr().err) == (
         "fetch: 0 B / 95.6 MB (0%), 0.0s so far\n"
         "fetch: 40 MB / 95.6 MB (41%), 2 MB/s, 27s left, 20s so far\n"
         "fetch: 0 B, 0.0s so far\n"
@@ -169,7 +262,7 @@ def test_progress_tells_a_state_once_and_none_if_there_was_none(capsys: pytest.C
         p.note("one more\nthing")
     with ui.progress("empty", 10, clock=clock):
         pass
-    assert capsys.readouterr().err == "fid: 1,797 features, 0.0s so far\none more thing\n"
+    assert untimed(capsys.readouterr().err) == "fid: 1,797 features, 0.0s so far\none more thing\n"
 
 
 def test_progress_tells_the_last_state_of_work_that_fails(capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,7 +277,7 @@ def test_progress_tells_the_last_state_of_work_that_fails(capsys: pytest.Capture
 
     with pytest.raises(KeyboardInterrupt):
         fails()
-    assert capsys.readouterr().err.splitlines()[-1] == (
+    assert untimed(capsys.readouterr().err).splitlines()[-1] == (
         "sample: 2 / 4 images (50%), 0.5 images/s, 4.0s left, 2.0s so far"
     )
 
@@ -199,15 +292,15 @@ def test_progress_speed_follows_a_change_within_its_window(capsys: pytest.Captur
                 clock.now_sec += 1
                 done += images_per_sec
                 p.update(done)
-    # After one time constant, 1/e of the difference is left: 200 + 800 / e = 494.3.
-    assert "106k images, 494 images/s, 2m 10s so far" in capsys.readouterr().err
+    # Weights fade by e in 30 s: (200 (1 - 1/e) + 1000 / e (1 - e^(-10/3))) / (1 - e^(-13/3)) = 487.6.
+    assert "106k images, 488 images/s, 2m 10s so far" in capsys.readouterr().err
 
 
 def test_progress_counts_updates_within_one_tick_of_the_clock(capsys: pytest.CaptureFixture[str]) -> None:
     with ui.progress("x", 8, clock=Clock()) as p:
         p.update(4)
         p.update(8)
-    assert capsys.readouterr().err.splitlines()[-1] == "x: 8 / 8 images (100%), 0.0s so far"
+    assert untimed(capsys.readouterr().err).splitlines()[-1] == "x: 8 / 8 images (100%), 0.0s so far"
 
 
 def test_progress_on_a_terminal_shows_stage_images_speed_losses_score_and_time_left(
@@ -252,7 +345,7 @@ def test_progress_on_a_dumb_terminal_tells_plain_lines(monkeypatch: pytest.Monke
     monkeypatch.setenv("TERM", "dumb")
     with ui.progress("x", 10, clock=Clock()) as p:
         p.update(5)
-    assert terminal.getvalue() == "x: 5 / 10 images (50%), 0.0s so far\n"
+    assert untimed(terminal.getvalue()) == "x: 5 / 10 images (50%), 0.0s so far\n"
 
 
 def test_progress_fits_narrow_terminals(monkeypatch: pytest.MonkeyPatch) -> None:

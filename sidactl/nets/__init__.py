@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from typing import assert_never
 
+import torch
 from torch import Tensor, nn
 
 from sidactl.diffusion import Preconditioned
+from sidactl.errors import SidaError
 from sidactl.nets.edm import DhariwalUNet, SongUNet
 from sidactl.nets.edm2 import EDM2Denoiser
 from sidactl.recipe import NetSpec
@@ -32,3 +34,16 @@ def misfits_of(net: nn.Module, state: Mapping[str, Tensor]) -> str:
     }
     listed = [f"{len(v)} {k} ({', '.join(v[:5])}{', ...' if len(v) > 5 else ''})" for k, v in problems.items() if v]
     return "; ".join(listed)
+
+
+def check_values(state: Mapping[str, Tensor]) -> None:
+    """Raises SidaError naming the first tensor whose values cannot be weights: not real, not floating, not finite."""
+    for name, tensor in state.items():
+        if not tensor.is_floating_point() or tensor.layout != torch.strided:
+            kind = str(tensor.dtype if tensor.layout == torch.strided else tensor.layout).removeprefix("torch.")
+            raise SidaError(f"weights must be real floating-point numbers, {name} is {kind}", "Give another file.")
+        if num_bad := tensor.numel() - int(tensor.to(torch.float32).isfinite().sum()):
+            raise SidaError(
+                f"weights must be finite, {num_bad} of {tensor.numel()} values of {name} are not",
+                "Give another file: what this network draws is no image.",
+            )

@@ -1,0 +1,304 @@
+"""What a distillation needs and whether it is there, told before anything is computed, fetched or written; no torch.
+
+Not how what is missing is had: that is what artifacts and references do.
+"""
+
+import ast
+import importlib.util
+import re
+import shutil
+import zipfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sidactl import catalog, download, references
+from sidactl.artifacts import DATA_FILES, NET_FILES, NETS, mapping, require_images, shape_for_nets
+from sidactl.errors import SidaError
+from sidactl.recipe import NetSpec, Recipe
+from sidactl.store import Artifact, Store
+
+VAE_BYTES = 335_000_000
+_NUM_FEATURES = {"tiny-digits": 64, "random-features": 128, "inception": 2048, "dinov2": 1024}
+_LATENT_CHANNELS, _LATENT_SCALE = 4, 8
+
+
+@dataclass(frozen=True)
+class Need:
+    """What is fetched or made before training begins."""
+
+    what: str
+    how: str
+    url: str | None = None
+    size_bytes: int | None = None
+    """None = not known"""
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a word stands for: an artifact of the run directory, or something that becomes one first."""
+
+    text: str
+    artifact: Artifact | None = None
+    entry: catalog.Entry | None = None
+    need: Need | None = None
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """Name, dataset and network of a teacher or generator; empty where they are not known yet."""
+        if self.artifact:
+            return self.artifact.params
+        if isinstance(self.entry, (catalog.Teacher, catalog.Generator)):
+            return {"name": self.entry.name, "dataset": self.entry.dataset, "net": self.entry.net.to_json()}
+        return {}
+
+
+def find(store: Store, text: str, kinds: list[str]) -> Input:
+    """What `artifacts.resolve` would make of a word. Raises SidaError where that would, as far as can be seen."""
+    groups: Mapping[str, Mapping[str, catalog.Entry]] = {
+        "teacher": catalog.TEACHERS,
+        "generator": catalog.GENERATORS,
+        "dataset": catalog.DATASETS,
+    }
+    refs = store.refs()
+    for kind in kinds:
+        if entry := groups.get(kind, {}).get(text):
+            if f"{kind}/{text}" in refs:
+                return Input(text, store.resolve(f"{kind}/{text}"), entry)
+            return Input(text, None, entry, _need_of(entry, kind))
+    suffix, nets = Path(text.partition("?")[0]).suffix, [kind for kind in kinds if kind in NETS]
+    if "://" in text or suffix in NET_FILES:
+        if not nets:
+            raise SidaError(f"{text} cannot be read as a {' or '.join(kinds)}", "Give an artifact or another file.")
+        return Input(text, need=_need_of_file(text, "imported", is_file=True))
+    is_ref = any(text in (ref, ref.partition("/")[2]) for ref in refs)
+    if "dataset" in kinds and (suffix in DATA_FILES or (Path(text).is_dir() and not is_ref)):
+        return Input(text, need=_need_of_file(text, "prepared", is_file=suffix in DATA_FILES))
+    return Input(text, store.resolve(text, kinds))
+
+
+def _need_of(entry: catalog.Entry, kind: str) -> Need | None:
+    if isinstance(entry, catalog.Dataset) and not entry.builtin:
+        raise SidaError(
+            f"dataset {entry.name} must be prepared from its files",
+            f"Get them from {entry.where}, then run sidactl prepare-data PATH --preset {entry.name} "
+            f"--name {entry.name}.",
+        )
+    if entry.source is None:
+        return None  # built in
+    return _download(f"{kind} {entry.name}", entry.source)
+
+
+def _download(what: str, source: catalog.Download) -> Need:
+    download.refuse_forbidden(source.url, what)
+    return Need(what, "downloaded", source.url, source.size_bytes)
+
+
+def _need_of_file(text: str, how: str, *, is_file: bool) -> Need:
+    if "://" in text:
+        return _download(text, catalog.Download(url=text))
+    if is_file and not Path(text).is_file():
+        raise SidaError(f"{text}: no such file", "Check the path.")
+    return Need(text, how)
+
+
+def reference(store: Store, asked: str | None, teacher: Input, data: Input | None) -> Input:
+    """What `references.find`, or the dataset that is trained on, gives to score against. data: None = not there.
+
+    Raises SidaError where there is nothing.
+    """
+    if asked is None:
+        if data and (held := data.artifact) is None:
+            return data  # whatever it is made of is images
+        if data and held and (pixels := references.pixels_of(store, held)).results["kind"] == "pixels":
+            return Input(data.text, pixels)
+        return _own_reference(store, teacher)
+    published = catalog.REFERENCES.get(asked)
+    published = published or next((e for e in catalog.REFERENCES.values() if e.source and e.source.url == asked), None)
+    if published:
+        return _published(store, published)
+    if Path(asked.partition("?")[0]).suffix in (".pkl", ".npz"):
+        return Input(asked, need=_need_of_file(asked, "imported", is_file=True))
+    found = find(store, asked, ["dataset", "stats"])
+    if found.artifact and found.artifact.kind == "dataset":
+        require_images(found.artifact)
+        return Input(asked, references.pixels_of(store, found.artifact))
+    return found
+
+
+def _own_reference(store: Store, teacher: Input) -> Input:
+    name = references.dataset_name(store, teacher.artifact) if teacher.artifact else str(teacher.params["dataset"])
+    if name in catalog.REFERENCES:
+        by_edm2 = catalog.REFERENCES.get(f"{name}-edm2") if _net(teacher).architecture == "EDM2" else None
+        return _published(store, by_edm2 or catalog.REFERENCES[name])
+    if teacher.artifact and "dataset" in teacher.artifact.inputs:
+        return Input(name, references.pixels_of(store, store.get(teacher.artifact.inputs["dataset"])))
+    return find(store, name, ["dataset"])
+
+
+def _published(store: Store, entry: catalog.Reference) -> Input:
+    if f"stats/{entry.name}" in store.refs():
+        return Input(entry.name, store.resolve(f"stats/{entry.name}"), entry)
+    assert entry.source
+    return Input(entry.name, None, entry, _download(f"statistics {entry.name}", entry.source))
+
+
+def _net(of: Input) -> NetSpec:
+    return NetSpec.from_json(mapping(of.params["net"]))
+
+
+def default_detector(of: Input) -> str:
+    """The detector that a run is scored with by default; of what is prepared first, as it will be."""
+    if of.artifact:
+        return references.training_detector(of.artifact)
+    if isinstance(of.entry, catalog.Reference):
+        return of.entry.detectors[0]
+    if isinstance(of.entry, catalog.Dataset):
+        return of.entry.detector
+    return "inception" if Path(of.text.partition("?")[0]).suffix in (".pkl", ".npz") else references.RANDOM_FEATURES
+
+
+def check_detector(store: Store, name: str, net: NetSpec, compared: Input) -> list[Need]:
+    """Refuses a detector that does not take the generator's images or that the reference is not by; what it needs."""
+    is_latent = net.img_channels == _LATENT_CHANNELS
+    channels = 3 if is_latent else net.img_channels
+    size = net.img_resolution * (_LATENT_SCALE if is_latent else 1)
+    drawn = f"the generator draws {channels} channels of {size}x{size}"
+    if name == "tiny-digits" and (size, channels) != (8, 1):
+        raise SidaError(
+            f"detector tiny-digits needs grey images of 8x8 pixels, {drawn}",
+            "Pass --detector random-features, or another --ref.",
+        )
+    if channels not in (1, 3):
+        raise SidaError(f"detectors take grey or RGB images, {drawn}", "Pass --no-score.")
+    needs: list[Need] = []
+    if is_file(name):
+        if not Path(name).is_file():
+            raise SidaError(f"{name}: no such file", "Check the path, or use --detector inception.")
+    else:
+        entry = catalog.detector(name)
+        if entry.source and f"detector/{name}" not in store.refs():
+            needs.append(_download(f"detector {name}", entry.source))
+    _check_statistics(name, compared)
+    if is_latent:
+        needs.append(_vae())
+    return needs
+
+
+def is_file(detector: str) -> bool:
+    return Path(detector).suffix in (".pt", ".pth", ".safetensors")
+
+
+def _check_statistics(detector: str, compared: Input) -> None:
+    held = compared.artifact
+    name = "inception" if is_file(detector) else detector
+    if held and held.kind == "stats":
+        by = references.detector_name(held)
+        others = [by] if "detector" in held.params else sorted(f.removesuffix(".npz") for f in held.files)
+        called = str(held.params.get("name", compared.text))
+    elif held is None and isinstance(compared.entry, catalog.Reference):
+        others, called = list(compared.entry.detectors), compared.entry.name
+    elif held is None and compared.text.endswith(".npz") and (width := _width(compared.text)):
+        if name != "inception" or width != _NUM_FEATURES["inception"]:
+            gives = "" if is_file(detector) else f", {name} gives {_NUM_FEATURES[name]:,}"
+            raise SidaError(
+                f"{compared.text} holds statistics of {width:,} features, which are taken for Inception's 2,048{gives}",
+                "Pass another --ref, or --detector.",
+            )
+        return
+    else:
+        return
+    if name not in others:
+        raise SidaError(
+            f"{called} holds statistics by {', '.join(others)}, not by {name}", "Pass another --ref, or --detector."
+        )
+
+
+def _width(path: str) -> int | None:
+    """The number of features of statistics in an npz file, by the header of `mu`; None where there are none."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("mu.npy") as file:
+            head = file.read(10)
+            described = ast.literal_eval(file.read(int.from_bytes(head[8:10], "little")).decode("latin1"))
+            return int(described["shape"][0])
+    except (OSError, zipfile.BadZipFile, LookupError, ValueError, SyntaxError, TypeError):
+        return None
+
+
+def _vae() -> Need:
+    if importlib.util.find_spec("diffusers") is None:
+        raise SidaError(
+            "decoding latents needs the VAE of diffusers, which is not installed",
+            "Install it with: pip install 'sidactl[vae]', or pass --no-score.",
+        )
+    return Need("the VAE stabilityai/sd-vae-ft-mse", "downloaded, unless diffusers has it", None, VAE_BYTES)
+
+
+def check_device(name: str | None) -> None:
+    """Refuses a device that is none by its name; whether it is there only torch knows."""
+    if name is not None and not re.fullmatch(r"cpu|cuda(:[0-9]+)?", name):
+        raise SidaError(f"device must be cpu, cuda or cuda:N, got {name!r}", "Pass --device cpu.")
+
+
+def shape_of(data: Input) -> tuple[int | None, int | None, int] | None:
+    """Resolution, channels and classes of a dataset as a network sees it; None where they are not known yet."""
+    if data.artifact:
+        return shape_for_nets(data.artifact)
+    return data.entry.shape if isinstance(data.entry, catalog.Dataset) else None
+
+
+def check_stages(recipe: Recipe) -> SidaError | None:
+    """What to refuse a recipe with whose duration ends before the generator, or its adversarial part, is trained."""
+    untrained = recipe.untrained()
+    if not untrained:
+        return None
+    end = f"the run ends at {recipe.duration_nimg:,}"
+    if "generator" in untrained:
+        start, what = recipe.generator_from_nimg or 0, "the generator trains"
+        would = "return its teacher" if recipe.mode != "sid2a" else "return the generator that it starts from"
+        flag, choices = "--generator-from", [recipe.duration_nimg // 4, 0, None]
+    else:
+        assert recipe.adversarial
+        start, what = recipe.adversarial.adversarial_from_nimg, "the adversarial part counts"
+        would, flag, choices = "be mode sid", "--adversarial-from", [recipe.duration_nimg // 2, 0]
+    steps = f", in steps of {recipe.batch_size:,}" if start < recipe.duration_nimg else ""
+    what = f"{what} from {start:,} images on{steps}, {end}: it would {would}"
+    fitting = next((n for n in choices if untrained[0] not in _with(recipe, flag, n).untrained()), recipe)
+    if fitting is recipe:
+        return SidaError(what, "Pass a longer --duration.")
+    return SidaError(what, f"Pass {flag} {'none' if fitting is None else fitting}, or a longer --duration.")
+
+
+def _with(recipe: Recipe, flag: str, nimg: int | None) -> Recipe:
+    if flag == "--generator-from":
+        return replace(recipe, generator_from_nimg=nimg)
+    assert recipe.adversarial
+    assert nimg is not None
+    return replace(recipe, adversarial=replace(recipe.adversarial, adversarial_from_nimg=nimg))
+
+
+def disk_bytes(num_parameters: int) -> int:
+    """What a run holds on the disk at most: three checkpoints as one is written, three bests, two generators."""
+    values_of_checkpoint = 3 + 2 * 2  # fake score, generator, EMA; two moments of two nets
+    return 4 * num_parameters * (3 * values_of_checkpoint + 3 + 2)
+
+
+def check_disk(store: Store, num_parameters: int) -> int:
+    """The free bytes where the run directory is, or will be. Raises SidaError where they are too few for the run."""
+    place = store.root.absolute()
+    while not place.exists():
+        place = place.parent
+    free, needed = shutil.disk_usage(place).free, disk_bytes(num_parameters)
+    held = 0
+    for path in (store.root / "live").rglob("*"):
+        with suppress(OSError):  # another process may just have removed it
+            held += path.stat().st_size
+    if needed > free + held:
+        raise SidaError(
+            f"the run needs about {needed / 1e9:.1f} GB in the run directory {store.root}, where {free / 1e9:.1f} GB "
+            "are free",
+            "Free some space or choose another with --run DIR.",
+        )
+    return free
