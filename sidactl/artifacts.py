@@ -793,10 +793,16 @@ def _prepare_images(
         from sidactl.data import Dataset
 
         path = work.path / "images.zip"
-        say = download.to_stderr
         chosen = {option: value for option, value in options.items() if option != "subset"}
         made = prepare.prepare(
-            source, path, **chosen, any_size=any_size, workers=workers, work=work.path, progress=tick, say=say
+            source,
+            path,
+            **chosen,
+            any_size=any_size,
+            workers=workers,
+            work=work.path,
+            progress=tick,
+            say=download.to_stderr,
         )
         files: dict[str, Path | bytes] = {"images.zip": path}
         if made.kind == "pixels":

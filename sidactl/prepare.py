@@ -26,7 +26,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sidactl import pictures
 from sidactl.codec import LatentCodec
-from sidactl.data import LABEL_FILE, Dataset, decode_latents, decode_pixels, first_line, image_formats
+from sidactl.data import LABEL_FILE, Dataset, decode_latents, decode_pixels, drawn_subset, first_line, image_formats
 from sidactl.engine import agreed, in_order, joined, share
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.sources import ClassOrder, Convention, Item, Pixels, Say, Source, open_source
@@ -218,21 +218,18 @@ def prepare(
 
 
 def _subset(opened: Source, max_images: int | None, use_labels: bool, convention: Convention | None) -> bytearray:
-    """1 for each item to take, 0 for the others: the first of each class in turn; without classes a fixed random few.
-
-    Source, for the latter: EDM (2206.00364), how its loader draws a subset.
-    """
+    """1 for each item to take, 0 for the others: the first of each class in turn; without classes a random few."""
     if max_images is None or max_images >= opened.total:
         return bytearray(b"\1") * opened.total
     order = np.arange(opened.total)
-    if convention is None and use_labels and opened.labels is not None:
+    if convention is None and (opened.labels is None or not use_labels):
+        order = drawn_subset(opened.total, max_images, 0)
+    elif convention is None and opened.labels is not None:
         by_class = np.argsort(opened.labels, kind="stable")
         known = opened.labels[by_class]
         turn = np.empty_like(order)
         turn[by_class] = order - np.searchsorted(known, known)
         order = np.lexsort((opened.labels, turn))
-    elif convention is None:
-        np.random.RandomState(0).shuffle(order)
     chosen = bytearray(opened.total)
     for position in order[:max_images]:
         chosen[position] = 1
