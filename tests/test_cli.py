@@ -643,7 +643,7 @@ def test_prepare_data_tells_what_it_left_out(tmp_path: Path) -> None:
     done = sidactl(*arguments, run=tmp_path / "run", check=2)
     assert done.stdout == ""
     assert done.stderr.splitlines()[-1] == (
-        f"error: {folder}/a.png {text}. Mend or remove it, or pass --skip-bad to go on without."
+        f"error: {folder}/a.png {text}. Mend or remove it, or go on without: prepare-data --skip-bad."
     )
     for _ in range(2):
         done = sidactl(*arguments, "--skip-bad", run=tmp_path / "run")
