@@ -918,7 +918,7 @@ def test_mode_sid_without_images_and_without_a_reference_ends_in_the_last_genera
     made = ops.distill(teacher=far, mode="sid", run=root, device="cpu", watch=events.append, **SHORT_SID)
     assert messages(events) == [
         "dataset elsewhere: mode sid needs no images, training on classes alone",
-        f"nothing is scored, and the last generator is the result: no ref 'elsewhere' in {root}",
+        f"nothing is scored, and the last generator is the result: the network is of dataset 'elsewhere', which is no name of the catalog and no ref in {root}",
     ]
     assert {event.kind for event in events} == {"started", "note", "progress", "checkpoint"}
     assert made.oid == refs(root)["generator/best"] == refs(root)["generator/last"]
