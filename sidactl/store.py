@@ -371,16 +371,21 @@ class LiveDir:
 
     def remove(self, name: str) -> None:
         """Removes a file or folder at once; no error where there is none."""
-        path, gone = self._file(name), self.path / f".{name}.gone"
+        path = self._file(name)
         if not self.is_writer:
             return
         with _disk(self.path.parents[1], "written"):
-            if path.is_dir():
-                shutil.rmtree(gone, ignore_errors=True)
-                path.replace(gone)
-                shutil.rmtree(gone)
-            else:
-                path.unlink(missing_ok=True)
+            self._remove(path)
+
+    def _remove(self, path: Path) -> None:
+        if path.is_dir() and not path.is_symlink():
+            # Away in one step, so that a kill leaves no half of it under its name.
+            gone = self.path / f".{path.name}.gone"
+            shutil.rmtree(gone, ignore_errors=True)
+            path.replace(gone)
+            shutil.rmtree(gone)
+        else:
+            path.unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Removes everything in it but the events, which go to logs/<key>/ in the run directory; it stays locked."""
@@ -392,12 +397,11 @@ class LiveDir:
                 kept = root / "logs" / self.path.name[:16] / events.name
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 events.replace(kept)
-            for folder, folders, names in os.walk(self.path, topdown=False):
-                links = [name for name in folders if Path(folder, name).is_symlink()]
-                for path in {Path(folder, name) for name in (*names, *links)} - {self.path / "lock"}:
-                    path.unlink()
-                for name in set(folders) - set(links):
-                    Path(folder, name).rmdir()
+            for path in sorted(self.path.iterdir()):
+                if path.name.startswith(".") and path.is_dir() and not path.is_symlink():  # what a killed process left
+                    shutil.rmtree(path)
+                elif path.name != "lock":
+                    self._remove(path)
 
 
 _UNSEEN_COMMANDS = ("fetch-detector", "fetch-reference", "import-stats", "stats", "features", "score")
