@@ -1003,9 +1003,7 @@ def _short(value: object) -> str:
 def list_artifacts(
     kind: Annotated[str | None, typer.Argument(help="teacher, generator, dataset, samples, score, ...")] = None,
     catalog: Annotated[bool, typer.Option("--catalog", help="list what can be fetched by name instead")] = False,
-    live: Annotated[
-        bool, typer.Option("--live", help="list unfinished work and what goes on with it")
-    ] = False,
+    live: Annotated[bool, typer.Option("--live", help="list unfinished work and what goes on with it")] = False,
     run: Run = None,
     as_json: Json = False,
 ) -> None:
