@@ -646,11 +646,12 @@ class _Run:
 
     def question(self, words: Sequence[str]) -> Question:
         """What the keys stand for, in words and numbers."""
+        settings = {"no_score": True} if "scored" in self.settings else self.settings
         return Question(
             command="distill",
             subject=f"{self.recipe.teacher} {self.recipe.mode}",
             words=words,
-            params={**self._recipe_of_keys(), **self.settings},
+            params={**self._recipe_of_keys(), **settings},
             inputs={role: artifact.oid for role, artifact in self.inputs.items()},
         )
 
