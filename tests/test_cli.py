@@ -314,7 +314,9 @@ def test_distill_prints_one_oid_and_people_read_stderr(distilled: tuple[Path, st
     assert Store.open(run).get(oid).kind == "generator"
     again = sidactl("distill", "--teacher", "tiny-digits", "--mode", "sida", *flags(), run=run)
     assert again.stdout == f"{oid}\n"
-    assert again.stderr.startswith("best generator: score ")
+    told = again.stderr.splitlines()
+    assert told[0].startswith("answered from the run directory, asked on 20")
+    assert told[1].startswith("best generator: score ")
 
 
 def test_finished_command_is_answered_without_torch(distilled: tuple[Path, str]) -> None:
