@@ -351,7 +351,9 @@ def test_distill_prints_one_oid_and_people_read_stderr(distilled: tuple[Path, st
     assert Store.open(run).get(oid).kind == "generator"
     again = sidactl("distill", "--teacher", "tiny-digits", "--mode", "sida", *flags(), run=run)
     assert again.stdout == f"{oid}\n"
-    assert again.stderr.startswith("best generator: FD tiny-digits ")
+    lines = again.stderr.splitlines()
+    assert lines[0].startswith("answered from the run directory, asked on 20")
+    assert lines[1].startswith("best generator: FD tiny-digits ")
 
 
 def test_finished_command_is_answered_without_torch(distilled: tuple[Path, str]) -> None:
