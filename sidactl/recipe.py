@@ -95,8 +95,8 @@ def _refusal(name: str, what: str, got: object) -> SidaError:
 
 
 def flag_of(field: str) -> str:
-    """The command-line option of a recipe's field."""
-    return "--" + field.removesuffix("_nimg").replace("_", "-").lower()
+    """The command-line option of a recipe's field, or of a sampler's."""
+    return "--steps" if field == "num_steps" else "--" + field.removesuffix("_nimg").replace("_", "-").lower()
 
 
 def _within(value: Plain, names: Sequence[str], what: str, holds: Callable[[Any], bool]) -> None:

@@ -123,7 +123,7 @@ def generate(
     class_counts: images of each class in a dataset; then classes are drawn by their share of it, else uniformly.
     guide, guidance: a weaker net and how far to move away from it (1 = not at all), for Heun's sampler alone.
     codec: by default that of the net's channels, where four are latents that the VAE decodes.
-    Raises SidaError for classes that the net does not have, for no step at all, and for a guide that does not fit.
+    Raises SidaError for classes that the net does not have, and for a guide that does not fit.
     """
     if class_index is not None and not 0 <= class_index < net.spec.label_dim:
         what = f"between 0 and {net.spec.label_dim - 1}" if net.spec.label_dim else "left out: the net has no classes"
@@ -133,8 +133,6 @@ def generate(
             f"the dataset's classes must be those of the net, {net.spec.label_dim}, got {len(class_counts)}",
             "Draw classes uniformly: leave out --labels dataset.",
         )
-    if sampler.num_steps < 1:
-        raise SidaError(f"the number of steps must be >= 1, got {sampler.num_steps}", "Pass --steps 1 or more.")
     if guide is not None:
         _check_guide(guide, net, sampler)
     codec = codec or codec_for(net.spec.img_channels)

@@ -156,7 +156,7 @@ def test_unknown_option_is_one_line() -> None:
         (["sample", "tiny-digits", "--num", "0"], "sample count must be >= 1, got 0. Pass --num 1 or more."),
         (
             ["sample", "tiny-digits", "--precision", "fp8"],
-            "precision must be one of fp32, tf32, fp16, bf16, got fp8. Pass another --precision.",
+            "precision must be one of fp32, tf32, fp16, bf16, got 'fp8'. Pass another --precision.",
         ),
         (
             ["fid", "tiny-digits", "--num", "9", "--precision", "tf32"],

@@ -348,10 +348,6 @@ def test_class_of_an_unconditional_net_is_one_line() -> None:
     [
         ({"class_index": 10}, "the class must be between 0 and 9, got 10. Pass another --class, or none."),
         (
-            {"sampler": OneStepSpec(num_steps=0)},
-            "the number of steps must be >= 1, got 0. Pass --steps 1 or more.",
-        ),
-        (
             {"guide": Gaussian(), "guidance": 2.0},
             "guidance needs the heun sampler, got a one-step generator. Leave out --guide, or sample a teacher.",
         ),
@@ -366,6 +362,13 @@ def test_bad_settings_are_one_line(net: Preconditioned, options: dict[str, Any],
     with pytest.raises(SidaError) as error:
         drawn(net, range(2), 2, **options)
     assert str(error.value) == text
+
+
+@pytest.mark.parametrize("spec", [OneStepSpec, HeunSpec])
+def test_no_step_at_all_is_refused_by_the_settings_themselves(spec: Any) -> None:
+    with pytest.raises(SidaError) as error:
+        spec(num_steps=0)
+    assert str(error.value) == "num_steps must be at least 1, got 0. Pass another --steps."
 
 
 def test_classes_drawn_by_their_share_depend_on_the_seed_alone_and_have_that_share() -> None:
