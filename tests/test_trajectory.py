@@ -134,8 +134,9 @@ def plain_kernels() -> Iterator[None]:
 
     Without AVX-512 they were seen to take a trajectory 2e-3 away from the golden one, torch's own 6e-6.
     """
-    with torch.backends.mkldnn.flags(enabled=False):
-        yield
+    torch.backends.mkldnn.enabled = False
+    yield
+    torch.backends.mkldnn.enabled = True
 
 
 @pytest.mark.usefixtures("plain_kernels")
