@@ -69,9 +69,12 @@ def resolve(
     """
     nets = [kind for kind in NETS if kind in kinds]
     if is_source(store, text, kinds):
+        is_net = "://" in text or _suffix(text) in NET_FILES
+        if is_net and not nets:
+            raise SidaError(f"{text} cannot be read as a {' or '.join(kinds)}", "Give an artifact or another file.")
         if problem := None if "://" in text or os.path.exists(text) else _not_readable(store, text, kinds):
             raise problem
-        if "dataset" in kinds and "://" not in text and _suffix(text) not in NET_FILES:
+        if not is_net and "dataset" in kinds:
             return prepare_data(text, any_size=any_size, run=store.root, recheck=recheck, say=None)
         if not nets:
             raise SidaError(f"{text} cannot be read as a {' or '.join(kinds)}", "Give an artifact or another file.")
@@ -500,7 +503,16 @@ def _read_safetensors(path: Path) -> _Foreign:
             raise ValueError(kind)
         with torch.device("meta"):
             layout = nets.build(spec)
-    except (LookupError, TypeError, ValueError, OSError, RuntimeError, ArithmeticError, AssertionError) as error:
+    except (
+        SidaError,
+        LookupError,
+        TypeError,
+        ValueError,
+        OSError,
+        RuntimeError,
+        ArithmeticError,
+        AssertionError,
+    ) as error:
         raise SidaError(
             f"{path} does not say which network it holds", "Give one that sidactl export --to safetensors wrote."
         ) from error
@@ -1070,10 +1082,10 @@ def source_identity(store: Store, source: str, *, recheck: bool = False) -> Any:
     """
     entry = catalog.DATASETS.get(source)
     if (entry and entry.builtin) or not os.path.exists(source):
-        return source
+        return _json_name(source)
     files = _files_of(store, source)
     seen, newest_ns = _look_at(files)
-    note = store.key("digest", {"path": os.path.realpath(source)}, {})
+    note = store.key("digest", {"path": _json_name(os.path.realpath(source))}, {})
     then, _, sha256 = (store.noted_digest(note) or "").partition(" ")
     if recheck or then != seen or not sha256:
         began_ns = time.time_ns()
@@ -1081,9 +1093,9 @@ def source_identity(store: Store, source: str, *, recheck: bool = False) -> Any:
         if _look_at(files)[0] != seen:
             raise changed(source)
         if newest_ns > began_ns - SETTLED_NS:
-            return {"suffix": _suffix(source), "sha256": sha256}
+            return {"suffix": _json_name(_suffix(source)), "sha256": sha256}
     store.note_digest(note, f"{seen} {sha256}")
-    return {"suffix": _suffix(source), "sha256": sha256}
+    return {"suffix": _json_name(_suffix(source)), "sha256": sha256}
 
 
 def check_unchanged(store: Store, source: str, identity: Any) -> None:

@@ -472,7 +472,7 @@ def test_the_same_distillation_twice_at_once_is_refused(fresh_run: Path) -> None
 
 def test_a_run_whose_gradients_are_not_finite_stops_and_names_the_step(fresh_run: Path) -> None:
     with pytest.raises(SidaError) as caught:
-        short_distill(fresh_run, fake_score_lr=1e30, stop_if_nan_steps=3)
+        short_distill(fresh_run, fake_score_lr=1e30, stop_if_nan_steps=3, evaluate_every_nimg=96)
     assert str(caught.value) == (
         "3 updates in a row of the generator had a gradient that is not finite, the last at step 3 (48 images). "
         "The last checkpoint is kept; lower the learning rate or choose another precision."
@@ -848,7 +848,7 @@ def test_the_question_of_the_default_recipe_is_what_it_was(finished: Finished) -
     store = Store.open(finished.root)
     options = {"teacher": "tiny-digits", "mode": "sida", "generator": None, "dataset": None, "reference": None}
     more = {"score": True, "detector": None, "allow_untrained": False, "overrides": {}}
-    asked_for = ops._resolved(store, execution=Execution(), device=None, **options, **more)
+    asked_for = ops._resolved(store, execution=Execution(), device=None, recheck=False, **options, **more)
     oids = {role: refs(finished.root)[f"{role}/tiny-digits"] for role in ("teacher", "dataset")}
     recipe = catalog.TEACHERS["tiny-digits"].recipes["sida"].to_json()
     assert asked_for.keys(store)["best"] == store.key("distill", {"recipe": recipe, "which": "best"}, oids)
@@ -990,8 +990,11 @@ def test_words_that_name_nothing_are_refused_by_a_plan_as_by_a_run(finished: Fin
         ({"dataset": "nowhere"}, nothing),
         ({"reference": "nowhere"}, nothing),
         ({"mode": "sid2a", "generator": "nowhere"}, nothing),
-        ({"mode": "sid2a", "generator": "nowhere.pkl"}, "nowhere.pkl: no such file. Check the path."),
-        ({"dataset": "nowhere.zip"}, "nowhere.zip: no such file. Check the path."),
+        (
+            {"mode": "sid2a", "generator": "nowhere.pkl"},
+            "nowhere.pkl: no such file or folder. Check the path, or see sidactl ls for names.",
+        ),
+        ({"dataset": "nowhere.zip"}, "nowhere.zip: no such file or folder. Check the path, or see sidactl ls for names."),
         ({"dataset": "generator/best"}, "'generator/best' must be of kind dataset, got generator. See what"),
         ({"device": "abacus"}, "device must be cpu, cuda or cuda:N, got 'abacus'. Pass --device cpu."),
         (
@@ -1383,7 +1386,7 @@ def test_mode_sid_without_images_and_without_a_reference_ends_in_the_last_genera
     made = ops.distill(teacher=far, mode="sid", run=root, device="cpu", watch=events.append, **SHORT_SID)
     assert messages(events) == [
         "dataset elsewhere: mode sid needs no images, training on classes alone",
-        f"nothing is scored, and the last generator is the result: no ref 'dataset/elsewhere' in {root}",
+        f"nothing is scored, and the last generator is the result: no ref 'elsewhere' in {root}",
     ]
     assert {event.kind for event in events} == {"started", "note", "progress", "checkpoint"}
     assert made.oid == refs(root)["generator/latest"] == refs(root)["generator/last"]
@@ -1432,7 +1435,7 @@ def test_a_dataset_that_cannot_be_written_is_not_taken_for_one_that_is_not_there
     def full(*arguments: object, **options: object) -> Artifact:
         raise UnwritableError("the run directory cannot be written: No space left on device", "Free some space.")
 
-    monkeypatch.setattr(ops, "dataset_named", full)
+    monkeypatch.setattr(ops, "dataset_called", full)
     with pytest.raises(SidaError, match=r"No space left on device\. Free some space\.$"):
         ops.distill(teacher=moved_away(root, oid, "imagenet512"), mode="sid", run=root, device="cpu", **SHORT_SID)
 
