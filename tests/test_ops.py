@@ -994,7 +994,10 @@ def test_words_that_name_nothing_are_refused_by_a_plan_as_by_a_run(finished: Fin
             {"mode": "sid2a", "generator": "nowhere.pkl"},
             "nowhere.pkl: no such file or folder. Check the path, or see sidactl ls for names.",
         ),
-        ({"dataset": "nowhere.zip"}, "nowhere.zip: no such file or folder. Check the path, or see sidactl ls for names."),
+        (
+            {"dataset": "nowhere.zip"},
+            "nowhere.zip: no such file or folder. Check the path, or see sidactl ls for names.",
+        ),
         ({"dataset": "generator/best"}, "'generator/best' must be of kind dataset, got generator. See what"),
         ({"device": "abacus"}, "device must be cpu, cuda or cuda:N, got 'abacus'. Pass --device cpu."),
         (
