@@ -9,7 +9,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,6 +37,7 @@ _WARM_UP_STEPS = 2
 """before anything is timed: allocators, kernels' caches, compilation"""
 _MADE_UP_IMAGES = 1024
 _PEAK_TRIES = 5
+_BUSY_SECONDS = 0.1
 _SAMPLED_BATCHES = 8
 
 
@@ -681,27 +682,44 @@ def _time_parts(subject: _Subject, flop: Mapping[str, int], num_steps: int) -> l
 
 def peak_of(precision: str, device: torch.device) -> Peak:
     """Measures a matrix product and a convolution, large enough to keep the device busy, with the threads of now."""
-    dtype, on_cpu = engine.DTYPES[precision], device.type == "cpu"
-    side, num = (2048, 16) if on_cpu else (8192, 512)
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    image = torch.randn(num, 256, 32, 32, device=device).to(dtype)
-    kernel = torch.randn(256, 256, 3, 3, device=device).to(dtype)
+    dtype = engine.DTYPES[precision]
+    sides, nums = ((256, 512, 1024, 2048), (1, 4, 16)) if device.type == "cpu" else ((8192,), (512,))
     engine.allow_tf32(precision == "tf32")
+
+    def product(side: int) -> tuple[Callable[[], object], int]:
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        return lambda: a @ b, 2 * side**3
+
+    def convolution(num: int, is_last: bool) -> tuple[Callable[[], object], int]:
+        image = torch.randn(num, 256, 32, 32, device=device).to(dtype)
+        kernel = torch.randn(256, 256, 3, 3, device=device).to(dtype)
+        x, w = (_last(image), _last(kernel)) if is_last else (image, kernel)
+        return partial(functional.conv2d, x, w, padding=1), 2 * image.numel() * 256 * 9
+
     with torch.no_grad():
-        product = _rate(lambda: a @ b, 2 * side**3, device)
-        forms = [(image, kernel), (_last(image), _last(kernel))]
-        convolved = 2 * image.numel() * 256 * 9
-        convolution = max(_rate(partial(functional.conv2d, x, w, padding=1), convolved, device) for x, w in forms)
-    return Peak(matrix_product=product, convolution=convolution)
+        return Peak(
+            matrix_product=_highest_rate((product(side) for side in sides), device),
+            convolution=max(
+                _highest_rate((convolution(num, is_last) for num in nums), device) for is_last in (False, True)
+            ),
+        )
+
+
+def _highest_rate(growing: Iterable[tuple[Callable[[], object], int]], device: torch.device) -> float:
+    """The most operations per second; ends at a size that keeps the device busy, since some lack fast bf16 or fp16."""
+    highest = 0.0
+    for do, flop in growing:
+        seconds = [_seconds_of(do, device)]
+        while len(seconds) <= _PEAK_TRIES and seconds[-1] < _BUSY_SECONDS * _PEAK_TRIES:
+            seconds.append(_seconds_of(do, device))
+        highest = max(highest, flop / min(seconds))
+        if min(seconds) > _BUSY_SECONDS:
+            break
+    return highest
 
 
 def _last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
-
-
-def _rate(do: Callable[[], object], flop: int, device: torch.device) -> float:
-    do()
-    return flop / min(_seconds_of(do, device) for _ in range(_PEAK_TRIES))
 
 
 class Taken(NamedTuple):

@@ -30,9 +30,10 @@ class Plain:
 
     def __post_init__(self) -> None:
         for name, declared in _types(type(self)).items():
-            value = getattr(self, name)
+            value = _typed(declared, getattr(self, name))
             if not _is_a(declared, value):
                 raise _refusal(name, _called(declared), value)
+            object.__setattr__(self, name, value)
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values; nested dataclasses as objects, tuples as lists."""
@@ -45,7 +46,7 @@ class Plain:
         unknown = sorted(set(value) - set(types))
         if unknown:
             raise SidaError(f"unknown {cls.__name__} field {unknown[0]!r}", f"It has {', '.join(sorted(types))}.")
-        return cls(**{name: _typed(types[name], item) for name, item in value.items()})
+        return cls(**value)
 
 
 def _plain(value: object) -> object:

@@ -516,7 +516,7 @@ def test_a_dataset_that_a_foreign_network_names_is_never_read_as_a_path(run: Pat
         )
         for use in (
             lambda own=own, oid=oid: fid(oid, num=4, run=own, device="cpu"),
-            lambda own=own, oid=oid: distill(teacher=oid, mode="sida", run=own, device="cpu", duration_nimg=64),
+            lambda own=own, oid=oid: distill(teacher=oid, mode="sida", run=own, device="cpu", duration_nimg=6400),
         ):
             with pytest.raises(SidaError) as caught:
                 use()
