@@ -376,7 +376,9 @@ def _suited(recipe: Recipe, teacher: preflight.Input, overrides: Mapping[str, An
 def _planned_data(store: Store, recipe: Recipe, asked: str | None) -> tuple[preflight.Input | None, list[SidaError]]:
     """The dataset to train on; none where mode sid takes classes alone, or where the user has to prepare it first."""
     try:
-        return preflight.find(store, recipe.dataset, ["dataset"]), []
+        if asked is None:
+            return preflight.dataset_called(store, recipe.dataset), []
+        return preflight.find(store, asked, ["dataset"]), []
     except SidaError as error:
         if asked is None and recipe.mode == "sid":
             return None, []

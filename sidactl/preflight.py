@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sidactl import catalog, download, references
+from sidactl import artifacts, catalog, download, references
 from sidactl.artifacts import NET_FILES, NETS, is_source, mapping, require_images, shape_for_nets
 from sidactl.errors import SidaError
 from sidactl.recipe import NetSpec, Recipe
@@ -81,6 +81,14 @@ def find(store: Store, text: str, kinds: list[str]) -> Input:
     return Input(text, store.resolve(text, kinds))
 
 
+def dataset_called(store: Store, name: str) -> Input:
+    """What `artifacts.dataset_called` would give: a network from outside names no path or URL that is read."""
+    entry = catalog.DATASETS.get(name)
+    if entry and not store.ref("dataset", name):
+        return Input(name, None, entry, _need_of(entry, "dataset"))
+    return Input(name, artifacts.dataset_called(store, name), entry)
+
+
 def _need_of(entry: catalog.Entry, kind: str) -> Need | None:
     if isinstance(entry, catalog.Dataset) and not entry.builtin:
         raise SidaError(
@@ -137,7 +145,7 @@ def _own_reference(store: Store, teacher: Input) -> Input:
         return _published(store, by_edm2 or catalog.REFERENCES[name])
     if teacher.artifact and "dataset" in teacher.artifact.inputs:
         return Input(name, references.pixels_of(store, store.get(teacher.artifact.inputs["dataset"])))
-    return find(store, name, ["dataset"])
+    return dataset_called(store, name)
 
 
 def _published(store: Store, entry: catalog.Reference) -> Input:

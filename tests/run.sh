@@ -6,5 +6,5 @@ set -eu
 cd "$(dirname "$0")/.."
 . examples/install.sh
 install_sidactl dev
-[ $# -gt 0 ] || set -- -n 2 --dist worksteal
+[ $# -gt 0 ] || set -- -n 2 --dist loadfile --no-loadscope-reorder
 exec python -m pytest "$@"

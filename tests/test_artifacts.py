@@ -1064,7 +1064,11 @@ def test_network_in_place_of_a_dataset_is_refused(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["sida_gen_edm", "sid_gen_edm2_nogan", pytest.param("onestep_uncond", marks=pytest.mark.slow)]
+    "source",
+    [
+        "sida_gen_edm",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("sid_gen_edm2_nogan", "onestep_uncond")),
+    ],
 )
 def test_a_generator_in_onnx_draws_the_same_images(run: Path, tmp_path: Path, source: str) -> None:
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'sidactl[dev]'")

@@ -16,18 +16,19 @@ from sidactl.errors import SidaError
 from sidactl.recipe import Execution, override
 from sidactl.store import Store
 
-# 20 steps of four micro-batches through all three stages; one evaluation, two checkpoints.
+# 10 steps of four micro-batches through all three stages; one evaluation, two checkpoints.
 SHORT = (
     "--teacher=tiny-digits",
     "--mode=sida",
-    "--duration=640",
+    "--duration=320",
     "--batch-size=32",
     "--num-accumulation-rounds=4",
     "--generator-from=32",
     "--adversarial-from=96",
-    "--evaluate-every=640",
-    "--evaluate-num=200",
-    "--checkpoint-every=320",
+    "--evaluate-every=320",
+    "--evaluate-num=100",
+    "--no-teacher-score",
+    "--checkpoint-every=160",
 )
 
 
@@ -152,6 +153,7 @@ def test_a_teacher_is_trained_by_one_process(monkeypatch: pytest.MonkeyPatch, tm
         ops.train_teacher("tiny-digits", name="mine", run=tmp_path)
 
 
+@pytest.mark.slow
 def test_losses_are_reported_as_the_sum_over_processes(alone: tuple[Path, str], tmp_path: Path) -> None:
     """The losses of a step are sums over the batch, whoever computed which part of it."""
     reports = []

@@ -649,7 +649,8 @@ def test_weights_lie_in_channels_last_order_with_their_activations() -> None:
 
 
 @TRACING
-@pytest.mark.parametrize("spec", [TINY, pytest.param(TINY_EDM2, marks=pytest.mark.slow)], ids=["edm", "edm2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", [TINY, TINY_EDM2], ids=["edm", "edm2"])
 def test_traced_nets_give_the_same_gradients(spec: NetSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     trace_alone(monkeypatch)
     usual, traced = (gradients_of_a_step(monkeypatch, spec, Execution(compile=on)) for on in (False, True))
