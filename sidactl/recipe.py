@@ -137,6 +137,9 @@ def _seed(value: Plain) -> None:
     _within(value, ["seed"], "at most 2^63 - 1", lambda got: got < 1 << 63)
 
 
+_LATER_FIELDS = ("res_balance", "attn_balance", "clip_act", "sigma_min", "sigma_max")
+
+
 @dataclass(frozen=True, kw_only=True)
 class NetSpec(Plain):
     """The shape of a denoiser: all that is needed to build it, without its weights.
@@ -185,6 +188,22 @@ class NetSpec(Plain):
     """EDM2: share of the class in its sum with the noise level"""
     concat_balance: float = 0.5
     """EDM2: share of the encoder's features in their concatenation with the decoder's"""
+    res_balance: float = 0.3
+    """EDM2: share of a block's residual branch in its sum with the main one"""
+    attn_balance: float = 0.3
+    """EDM2: share of the attention in its sum with the main branch"""
+    clip_act: float | None = 256.0
+    """EDM2: largest magnitude of activations; None = no limit"""
+    sigma_min: float = 0.0
+    """lowest noise level that the net takes; Heun's sampler of convention edm keeps to it"""
+    sigma_max: float = math.inf
+    """highest noise level that the net takes, likewise"""
+
+    def to_json(self) -> dict[str, Any]:
+        """As `Plain.to_json`, without what came later and has its default: networks stored before keep their oids."""
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        told = super().to_json()
+        return {k: v for k, v in told.items() if k not in _LATER_FIELDS or v != defaults[k]}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -199,7 +218,11 @@ class NetSpec(Plain):
             raise _refusal("resample_filter", what, list(self.resample_filter))
         _below_one(self, "dropout")
         _positive(self, "sigma_data")
-        _share(self, "label_balance", "concat_balance")
+        _share(self, "label_balance", "concat_balance", "res_balance", "attn_balance")
+        _positive(self, "clip_act")
+        _not_negative(self, "sigma_min")
+        if not self.sigma_min < self.sigma_max:
+            raise _refusal("sigma_max", f"above sigma_min, {self.sigma_min:g}", self.sigma_max)
         depth = len(self.channel_mult) - 1
         if self.img_resolution % (1 << depth):
             raise SidaError(

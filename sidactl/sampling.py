@@ -234,7 +234,8 @@ def heun(
             return denoised
         return guide(x, sigma, labels).to(dtype).lerp(denoised, guidance)
 
-    sigmas = karras_sigmas(sampler.num_steps, sampler.sigma_min, sampler.sigma_max, sampler.rho, dtype=dtype)
+    low, high = _levels(net, sampler)
+    sigmas = karras_sigmas(sampler.num_steps, low, high, sampler.rho, dtype=dtype)
     sigmas = sigmas.to(latents.device)
     x = latents.to(dtype) * sigmas[0]
     for step in range(sampler.num_steps):
@@ -253,3 +254,17 @@ def heun(
             ahead = x + (sigma_next - sigma) * (slope + slope_ahead) / 2
         x = ahead
     return x
+
+
+def _levels(net: Denoiser, sampler: HeunSpec) -> tuple[float, float]:
+    """The lowest and highest noise level, within what the net takes; SidaError where the two do not overlap."""
+    if sampler.convention != "edm":
+        return sampler.sigma_min, sampler.sigma_max
+    low, high = max(sampler.sigma_min, net.spec.sigma_min), min(sampler.sigma_max, net.spec.sigma_max)
+    if low >= high:
+        raise SidaError(
+            f"the network takes noise levels from {net.spec.sigma_min:g} to {net.spec.sigma_max:g}, the sampler's are "
+            f"{sampler.sigma_min:g} to {sampler.sigma_max:g}",
+            "Give another network.",
+        )
+    return low, high

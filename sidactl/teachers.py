@@ -44,7 +44,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 _EDM_CLASSES = ("EDMPrecond", "EDMPrecond_EncoderDecoder")
 _EDM2_CLASSES = ("Precond", "EDM_2_Precond_EncoderDecoder", "EDM_2_Precond_Generator")
 # Options of the published classes that say how a net runs, not what it is.
-_IGNORED = {"use_fp16", "model_type", "sigma_min", "sigma_max", "force_normalization", "use_gan", "label_dropout"}
+_IGNORED = {"use_fp16", "model_type", "force_normalization", "use_gan", "label_dropout"}
+_OTHER_SCHEDULES = ("VPPrecond", "VEPrecond", "iDDPMPrecond")
 
 
 def spec_of(record: pickles.Record) -> NetSpec:
@@ -61,6 +62,12 @@ def spec_of(record: pickles.Record) -> NetSpec:
         architecture = str(options.get("model_type", "DhariwalUNet")).removesuffix("_EncoderDecoder")
         if architecture not in _DEFAULTS:
             raise SidaError(f"networks of type {architecture} are not supported", "SongUNet and DhariwalUNet are.")
+    elif record.class_name in _OTHER_SCHEDULES:
+        raise SidaError(
+            f"networks of class {record.class_name} (EDM's --precond other than edm) are not supported: they take "
+            "inputs and noise levels scaled as VP, VE or iDDPM does",
+            "Give one that was trained with --precond=edm, as the published teachers were.",
+        )
     else:
         raise SidaError(
             f"networks of class {record.class_name} are not supported",

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 import math
@@ -11,7 +12,7 @@ from torch import Tensor
 from sidactl import nets, pickles
 from sidactl.diffusion import Preconditioned
 from sidactl.errors import SidaError
-from sidactl.nets.edm2 import MPConv, MPFourier, force_normalize_, mp_cat, mp_silu, mp_sum, normalize, resample
+from sidactl.nets.edm2 import Block, MPConv, MPFourier, force_normalize_, mp_cat, mp_silu, mp_sum, normalize, resample
 from sidactl.recipe import NetSpec
 from tests.golden import golden
 
@@ -285,6 +286,29 @@ def test_activations_stay_in_their_limits() -> None:
                 parameter.fill_(1e6)
         encoded = net.raw.encode(torch.randn(2, 3, 8, 8), torch.zeros(1), torch.eye(4)[:2], None)
     assert max(float(features.abs().max()) for features in encoded.skips) == 256
+
+
+def test_balances_and_the_limit_of_activations_are_the_nets_own() -> None:
+    torch.manual_seed(0)
+    x, emb = torch.randn(2, 8, 4, 4), torch.randn(2, 16)
+
+    def block(**changes: Any) -> Tensor:
+        spec = dataclasses.replace(TINY, **changes)
+        torch.manual_seed(1)
+        made = Block(spec, 8, 8, 16, side="decoder", attention=True)
+        out: Tensor = made(x, emb)
+        return out
+
+    usual = block()
+    assert torch.equal(block(res_balance=0.3, attn_balance=0.3, clip_act=256.0), usual)
+    assert torch.equal(block(res_balance=0, attn_balance=0), x)
+    assert not torch.equal(block(res_balance=0.5), usual)
+    assert not torch.equal(block(attn_balance=0.5), usual)
+    # All of the residual branch, or of the attention, is what its balance says: the sums blend linearly.
+    ends = [block(res_balance=t, attn_balance=0) for t in (0, 1, 0.25)]
+    torch.testing.assert_close(ends[2], mp_sum(ends[0], ends[1], 0.25))
+    assert torch.equal(block(clip_act=0.5), usual.clamp(-0.5, 0.5))
+    assert block(clip_act=None, res_balance=0, attn_balance=0).abs().max() > 1
 
 
 def test_logits_map_has_the_coarsest_resolution() -> None:

@@ -290,6 +290,24 @@ def test_heun_solves_the_probability_flow_of_a_gaussian() -> None:
     torch.testing.assert_close(images, exact, rtol=0, atol=2e-3)
 
 
+def test_heun_keeps_to_the_noise_levels_that_the_net_takes_as_the_published_one_does() -> None:
+    class Bounded(Gaussian):
+        spec = dataclasses.replace(TINY, sigma_min=0.1, sigma_max=10)
+
+    def drawn(net: Any, **settings: Any) -> Tensor:
+        return sampling.sample_batch(net, HeunSpec(num_steps=8, **settings), range(2), CPU)[0]
+
+    assert torch.equal(drawn(Bounded()), drawn(Gaussian(), sigma_min=0.1, sigma_max=10))
+    narrower = {"sigma_min": 0.5, "sigma_max": 5}
+    assert torch.equal(drawn(Bounded(), **narrower), drawn(Gaussian(), **narrower))
+    assert torch.equal(drawn(Bounded(), convention="edm2"), drawn(Gaussian(), convention="edm2"))
+    with pytest.raises(SidaError) as caught:
+        drawn(Bounded(), sigma_min=20)
+    assert str(caught.value) == (
+        "the network takes noise levels from 0.1 to 10, the sampler's are 20 to 80. Give another network."
+    )
+
+
 def test_number_of_function_evaluations_counts_two_per_step_but_the_last() -> None:
     assert HeunSpec(num_steps=18).nfe == 35
     assert OneStepSpec().nfe == 1

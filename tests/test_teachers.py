@@ -8,6 +8,7 @@ import torch
 from sidactl import nets, pickles, teachers
 from sidactl.errors import SidaError
 from sidactl.nets.edm2 import drop_logvar_
+from sidactl.recipe import NetSpec
 from tests.golden import golden
 
 CONFIGS = {
@@ -43,7 +44,7 @@ def test_spec_has_the_options_that_the_golden_config_states(config: str, name: s
     net = teachers.read_network(golden(f"networks/{name}.pkl"))
     stated = {k: v for k, v in settings["init_kwargs"].items() if k not in ("use_fp16", "model_type")}
     told = net.spec.to_json()
-    assert {k: told[k] for k in stated} == stated
+    assert {k: told.get(k, getattr(net.spec, k)) for k in stated} == stated
     assert sum(p.numel() for p in net.parameters()) == settings["num_params"]
     assert not net.training
     assert not any(p.requires_grad for p in net.parameters())
@@ -116,7 +117,14 @@ def test_half_precision_weights_become_float32_without_change() -> None:
 @pytest.mark.parametrize(
     ("class_name", "options", "text"),
     [
-        ("VPPrecond", {}, "networks of class VPPrecond are not supported. Those of EDM, EDM2, SiD and SiDA are."),
+        ("Other", {}, "networks of class Other are not supported. Those of EDM, EDM2, SiD and SiDA are."),
+        (
+            "VPPrecond",
+            {},
+            "networks of class VPPrecond (EDM's --precond other than edm) are not supported: they take inputs and "
+            "noise levels scaled as VP, VE or iDDPM does. Give one that was trained with --precond=edm, as the "
+            "published teachers were.",
+        ),
         (
             "EDMPrecond",
             {"model_type": "VGG"},
@@ -131,8 +139,23 @@ def test_network_of_another_kind_is_one_line(class_name: str, options: dict[str,
 
 
 def test_option_that_is_not_known_is_refused_by_its_name() -> None:
-    with pytest.raises(SidaError, match=r"^unknown NetSpec field 'res_balance'\. "):
-        teachers.spec_of(record("Precond", res_balance=0.5))
+    with pytest.raises(SidaError, match=r"^unknown NetSpec field 'more_balance'\. "):
+        teachers.spec_of(record("Precond", more_balance=0.5))
+
+
+def test_balances_limit_and_noise_levels_of_a_checkpoint_are_read_and_stored_where_they_are_not_the_usual() -> None:
+    options = {"res_balance": 0.5, "attn_balance": 0.2, "clip_act": None}
+    spec = teachers.spec_of(record("Precond", **options))
+    assert {name: getattr(spec, name) for name in options} == options
+    assert NetSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+    usual = teachers.spec_of(record("Precond", res_balance=0.3, attn_balance=0.3, clip_act=256))
+    assert usual == teachers.spec_of(record("Precond"))
+    assert not {*options, "sigma_min", "sigma_max"} & set(usual.to_json())
+    levels = {"model_type": "SongUNet", "sigma_min": 0.01, "sigma_max": 50}
+    bounded = teachers.spec_of(record("EDMPrecond", **levels))
+    assert (bounded.sigma_min, bounded.sigma_max) == (0.01, 50)
+    with pytest.raises(SidaError, match=r"^sigma_max must be above sigma_min, 2, got 1\. "):
+        teachers.spec_of(record("EDMPrecond", **levels | {"sigma_min": 2, "sigma_max": 1}))
 
 
 def test_weights_that_do_not_fit_are_listed_first_five_then_counted() -> None:

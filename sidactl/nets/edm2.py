@@ -18,10 +18,6 @@ from sidactl.recipe import NetSpec
 
 Resample = Literal["up", "down"]
 
-RESIDUAL_BALANCE = 0.3
-ATTENTION_BALANCE = 0.3
-ACTIVATION_LIMIT = 256.0
-
 
 def normalize(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     """x / (1e-4 + RMS of x over `dim`), in the type of x; the RMS is taken in float32."""
@@ -135,7 +131,8 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.side, self.resample, self.filter_taps = side, resample, spec.resample_filter
-        self.dropout = spec.dropout
+        self.dropout, self.clip_act = spec.dropout, spec.clip_act
+        self.res_balance, self.attn_balance = spec.res_balance, spec.attn_balance
         self.num_heads = num_out // spec.channels_per_head if attention else 0
         self.emb_gain = nn.Parameter(torch.zeros([]))
         self.conv_res0 = MPConv(num_out if side == "encoder" else num_in, num_out, 3)
@@ -159,10 +156,10 @@ class Block(nn.Module):
 
         if self.side == "decoder" and self.conv_skip is not None:
             x = self.conv_skip(x)
-        x = mp_sum(x, y, RESIDUAL_BALANCE)
+        x = mp_sum(x, y, self.res_balance)
         if self.num_heads:
-            x = mp_sum(x, self.attn_proj(self._attend(x)), ATTENTION_BALANCE)
-        return x.clamp(-ACTIVATION_LIMIT, ACTIVATION_LIMIT)
+            x = mp_sum(x, self.attn_proj(self._attend(x)), self.attn_balance)
+        return x if self.clip_act is None else x.clamp(-self.clip_act, self.clip_act)
 
     def _attend(self, x: Tensor) -> Tensor:
         # qkv channels are ordered (head, channel, {q, k, v}), the last fastest.
