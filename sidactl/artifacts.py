@@ -87,8 +87,18 @@ def resolve(
         return dataset_called(store, kind_and_name[1], recheck=recheck)
     if problem := _not_readable(store, text, kinds):
         raise problem
-    found = store.resolve(text, kinds)
+    found = stored(store, text, kinds)
     return repaired(store, found) if recheck else found
+
+
+def stored(store: Store, text: str, kinds: Sequence[str]) -> Artifact:
+    """As `Store.resolve`; where images are asked for, which a folder may hold, the error says that there is none."""
+    try:
+        return store.resolve(text, kinds)
+    except MissingError as error:
+        if "dataset" not in kinds or "/" in text:
+            raise
+        raise MissingError(f"{error.message}, and no such file or folder", error.hint) from error
 
 
 def _not_readable(store: Store, text: str, kinds: Sequence[str]) -> SidaError | None:
@@ -636,25 +646,18 @@ def _drawn_weights() -> bytes:
 
 
 def read_state_dict(path: Path | str) -> "dict[str, Tensor]":
-    """The tensors by name of a .safetensors or .pth file; the latter by torch's reader for weights alone."""
-    import pickle
-
+    """The tensors by name of a .safetensors or .pth file. Raises SidaError for any other, and for a damaged one."""
     import safetensors.torch
-    import torch
 
-    from sidactl import detectors
+    from sidactl import pickles
 
+    if Path(path).suffix.lower() != ".safetensors":
+        return pickles.read_weights(path)
     try:
-        if Path(path).suffix.lower() == ".safetensors":
-            return safetensors.torch.load_file(path)
-        detectors.refuse_damaged(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
+        return safetensors.torch.load_file(path)
+    except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
         told = str(error).strip().partition("\n")[0]
-        raise SidaError(f"{path} is damaged or holds more than weights ({told})", "Download it again.") from error
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise SidaError(f"{path} must hold tensors by name, got something else", "Give a state dict.")
-    return {str(name): tensor.contiguous() for name, tensor in state.items()}
+        raise SidaError(f"{path} is damaged or no safetensors file ({told})", "Download it again.") from error
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -57,6 +58,8 @@ class Dataset(Entry):
     builtin: bool = False
     shape: tuple[int, int, int] | None = None
     """resolution, channels and classes of a built-in one"""
+    num_images: int | None = None
+    """of one with published statistics"""
     where: str | None = None
     """the page to get it from"""
 
@@ -553,6 +556,7 @@ DATASETS: Mapping[str, Dataset] = {
         Dataset(
             name="cifar10",
             about="50,000 images of 32x32 pixels in 10 classes: cifar-10-python.tar.gz",
+            num_images=50_000,
             licence="none stated: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images (2009)",
             source=Download(
                 url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
@@ -563,24 +567,28 @@ DATASETS: Mapping[str, Dataset] = {
         Dataset(
             name="imagenet64",
             about="1,281,167 images in 1,000 classes, cut to 64x64: ILSVRC/Data/CLS-LOC/train",
+            num_images=1_281_167,
             licence="for research and teaching, on the terms of image-net.org",
             where="https://image-net.org/download.php",
         ),
         Dataset(
             name="ffhq64",
             about="70,000 faces, scaled to 64x64: images1024x1024",
+            num_images=70_000,
             licence="CC BY-NC-SA 4.0, single images under their own",
             where="https://github.com/NVlabs/ffhq-dataset",
         ),
         Dataset(
             name="afhqv2-64",
             about="15,803 faces of animals, scaled to 64x64: afhqv2",
+            num_images=15_803,
             licence="CC BY-NC 4.0",
             where="https://github.com/clovaai/stargan-v2",
         ),
         Dataset(
             name="imagenet512",
             about="1,281,167 images in 1,000 classes, cut to 512x512: ILSVRC/Data/CLS-LOC/train",
+            num_images=1_281_167,
             licence="for research and teaching, on the terms of image-net.org",
             where="https://image-net.org/download.php",
         ),
@@ -773,6 +781,22 @@ def teacher(name: str) -> Teacher:
     if name not in TEACHERS:
         raise SidaError(f"unknown teacher {name!r}", did_you_mean(name, TEACHERS, "See sidactl ls --catalog."))
     return TEACHERS[name]
+
+
+def digest_of_code(path: Path | str, trust_code: bool = False) -> str:
+    """SHA-256 of a TorchScript file. Raises SidaError for another than the published one that nobody trusts."""
+    try:
+        with Path(path).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise SidaError(f"{path}: cannot be read ({error.strerror})", "Check the path.") from error
+    published = DETECTORS["inception-torchscript"].source
+    if not trust_code and not (published and digest == published.sha256):
+        raise SidaError(
+            f"{path} is a program in TorchScript, and not the published one: it could write and delete files of yours",
+            "If you trust whoever made it, score with --trust-code; a state dict (.safetensors, .pth) is never run.",
+        )
+    return digest
 
 
 def detector(name: str) -> Detector:

@@ -372,7 +372,7 @@ def _named_classes(names: Sequence[str]) -> str:
 
 # Training. A command's recipe flags are made from the recipe's fields, so that each is written once.
 
-_NOT_FLAGS = {"teacher", "mode", "dataset", "adversarial", "net", "architecture"}
+_NOT_FLAGS = {"teacher", "mode", "dataset", "adversarial", "net", "architecture", "sigma_min", "sigma_max"}
 _NONE = object()
 """what "none" on the command line becomes until the field is set, since None means that a flag was not given"""
 
@@ -874,6 +874,9 @@ def score_flags(command: Callable[..., "Score"]) -> Callable[..., None]:
                 metavar="NAME", help="inception, dinov2, tiny-digits, random-features or a file; the reference's own"
             ),
         ] = None,
+        trust_code: Annotated[
+            bool, typer.Option("--trust-code", help="run a TorchScript detector that is not the published one")
+        ] = False,
         convention: Annotated[
             str, typer.Option(metavar="NAME", help="whose arithmetic: edm, sid or guided-diffusion")
         ] = "edm",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sidactl.catalog import ASSETS
+from sidactl.catalog import ASSETS, digest_of_code
 from sidactl.engine import fitting_threads, keep_memory
 from sidactl.errors import SidaError
 from sidactl.metrics import FeatureStats
@@ -281,11 +281,13 @@ def _random_detector(state_dict: Mapping[str, Tensor], identity: str, device: to
     return Detector(RANDOM_FEATURES, net.NUM_FEATURES, identity, device, extract)
 
 
-def load_torchscript(path: Path | str, *, device: torch.device | str = "cpu") -> Detector:
+def load_torchscript(path: Path | str, *, device: torch.device | str = "cpu", trust_code: bool = False) -> Detector:
     """An Inception in TorchScript, as `inception-2015-12-05.pt` of the published evaluations; it resizes by itself.
 
-    Called as net(images, return_features=True). Raises SidaError for a file that is damaged or not such a network.
+    TorchScript is a program: any but the published file, known by its digest, is run with `trust_code` alone. Called as
+    net(images, return_features=True). Raises SidaError for a file that is damaged or not such a network.
     """
+    digest = digest_of_code(path, trust_code)
     refuse_damaged(path)
     try:
         with warnings.catch_warnings(), torch.inference_mode():
@@ -301,8 +303,6 @@ def load_torchscript(path: Path | str, *, device: torch.device | str = "cpu") ->
     width = features.shape[1] if isinstance(features, Tensor) and features.ndim == 2 else 0
     if not width or not _are_features(features, [2, width]):
         raise SidaError(f"{path} must give features [2, F] of 2 images, got {_told(features)}", "Give another.")
-    with Path(path).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
 
     def extract(images: Tensor) -> Tensor:
         try:
@@ -334,7 +334,8 @@ def weights_digest(state_dict: Mapping[str, Tensor]) -> str:
     total = hashlib.sha256()
     for name in sorted(state_dict):
         if not name.endswith(".num_batches_tracked"):
-            total.update(name.encode() + state_dict[name].detach().cpu().contiguous().numpy().tobytes())
+            values = state_dict[name].detach().cpu().contiguous().reshape(-1)
+            total.update(name.encode() + values.view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
 
 

@@ -1,9 +1,9 @@
-"""The restricted reader of network and statistics pickles, as EDM, EDM2, SiD and SiDA publish them; it builds no nets.
+"""The restricted reader of pickles: networks and statistics as EDM, EDM2, SiD and SiDA publish them, and state dicts.
 
-It is not `pickle` but an interpreter of the few opcodes that such files use: nothing a file says is imported, called
-or executed. A global is a name on a list, nothing more, and each name stands for code of ours that checks its arguments
-and makes plain data. Bytes stay slices of the file until a tensor of checked size takes them, so the file bounds the
-memory.
+It builds no nets, and is not `pickle` but an interpreter of the few opcodes that such files use: nothing a file says is
+imported, called or executed. A global is a name on a list, nothing more, and each name stands for code of ours that
+checks its arguments and makes plain data. Bytes stay slices of the file until a tensor of checked size takes them, so
+the file bounds the memory.
 """
 
 import math
@@ -11,7 +11,10 @@ import mmap
 import pickle  # for the names of the opcodes alone
 import pickletools
 import struct
-from collections.abc import Collection
+import zipfile
+import zlib
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +65,14 @@ _STORAGES = {
     "torch.LongStorage": torch.int64,
     "torch.BoolStorage": torch.bool,
 }
+_OF_WEIGHTS = frozenset(
+    {
+        "collections.OrderedDict",
+        "torch._utils._rebuild_parameter",
+        "torch._utils._rebuild_tensor_v2",
+        *_STORAGES,
+    }
+)
 _NUMPY_DTYPES = frozenset({"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"})
 
 _CONSTANTS = {pickle.NONE: None, pickle.NEWTRUE: True, pickle.NEWFALSE: False, pickle.EMPTY_TUPLE: ()}
@@ -118,6 +129,10 @@ class _Storage:
     data: torch.Tensor  # 1-D
 
 
+_Storages = Callable[[tuple[Any, ...]], _Storage]
+"""gives the storage that a persistent id declares"""
+
+
 class _RefusedError(Exception):
     """The file says something that no network file says."""
 
@@ -128,6 +143,93 @@ def read(path: str | Path) -> dict[str, Any]:
     Values are None, bool, int, float, str, tuple, list, dict, set, numpy arrays, CPU tensors, `Record` and `Hook`, and
     form a finite tree. Raises SidaError for a file that cannot be read, is damaged, or holds anything else.
     """
+    with _mapped(path) as source:
+        reader = _Reader(source)
+        with _refusing(path, "a network pickle (protocol 2 to 5)", reader):
+            result = reader.run(_GLOBALS)
+            if reader.position != reader.end:
+                raise ValueError("bytes after the end")
+            if not isinstance(result, dict) or not all(isinstance(key, str) for key in result):
+                raise _RefusedError("it does not hold named networks or statistics")
+            _check_tree(result)
+    return result
+
+
+def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors by name of a state dict in a .pth file, of torch's zip format or the one before it.
+
+    Nothing in the file is executed. Raises SidaError for a file that cannot be read, is damaged, or holds anything but
+    dense tensors of floating-point, integer or boolean dtypes by name.
+    """
+    with _mapped(path) as source:
+        reader = _Reader(source)
+        with _refusing(path, "a state dict of torch", reader):
+            is_zip = bytes(reader.view[:2]) == b"PK"
+            found = _of_zip(path, reader.end) if is_zip else reader.stream()
+            if not isinstance(found, dict) or not all(
+                isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in found.items()
+            ):
+                raise _RefusedError("it does not hold tensors by name")
+    return {name: tensor.contiguous() for name, tensor in found.items()}
+
+
+def _of_zip(path: str | Path, num_bytes: int) -> object:
+    """What torch.save writes today: a zip of one pickle, `data.pkl`, and a member `data/KEY` for each storage."""
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+        if len(members) != len(archive.infolist()):
+            raise _RefusedError("two of its members have one name")
+
+        def content(name: str) -> bytes:
+            # Stored as they are, so the file bounds the memory; the end of each is checked against its checksum.
+            info = members[name]
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size > num_bytes:
+                raise _RefusedError(f"its member {_shown(name)} is not stored as torch stores it")
+            return archive.read(info)
+
+        if "byteorder" in members and content("byteorder") != b"little":
+            raise _RefusedError("it was not written on a little-endian machine")
+        reader = _Reader(content("data.pkl"), limit=num_bytes)
+        made: dict[str, _Storage] = {}
+
+        def storage(declared: tuple[Any, ...]) -> _Storage:
+            dtype, key, numel = _declared(declared)
+            if key not in made:
+                raw = content(f"data/{key}")
+                reader.spend(len(raw))
+                made[key] = _Storage(_elements(raw, dtype))
+            if made[key].data.dtype != dtype or len(made[key].data) != numel:
+                raise ValueError("storage size")
+            return made[key]
+
+        result = reader.run(_OF_WEIGHTS, storage)
+        if reader.position != reader.end:
+            raise ValueError("bytes after the end")
+        return result
+
+
+def _declared(persistent_id: tuple[Any, ...]) -> tuple[torch.dtype, str, int]:
+    """Dtype, key and number of elements of a storage."""
+    match persistent_id:
+        case ("storage", _Global(name), str(key), str(), int(numel)) | (
+            "storage",
+            _Global(name),
+            str(key),
+            str(),
+            int(numel),
+            None,
+        ):
+            return _STORAGES[name], key, numel
+    raise ValueError("no storage")
+
+
+def _elements(raw: bytes | memoryview, dtype: torch.dtype) -> torch.Tensor:
+    # frombuffer refuses an empty buffer
+    return torch.frombuffer(bytearray(raw), dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+
+
+@contextmanager
+def _mapped(path: str | Path) -> "Iterator[mmap.mmap | bytes]":
     if not Path(path).is_file():
         raise SidaError(f"{path}: no such file")
     try:
@@ -136,21 +238,23 @@ def read(path: str | Path) -> dict[str, Any]:
             source = b"" if is_empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise SidaError(f"{path}: cannot be read ({error.strerror})") from error
-    reader = _Reader(source)
+    yield source  # left to the garbage collector: views of it may still be about
+
+
+@contextmanager
+def _refusing(path: str | Path, what: str, reader: "_Reader") -> Iterator[None]:
+    """Turns what a reader raises into words."""
     try:
-        result = reader.run(_GLOBALS)
-        if reader.position != reader.end:
-            raise ValueError("bytes after the end")
-        if not isinstance(result, dict) or not all(isinstance(key, str) for key in result):
-            raise _RefusedError("it does not hold named networks or statistics")
-        _check_tree(result)
+        yield
     except _RefusedError as error:
         hint = "Nothing was executed. Get the file from its publisher, or export it as safetensors there."
         raise SidaError(f"{path}: refused, {error}", hint) from error
-    except (LookupError, TypeError, ValueError) as error:
-        message = f"{path}: damaged or not a network pickle (protocol 2 to 5) at byte {reader.position}"
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+        told = str(error).partition("\n")[0] or type(error).__name__
+        raise SidaError(f"{path}: damaged ({told})", "Nothing was executed. Download the file again.") from error
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
+        message = f"{path}: damaged or not {what} at byte {reader.position}"
         raise SidaError(message, "Nothing was executed. Download the file again.") from error
-    return result
 
 
 def state_dict(record: Record) -> dict[str, torch.Tensor]:
@@ -247,11 +351,12 @@ def _record(meta: dict[Any, Any]) -> Record:
 class _Reader:
     """A position in the file, what may still be spent, and the machine that reads one pickle from there."""
 
-    def __init__(self, source: mmap.mmap | bytes) -> None:
+    def __init__(self, source: mmap.mmap | bytes, *, limit: int | None = None) -> None:
         self.view = memoryview(source)
         self.position, self.end = 0, len(self.view)
+        self.limit = limit or len(self.view)
         self.opcodes_left = MAX_OPCODES
-        self.bytes_left = 2 * len(self.view)  # each storage once, and the tensors in it once
+        self.bytes_left = 2 * self.limit  # each storage once, and the tensors in it once
 
     def take(self, count: int) -> memoryview:
         start = self.position
@@ -279,7 +384,7 @@ class _Reader:
         return slice(self.position - length, self.position)
 
     def numel(self, shape: tuple[Any, ...]) -> int:
-        if len(shape) > MAX_DIMS or not all(type(n) is int and 0 <= n <= len(self.view) for n in shape):
+        if len(shape) > MAX_DIMS or not all(type(n) is int and 0 <= n <= self.limit for n in shape):
             raise ValueError("more than the file can hold")
         return math.prod(shape)
 
@@ -288,8 +393,8 @@ class _Reader:
         if self.bytes_left < 0:
             raise _RefusedError("its tensors are larger than the file")
 
-    def run(self, allowed: Collection[str], *, is_nested: bool = False) -> object:
-        """The value of the one pickle that starts here. Only a nested one may declare a storage by persistent id."""
+    def run(self, allowed: Collection[str], storages: "Callable[[Any], object] | None" = None) -> object:
+        """The value of the one pickle that starts here. storages: what stands for a persistent id, where it may be."""
         if bytes(self.take(1)) != pickle.PROTO or self.uint(1) not in (2, 3, 4, 5):
             raise ValueError("no header")
         stack: list[Any] = []
@@ -347,8 +452,8 @@ class _Reader:
             elif opcode == pickle.STACK_GLOBAL:
                 module, name = _pop(stack, 2)
                 stack.append(_global(module, name, allowed))
-            elif opcode == pickle.BINPERSID and is_nested:
-                pass  # the id, a tuple on the stack, stands for the storage
+            elif opcode == pickle.BINPERSID and storages:
+                stack.append(storages(stack.pop()))
             elif opcode == pickle.FRAME:
                 if self.uint(8) > self.end - self.position:
                     raise ValueError("truncated")
@@ -403,6 +508,8 @@ class _Reader:
         match target, state:
             case Record(class_name="ModuleDict"), dict() if not target.state:
                 target.state = state  # by reference: copies of one shared dict could grow without bound
+            case dict(), dict() if state.keys() == {"_metadata"}:
+                pass  # the versions of modules, an attribute of every state dict
             case np.dtype(), (int(), str("<" | "|"), None, None, None, int(), int(), int()):
                 pass
             case np.ndarray(), (int(), tuple(shape), np.dtype() as dtype, bool(is_fortran), slice() as span):
@@ -419,23 +526,51 @@ class _Reader:
         """What a nested torch.save stream holds: five pickles, the number of elements, the elements."""
         outer = self.position, self.end
         self.position, self.end = span.start, span.stop
-        magic, version, system, declared, keys = (self.run(_STORAGES, is_nested=True) for _ in range(5))
-        if (magic, version) != (_LEGACY_MAGIC, _LEGACY_VERSION) or not isinstance(system, dict):
-            raise ValueError("no torch.save stream")
-        if system.get("little_endian") is not True:
-            raise _RefusedError("it was not written on a little-endian machine")
-        match declared, keys:
-            case ("storage", _Global(name), str(key), str(), int(numel), None), [str(listed)] if key == listed:
-                dtype = _STORAGES[name]
-            case _:
-                raise ValueError("no storage")
+        declared, keys = self.head(_STORAGES, lambda declared: declared)
+        dtype, key, numel = _declared(declared if isinstance(declared, tuple) else ())
+        if keys != [key]:
+            raise ValueError("no storage")
         raw = self.take(self.numel((self.uint(8),)) * dtype.itemsize)
         if self.position != self.end or len(raw) != numel * dtype.itemsize:
             raise ValueError("storage size")
         self.position, self.end = outer
         self.spend(len(raw))
-        # frombuffer refuses an empty buffer
-        return _Storage(torch.frombuffer(bytearray(raw), dtype=dtype) if raw else torch.empty(0, dtype=dtype))
+        return _Storage(_elements(raw, dtype))
+
+    def head(self, allowed: Collection[str], storages: Callable[[Any], object]) -> tuple[object, object]:
+        """The five pickles before the elements in torch's format before the zip: the object and its storages' keys."""
+        magic, version, system, value, keys = (self.run(allowed, storages) for _ in range(5))
+        if (magic, version) != (_LEGACY_MAGIC, _LEGACY_VERSION) or not isinstance(system, dict):
+            raise ValueError("no torch.save stream")
+        if system.get("little_endian") is not True:
+            raise _RefusedError("it was not written on a little-endian machine")
+        return value, keys
+
+    def stream(self) -> object:
+        """The object in a file of torch's format before the zip; its storages are filled after it has been read."""
+        made: dict[str, _Storage] = {}
+
+        def storage(declared: tuple[Any, ...]) -> _Storage:
+            dtype, key, numel = _declared(declared)
+            if key not in made:
+                self.numel((numel,))
+                self.spend(numel * dtype.itemsize)
+                made[key] = _Storage(torch.zeros(numel, dtype=dtype))
+            if made[key].data.dtype != dtype or len(made[key].data) != numel:
+                raise ValueError("storage size")
+            return made[key]
+
+        value, keys = self.head(_OF_WEIGHTS, storage)
+        if not isinstance(keys, list) or set(keys) != set(made) or len(keys) != len(made):
+            raise ValueError("keys of storages")
+        for key in keys:
+            data = made[key].data
+            if self.uint(8) != len(data):
+                raise ValueError("storage size")
+            data.copy_(_elements(self.take(len(data) * data.itemsize), data.dtype))
+        if self.position != self.end:
+            raise ValueError("bytes after the end")
+        return value
 
     def tensor(self, data: torch.Tensor, offset: int, size: tuple[Any, ...], stride: tuple[Any, ...]) -> torch.Tensor:
         numel = self.numel(size)

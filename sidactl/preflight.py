@@ -78,7 +78,7 @@ def find(store: Store, text: str, kinds: list[str]) -> Input:
             if store.ref(kind, name):
                 return Input(text, store.resolve(f"{kind}/{name}"), entry)
             return Input(text, None, entry, _need_of(entry, kind))
-    return Input(text, store.resolve(text, kinds))
+    return Input(text, artifacts.stored(store, text, kinds))
 
 
 def dataset_called(store: Store, name: str) -> Input:
@@ -187,6 +187,8 @@ def check_detector(store: Store, name: str, net: NetSpec, compared: Input) -> li
     if is_file(name):
         if not Path(name).is_file():
             raise SidaError(f"{name}: no such file", "Check the path, or use --detector inception.")
+        if Path(name).suffix.lower() == ".pt":
+            catalog.digest_of_code(name)
     else:
         entry = catalog.detector(name)
         if entry.source and f"detector/{name}" not in store.refs():
@@ -198,7 +200,7 @@ def check_detector(store: Store, name: str, net: NetSpec, compared: Input) -> li
 
 
 def is_file(detector: str) -> bool:
-    return Path(detector).suffix in (".pt", ".pth", ".safetensors")
+    return Path(detector).suffix.lower() in (".pt", ".pth", ".safetensors")
 
 
 def _check_statistics(detector: str, compared: Input) -> None:

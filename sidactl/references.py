@@ -184,11 +184,23 @@ def _published(store: Store, entry: catalog.Reference, need: Need, recheck: bool
     return _imported(store, entry.source.url, entry, recheck)
 
 
-def warning(artifact: Artifact) -> str | None:
+def warning(store: Store, subject: Artifact, reference: Artifact) -> str | None:
     """What a user should know of published statistics before they believe a FID against them."""
-    source = str(artifact.params.get("source", ""))
-    if artifact.kind == "stats" and "VIRTUAL_imagenet64" in source:
+    source = str(reference.params.get("source", ""))
+    if reference.kind != "stats":
+        return None
+    if "VIRTUAL_imagenet64" in source:
         return "the published FIDs of ImageNet 64 are against --ref imagenet64; this file is for precision and recall"
+    entry = _by_url(source)
+    known = catalog.DATASETS[entry.dataset].num_images if entry else None
+    net = store.get(subject.inputs["net"]) if "net" in subject.inputs else subject
+    own = store.get(net.inputs["dataset"]) if "dataset" in net.inputs else None
+    held = own.results["num_images"] if own and own.results["kind"] != "labels" else None
+    if entry and own and known and held and held != known:
+        return (
+            f"the statistics of {entry.name} are of {known:,} images, the network is of {held:,}: "
+            f"--ref {own.oid[:12]} compares with these"
+        )
     return None
 
 

@@ -96,6 +96,7 @@ class ScoreOptions(TypedDict, total=False):
     setting: of the arithmetic of a generator or teacher, float32 by default; that of detectors is always float32.
     detector: inception, dinov2, tiny-digits, random-features (built in, for any images), or a file: Inception in
         TorchScript, or a state dict of Inception's.
+    trust_code: run a TorchScript detector that is not the published one: a program, which can do all that you can.
     resize: of dinov2: torch, as in the published statistics, or pil.
     convention: whose arithmetic: edm (N - 1 in covariances, float32 distances), sid (N for generated images, float16
         distances, generated images in the order of their seeds) or guided-diffusion (its precision and recall).
@@ -114,6 +115,7 @@ class ScoreOptions(TypedDict, total=False):
     labels: str
     setting: Setting
     detector: str | os.PathLike[str] | None
+    trust_code: bool
     resize: str
     convention: str
     neighbours: SupportsIndex
@@ -148,7 +150,11 @@ class Score:
 
     @property
     def value(self) -> float:
-        """The mean over trials of the first number; also `float(score)`."""
+        """The mean over trials of the one number; also `float(score)`. Raises SidaError where there are several."""
+        if len(self.values) > 1:
+            raise SidaError(
+                f"a score of several numbers has no one value: {', '.join(self.values)}", "Read score.values."
+            )
         return statistics.fmean(next(iter(self.values.values())))
 
     def __float__(self) -> float:
@@ -273,6 +279,7 @@ class _Question:
     setting: Setting
     key: str
     device: str | None
+    trust_code: bool
     force: bool
     say: download.Say | None
     tick: Tick | None
@@ -300,6 +307,8 @@ class _Question:
                 raise SidaError(f"unknown metric {name!r}", f"Metrics are {', '.join(METRICS)}.")
         if (asked := options.get("detector")) and not _is_file(asked):
             catalog.detector(asked)
+        if asked and _is_torchscript(asked):
+            catalog.digest_of_code(asked, options.get("trust_code", False))
         store, force = Store.open(options.get("run")), options.get("force", False)
         subject = resolve(store, ref, SCORED, any_size=True, recheck=force)
         require_images(subject)
@@ -352,6 +361,7 @@ class _Question:
             setting,
             key,
             options.get("device"),
+            options.get("trust_code", False),
             force,
             options.get("say", download.to_stderr),
             options.get("tick"),
@@ -434,14 +444,16 @@ def _is_torchscript(detector: str) -> bool:
     return Path(detector).suffix.lower() == ".pt"
 
 
-def load_detector(store: Store, name: str, device: "torch.device", resize: "Resize" = "torch") -> "Detector":
+def load_detector(
+    store: Store, name: str, device: "torch.device", resize: "Resize" = "torch", *, trust_code: bool = False
+) -> "Detector":
     """The named detector, downloaded if need be; or Inception from a file, in TorchScript (.pt) or as a state dict."""
     from sidactl import detectors
 
     if _is_file(name):
         sha256 = file_digest(Path(name))
         if _is_torchscript(name):
-            found = detectors.load_torchscript(name, device=device)
+            found = detectors.load_torchscript(name, device=device, trust_code=trust_code)
         else:
             found = detectors.load("inception", read_state_dict(name), device=device)
         if file_digest(Path(name)) != sha256:
@@ -490,10 +502,13 @@ def _measure(asked: _Question) -> _Measured:
 
     device = engine.pick_device(asked.device)
     resize = asked.settings["resize"]
-    loaded = {name: load_detector(asked.store, name, device, resize) for name in set(asked.detectors.values())}
+    loaded = {
+        name: load_detector(asked.store, name, device, resize, trust_code=asked.trust_code)
+        for name in set(asked.detectors.values())
+    }
     by_metric = {metric: loaded[name] for metric, name in asked.detectors.items()}
     keeps = {asked.detectors[m] for m in asked.metrics if METRICS[m].need != "moments"}
-    warnings = [w for a in asked.references.values() if (w := references.warning(a))]
+    warnings = [w for a in asked.references.values() if (w := references.warning(asked.store, asked.subject, a))]
     for metric in asked.metrics:
         detector = by_metric[metric]
         if METRICS[metric].need == "moments":

@@ -5,6 +5,7 @@ import hashlib
 import io
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from sidactl import catalog, detectors, inventory, scores
+from sidactl import catalog, detectors, inventory, ops, scores
 from sidactl.artifacts import prepare_data, read_state_dict
 from sidactl.errors import SidaError
 from sidactl.metrics import frechet_distance
@@ -228,17 +229,17 @@ def scripted(tmp_path: Path) -> Path:
 
 def test_an_evaluation_by_a_detector_without_classes_leaves_out_what_needs_them(scripted: Path, tmp_path: Path) -> None:
     data = prepare_data("tiny-digits", run=tmp_path / "run").oid
-    score = scores.evaluate(data, reference=data, detector=str(scripted), run=tmp_path / "run")
-    by = detectors.load_torchscript(scripted).short_identity
+    score = scores.evaluate(data, reference=data, detector=str(scripted), trust_code=True, run=tmp_path / "run")
+    by = detectors.load_torchscript(scripted, trust_code=True).short_identity
     assert sorted(score.values) == [f"FD {by}", f"KID {by}", "precision", "recall"]
     with pytest.raises(SidaError) as caught:
-        scores.inception_score(data, detector=str(scripted), run=tmp_path / "run")
+        scores.inception_score(data, detector=str(scripted), trust_code=True, run=tmp_path / "run")
     told = f"the inception score needs classes, detector {scripted} gives none. Pass --detector inception."
     assert str(caught.value) == told
 
 
 def test_a_detector_in_torchscript_is_called_as_the_published_one(scripted: Path) -> None:
-    detector = detectors.load_torchscript(scripted)
+    detector = detectors.load_torchscript(scripted, trust_code=True)
     images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
     torch.testing.assert_close(detector(images), Scripted()(images))
     assert (detector.name, detector.num_features) == ("inception", 2)
@@ -251,7 +252,7 @@ def test_what_is_no_torchscript_is_refused_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     path.write_bytes(b"not a network")
     with pytest.raises(SidaError) as caught:
-        detectors.load_torchscript(path)
+        detectors.load_torchscript(path, trust_code=True)
     assert str(caught.value).startswith(f"{path} is not a detector in TorchScript (")
     assert "\n" not in str(caught.value)
 
@@ -307,7 +308,7 @@ def test_what_a_detector_must_not_give_ends_the_score_in_one_line(
         torch.jit.script(net).save(path)
     data = prepare_data("tiny-digits", run=run).oid
     with pytest.raises(SidaError, match=f"^{told}") as caught:
-        scores.fid(data, reference=data, num=70, detector=str(path), run=run)
+        scores.fid(data, reference=data, num=70, detector=str(path), trust_code=True, run=run)
     assert "\n" not in str(caught.value)
     assert not [artifact for artifact in Store.open(run).artifacts() if artifact.kind in ("score", "stats")]
 
@@ -323,18 +324,64 @@ def test_features_of_references_that_are_not_finite_are_refused() -> None:
 def test_a_flipped_bit_in_a_file_of_weights_is_found_before_it_is_used(scripted: Path, tmp_path: Path) -> None:
     weights = tmp_path / "weights.pth"
     torch.save({"a": torch.zeros(1000)}, weights)
-    for path, read in ((weights, read_state_dict), (scripted, detectors.load_torchscript)):
-        read(path)
+
+    def run(path: Path) -> detectors.Detector:
+        return detectors.load_torchscript(path, trust_code=True)
+
+    for path, read, told in (
+        (
+            weights,
+            read_state_dict,
+            "damaged (Bad CRC-32 for file '{}'). Nothing was executed. Download the file again.",
+        ),
+        (scripted, run, "damaged: the checksum of {} is wrong. Download it again."),
+    ):
+        read(path)  # type: ignore[operator]
         whole = path.read_bytes()
         with zipfile.ZipFile(path) as archive:
             largest = max(archive.infolist(), key=lambda member: member.compress_size)
         at = largest.header_offset + 64 + len(largest.filename) + largest.compress_size // 2
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         with pytest.raises(SidaError) as caught:
-            read(path)
-        assert str(caught.value) == (
-            f"{path} is damaged: the checksum of {largest.filename} is wrong. Download it again."
-        )
+            read(path)  # type: ignore[operator]
+        assert str(caught.value).replace(f"{path}: ", "").replace(f"{path} is ", "") == told.format(largest.filename)
+
+
+class Hostile(torch.nn.Module):
+    """What a TorchScript file may do: write a file."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+
+    def forward(self, images: Tensor, return_features: bool = False) -> Tensor:
+        torch.save(images, self.path)
+        return images.to(torch.float32).mean([2, 3])
+
+
+def test_torchscript_of_others_runs_only_where_it_is_trusted(tmp_path: Path) -> None:
+    path, written, run = tmp_path / "net.pt", tmp_path / "written", tmp_path / "run"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(Hostile(str(written))).save(path)
+    told = (
+        f"{path} is a program in TorchScript, and not the published one: it could write and delete files of yours. "
+        "If you trust whoever made it, score with --trust-code; a state dict (.safetensors, .pth) is never run."
+    )
+    asked: list[Callable[[], object]] = [
+        lambda: detectors.load_torchscript(path),
+        lambda: scores.fid("tiny-digits", num=4, detector=str(path), run=run, device="cpu"),
+        lambda: scores.evaluate("tiny-digits", num=4, detector=str(path), run=run, device="cpu"),
+        lambda: ops.distill(teacher="tiny-digits", mode="sida", detector=str(path), run=run, device="cpu"),
+        lambda: ops.dataset_stats("tiny-digits", detector=str(path), run=run, device="cpu"),
+    ]
+    for ask in asked:
+        with pytest.raises(SidaError) as caught:
+            ask()
+        assert str(caught.value) == told
+        assert not written.exists()
+    scores.fid("tiny-digits", num=4, detector=str(path), trust_code=True, run=run, device="cpu")
+    assert written.exists()
 
 
 def test_only_the_published_files_give_a_number_called_fid(
@@ -348,7 +395,7 @@ def test_only_the_published_files_give_a_number_called_fid(
     images = prepare_data("tiny-digits", run=run, max_images=12).oid
 
     for path, entry in ((own, "inception"), (scripted, "inception-torchscript")):
-        by = scores.load_detector(store, str(path), cpu)
+        by = scores.load_detector(store, str(path), cpu, trust_code=True)
         assert scores.distance_name(by) == f"FD {by.short_identity}" != "FID"
         assert by.short_identity.startswith(f"{entry}@")
         # If it were the one that is published, it would be the FID.
@@ -358,7 +405,7 @@ def test_only_the_published_files_give_a_number_called_fid(
         with monkeypatch.context() as patch:
             patch.setitem(catalog.DETECTORS, entry, dataclasses.replace(known, source=source))  # type: ignore[arg-type]
             assert scores.distance_name(scores.load_detector(store, str(path), cpu)) == "FID"
-    told = scores.evaluate(images, ["fid", "kid"], reference=images, detector=str(scripted), run=run)
+    told = scores.evaluate(images, ["fid", "kid"], reference=images, detector=str(scripted), trust_code=True, run=run)
     assert [(name, number["name"]) for name, number in told.to_json()["scores"].items()] == [
         (name, name) for name in (f"FD {by.short_identity}", f"KID {by.short_identity}")
     ]

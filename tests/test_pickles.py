@@ -1,5 +1,7 @@
 """Published pickles are read to the bit; hostile and damaged ones are refused in one line, with nothing executed."""
 
+import ast
+import io
 import json
 import os
 import pickle
@@ -12,6 +14,7 @@ import sys
 import tempfile
 import time
 import types
+import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 
+import sidactl
 from sidactl import pickles
 from sidactl.errors import SidaError
 from sidactl.pickles import Hook, Record
@@ -687,6 +691,147 @@ def test_refusal_names_the_global_and_says_what_to_do(tmp_path: Path) -> None:
 @pytest.mark.parametrize("data", [P + b"}r\xff\xff\xff\xff.", P + b"}\x95" + bytes(8) + b"."])
 def test_odd_but_harmless_pickle_is_read(reading: Any, data: bytes) -> None:
     assert reading(data) == {}
+
+
+# ---- state dicts in torch's own formats ----
+
+FORMATS = pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "before the zip"])
+
+
+def saved(value: object, is_zip: bool) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer, _use_new_zipfile_serialization=is_zip)
+    return buffer.getvalue()
+
+
+def some_weights() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    weights: dict[str, torch.Tensor] = net.state_dict()  # with the versions of its modules as an attribute
+    base = torch.arange(12.0)
+    for dtype in (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8, torch.bool):
+        weights[str(dtype)] = torch.arange(3).to(dtype)
+    return weights | {
+        "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(2.5),
+        "transposed": base.reshape(3, 4).t(),
+        "of one storage": base[4:8],
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+    }
+
+
+@FORMATS
+def test_a_state_dict_is_read_as_torch_wrote_it(tmp_path: Path, is_zip: bool) -> None:
+    weights, path = some_weights(), tmp_path / "w.pth"
+    path.write_bytes(saved(weights, is_zip))
+    found = pickles.read_weights(path)
+    assert list(found) == list(weights)
+    for name, tensor in weights.items():
+        assert (found[name].dtype, found[name].is_contiguous()) == (tensor.dtype, True)
+        assert torch.equal(found[name], tensor)
+
+
+@FORMATS
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:.*quantized tensor creation")
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ([torch.zeros(1)], "refused, it does not hold tensors by name"),
+        ({"a": "text"}, "refused, it does not hold tensors by name"),
+        ({"a": {"b": torch.zeros(1)}}, "refused, it does not hold tensors by name"),
+        ({"a": torch.nn.Linear(1, 1)}, "refused, the pickle names torch.nn.modules.linear.Linear, " + NOT_LISTED),
+        ({"a": torch.zeros(2).to(torch.float8_e4m3fn)}, "refused, the pickle names torch._utils._rebuild_tensor_v3, "),
+        ({"a": torch.eye(2).to_sparse()}, "refused, the pickle names torch._utils._rebuild_sparse_tensor, "),
+        ({"a": torch.zeros(2, device="meta")}, "refused, the pickle names torch._utils._rebuild_meta_tensor_no_s"),
+        ({"a": torch.zeros(2, dtype=torch.complex64)}, "refused, the pickle names torch.ComplexFloatStorage, "),
+        (
+            {"a": torch.zeros(2, dtype=torch.complex64).conj().imag},
+            "refused, torch._utils._rebuild_tensor_v2 has arguments here that it has in no network file",
+        ),
+        ({"a": burn}, "refused, the pickle names tests.test_pickles.burn, " + NOT_LISTED),
+    ],
+    ids=["list", "text", "nested", "module", "float8", "sparse", "meta", "complex", "negated", "function"],
+)
+def test_what_is_no_state_dict_is_refused(tmp_path: Path, is_zip: bool, value: object, told: str) -> None:
+    path = tmp_path / "w.pth"
+    path.write_bytes(saved(value, is_zip))
+    with pytest.raises(SidaError) as caught:
+        pickles.read_weights(path)
+    assert str(caught.value).startswith(f"{path}: {told}")
+    assert str(caught.value).endswith(PUBLISHER)
+
+
+def test_a_zip_that_torch_did_not_write_is_refused(tmp_path: Path) -> None:
+    path, whole = tmp_path / "w.pth", saved({"a": torch.zeros(1000)}, True)
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+
+    def refused(compression: int, changed: dict[str, bytes | None]) -> str:
+        with zipfile.ZipFile(path, "w", compression) as archive:
+            for name, content in (members | changed).items():
+                if content is not None:
+                    archive.writestr(name, content)
+        with pytest.raises(SidaError) as caught:
+            pickles.read_weights(path)
+        return str(caught.value).removeprefix(f"{path}: ").partition(". ")[0]
+
+    at = "archive/"
+    assert refused(zipfile.ZIP_DEFLATED, {}) == "refused, its member byteorder is not stored as torch stores it"
+    assert refused(zipfile.ZIP_STORED, {f"{at}byteorder": b"big"}) == (
+        "refused, it was not written on a little-endian machine"
+    )
+    damaged = "damaged or not a state dict of torch at byte 0"
+    assert refused(zipfile.ZIP_STORED, {f"{at}data/0": None}) == damaged
+    assert refused(zipfile.ZIP_STORED, {f"{at}data/0": b"short"}) == damaged
+    assert refused(zipfile.ZIP_STORED, {"other/data/0": b""}) == "refused, two of its members have one name"
+
+
+@FORMATS
+def test_a_damaged_state_dict_is_read_or_refused_and_never_by_torch(
+    tmp_path: Path, is_zip: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, path = {"a": torch.arange(40.0), "b": torch.arange(3)}, tmp_path / "w.pth"
+    whole = saved(weights, is_zip)
+    monkeypatch.setattr(torch, "load", burn)
+    rng, num_refused = random.Random(17), 0
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << rng.randrange(8))]) + whole[at + 1 :])
+        try:
+            found = pickles.read_weights(path)
+        except SidaError:
+            num_refused += 1
+        else:
+            # The format before the zip has no checksum.
+            assert not is_zip or all(torch.equal(found[name], tensor) for name, tensor in weights.items())
+    assert num_refused > len(whole) // 5
+    for length in range(0, len(whole), 7):
+        path.write_bytes(whole[:length])
+        with pytest.raises(SidaError):
+            pickles.read_weights(path)
+
+
+RUNNERS = {"torch.load", "torch.jit.load", "torch.hub.load", "pickle.load", "pickle.loads", "pickle.Unpickler"}
+RUNNERS |= {"marshal.load", "marshal.loads", "runpy.run_path"}
+
+
+def test_nothing_in_the_source_runs_what_a_file_says() -> None:
+    """torch.jit.load is in one place, behind a digest; there is no other reader of programs."""
+    found = []
+    for path in sorted(Path(sidactl.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                if ast.unparse(node) in RUNNERS:
+                    found.append((path.name, ast.unparse(node)))
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                if node.func.id in ("eval", "exec", "compile", "__import__"):
+                    found.append((path.name, node.func.id))
+            elif isinstance(node, ast.keyword) and node.arg in ("allow_pickle", "weights_only", "trust_remote_code"):
+                value = ast.unparse(node.value)
+                if value != "False":
+                    found.append((path.name, f"{node.arg}={value}"))
+            elif isinstance(node, ast.ImportFrom) and node.module in ("pickle", "marshal", "dill", "cloudpickle"):
+                found.append((path.name, f"from {node.module}"))
+    assert found == [("detectors.py", "torch.jit.load")]
 
 
 # ---- damage, and what any of it may cost ----

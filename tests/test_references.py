@@ -55,7 +55,9 @@ def by_golden_features(features: dict[str, np.ndarray[Any, Any]], monkeypatch: p
     monkeypatch.setattr(
         scores,
         "load_detector",
-        lambda store, name, device, resize: by_rows(name, rows[name], f"{name}@golden{'-pil' * (resize == 'pil')}"),
+        lambda store, name, device, resize, trust_code: by_rows(
+            name, rows[name], f"{name}@golden{'-pil' * (resize == 'pil')}"
+        ),
     )
 
 
@@ -273,7 +275,7 @@ def test_features_that_are_not_finite_name_the_image(
     rows = features["gen_fid"].copy()
     rows[37] = np.nan
     monkeypatch.setattr(scores, "_weights_digest", lambda store, name: name)
-    monkeypatch.setattr(scores, "load_detector", lambda *arguments: by_rows("inception", rows))
+    monkeypatch.setattr(scores, "load_detector", lambda *arguments, **options: by_rows("inception", rows))
     message = refused(tmp_path / "run", str(fifty), reference=str(golden_metrics("stats_formats/ref_edm.npz")))
     assert message == "features by inception must be finite, those of image 37 are not. Look at that image."
 
@@ -291,6 +293,28 @@ def test_few_images_and_imagenet64s_swapped_files_are_warned_of(fifty: Path, tmp
     assert few.to_json()["warnings"] == few.warnings
     plain = golden_metrics("stats_formats/ref_edm.npz")
     assert scores.fid(str(fifty), reference=str(plain), run=tmp_path / "run").warnings == []
+
+
+def test_published_statistics_in_place_of_another_dataset_of_the_same_name_are_warned_of(
+    fifty: Path, tmp_path: Path
+) -> None:
+    store = Store.open(tmp_path / "run")
+    data = artifacts.resolve(store, str(fifty), ["dataset"], any_size=True)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"")
+    entry = catalog.REFERENCES["cifar10"]
+    assert entry.source is not None
+    stats = store.put("stats", {"stats.npz": weights}, params={"name": "cifar10", "source": entry.source.url})
+    generator = store.put("generator", {"model.safetensors": weights}, params={}, inputs={"dataset": data.oid})
+    samples = store.put("samples", {"images.npy": weights}, params={}, inputs={"net": generator.oid})
+    for subject in (generator, samples):
+        assert references.warning(store, subject, stats) == (
+            f"the statistics of cifar10 are of 50,000 images, the network is of 50: --ref {data.oid[:12]} compares "
+            "with these"
+        )
+    teacher = store.put("teacher", {"model.safetensors": weights}, params={})
+    assert references.warning(store, teacher, stats) is None
+    assert references.warning(store, generator, data) is None
 
 
 @pytest.mark.usefixtures("by_golden_features")
@@ -362,7 +386,11 @@ def test_a_file_that_is_not_the_detector_is_refused_and_leaves_nothing(
     torch.save({"fc.weight": torch.zeros(2, 2)}, buffer)
     for data, message in (
         (buffer.getvalue(), "the weights do not fit FIDInception"),
-        (pickle.dumps({"a": Hostile()}, protocol=2), "is damaged or holds more than weights"),
+        (
+            pickle.dumps({"a": Hostile()}, protocol=2),
+            "refused, the pickle names __builtin__.print, which is not on the list",
+        ),
+        (b"PK" + buffer.getvalue()[2:-1], "damaged "),
     ):
         published(tmp_path, monkeypatch, inception=data)
         with pytest.raises(SidaError, match=message):

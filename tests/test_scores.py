@@ -315,7 +315,6 @@ def test_the_seeded_detector_scores_anything_by_its_own_name(finished: Finished,
     options: dict[str, Any] = {"detector": "random-features", "run": finished.root}
     score = scores.evaluate(diverse, **options)
     assert list(score.values) == ["KID random-features", "precision", "random-features FD", "recall"]
-    assert score.value == score.values["KID random-features"][0]
     distance = scores.fid(diverse, **options)
     assert list(distance.values) == ["random-features FD"]
     assert distance.value < scores.fid(collapsed, **options).value
@@ -414,6 +413,9 @@ def test_an_evaluation_is_by_the_detector_of_its_reference(finished: Finished, d
     assert set(score.detectors.values()) == {detectors.load("tiny-digits").identity}
     alone = scores.inception_score(folder, reference="tiny-digits", run=finished.root)
     assert alone.values == {"IS tiny-digits": score.values["IS tiny-digits"]}
+    assert float(alone) == alone.value == statistics.fmean(alone.values["IS tiny-digits"])
+    with pytest.raises(SidaError, match=f"^a score of several numbers has no one value: {FD}, IS tiny-digits, "):
+        float(score)
 
 
 def test_few_reference_images_are_warned_of(finished: Finished, diverse: str) -> None:
