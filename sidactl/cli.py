@@ -1109,7 +1109,7 @@ def _print_unfinished(run: Path | None, as_json: bool) -> None:
             ui.format_bytes(each.size_bytes),
             f"process {each.process or '?'} works on it" if each.is_worked_on else "waits",
             datetime.fromtimestamp(each.touched).strftime("%Y-%m-%d %H:%M"),
-            each.go_on(place) or "repeat the command that began it",
+            each.go_on(place) or "repeat its command, which says whether it goes on",
         ]
         for each in found
     ]

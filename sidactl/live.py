@@ -218,7 +218,8 @@ def _told_of_others(store: Store, live: LiveDir, question: Question) -> list[str
     unknown = [each.key[:12] for each in others if each.question is None and each.checkpoint_nimg is not None]
     if unknown and question.command in _TRAINING:
         told.append(
-            f"unfinished work of an older version does not go on: {', '.join(unknown[:3])} (sidactl ls --live lists it)"
+            f"unfinished work of an older version does not go on: {', '.join(unknown[:3])} "
+            f"(sidactl gc --live {unknown[0]} removes it)"
         )
     return told
 

@@ -148,10 +148,10 @@ def test_work_of_an_older_version_is_listed_and_named_where_it_does_not_go_on(
     sidactl("ls", "--live", "--run", str(run))
     table = capsys.readouterr().out
     assert f"{key[:12]}  unknown, of an older version  48      48" in table
-    assert "repeat the command that began it" in table
+    assert "repeat its command, which says whether it goes on" in table
     with pytest.raises(SidaError, match=r"^interrupted at 32 of 96 images"):
         short_distill(run, interrupted_at(16), seed=1, batch_size=16, checkpoint_every_nimg=16)
-    told = f"unfinished work of an older version does not go on: {key[:12]} (sidactl ls --live lists it)"
+    told = f"unfinished work of an older version does not go on: {key[:12]} (sidactl gc --live {key[:12]} removes it)"
     assert told in capsys.readouterr().err.splitlines()
 
 
