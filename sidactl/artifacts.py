@@ -8,11 +8,13 @@ import hashlib
 import json
 import os
 import re
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeAlias
 
@@ -21,7 +23,7 @@ from sidactl.errors import EXIT_FAILED, MissingError, SidaError
 from sidactl.inputs import Count, Ref, Size, count_of, optional_ref, ref_text, run_of, size_of, whole
 from sidactl.live import Question, begin, option_words
 from sidactl.recipe import HeunSpec, NetSpec, OneStepSpec
-from sidactl.store import KINDS, Artifact, LiveDir, Store
+from sidactl.store import KINDS, Artifact, LiveDir, Store, canonical_json
 
 if TYPE_CHECKING:
     import torch
@@ -80,6 +82,8 @@ def resolve(
             raise SidaError(f"{text} cannot be read as a {' or '.join(kinds)}", "Give an artifact or another file.")
         kind = nets[0] if len(nets) == 1 else None
         return fetch_teacher(text, kind=kind, run=store.root, recheck=recheck, is_inner=True)
+    if text in store.refs() and os.path.exists(text):
+        _say_once(f"{text} is taken for the artifact of this name; ./{text} would be the file or folder")
     kind_and_name = next(iter(_in_catalog(store, text, kinds)), None)
     if kind_and_name and kind_and_name[0] in NETS:
         return fetch_teacher(kind_and_name[1], run=store.root, recheck=recheck, is_inner=True)
@@ -89,6 +93,11 @@ def resolve(
         raise problem
     found = stored(store, text, kinds)
     return repaired(store, found) if recheck else found
+
+
+@cache
+def _say_once(line: str) -> None:
+    download.to_stderr(line)
 
 
 def stored(store: Store, text: str, kinds: Sequence[str]) -> Artifact:
@@ -511,6 +520,11 @@ def _read_safetensors(path: Path) -> _Foreign:
         sampler = (OneStepSpec if kind == "generator" else HeunSpec).from_json(params["sampler"])
         if kind not in NETS:
             raise ValueError(kind)
+        canonical_json(params)
+        if not all(isinstance(params.get(name), str | None) for name in ("name", "dataset", "licence")):
+            raise ValueError("a name that is no text")
+        if not isinstance(params.get("recipe"), Mapping | None):
+            raise ValueError("a recipe that is none")
         with torch.device("meta"):
             layout = nets.build(spec)
     except (
@@ -1143,6 +1157,10 @@ def _look_at(files: Mapping[str, str]) -> tuple[str, int]:
     for name, path in files.items():
         with suppress(OSError):  # a link to nowhere
             s = os.stat(path)
+            if not stat.S_ISREG(s.st_mode):  # opening it may wait for ever, or never end
+                raise SidaError(
+                    f"{path} is no regular file but a FIFO, device or socket", "Remove it, or give another."
+                )
             facts = f"{s.st_dev} {s.st_ino} {s.st_mode} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}"
             total.update(os.fsencode(name) + b"\0" + facts.encode() + b"\0")
             newest_ns = max(newest_ns, s.st_mtime_ns, s.st_ctime_ns)

@@ -1109,14 +1109,16 @@ def _print_unfinished(run: Path | None, as_json: bool) -> None:
             ui.format_bytes(each.size_bytes),
             f"process {each.process or '?'} works on it" if each.is_worked_on else "waits",
             datetime.fromtimestamp(each.touched).strftime("%Y-%m-%d %H:%M"),
-            each.go_on(place) or "repeat its command, which says whether it goes on",
         ]
         for each in found
     ]
-    if rows:
-        ui.table(["key", "what", "images", "checkpoint", "size", "state", "touched", "to go on"], rows)
-    else:
+    if not rows:
         ui.note("no unfinished work")
+        return
+    ui.table(["key", "what", "images", "checkpoint", "size", "state", "touched"], rows)
+    print("\nto go on:")
+    for each in found:  # in lines of their own, whole, so that they can be copied
+        print(f"{each.key[:12]}  {each.go_on(place) or 'repeat its command, which says whether it goes on'}")
 
 
 def _images(done: int | None, total: int | None) -> str | None:

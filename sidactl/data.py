@@ -13,6 +13,7 @@ import weakref
 import zipfile
 import zlib
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -311,8 +312,14 @@ def parse_labels(text: bytes, where: str) -> LabelFile:
     name with two labels.
     """
     hint = 'Write {"labels": [["name.png", 0], ...]} with integer classes from 0.'
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if twice := [key for key, number in Counter(key for key, _ in pairs).items() if number > 1]:
+            raise ValueError(f"the key {json.dumps(twice[0])[:60]} twice")
+        return dict(pairs)
+
     try:
-        document = json.loads(text)
+        document = json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         raise SidaError(f"{where} must be JSON, got {first_line(error)}", hint) from error
     if isinstance(document, dict) and "labels" not in document:
@@ -406,9 +413,34 @@ def decode_latents(data: bytes, where: str) -> NDArray[np.float32]:
     return array
 
 
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+def check_png(data: bytes) -> None:
+    """Raises ValueError where a PNG is cut or a chunk's checksum is wrong; Pillow looks at neither in pixel data.
+
+    Whatever is no PNG passes. Source: PNG specification (W3C), section 5.
+    """
+    if not data.startswith(_PNG_SIGNATURE):
+        return
+    position, kind = len(_PNG_SIGNATURE), b""
+    view = memoryview(data)
+    while kind != b"IEND":
+        if position + 12 > len(data):
+            raise ValueError("the PNG ends too early")
+        (length,), kind = struct.unpack_from(">I", data, position), data[position + 4 : position + 8]
+        end = position + 8 + length
+        if end + 4 > len(data):
+            raise ValueError("the PNG ends too early")
+        if zlib.crc32(view[position + 4 : end]) != struct.unpack_from(">I", data, end)[0]:
+            raise ValueError("a checksum in the PNG is wrong")
+        position = end + 4
+
+
 def decode_pixels(data: bytes, where: str, hint: str = "Convert it with prepare-data.") -> NDArray[np.uint8]:
     """Pixels of one grey or RGB image: uint8 [C, H, W] with C = 1 or 3. `hint`: what to do about other modes."""
     try:
+        check_png(data)
         with Image.open(io.BytesIO(data), formats=image_formats()) as image:
             mode = image.mode
             pixels = np.array(image)

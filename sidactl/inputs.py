@@ -14,6 +14,7 @@ _COUNT = re.compile(r"([0-9]{1,15})(?:\.([0-9]{1,15}))?([kMG]?)", re.IGNORECASE)
 _ZEROS = {"": 0, "k": 3, "m": 6, "g": 9}
 _SEEDS = re.compile(r"\s*([0-9]{1,15})(?:-([0-9]{1,15}))?\s*")
 MAX_SEED = (1 << 32) - 1
+_MAX_SIDE = 16_384
 _COUNT_FIELDS = ("batch_size", "evaluate_num")
 
 
@@ -36,8 +37,8 @@ Count: TypeAlias = str | SupportsIndex
 """a number of images: 500, "50k", "1.5M", an integer of numpy or torch"""
 Seeds: TypeAlias = str | SupportsIndex | Iterable[SupportsIndex] | ArrayLike
 """seeds as `--seeds` takes them, one integer, or any sequence or array of integers"""
-Size: TypeAlias = str | Sequence[SupportsIndex]
-"""width and height: "64x64" or (64, 64)"""
+Size: TypeAlias = str | SupportsIndex | Sequence[SupportsIndex]
+"""width and height: "64x64", (64, 64) or 64"""
 
 
 def ref_text(ref: Ref, what: str = "a ref") -> str:
@@ -112,8 +113,17 @@ def _listed_seeds(value: Seeds, what: str) -> Sequence[int]:
 
 
 def size_of(value: Size, what: str) -> tuple[int, int]:
-    """Width and height from "64x64" or a pair of integers."""
+    """Width and height from "64x64", a pair of integers, or one of a square; up to 16,384, four times any dataset's."""
+    width, height = _size_of(value, what)
+    if not (0 < width <= _MAX_SIDE and 0 < height <= _MAX_SIDE):
+        raise SidaError(f"{what} must be from 1 to {_MAX_SIDE:,} pixels a side, got {width}x{height}", "Pass another.")
+    return width, height
+
+
+def _size_of(value: Size, what: str) -> tuple[int, int]:
     if not isinstance(value, str):
+        if not isinstance(value, Iterable):
+            return whole(value, what), whole(value, what)
         parts = [whole(part, what) for part in value]
         if len(parts) != 2:
             raise SidaError(f"{what} must be a width and a height, got {len(parts)} numbers", "Pass two whole numbers.")

@@ -314,6 +314,12 @@ def _export_files(store: Store, artifact: Artifact, folder: Path) -> None:
     _write_manifest(store, artifact, folder)
 
 
+def _against(store: Store, reference: str | None) -> str:
+    """What a score compares with, by name and oid; nothing where it compares with nothing, or that is gone."""
+    known = [a for a in store.starting_with(reference) if a.oid == reference] if reference else []
+    return f"{_text(known[0].params['name'])} `{reference[:12]}`" if known and reference else ""
+
+
 def model_card(store: Store, artifact: Artifact, form: ExportForm, file: str) -> str:
     """What somebody who gets the file should know: where it comes from, its scores, its licence, how to sample it."""
     described = show(artifact.oid, run=store.root)
@@ -328,15 +334,15 @@ def model_card(store: Store, artifact: Artifact, form: ExportForm, file: str) ->
     lines += [f"- licence: {_text(licence)}", "", "## Scores", ""]
     rows = [
         f"| {_text(name)} | {n['value']:.4g} | {'' if n['std'] is None else format(n['std'], '.2g')} "
-        f"| {len(told['seeds']) or 1} x {told['num']:,} | {_text(n['detector'])} |"
+        f"| {len(told['seeds']) or 1} x {told['num']:,} | {_text(n['detector'])} | {_against(store, n['reference'])} |"
         for told in (score.to_json() for score in described.scores)
         for name, n in told["scores"].items()
     ]
     rows += [
-        f"| {name} | {number.value:g} | {'' if number.std is None else f'{number.std:g}'} | 50,000 | published |"
+        f"| {name} | {number.value:g} | {'' if number.std is None else f'{number.std:g}'} | 50,000 | published | |"
         for name, number in described.published.items()
     ]
-    head = ["| score | mean | std | images | by |", "|---|---|---|---|---|"]
+    head = ["| score | mean | std | images | by | against |", "|---|---|---|---|---|---|"]
     lines += [*head, *rows] if rows else ["None was taken in this run directory."]
     lines += ["", "## Use", "", *_usage(artifact, form, file)]
     settings = {"net": params["net"], "sampler": params["sampler"], "recipe": params.get("recipe")}

@@ -176,13 +176,15 @@ def _who_works_on(lock: Path) -> tuple[bool, int | None]:
 
 def _nimg_in(folder: Path) -> int | None:
     """Images trained on, by the last event, or prepared."""
-    with suppress(OSError), (folder / "events.jsonl").open("rb") as file:
+    events, state = folder / "events.jsonl", folder / "state.json"
+    with suppress(OSError), (events if events.is_file() else Path(os.devnull)).open("rb") as file:  # not of a FIFO
         file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
         counts = [nimg_of(line) for line in file.read().splitlines()]
         if known := [int(count) for count in counts if count < math.inf]:
             return known[-1]
     with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-        return int(json.loads((folder / "state.json").read_bytes())["state"]["done"])
+        if state.is_file():
+            return int(json.loads(state.read_bytes())["state"]["done"])
     return None
 
 

@@ -554,8 +554,10 @@ def _problem_of(checkpoint: Path) -> str:
 
 def _forget_events_after(nimg: int, history: History, live: LiveDir) -> None:
     events = live.path / "events.jsonl"
-    if events.is_dir():
-        raise SidaError(f"{events} must be a file, got a folder", "Move it away, then repeat the same command.")
+    if events.exists() and not events.is_file():
+        raise SidaError(
+            f"{events} must be a file, got a folder, FIFO or device", "Move it away, then repeat the same command."
+        )
     evaluated = {point[0] for point in history.scores}
 
     def is_known(line: bytes) -> bool:

@@ -1094,15 +1094,16 @@ def _train(
     return history
 
 
-SIGTERM_REPEATS_SEC = 10.0
-"""clusters send SIGTERM to every process of a job, and torchrun sends it on: one request comes more than once"""
+REPEATS_SEC = {signal.SIGTERM: 10.0, signal.SIGINT: 1.0}
+"""one request comes more than once: clusters send SIGTERM to every process of a job, and torchrun sends it on; a
+terminal sends SIGINT to all of a pipeline, and `timeout` sends it on"""
 
 
 @contextmanager
 def _stop_on_signals() -> Iterator[Callable[[], bool]]:
     """Within the block the first SIGINT or SIGTERM makes the yielded function true; the next one acts as usual.
 
-    A SIGTERM within SIGTERM_REPEATS_SEC of the first signal is a repetition and goes unheeded.
+    One within REPEATS_SEC of the first signal is a repetition and goes unheeded.
     """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -1116,7 +1117,7 @@ def _stop_on_signals() -> Iterator[Callable[[], bool]]:
         if not stop.is_set():
             stop.set()
             first_sec = time.monotonic()
-        elif number != signal.SIGTERM or time.monotonic() - first_sec >= SIGTERM_REPEATS_SEC:
+        elif time.monotonic() - first_sec >= REPEATS_SEC[signal.Signals(number)]:
             for each, handler in usual.items():
                 signal.signal(each, handler)
             signal.raise_signal(number)

@@ -277,7 +277,7 @@ def check_stages(recipe: Recipe) -> SidaError | None:
         would, flag, choices = "be mode sid", "--adversarial-from", [recipe.duration_nimg // 2, 0]
     steps = f", in steps of {recipe.batch_size:,}" if start < recipe.duration_nimg else ""
     what = f"{what} from {start:,} images on{steps}, {end}: it would {would}"
-    fitting = next((n for n in choices if untrained[0] not in _with(recipe, flag, n).untrained()), recipe)
+    fitting = next((n for n in choices if not _with(recipe, flag, n).untrained()), recipe)
     if fitting is recipe:
         return SidaError(what, "Pass a longer --duration.")
     return SidaError(what, f"Pass {flag} {'none' if fitting is None else fitting}, or a longer --duration.")

@@ -26,7 +26,17 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sidactl import pictures
 from sidactl.codec import LatentCodec
-from sidactl.data import LABEL_FILE, Dataset, decode_latents, decode_pixels, drawn_subset, first_line, image_formats
+from sidactl.data import (
+    LABEL_FILE,
+    MAX_MEMBER_BYTES,
+    Dataset,
+    check_png,
+    decode_latents,
+    decode_pixels,
+    drawn_subset,
+    first_line,
+    image_formats,
+)
 from sidactl.engine import agreed, in_order, joined, share
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.sources import ClassOrder, Convention, Item, Pixels, Say, Source, open_source
@@ -685,7 +695,11 @@ def _read_image(file: Path | bytes, name: str, change: _Change) -> tuple[Image.I
     hint = "Mend or remove it, or go on without: prepare-data --skip-bad."
     is_edm = change.convention == "edm"
     try:
-        with Image.open(BytesIO(file) if isinstance(file, bytes) else file, formats=image_formats()) as opened:
+        if isinstance(file, Path) and file.stat().st_size > MAX_MEMBER_BYTES:
+            raise ValueError(f"it is larger than {MAX_MEMBER_BYTES:,} bytes")
+        data = file if isinstance(file, bytes) else file.read_bytes()
+        check_png(data)
+        with Image.open(BytesIO(data), formats=image_formats()) as opened:
             image: Image.Image = opened
             is_turned = bool(image.info.get("exif")) and image.getexif().get(_ORIENTATION, 1) != 1
             if is_turned and change.exif_rotate:

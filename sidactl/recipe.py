@@ -132,6 +132,15 @@ def _share(value: Plain, *names: str) -> None:
     _within(value, names, "in [0, 1]", lambda got: 0 <= got <= 1)
 
 
+def _moderate(value: Plain, *names: str) -> None:
+    """Noise levels and their like, whose squares float32 must hold."""
+    _within(value, names, "from 1e-9 to 1e9", lambda got: 1e-9 <= got <= 1e9)
+
+
+def _at_most(value: Plain, most: int, *names: str) -> None:
+    _within(value, names, f"at most {most:,}", lambda got: got <= most)
+
+
 def _seed(value: Plain) -> None:
     _at_least(value, 0, "seed")
     _within(value, ["seed"], "at most 2^63 - 1", lambda got: got < 1 << 63)
@@ -210,6 +219,12 @@ class NetSpec(Plain):
         _at_least(self, 1, "img_resolution", "img_channels", "model_channels", "num_blocks", "channels_per_head")
         _at_least(self, 1, "channel_mult", "channel_mult_emb", "channel_mult_noise", "attn_resolutions")
         _at_least(self, 0, "label_dim", "augment_dim", "logvar_channels")
+        # Ten times what any published network has: whatever says more is no network, and costs hours to lay out.
+        _at_most(self, 100, "num_blocks", "channel_mult", "channel_mult_emb", "channel_mult_noise")
+        _at_most(self, 100_000, "img_resolution", "img_channels", "model_channels", "augment_dim", "logvar_channels")
+        _at_most(self, 1_000_000, "label_dim", "channels_per_head", "attn_resolutions")
+        if len(self.resample_filter) > 100:
+            raise _refusal("resample_filter", "100 taps or fewer", f"{len(self.resample_filter):,}")
         for name in ("channel_mult", "resample_filter"):
             if not getattr(self, name):
                 raise _refusal(name, "one number or more", [])
@@ -217,9 +232,9 @@ class NetSpec(Plain):
             what = "an even number of taps with a positive sum"
             raise _refusal("resample_filter", what, list(self.resample_filter))
         _below_one(self, "dropout")
-        _positive(self, "sigma_data")
+        _positive(self, "sigma_data", "clip_act")
+        _moderate(self, "sigma_data", "clip_act")
         _share(self, "label_balance", "concat_balance", "res_balance", "attn_balance")
-        _positive(self, "clip_act")
         _not_negative(self, "sigma_min")
         if not self.sigma_min < self.sigma_max:
             raise _refusal("sigma_max", f"above sigma_min, {self.sigma_min:g}", self.sigma_max)
@@ -251,6 +266,7 @@ class OneStepSpec(Plain):
         super().__post_init__()
         _at_least(self, 1, "num_steps")
         _positive(self, "sigma_init")
+        _moderate(self, "sigma_init")
 
     @property
     def nfe(self) -> int:
@@ -277,6 +293,7 @@ class HeunSpec(Plain):
         super().__post_init__()
         _at_least(self, 1, "num_steps")
         _positive(self, "sigma_min", "sigma_max", "rho")
+        _moderate(self, "sigma_min", "sigma_max", "rho")
         _not_negative(self, "S_churn", "S_min", "S_noise")
         _within(self, ["S_max"], "at least 0", lambda got: got >= 0)
         if self.sigma_min >= self.sigma_max:

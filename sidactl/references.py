@@ -223,6 +223,8 @@ def _has(path: str, name: str) -> bool:
     import zipfile
 
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise SidaError(f"{path} is no regular file", "Give another.")
         with zipfile.ZipFile(path) as archive:
             return f"{name}.npy" in archive.namelist()
     except OSError as error:
@@ -268,6 +270,7 @@ def _imported(store: Store, source: str, entry: catalog.Reference | None, rechec
 
 def _read_npz(path: Path) -> Moments:
     import zipfile
+    import zlib
 
     import numpy as np
 
@@ -280,7 +283,7 @@ def _read_npz(path: Path) -> Moments:
                     "Give the statistics that EDM or guided-diffusion published, or a dataset.",
                 )
             return _moments(arrays["mu"], arrays["sigma"], str(path))
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         if "allow_pickle" in str(error):
             raise SidaError(
                 f"mu and sigma in {path} must hold real numbers, got Python objects", "Save them as plain arrays."

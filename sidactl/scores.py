@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,10 +31,10 @@ from sidactl.artifacts import (
     source_identity,
     tell_old,
 )
-from sidactl.errors import MissingError, SidaError
+from sidactl.errors import EXIT_FAILED, MissingError, SidaError
 from sidactl.inputs import Count, Ref, count_of, optional_ref, ref_text, run_of, seeds_of, whole
 from sidactl.recipe import HeunSpec, OneStepSpec, Setting
-from sidactl.references import ENOUGH, Moments, Need, detector_name, images_per_batch
+from sidactl.references import ENOUGH, RANDOM_FEATURES, Moments, Need, detector_name, images_per_batch
 from sidactl.store import Artifact, Store, UnwritableError
 
 if TYPE_CHECKING:
@@ -159,6 +159,9 @@ class Score:
 
     def __float__(self) -> float:
         return self.value
+
+    def __format__(self, spec: str) -> str:
+        return format(self.value, spec) if spec else str(self)
 
     def to_json(self) -> dict[str, Any]:
         """Every number as mean, standard deviation (null for one trial), minimum and values; and how it was made."""
@@ -371,7 +374,7 @@ class _Question:
 def _applicable(store: Store, subject: Artifact, options: Mapping[str, Any]) -> list[str]:
     """The metrics of an evaluation: all with the reference's own detector, and FD-DINOv2 where Inception is used."""
     reference = references.find(store, options.get("reference"), subject, "moments")
-    detector = options.get("detector") or detector_name(reference)
+    detector = options.get("detector") or _default_detector(subject, reference, options)
     try:
         references.find(store, options.get("reference"), subject, "images")
         has_images = detector != "dinov2"
@@ -394,7 +397,7 @@ def _detector_of(
     if fixed or asked:
         return str(fixed or asked)
     if metric in found:
-        return detector_name(found[metric])
+        return _default_detector(subject, found[metric], options)
     # What compares with nothing is by the detector of what is compared beside it, or would be.
     compared = next((found[name] for name in found if not METRICS[name].detector), None)
     if not compared and options.get("reference"):
@@ -404,6 +407,14 @@ def _detector_of(
     if not compared and subject.kind == "dataset":
         return detector_name(subject)
     return "tiny-digits" if references.dataset_name(store, subject) == "tiny-digits" else "inception"
+
+
+def _default_detector(subject: Artifact, reference: Artifact, options: Mapping[str, Any]) -> str:
+    """The reference's own detector; of a network's own dataset, when none is named, that of its runs."""
+    is_of_net = subject.kind in NETS or "net" in subject.inputs
+    if is_of_net and options.get("reference") is None:
+        return references.training_detector(reference)
+    return detector_name(reference)
 
 
 def _has_classes(detector: str) -> bool:
@@ -417,7 +428,13 @@ def _weights_digest(store: Store, detector: str) -> Any:
         if not Path(detector).is_file():
             raise SidaError(f"{detector}: no such file", "Check the path, or use --detector inception.")
         return source_identity(store, detector)
-    return fetch_detector(detector, run=store.root).oid
+    try:
+        return fetch_detector(detector, run=store.root).oid
+    except SidaError as error:
+        if error.exit_code != EXIT_FAILED:
+            raise
+        hint = f"{error.hint} Or score with --detector {RANDOM_FEATURES}, which is built in and is no FID."
+        raise SidaError(error.message, hint.strip(), exit_code=EXIT_FAILED) from error
 
 
 def _read_again(store: Store, detector: str) -> None:
@@ -519,6 +536,7 @@ def _measure(asked: _Question) -> _Measured:
                 warnings.append(
                     f"{MAX_REAL_IMAGES:,} of {held:,} reference images, drawn by seed 0, stand for all of them"
                 )
+    warnings += _of_other_shape(asked.subject, asked.references.values())
     for metric, reference in asked.references.items():
         by = by_metric[metric]
         if reference.kind == "stats" and "detector" not in reference.params and not by.is_published:
@@ -542,6 +560,30 @@ def _measure(asked: _Question) -> _Measured:
                 if metric in asked.references:
                     made_against[name] = asked.references[metric].oid
     return _Measured(values, made_by, made_against, sorted(set(warnings)))
+
+
+def _of_other_shape(subject: Artifact, compared: Iterable[Artifact]) -> Iterator[str]:
+    """Warnings of references whose images differ in size or channels, as far as both are known."""
+    own = _shape(subject)
+    for other in {_shape(reference) for reference in compared} - {own, None}:
+        if own and other:
+            yield (
+                f"the images are {own[1]}x{own[2]} in {own[0]} channels, the reference's {other[1]}x{other[2]} in "
+                f"{other[0]}: the distance is of that, too"
+            )
+
+
+def _shape(artifact: Artifact) -> tuple[int, int, int] | None:
+    """Channels, width and height of an artifact's images; None where it does not say, or they are latents."""
+    if artifact.kind in NETS:
+        net = mapping(artifact.params["net"])
+        channels, side = int(net["img_channels"]), int(net["img_resolution"])
+        return (channels, side, side) if channels in (1, 3) else None
+    results: Mapping[str, Any] = artifact.results
+    if results.get("kind", "pixels") != "pixels" or not (results.get("num_channels") and results.get("resolution")):
+        return None
+    height = int(results["resolution"])
+    return int(results["num_channels"]), int(results.get("width") or height), height
 
 
 def _too_few(num: int, num_reference: int | None, detector: "Detector") -> Iterator[str]:

@@ -9,6 +9,7 @@ import pickletools
 import re
 import struct
 import tarfile
+import tokenize
 import zipfile
 import zlib
 from array import array
@@ -87,6 +88,7 @@ _PICTURES_UNREAD = (
     *(".npy", ".h5"),
 )
 _BLOCK_BYTES = 1 << 20
+_MAX_NPY_HEADER = 1 << 16
 
 
 def open_source(
@@ -176,8 +178,10 @@ class _Listing:
         elif self._is_wanted(name):
             self.images.append(name)
         else:
-            if PurePosixPath(name).name.lower() == LABEL_FILE:
+            if _last(name) == LABEL_FILE:
                 self.label_files.append(name)
+            elif re.fullmatch(r"(labels?|classes|metadata|annotations)\.(json|csv|tsv|txt|npy)", _last(name)):
+                self._pass_over(f"files that may hold labels, which {LABEL_FILE} alone gives", name)
             if os.path.splitext(name)[1].lower() in _PICTURES_UNREAD:
                 self._pass_over("files of formats that are not read", name)
             self.others.append(name)
@@ -193,6 +197,10 @@ class _Listing:
         self.images.sort()
         for what, (number, first) in self._passed_over.items():
             say(f"passed over in {self.where}: {number:,} {what}, the first {printable(first)}")
+
+
+def _last(name: str) -> str:
+    return PurePosixPath(name).name.lower()
 
 
 class _Found(NamedTuple):
@@ -366,6 +374,13 @@ def _imagenet_part(names: Sequence[str]) -> str | None:
     return f"{base}train/" if is_split and any(map(part.match, names)) else None
 
 
+def _small(path: Path) -> bytes:
+    """A dataset.json; SidaError for one that is larger than those of many millions of images."""
+    if path.stat().st_size > MAX_MEMBER_BYTES:
+        raise SidaError(f"{path} must have at most {MAX_MEMBER_BYTES:,} bytes, got more", "Give another.")
+    return path.read_bytes()
+
+
 def _folder(root: Path, rules: _Rules) -> Source:
     listing = _Listing(root, is_image)
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_raise):
@@ -378,7 +393,7 @@ def _folder(root: Path, rules: _Rules) -> Source:
         for file in files:
             listing.add(f"{prefix}{file}")
     listing.finish(rules.say)
-    names, _, labels, class_names = _classified(listing, rules, lambda name: (root / name).read_bytes())
+    names, _, labels, class_names = _classified(listing, rules, lambda name: _small(root / name))
 
     def items() -> Iterator[Item]:
         for index, name in enumerate(names):
@@ -661,16 +676,28 @@ def _npz_arrays(path: Path) -> tuple[tuple[int, ...], NDArray[np.integer] | None
         with zipfile.ZipFile(path) as archive:
             with archive.open("arr_0.npy") as file:
                 shape = _npy_shape(file)
+            sizes = {member.filename: member.file_size for member in archive.infolist()}
             for member in archive.infolist():
                 with archive.open(member) as file:
                     while file.read(_BLOCK_BYTES):  # to the end, where its checksum is compared
                         pass
         check_directory(path)
+        if sizes.get("arr_1.npy", 0) > 8 * shape[0] + _MAX_NPY_HEADER:
+            raise SidaError(f"arr_1 in {path} must be {shape[0]:,} integers, got more", hint)
         with np.load(path, allow_pickle=False) as arrays:
             classes = arrays.get("arr_1")
     except KeyError as error:
         raise SidaError(f"{path} must hold images in arr_0, got none", hint) from error
-    except (ValueError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        ValueError,
+        SyntaxError,
+        tokenize.TokenError,
+        EOFError,
+        OSError,
+        RuntimeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise SidaError(f"{path} cannot be read ({first_line(error)})", hint) from error
     if len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape:
         raise SidaError(f"arr_0 in {path} must be [N, H, W, 1 or 3], got {list(shape)}", hint)

@@ -12,6 +12,7 @@ from sidactl.diffusion import Preconditioned
 from sidactl.errors import SidaError
 from sidactl.nets.edm2 import force_normalize_
 from sidactl.recipe import NetSpec
+from sidactl.text import visible
 
 # Options that a checkpoint leaves out have these values. Source: EDM (2206.00364), table 7; EDM2 (2312.02696), table 6.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -61,7 +62,9 @@ def spec_of(record: pickles.Record) -> NetSpec:
     elif record.class_name in _EDM_CLASSES:
         architecture = str(options.get("model_type", "DhariwalUNet")).removesuffix("_EncoderDecoder")
         if architecture not in _DEFAULTS:
-            raise SidaError(f"networks of type {architecture} are not supported", "SongUNet and DhariwalUNet are.")
+            raise SidaError(
+                f"networks of type {visible(architecture)} are not supported", "SongUNet and DhariwalUNet are."
+            )
     elif record.class_name in _OTHER_SCHEDULES:
         raise SidaError(
             f"networks of class {record.class_name} (EDM's --precond other than edm) are not supported: they take "
@@ -75,7 +78,8 @@ def spec_of(record: pickles.Record) -> NetSpec:
         )
     fields = _DEFAULTS[architecture] | {k: v for k, v in options.items() if k not in _IGNORED}
     # Blocks tell their dropout probability from other options by its type.
-    fields["dropout"] = float(fields.get("dropout", 0))
+    dropout = fields.get("dropout", 0)
+    fields["dropout"] = float(dropout) if isinstance(dropout, int | float) else dropout
     return NetSpec.from_json({"architecture": architecture} | {k: _jsonable(v) for k, v in fields.items()})
 
 

@@ -11,6 +11,7 @@ from sidactl.errors import SidaError
 from sidactl.nets.edm import DhariwalUNet, SongUNet
 from sidactl.nets.edm2 import EDM2Denoiser
 from sidactl.recipe import NetSpec
+from sidactl.text import visible
 
 
 def build(spec: NetSpec) -> Preconditioned:
@@ -32,7 +33,11 @@ def misfits_of(net: nn.Module, state: Mapping[str, Tensor]) -> str:
         "unexpected": [name for name in state if name not in own],
         "of another shape": [name for name in own if name in state and own[name].shape != state[name].shape],
     }
-    listed = [f"{len(v)} {k} ({', '.join(v[:5])}{', ...' if len(v) > 5 else ''})" for k, v in problems.items() if v]
+    listed = [
+        f"{len(v)} {k} ({', '.join(visible(name) for name in v[:5])}{', ...' if len(v) > 5 else ''})"
+        for k, v in problems.items()
+        if v
+    ]
     return "; ".join(listed)
 
 
@@ -41,9 +46,11 @@ def check_values(state: Mapping[str, Tensor]) -> None:
     for name, tensor in state.items():
         if not tensor.is_floating_point() or tensor.layout != torch.strided:
             kind = str(tensor.dtype if tensor.layout == torch.strided else tensor.layout).removeprefix("torch.")
-            raise SidaError(f"weights must be real floating-point numbers, {name} is {kind}", "Give another file.")
+            raise SidaError(
+                f"weights must be real floating-point numbers, {visible(name)} is {kind}", "Give another file."
+            )
         if num_bad := tensor.numel() - int(tensor.to(torch.float32).isfinite().sum()):
             raise SidaError(
-                f"weights must be finite, {num_bad} of {tensor.numel()} values of {name} are not",
+                f"weights must be finite, {num_bad} of {tensor.numel()} values of {visible(name)} are not",
                 "Give another file: what this network draws is no image.",
             )
