@@ -568,8 +568,8 @@ def _of_other_shape(subject: Artifact, compared: Iterable[Artifact]) -> Iterator
     for other in {_shape(reference) for reference in compared} - {own, None}:
         if own and other:
             yield (
-                f"the images are {own[1]}x{own[2]} in {own[0]} channels, the reference's {other[1]}x{other[2]} in "
-                f"{other[0]}: the distance is of that, too"
+                f"the images are {own[1]}x{own[2]}x{own[0]}, the reference's {other[1]}x{other[2]}x{other[0]}: the "
+                "distance is of that, too"
             )
 
 

@@ -89,6 +89,8 @@ _PICTURES_UNREAD = (
 )
 _BLOCK_BYTES = 1 << 20
 _MAX_NPY_HEADER = 1 << 16
+_MAX_TAR_HEADER = 1 << 20
+"""of long names and the like, which must be unpacked to be passed over; and links and folders have no content"""
 
 
 def open_source(
@@ -491,6 +493,8 @@ def _tar_members(file: IO[bytes]) -> Iterator[tuple[str, int]]:
         after = file.tell() + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         if member.size < 0:
             raise tarfile.ReadError("a member of negative size")
+        if not member.isreg() and member.size > _MAX_TAR_HEADER:
+            raise tarfile.ReadError(f"a header of {member.size:,} bytes")
         if member.isreg():
             yield member.name, member.size
         file.seek(after)

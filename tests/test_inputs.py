@@ -78,6 +78,8 @@ def test_what_is_no_count_size_or_ref_is_refused() -> None:
     refused: list[tuple[Callable[[], object], str]] = [
         (lambda: inputs.count_of(1.5, "num"), "num must be a whole number, got 1.5. Pass an int."),  # type: ignore[arg-type]
         (lambda: inputs.size_of((1, 2, 3), "size"), "size must be a width and a height, got 3 numbers"),
+        (lambda: inputs.size_of("99999x8", "size"), "size must be from 1 to 16,384 pixels a side, got 99999x8"),
+        (lambda: inputs.size_of(0, "size"), "size must be from 1 to 16,384 pixels a side, got 0x0"),
         (lambda: inputs.ref_text(3), "a ref must be text, a path or an artifact, got 3"),  # type: ignore[arg-type]
     ]
     for call, text in refused:

@@ -358,19 +358,22 @@ def test_sigterm_that_comes_twice_in_a_row_loses_no_checkpoint(finished: Finishe
     assert short_distill(fresh_run) == finished.best
 
 
-def test_sigterm_acts_as_usual_once_it_is_no_repetition(fresh_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([100.0, 109.9, 110.0])
+@pytest.mark.parametrize(("number", "repeats_sec"), [(signal.SIGTERM, 10.0), (signal.SIGINT, 1.0)])
+def test_a_signal_acts_as_usual_once_it_is_no_repetition(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals, repeats_sec: float
+) -> None:
+    now = iter([100.0, 100.0 + repeats_sec - 0.1, 100.0 + repeats_sec])
     monkeypatch.setattr(ops, "time", SimpleNamespace(monotonic=lambda: next(now)))
-    usual = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    usual = signal.signal(number, signal.default_int_handler)
     try:
         with ops._stop_on_signals() as should_stop:
             for _ in range(2):
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), number)
                 assert should_stop()
             with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), number)
     finally:
-        signal.signal(signal.SIGTERM, usual)
+        signal.signal(number, usual)
 
 
 @pytest.mark.slow  # a CPU takes its time over float16; test_trainer does the same with a smaller net

@@ -675,3 +675,33 @@ def test_a_truncated_ref_of_a_detector_is_written_again(fresh_run: Path) -> None
     ref.write_text(whole[:20])
     scores.fid("tiny-digits", num=33, run=fresh_run)
     assert ref.read_text() == whole
+
+
+def test_images_of_another_shape_than_the_reference_are_warned_of(finished: Finished, tmp_path: Path) -> None:
+    """One number of both, however it came, would be told as if they compared."""
+    folder = tmp_path / "colour"
+    folder.mkdir()
+    for seed in range(3):
+        pixels = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{seed}.png")
+    options: dict[str, Any] = {"detector": "random-features", "run": finished.root}
+    told = "the images are 8x8x1, the reference's 16x16x3: the distance is of that, too"
+    for subject in ("generator/best", "dataset/tiny-digits"):
+        assert told in scores.fid(subject, reference=str(folder), num=20, **options).warnings
+    assert not [w for w in scores.fid("generator/best", num=20, **options).warnings if "of that, too" in w]
+
+
+def test_a_network_of_ones_own_dataset_is_scored_by_the_detector_of_its_runs(tmp_path: Path) -> None:
+    """Without a network to fetch Inception by."""
+    folder, run = tmp_path / "mine", tmp_path / "run"
+    folder.mkdir()
+    for seed in range(6):
+        pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{seed}.png")
+    data = ops.prepare_data(str(folder), name="mine", run=run)
+    net = {"img_channels": 3, "img_resolution": 8}
+    weights = {"model.safetensors": b"x"}
+    generator = Store.open(run).put("generator", weights, params={"net": net}, inputs={"dataset": data.oid})
+    for options, expected in (({}, "random-features"), ({"reference": data.oid}, "inception")):
+        assert scores._default_detector(generator, data, options) == expected
+    assert scores._default_detector(data, data, {}) == "inception"

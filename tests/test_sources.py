@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import random
 import struct
 import tarfile
 import zipfile
@@ -731,3 +732,58 @@ def test_numbers_in_headers_of_idx_files_are_checked(tmp_path: Path) -> None:
         file.write_bytes(good)
     images.write_bytes(images.read_bytes()[:12] + struct.pack(">I", 4) + images.read_bytes()[16:])
     assert "it goes on after its last item" in refusal(images, tmp_path / "out.zip")
+
+
+def test_a_png_is_read_to_the_checksum_of_every_chunk(tmp_path: Path) -> None:
+    """A flipped bit in compressed pixels may give another picture, and Pillow looks at no checksum there."""
+    rng = np.random.default_rng(0)
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(0, 4, (32, 32), dtype=np.uint8) * 60).save(buffer, "PNG")
+    sound, folder = buffer.getvalue(), tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(sound)
+    path, chance = folder / "b.png", random.Random(16)
+    for number in range(60):
+        at = chance.randrange(8, len(sound))
+        path.write_bytes(sound[:at] + bytes([sound[at] ^ (1 << chance.randrange(8))]) + sound[at + 1 :])
+        with pytest.raises(SidaError, match=r"b\.png cannot be read as an image|must be an image|must have at most"):
+            ops.prepare_data(str(folder), run=tmp_path / f"run{number}")
+    for length in (len(sound) - 1, len(sound) - 12, len(sound) - 20):
+        path.write_bytes(sound[:length])
+        with pytest.raises(SidaError, match=r"b\.png cannot be read as an image \(the PNG ends too early\)"):
+            ops.prepare_data(str(folder), run=tmp_path / f"cut{length}")
+
+
+def test_what_is_no_regular_file_is_refused_before_it_is_opened(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    Image.new("L", (8, 8)).save(folder / "a.png")
+    for number, name in enumerate(("b.png", "dataset.json")):
+        os.mkfifo(folder / name)
+        with pytest.raises(SidaError) as caught:
+            ops.prepare_data(str(folder), run=tmp_path / f"run{number}")
+        told = f"{folder / name} is no regular file but a FIFO, device or socket. Remove it, or give another."
+        assert str(caught.value) == told
+        (folder / name).unlink()
+
+
+def test_a_key_that_stands_twice_in_dataset_json_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    Image.new("L", (8, 8)).save(folder / "a.png")
+    (folder / "dataset.json").write_text('{"labels": [["a.png", 0]], "labels": null}')
+    with pytest.raises(SidaError, match=r'dataset\.json must be JSON, got the key "labels" twice\. '):
+        ops.prepare_data(str(folder), run=tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["labels.json", "Labels.csv", "metadata.tsv", "annotations.txt"])
+def test_files_that_may_hold_labels_are_told_to_be_passed_over(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    Image.new("L", (8, 8)).save(folder / "a.png")
+    (folder / name).write_text("a.png,0")
+    ops.prepare_data(str(folder), run=tmp_path / "run")
+    told = "1 files that may hold labels, which dataset.json alone gives, the first"
+    assert f"passed over in {folder}: {told} {name}" in capsys.readouterr().err.splitlines()

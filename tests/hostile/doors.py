@@ -132,13 +132,14 @@ def tarred(members: dict[str, bytes], mode: Any = "w:gz", infos: list[tarfile.Ta
     return buffer.getvalue()
 
 
-def cifar(**changes: Any) -> dict[str, bytes]:
-    rng = np.random.default_rng(0)
-    batch = {b"labels": [1, 2], b"data": rng.integers(0, 256, (2, 3072), dtype=np.uint8)} | {
-        key.encode(): value for key, value in changes.items()
-    }
-    names = [f"cifar-10-batches-py/data_batch_{i}" for i in range(1, 6)]
-    return {name: pickle.dumps(batch, protocol=2) for name in names}
+def cifar(labels: list[int] | None = None, planes: bytes | None = None, before: bytes = b"") -> dict[str, bytes]:
+    """Five batches, with the opcodes of a Python 2 pickle that matter."""
+    labels = [1, 2] if labels is None else labels
+    planes = bytes(range(256)) * 12 * len(labels) if planes is None else planes
+    numbers = b"".join(b"K" + bytes([label]) for label in labels)
+    data = b"T" + len(planes).to_bytes(4, "little") + planes
+    batch = b"\x80\x02}(" + before + b"U\x06labels](" + numbers + b"eU\x04data" + data + b"u."
+    return {f"cifar-10-batches-py/data_batch_{i}": batch for i in range(1, 6)}
 
 
 def idx(dims: tuple[int, ...] = (3, 8, 8), content: bytes | None = None, kind: int = 8) -> bytes:
@@ -175,6 +176,14 @@ def _stats(path: Path, run: Path) -> object:
 def _data(path: Path, run: Path) -> object:
     made: Artifact = prepare_data(str(path), any_size=True, run=run, say=None)
     return made.oid, made.results
+
+
+def _digits(path: Path, run: Path) -> object:
+    """IDX images with the labels of three beside them."""
+    path.with_name("train-labels-idx1-ubyte" + path.suffix).write_bytes(
+        gzip.compress(idx((3,))) if path.suffix else idx((3,))
+    )
+    return _data(path, run)
 
 
 def _image(path: Path, run: Path) -> object:
@@ -232,8 +241,8 @@ DOORS = {
         Door("data.npz", _data, lambda: npz(arr_0=np.zeros((3, 8, 8, 3), np.uint8), arr_1=np.arange(3))),
         Door("cifar-10-python.tar.gz", _data, lambda: tarred(cifar())),
         Door("data.tar", _data, lambda: tarred(cifar(), "w")),
-        Door("train-images-idx3-ubyte", _data, idx),
-        Door("train-images-idx3-ubyte.gz", _data, lambda: gzip.compress(idx(), mtime=0)),
+        Door("train-images-idx3-ubyte", _digits, idx),
+        Door("train-images-idx3-ubyte.gz", _digits, lambda: gzip.compress(idx(), mtime=0)),
         Door("image.png", _image, picture),
         Door("image.jpg", _image, lambda: picture("JPEG")),
         Door("image.webp", _image, lambda: picture("WEBP", lossless=True)),
