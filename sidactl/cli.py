@@ -1115,10 +1115,14 @@ def _print_unfinished(run: Path | None, as_json: bool) -> None:
     if not rows:
         ui.note("no unfinished work")
         return
-    ui.table(["key", "what", "images", "checkpoint", "size", "state", "touched"], rows)
-    print("\nto go on:")
-    for each in found:  # in lines of their own, whole, so that they can be copied
-        print(f"{each.key[:12]}  {each.go_on(place) or 'repeat its command, which says whether it goes on'}")
+    head = ["key", "what", "images", "checkpoint", "size", "state", "touched"]
+    ways = [each.go_on(place) or "repeat its command, which says whether it goes on" for each in found]
+    if not sys.stdout.isatty():
+        ui.table([*head, "to go on"], [[*row, way] for row, way in zip(rows, ways, strict=True)])
+        return
+    ui.table(head, rows)
+    for row, way in zip(rows, ways, strict=True):  # in lines of their own, so that they can be copied
+        print(f"to go on with {row[0]}: {way}")
 
 
 def _images(done: int | None, total: int | None) -> str | None:

@@ -192,7 +192,7 @@ def export(
     """Writes an artifact out, whole or not at all, and returns where.
 
     files: a folder with its files and manifest.json; png: a folder of images by class; npz: arr_0 uint8 [N, H, W, C]
-    and arr_1 classes, as the guided-diffusion evaluator reads them, with the suffix .npz where none is given;
+    and arr_1 classes, as the guided-diffusion evaluator reads them;
     safetensors: weights with their network spec in the metadata; state-dict: a torch file {"ema": weights} that holds
     no code; onnx: the generator's one step, from `latents` (unit noise, float32 [N, C, H, W]) and one-hot `labels`
     [N, K] to `images`, in opset 18. A network comes with a model card: README.md in the folder, or beside the file,
@@ -202,8 +202,6 @@ def export(
     if form not in EXPORT_FORMS:
         raise SidaError(f"--to must be one of {', '.join(EXPORT_FORMS)}, got {form!r}", "Leave it out for the files.")
     store, path = Store.open(run_of(ref, run)), Path(destination)
-    if form == "npz" and not path.suffix:  # by which a score knows it, and as numpy itself does
-        path = path.with_name(f"{path.name}.npz")
     artifact = store.resolve(ref_text(ref), _FORM_KINDS[form])
     if form in ("png", "npz"):
         require_images(artifact)
