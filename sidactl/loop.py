@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -111,6 +112,8 @@ class Schedule:
     evaluate_every_nimg: int
     checkpoint_every_nimg: int
     report_every_steps: int = 10
+    report_every_sec: float = 5.0
+    """where so many steps take longer"""
     stop_if_nan_steps: int = 20
 
 
@@ -196,6 +199,7 @@ def run(
         ]
 
     window: list[dict[str, Tensor]] = []
+    reported_sec = time.monotonic()
     engine.keep_memory()
     while training.nimg < schedule.duration_nimg or awaits_evaluation():
         before = training.nimg
@@ -203,12 +207,15 @@ def run(
             stage = training.stage()
             with engine.fitting_threads(engine.is_small(training.ema)):
                 window.append(training.step())
+            is_due = engine.any_process(time.monotonic() - reported_sec >= schedule.report_every_sec)
             reports = training.nimg >= schedule.duration_nimg or training.step_index % schedule.report_every_steps == 0
+            reports = reports or is_due
             if reports or training.skipped.is_at_hand:
                 _refuse_divergence(training, schedule.stop_if_nan_steps)
             if reports:
                 values = {"stage": stage, "skipped_steps": sum(training.skipped.total.values()), **_mean(window)}
                 window.clear()
+                reported_sec = time.monotonic()
                 yield note(Event("progress", training.nimg, values))
                 yield from scale_warnings()
         if evaluate and awaits_evaluation():

@@ -340,8 +340,9 @@ def plan(
     if dataset is None and recipe.mode == "sid" and not (data and _has_images(data)):
         notes.append(f"dataset {recipe.dataset}: mode sid needs no images, training on classes alone")
     scoring, needs = None, [source.need for source in used if source.need]
-    if score and not missing:
-        scoring, more, nothing = _planned_scoring(store, recipe, net, taught, data, reference, detector)
+    if score:
+        to_come = preflight.Input(recipe.dataset, None, catalog.DATASETS.get(recipe.dataset)) if missing else data
+        scoring, more, nothing = _planned_scoring(store, recipe, net, taught, to_come, reference, detector)
         needs += [need for need in more if need not in needs]
         if nothing:
             notes.append(f"nothing is scored, and the last generator is the result: {nothing}")

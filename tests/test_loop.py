@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import resource
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -161,6 +163,16 @@ def test_evaluations_checkpoints_and_reports_come_when_their_images_are_passed_a
     assert kinds(events, "checkpoint") == [40, 80, 110]
     assert kinds(events, "progress") == [100, 110]
     assert [(line["event"], line["nimg"]) for line in lines_of(live)] == [(e.kind, e.nimg) for e in events]
+
+
+def test_a_report_comes_after_some_seconds_however_few_the_steps(
+    live: LiveDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten steps of a large network take minutes, in which a display would stand at 0%."""
+    seconds = itertools.count(0.0, 3.0)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    schedule = loop.Schedule(duration_nimg=100, evaluate_every_nimg=100, checkpoint_every_nimg=100)
+    assert kinds(Runner(live).run(schedule=schedule), "progress") == [20, 40, 60, 80, 100]
 
 
 def test_every_evaluation_leaves_a_preview_and_a_line_with_its_score(live: LiveDir) -> None:
