@@ -537,8 +537,10 @@ def _read_safetensors(path: Path) -> _Foreign:
         ArithmeticError,
         AssertionError,
     ) as error:
+        told = f" ({error.message})" if isinstance(error, SidaError) else ""
         raise SidaError(
-            f"{path} does not say which network it holds", "Give one that sidactl export --to safetensors wrote."
+            f"{path} does not say which network it holds{told}",
+            "Give one that sidactl export --to safetensors wrote.",
         ) from error
     # Before any memory is taken for what the file merely claims to hold.
     teachers.load_weights(layout, {name: tensor.to("meta") for name, tensor in stored.items()})

@@ -235,6 +235,14 @@ def _problem_of(form: ExportForm, path: Path) -> str:
 
 
 def _problem_of_folder(folder: Path) -> str:
+    while True:
+        before = os.stat(folder).st_ino
+        problem = _problem_of_files(folder)
+        if not problem or os.stat(folder).st_ino == before:
+            return problem  # else another export took its place meanwhile
+
+
+def _problem_of_files(folder: Path) -> str:
     listed = _listed(folder)
     if listed is None:
         return "a folder without the manifest of an export"

@@ -562,9 +562,8 @@ def _problem_of(checkpoint: Path) -> str:
 def _forget_events_after(nimg: int, history: History, live: LiveDir) -> None:
     events = live.path / "events.jsonl"
     if events.exists() and not events.is_file():
-        raise SidaError(
-            f"{events} must be a file, got a folder, FIFO or device", "Move it away, then repeat the same command."
-        )
+        got = "a folder" if events.is_dir() else "a FIFO or device"
+        raise SidaError(f"{events} must be a file, got {got}", "Move it away, then repeat the same command.")
     evaluated = {point[0] for point in history.scores}
 
     def is_known(line: bytes) -> bool:

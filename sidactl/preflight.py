@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from sidactl import artifacts, catalog, download, references
 from sidactl.artifacts import NET_FILES, NETS, is_source, mapping, require_images, shape_for_nets
@@ -277,10 +277,15 @@ def check_stages(recipe: Recipe) -> SidaError | None:
         would, flag, choices = "be mode sid", "--adversarial-from", [recipe.duration_nimg // 2, 0]
     steps = f", in steps of {recipe.batch_size:,}" if start < recipe.duration_nimg else ""
     what = f"{what} from {start:,} images on{steps}, {end}: it would {would}"
-    fitting = next((n for n in choices if not _with(recipe, flag, n).untrained()), recipe)
+    fitting = next((n for n in choices if untrained[0] not in _with(recipe, flag, n).untrained()), recipe)
     if fitting is recipe:
         return SidaError(what, "Pass a longer --duration.")
-    return SidaError(what, f"Pass {flag} {'none' if fitting is None else fitting}, or a longer --duration.")
+    ways = [f"{flag} {'none' if fitting is None else fitting}"]
+    if "generator" in untrained and (then := check_stages(_with(recipe, flag, cast("int | None", fitting)))):
+        if not then.hint.startswith("Pass --adv"):
+            return SidaError(what, "Pass a longer --duration.")
+        ways.append(then.hint.removeprefix("Pass ").partition(",")[0])
+    return SidaError(what, f"Pass {' and '.join(ways)}, or a longer --duration.")
 
 
 def _with(recipe: Recipe, flag: str, nimg: int | None) -> Recipe:

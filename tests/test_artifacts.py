@@ -430,9 +430,13 @@ def test_safetensors_that_does_not_say_what_it_is(metadata: dict[str, str] | Non
 
 
 def test_claimed_network_of_any_size_is_compared_before_it_is_built(run: Path, tmp_path: Path) -> None:
-    huge = described(model_channels=1 << 20)
-    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", metadata=huge)
-    assert refused("a.safetensors", run).startswith("the weights do not fit the network: ")
+    for channels, told in (
+        (1 << 16, "the weights do not fit the network: "),
+        (1 << 20, "a.safetensors does not say which network it holds (model_channels must be at most 100,000, got "),
+    ):
+        huge = described(model_channels=channels)
+        safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", metadata=huge)
+        assert refused("a.safetensors", run).startswith(told)
 
 
 @pytest.mark.parametrize(
@@ -626,7 +630,7 @@ SKIP = "Mend or remove it, or go on without: prepare-data --skip-bad."
 def test_bad_sources_are_refused_by_the_command_in_one_line(run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "in"
     png = cut(picture(folder / "a.png", size=(64, 64)))
-    assert refused_data(run, folder) == f"{png} cannot be read as an image (image file is truncated). {SKIP}"
+    assert refused_data(run, folder) == f"{png} cannot be read as an image (the PNG ends too early). {SKIP}"
     png.unlink()
     jpeg = cut(picture(folder / "a.JPEG", size=(64, 64)))
     text = refused_data(run, folder)

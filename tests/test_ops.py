@@ -742,7 +742,7 @@ def planned(root: Path, **options: Any) -> ops.Plan:
             "sida",
             {"duration_nimg": 2000},
             "the generator trains from 4,000 images on, the run ends at 2,000: it would return its teacher. "
-            "Pass --generator-from 500, or a longer --duration.",
+            "Pass --generator-from 500 and --adversarial-from 1000, or a longer --duration.",
         ),
         (
             "sid",
@@ -794,7 +794,7 @@ def test_a_published_recipe_too_short_is_refused_by_its_own_numbers(tmp_path: Pa
         planned(tmp_path / "run", teacher="edm-cifar10-uncond", overrides={"duration_nimg": 2000})
     assert str(caught.value) == (
         "the generator trains from 100,000 images on, the run ends at 2,000: it would return its teacher. "
-        "Pass --generator-from 500, or a longer --duration."
+        "Pass --generator-from 500 and --adversarial-from 1000, or a longer --duration."
     )
 
 
