@@ -129,10 +129,6 @@ class _Storage:
     data: torch.Tensor  # 1-D
 
 
-_Storages = Callable[[tuple[Any, ...]], _Storage]
-"""gives the storage that a persistent id declares"""
-
-
 class _RefusedError(Exception):
     """The file says something that no network file says."""
 
@@ -143,15 +139,14 @@ def read(path: str | Path) -> dict[str, Any]:
     Values are None, bool, int, float, str, tuple, list, dict, set, numpy arrays, CPU tensors, `Record` and `Hook`, and
     form a finite tree. Raises SidaError for a file that cannot be read, is damaged, or holds anything else.
     """
-    with _mapped(path) as source:
-        reader = _Reader(source)
-        with _refusing(path, "a network pickle (protocol 2 to 5)", reader):
-            result = reader.run(_GLOBALS)
-            if reader.position != reader.end:
-                raise ValueError("bytes after the end")
-            if not isinstance(result, dict) or not all(isinstance(key, str) for key in result):
-                raise _RefusedError("it does not hold named networks or statistics")
-            _check_tree(result)
+    reader = _Reader(_mapped(path))
+    with _refusing(path, "a network pickle (protocol 2 to 5)", reader):
+        result = reader.run(_GLOBALS)
+        if reader.position != reader.end:
+            raise ValueError("bytes after the end")
+        if not isinstance(result, dict) or not all(isinstance(key, str) for key in result):
+            raise _RefusedError("it does not hold named networks or statistics")
+        _check_tree(result)
     return result
 
 
@@ -161,15 +156,14 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     Nothing in the file is executed. Raises SidaError for a file that cannot be read, is damaged, or holds anything but
     dense tensors of floating-point, integer or boolean dtypes by name.
     """
-    with _mapped(path) as source:
-        reader = _Reader(source)
-        with _refusing(path, "a state dict of torch", reader):
-            is_zip = bytes(reader.view[:2]) == b"PK"
-            found = _of_zip(path, reader.end) if is_zip else reader.stream()
-            if not isinstance(found, dict) or not all(
-                isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in found.items()
-            ):
-                raise _RefusedError("it does not hold tensors by name")
+    reader = _Reader(_mapped(path))
+    with _refusing(path, "a state dict of torch", reader):
+        is_zip = bytes(reader.view[:2]) == b"PK"
+        found = _of_zip(path, reader.end) if is_zip else reader.stream()
+        if not isinstance(found, dict) or not all(
+            isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in found.items()
+        ):
+            raise _RefusedError("it does not hold tensors by name")
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
@@ -228,17 +222,15 @@ def _elements(raw: bytes | memoryview, dtype: torch.dtype) -> torch.Tensor:
     return torch.frombuffer(bytearray(raw), dtype=dtype) if raw else torch.empty(0, dtype=dtype)
 
 
-@contextmanager
-def _mapped(path: str | Path) -> "Iterator[mmap.mmap | bytes]":
+def _mapped(path: str | Path) -> mmap.mmap | bytes:
     if not Path(path).is_file():
         raise SidaError(f"{path}: no such file")
     try:
         with open(path, "rb") as file:
             is_empty = not file.read(1)  # which cannot be mapped
-            source = b"" if is_empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return b"" if is_empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise SidaError(f"{path}: cannot be read ({error.strerror})") from error
-    yield source  # left to the garbage collector: views of it may still be about
 
 
 @contextmanager
