@@ -12,6 +12,7 @@ import pytest
 import typer
 
 from sidactl.cli import app
+from tests.conftest import Finished
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -24,6 +25,19 @@ COMMANDS = [
     for part in line.split("|")
     if part.strip().startswith("sidactl ")
 ]
+
+
+def test_the_quickstart_exports_to_where_an_export_may_go_and_again(finished: Finished) -> None:
+    """At the end of minutes of work."""
+    script = (ROOT / "examples/quickstart.sh").read_text().splitlines()
+    (line,) = [line for line in script if "sidactl export" in line]
+    command = f'sidactl() {{ {shlex.quote(sys.executable)} -m sidactl "$@"; }}'
+    shell = f"{command}; generator=generator/best; {line}; echo $folder"
+    environment = os.environ | {"SIDACTL_RUN": str(finished.root)}
+    for _ in range(2):
+        done = subprocess.run(["sh", "-euc", shell], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert (Path(done.stdout.strip()) / "grid.png").is_file()
 
 
 def test_first_blocks_are_the_two_scripts_that_set_up_everything() -> None:
