@@ -412,20 +412,22 @@ def described(**changes: Any) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "metadata",
+    ("metadata", "why"),
     [
-        None,
-        {"sidactl": "{"},
-        {"sidactl": "[]"},
-        {"sidactl": '{"kind": "dataset", "params": {}}'},
-        described(model_channels="many"),
-        described(architecture="GPT"),
+        (None, ""),
+        ({"sidactl": "{"}, ""),
+        ({"sidactl": "[]"}, ""),
+        ({"sidactl": '{"kind": "dataset", "params": {}}'}, ""),
+        (described(model_channels="many"), " (model_channels must be a whole number, got 'many')"),
+        (described(architecture="GPT"), " (architecture must be one of SongUNet, DhariwalUNet, EDM2, got 'GPT')"),
     ],
 )
-def test_safetensors_that_does_not_say_what_it_is(metadata: dict[str, str] | None, run: Path, tmp_path: Path) -> None:
+def test_safetensors_that_does_not_say_what_it_is(
+    metadata: dict[str, str] | None, why: str, run: Path, tmp_path: Path
+) -> None:
     safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", metadata=metadata)
     assert refused("a.safetensors", run) == (
-        "a.safetensors does not say which network it holds. Give one that sidactl export --to safetensors wrote."
+        f"a.safetensors does not say which network it holds{why}. Give one that sidactl export --to safetensors wrote."
     )
 
 

@@ -334,7 +334,9 @@ def test_a_signal_ends_the_run_after_the_step_and_the_same_call_goes_on(
     assert nothing_is_wrong(fresh_run)
 
 
-def test_a_second_signal_acts_as_usual(fresh_run: Path) -> None:
+def test_a_second_signal_acts_as_usual(fresh_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ops.REPEATS_SEC, signal.SIGINT, 0.0)
+
     def watch(event: loop.Event) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
