@@ -703,7 +703,7 @@ def _resolved(
     if compared:
         default = references.training_detector(compared)
         if detector not in (None, default):
-            is_file = preflight.is_file(detector)
+            is_file = references.is_detector_file(detector)
             settings["detector"] = source_identity(store, detector, recheck=recheck) if is_file else detector
         detector = detector or default
         if compared.oid != data.oid:

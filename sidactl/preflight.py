@@ -184,10 +184,10 @@ def check_detector(store: Store, name: str, net: NetSpec, compared: Input) -> li
     if channels not in (1, 3):
         raise SidaError(f"detectors take grey or RGB images, {drawn}", "Pass --no-score.")
     needs: list[Need] = []
-    if is_file(name):
+    if references.is_detector_file(name):
         if not Path(name).is_file():
             raise SidaError(f"{name}: no such file", "Check the path, or use --detector inception.")
-        if Path(name).suffix.lower() == ".pt":
+        if references.is_torchscript(name):
             catalog.digest_of_code(name)
     else:
         entry = catalog.detector(name)
@@ -199,13 +199,9 @@ def check_detector(store: Store, name: str, net: NetSpec, compared: Input) -> li
     return needs
 
 
-def is_file(detector: str) -> bool:
-    return Path(detector).suffix.lower() in (".pt", ".pth", ".safetensors")
-
-
 def _check_statistics(detector: str, compared: Input) -> None:
     held = compared.artifact
-    name = "inception" if is_file(detector) else detector
+    name = "inception" if references.is_detector_file(detector) else detector
     if held and held.kind == "stats":
         by = references.detector_name(held)
         others = [by] if "detector" in held.params else sorted(f.removesuffix(".npz") for f in held.files)
@@ -214,7 +210,7 @@ def _check_statistics(detector: str, compared: Input) -> None:
         others, called = list(compared.entry.detectors), compared.entry.name
     elif held is None and compared.text.endswith(".npz") and (width := _width(compared.text)):
         if name != "inception" or width != _NUM_FEATURES["inception"]:
-            gives = "" if is_file(detector) else f", {name} gives {_NUM_FEATURES[name]:,}"
+            gives = "" if references.is_detector_file(detector) else f", {name} gives {_NUM_FEATURES[name]:,}"
             raise SidaError(
                 f"{compared.text} holds statistics of {width:,} features, which are taken for Inception's 2,048{gives}",
                 "Pass another --ref, or --detector.",

@@ -450,6 +450,16 @@ def images_per_batch(num_channels: int, resolution: int, width: int | None = Non
     return max(1, min(MAX_BATCH_SIZE, BATCH_VALUES // (num_channels * resolution * (width or resolution))))
 
 
+def is_detector_file(detector: str) -> bool:
+    """Whether a detector is a file's path, and not a name of the catalog."""
+    return Path(detector).suffix.lower() in (".pt", ".pth", ".safetensors")
+
+
+def is_torchscript(detector: str) -> bool:
+    """Whether it is a program, which is run by the rules of `catalog.digest_of_code` alone."""
+    return Path(detector).suffix.lower() == ".pt"
+
+
 def training_detector(reference: Artifact) -> str:
     """The detector that a run is scored with unless another is asked for: for a dataset of one's own one built in.
 

@@ -308,9 +308,9 @@ class _Question:
         for name in metrics or ():
             if name not in METRICS:
                 raise SidaError(f"unknown metric {name!r}", f"Metrics are {', '.join(METRICS)}.")
-        if (asked := options.get("detector")) and not _is_file(asked):
+        if (asked := options.get("detector")) and not references.is_detector_file(asked):
             catalog.detector(asked)
-        if asked and _is_torchscript(asked):
+        if asked and references.is_torchscript(asked):
             catalog.digest_of_code(asked, options.get("trust_code", False))
         store, force = Store.open(options.get("run")), options.get("force", False)
         subject = resolve(store, ref, SCORED, any_size=True, recheck=force)
@@ -419,12 +419,14 @@ def _default_detector(subject: Artifact, reference: Artifact, options: Mapping[s
 
 def _has_classes(detector: str) -> bool:
     """Whether it classifies: only the digits' and Inception do; in TorchScript that, too, gives features alone."""
-    return detector not in ("dinov2", "random-features", "inception-torchscript") and not _is_torchscript(detector)
+    return detector not in ("dinov2", "random-features", "inception-torchscript") and not references.is_torchscript(
+        detector
+    )
 
 
 def _weights_digest(store: Store, detector: str) -> Any:
     """What stands for a detector's weights in a question, without reading more than it must."""
-    if _is_file(detector):
+    if references.is_detector_file(detector):
         if not Path(detector).is_file():
             raise SidaError(f"{detector}: no such file", "Check the path, or use --detector inception.")
         return source_identity(store, detector)
@@ -439,7 +441,7 @@ def _weights_digest(store: Store, detector: str) -> Any:
 
 def _read_again(store: Store, detector: str) -> None:
     """Hashes a detector's file anew; fetches one of the catalog again where it is damaged."""
-    if _is_file(detector):
+    if references.is_detector_file(detector):
         source_identity(store, detector, recheck=True)
     else:
         fetch_detector(detector, run=store.root, recheck=True)
@@ -447,18 +449,10 @@ def _read_again(store: Store, detector: str) -> None:
 
 def _by_whom(detectors: Mapping[str, str], weights: Mapping[str, Any]) -> Mapping[str, Any]:
     """The detectors in a question; of a file its content alone counts, wherever it lies."""
-    called = {name: "file" if _is_file(name) else name for name in weights}
+    called = {name: "file" if references.is_detector_file(name) else name for name in weights}
     return {"detectors": {metric: called[name] for metric, name in detectors.items()}} | {
         called[name]: weight for name, weight in weights.items()
     }
-
-
-def _is_file(detector: str) -> bool:
-    return Path(detector).suffix.lower() in (".pt", ".pth", ".safetensors")
-
-
-def _is_torchscript(detector: str) -> bool:
-    return Path(detector).suffix.lower() == ".pt"
 
 
 def load_detector(
@@ -467,9 +461,9 @@ def load_detector(
     """The named detector, downloaded if need be; or Inception from a file, in TorchScript (.pt) or as a state dict."""
     from sidactl import detectors
 
-    if _is_file(name):
+    if references.is_detector_file(name):
         sha256 = file_digest(Path(name))
-        if _is_torchscript(name):
+        if references.is_torchscript(name):
             found = detectors.load_torchscript(name, device=device, trust_code=trust_code)
         else:
             found = detectors.load("inception", read_state_dict(name), device=device)
@@ -823,7 +817,7 @@ def _numbers(
 def _keep(asked: _Question, measured: _Measured, problem: str | None) -> dict[str, Any]:
     """The score's fields, kept as an artifact unless there is a problem with the run directory."""
     for name, weights in asked.weights.items():
-        if _is_file(name):
+        if references.is_detector_file(name):
             check_unchanged(asked.store, name, weights)
     draft = Artifact(
         oid="",
