@@ -6,7 +6,7 @@ TYPE_CHECKING = False  # as type checkers know it; nothing is imported here, so 
 if TYPE_CHECKING:
     from sidactl import detectors, diffusion, losses, metrics, nets, ops, pickles, recipe, sampling, store
     from sidactl.errors import SidaError
-    from sidactl.inventory import env, export, files, gc, ls, show, verify
+    from sidactl.inventory import env, export, files, gc, look, ls, show, verify
     from sidactl.ops import (
         distill,
         evaluate,
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         train_teacher,
     )
 
-_INVENTORY = {"env", "export", "files", "gc", "ls", "show", "verify"}
+_INVENTORY = {"env", "export", "files", "gc", "look", "ls", "show", "verify"}
 _MODULES = {"detectors", "diffusion", "losses", "metrics", "nets", "ops", "pickles", "recipe", "sampling", "store"}
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "gc",
     "inception_score",
     "load",
+    "look",
     "losses",
     "ls",
     "metrics",

@@ -5,12 +5,14 @@ import dataclasses
 import difflib
 import inspect
 import json
+import math
 import os
 import re
 import signal
 import sys
 import textwrap
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
@@ -1149,6 +1151,38 @@ def _print_catalog(as_json: bool) -> None:
 
 
 @app.command()
+def look(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="a .pkl or .safetensors file")],
+    as_json: Json = False,
+) -> None:
+    """List what a network file holds; nothing in it is executed or built.
+
+    Example: sidactl look network-snapshot.pkl
+    """
+    from sidactl import inventory
+
+    held = inventory.look(file)
+    if as_json:
+        ui.print_json(held)
+        return
+    named: Mapping[str, Any] = held.get("contents", {file.name: held})
+    for name, value in named.items():
+        if not isinstance(value, dict) or "tensors" not in value:
+            ui.print_data(f"{name}: {_short(value)}")
+            continue
+        tensors = value["tensors"]
+        numel = sum(math.prod(tensor["shape"]) for tensor in tensors)
+        of_class = f"{value['class']}, " if "class" in value else ""
+        ui.print_data(f"{name}: {of_class}{len(tensors)} tensors, {numel:,} numbers")
+        for option, given in (value.get("options") or value.get("metadata") or {}).items():
+            ui.print_data(f"  option   {option}: {_short(given)}")
+        for kind, count in Counter(part["class"] for part in value.get("parts", [])).items():
+            ui.print_data(f"  part     {count} x {kind}")
+        for tensor in tensors:
+            ui.print_data(f"  tensor   {tensor['name']} {tensor['dtype']} {tensor['shape']}")
+
+
+@app.command()
 def verify(run: Run = None, as_json: Json = False) -> None:
     """Check every object of the run directory.
 
@@ -1205,8 +1239,13 @@ def export(
     ref: Annotated[str, typer.Argument(help="oid, prefix or ref; - reads it from a pipe", callback=_piped)],
     destination: Annotated[Path, typer.Argument(help="file or folder to make")],
     form: Annotated[
-        str, typer.Option("--to", metavar="FORM", help="files, png, npz, safetensors, state-dict or onnx")
-    ] = "files",
+        str | None,
+        typer.Option(
+            "--to",
+            metavar="FORM",
+            help="files, png, npz, safetensors, state-dict or onnx; by the destination's suffix, else files",
+        ),
+    ] = None,
     run: Run = None,
     force: Force = False,
     as_json: Json = False,

@@ -3,7 +3,9 @@
 import importlib.metadata
 import io
 import json
+import math
 import os
+import pickle  # for the name of an opcode alone
 import platform
 import re
 import shutil
@@ -16,7 +18,9 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from sidactl import __version__, catalog, live
+import numpy as np
+
+from sidactl import __version__, catalog, live, pickles
 from sidactl.artifacts import NETS, RunDir, load_dataset, load_net, mapping, require_images
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.inputs import Ref, ref_text, run_of
@@ -34,6 +38,13 @@ FOLDER_FORMS: tuple[ExportForm, ...] = ("files", "png")
 _MANIFEST = "manifest.json"
 _MAX_HEADER_BYTES = 100_000_000
 """of a safetensors file, as the format has it"""
+_FORM_OF_SUFFIX: Mapping[str, ExportForm] = {
+    ".npz": "npz",
+    ".safetensors": "safetensors",
+    ".pt": "state-dict",
+    ".pth": "state-dict",
+    ".onnx": "onnx",
+}
 _FORM_KINDS: dict[ExportForm, Sequence[str]] = {
     "files": KINDS,
     "png": ("samples", "dataset"),
@@ -103,6 +114,62 @@ def files(ref: Ref, *, run: RunDir = None) -> dict[str, Path]:
     safetensors.torch.load_file(paths["model.safetensors"]), numpy.load(paths["stats.npz"]).
     """
     return show(ref, run=run).paths
+
+
+def look(path: os.PathLike[str] | str) -> dict[str, Any]:
+    """What a .pkl or .safetensors file says of what it holds, as JSON has it; no net is built, and no torch is needed.
+
+    Of a pickle `contents` by name: networks with "class", "args" and "options" (what they were built with), "parts"
+    (the modules in them: name, class, options) and "tensors" (name, dtype, shape); arrays with dtype and shape; plain
+    values. Of safetensors "metadata" and "tensors". Raises SidaError for other files, and for those that
+    `pickles.read` refuses.
+    """
+    place = Path(path)
+    if not place.is_file():
+        raise SidaError(f"{place}: no such file", "Name a .pkl or .safetensors file; sidactl show takes artifacts.")
+    with place.open("rb") as file:
+        is_pickle = file.read(1) == pickle.PROTO
+    if is_pickle:
+        contents = pickles.outline(place)
+        return {"format": "pickle", "contents": {name: _looked_at(value) for name, value in contents.items()}}
+    if not _is_safetensors(place):
+        told = "neither a pickle (protocol 2 to 5) nor a safetensors file"
+        raise SidaError(f"{place}: {told}", "Name a .pkl or .safetensors file.")
+    import safetensors
+
+    try:
+        with safetensors.safe_open(place, "np") as weights:
+            kept = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118  # it has nothing else
+            tensors = [{"name": n, "dtype": t.get_dtype(), "shape": t.get_shape()} for n, t in kept.items()]
+            return {"format": "safetensors", "metadata": weights.metadata() or {}, "tensors": tensors}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise SidaError(f"{place}: damaged or not a safetensors file ({error})", "Export it again.") from error
+
+
+def _looked_at(value: Any) -> Any:
+    """A value of a pickle as JSON has it."""
+    match value:
+        case pickles.Record():
+            tensors = pickles.state_dict(value).items()
+            built_with = {"class": value.class_name, "args": value.init_args, "options": value.init_kwargs}
+            return {name: _looked_at(part) for name, part in built_with.items()} | {
+                "parts": [
+                    {"name": name, "class": part.class_name, "options": _looked_at(part.init_kwargs)}
+                    for name, part in pickles.parts(value)
+                ],
+                "tensors": [{"name": name, "dtype": t.dtype, "shape": list(t.shape)} for name, t in tensors],
+            }
+        case pickles.Outline() | np.ndarray():
+            return {"dtype": str(value.dtype), "shape": list(value.shape)}
+        case dict():
+            return {str(name): _looked_at(each) for name, each in value.items()}
+        case list() | tuple() | set():
+            return [_looked_at(each) for each in value]
+        case pickles.Hook(name):
+            return {"hook": name}
+        case float() if not math.isfinite(value):
+            return str(value)  # for which JSON has no word
+    return value
 
 
 def _published(artifact: Artifact) -> Mapping[str, catalog.Published]:
@@ -185,11 +252,11 @@ def export(
     ref: Ref,
     destination: os.PathLike[str] | str,
     *,
-    form: ExportForm = "files",
+    form: ExportForm | None = None,
     run: RunDir = None,
     force: bool = False,
 ) -> Path:
-    """Writes an artifact out, whole or not at all, and returns where.
+    """Writes an artifact out, whole or not at all, and returns where. The form goes by the suffix if it is not given.
 
     files: a folder with its files and manifest.json; png: a folder of images by class; npz: arr_0 uint8 [N, H, W, C]
     and arr_1 classes, as the guided-diffusion evaluator reads them;
@@ -199,9 +266,10 @@ def export(
     under its name with .md added. `force` replaces an earlier export: a folder whose manifest lists all that is in it,
     or a file of the same form; nothing else.
     """
+    store, path = Store.open(run_of(ref, run)), Path(destination)
+    form = form or _FORM_OF_SUFFIX.get(path.suffix.lower(), "files")
     if form not in EXPORT_FORMS:
         raise SidaError(f"--to must be one of {', '.join(EXPORT_FORMS)}, got {form!r}", "Leave it out for the files.")
-    store, path = Store.open(run_of(ref, run)), Path(destination)
     artifact = store.resolve(ref_text(ref), _FORM_KINDS[form])
     if form in ("png", "npz"):
         require_images(artifact)

@@ -3,9 +3,10 @@
 It builds no nets, and is not `pickle` but an interpreter of the few opcodes that such files use: nothing a file says is
 imported, called or executed. A global is a name on a list, nothing more, and each name stands for code of ours that
 checks its arguments and makes plain data. Bytes stay slices of the file until a tensor of checked size takes them, so
-the file bounds the memory.
+the file bounds the memory. Outlines leave them there, and need no torch.
 """
 
+import dataclasses
 import math
 import mmap
 import pickle  # for the names of the opcodes alone
@@ -13,16 +14,18 @@ import pickletools
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 
 from sidactl.errors import SidaError
+
+if TYPE_CHECKING:
+    import torch
 
 # The largest published network takes 100,000 opcodes, those of its storages included, and 20,000 values 18 levels deep.
 MAX_OPCODES = 500_000
@@ -53,17 +56,17 @@ _GLOBALS = frozenset(
         "builtins.set",
     }
 )
-_STORAGES = {
-    "torch.HalfStorage": torch.float16,
-    "torch.BFloat16Storage": torch.bfloat16,
-    "torch.FloatStorage": torch.float32,
-    "torch.DoubleStorage": torch.float64,
-    "torch.CharStorage": torch.int8,
-    "torch.ByteStorage": torch.uint8,
-    "torch.ShortStorage": torch.int16,
-    "torch.IntStorage": torch.int32,
-    "torch.LongStorage": torch.int64,
-    "torch.BoolStorage": torch.bool,
+_STORAGES = {  # dtype and bytes of an element
+    "torch.HalfStorage": ("float16", 2),
+    "torch.BFloat16Storage": ("bfloat16", 2),
+    "torch.FloatStorage": ("float32", 4),
+    "torch.DoubleStorage": ("float64", 8),
+    "torch.CharStorage": ("int8", 1),
+    "torch.ByteStorage": ("uint8", 1),
+    "torch.ShortStorage": ("int16", 2),
+    "torch.IntStorage": ("int32", 4),
+    "torch.LongStorage": ("int64", 8),
+    "torch.BoolStorage": ("bool", 1),
 }
 _OF_WEIGHTS = frozenset(
     {
@@ -109,7 +112,16 @@ class Record:
         The weights of such a snapshot stand for their normalised values: normalise them once after loading.
         """
         hooked = any(isinstance(hook, Hook) for hook in _part(self, "_forward_pre_hooks").values())
-        return hooked or any(child.forced_normalization_hook for child in _part(self, "_modules", Record).values())
+        return hooked or any(child.forced_normalization_hook for child in _part(self, "_modules", "Record").values())
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A tensor or array whose elements were not read."""
+
+    dtype: str
+    """such as "float32" """
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -126,7 +138,32 @@ class _Global:
 
 @dataclass(frozen=True, eq=False)
 class _Storage:
-    data: torch.Tensor  # 1-D
+    dtype: str
+    element_bytes: int
+    numel: int
+    data: "torch.Tensor | None" = None
+    """1-D; None before it is read, and in an outline"""
+
+    @property
+    def num_bytes(self) -> int:
+        return self.numel * self.element_bytes
+
+    def of(self, raw: bytes | memoryview) -> "_Storage":
+        """The same with elements."""
+        import torch
+
+        if len(raw) != self.num_bytes:
+            raise ValueError("storage size")
+        dtype = getattr(torch, self.dtype)
+        # frombuffer refuses an empty buffer
+        data = torch.frombuffer(bytearray(raw), dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+        return dataclasses.replace(self, data=data)
+
+    def agreeing(self, told: "_Storage") -> "_Storage":
+        """Itself, where it is what is said of it once more."""
+        if (self.dtype, self.numel) != (told.dtype, told.numel):
+            raise ValueError("storage size")
+        return self
 
 
 class _RefusedError(Exception):
@@ -139,7 +176,15 @@ def read(path: str | Path) -> dict[str, Any]:
     Values are None, bool, int, float, str, tuple, list, dict, set, numpy arrays, CPU tensors, `Record` and `Hook`, and
     form a finite tree. Raises SidaError for a file that cannot be read, is damaged, or holds anything else.
     """
-    reader = _Reader(_mapped(path))
+    return _read(path, _Reader(_mapped(path)))
+
+
+def outline(path: str | Path) -> dict[str, Any]:
+    """As `read`, with an `Outline` in place of each tensor: all but the weights, without torch."""
+    return _read(path, _Reader(_mapped(path), outlines=True))
+
+
+def _read(path: str | Path, reader: "_Reader") -> dict[str, Any]:
     with _refusing(path, "a network pickle (protocol 2 to 5)", reader):
         result = reader.run(_GLOBALS)
         if reader.position != reader.end:
@@ -150,7 +195,7 @@ def read(path: str | Path) -> dict[str, Any]:
     return result
 
 
-def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+def read_weights(path: str | Path) -> "dict[str, torch.Tensor]":
     """The tensors by name of a state dict in a .pth file, of torch's zip format or the one before it.
 
     Nothing in the file is executed. Raises SidaError for a file that cannot be read, is damaged, or holds anything but
@@ -160,9 +205,7 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     with _refusing(path, "a state dict of torch", reader):
         is_zip = bytes(reader.view[:2]) == b"PK"
         found = _of_zip(path, reader.end) if is_zip else reader.stream()
-        if not isinstance(found, dict) or not all(
-            isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in found.items()
-        ):
+        if not isinstance(found, dict) or not all(isinstance(k, str) and _is_tensor(v) for k, v in found.items()):
             raise _RefusedError("it does not hold tensors by name")
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
@@ -187,14 +230,12 @@ def _of_zip(path: str | Path, num_bytes: int) -> object:
         made: dict[str, _Storage] = {}
 
         def storage(declared: tuple[Any, ...]) -> _Storage:
-            dtype, key, numel = _declared(declared)
+            key, told = _declared(declared)
             if key not in made:
                 raw = content(f"data/{key}")
                 reader.spend(len(raw))
-                made[key] = _Storage(_elements(raw, dtype))
-            if made[key].data.dtype != dtype or len(made[key].data) != numel:
-                raise ValueError("storage size")
-            return made[key]
+                made[key] = told.of(raw)
+            return made[key].agreeing(told)
 
         result = reader.run(_OF_WEIGHTS, storage)
         if reader.position != reader.end:
@@ -202,8 +243,8 @@ def _of_zip(path: str | Path, num_bytes: int) -> object:
         return result
 
 
-def _declared(persistent_id: tuple[Any, ...]) -> tuple[torch.dtype, str, int]:
-    """Dtype, key and number of elements of a storage."""
+def _declared(persistent_id: tuple[Any, ...]) -> tuple[str, _Storage]:
+    """The key of a storage, and what is said of it."""
     match persistent_id:
         case ("storage", _Global(name), str(key), str(), int(numel)) | (
             "storage",
@@ -213,13 +254,16 @@ def _declared(persistent_id: tuple[Any, ...]) -> tuple[torch.dtype, str, int]:
             int(numel),
             None,
         ):
-            return _STORAGES[name], key, numel
+            return key, _Storage(*_STORAGES[name], numel)
     raise ValueError("no storage")
 
 
-def _elements(raw: bytes | memoryview, dtype: torch.dtype) -> torch.Tensor:
-    # frombuffer refuses an empty buffer
-    return torch.frombuffer(bytearray(raw), dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+def _is_tensor(value: object) -> bool:
+    if isinstance(value, Outline):
+        return True
+    import torch
+
+    return isinstance(value, torch.Tensor)
 
 
 def _mapped(path: str | Path) -> mmap.mmap | bytes:
@@ -249,19 +293,34 @@ def _refusing(path: str | Path, what: str, reader: "_Reader") -> Iterator[None]:
         raise SidaError(message, "Nothing was executed. Download the file again.") from error
 
 
-def state_dict(record: Record) -> dict[str, torch.Tensor]:
-    """Parameters and buffers of a network under their published names, such as `model.enc.8x8_conv.weight`."""
-    tensors = _part(record, "_parameters", torch.Tensor) | _part(record, "_buffers", torch.Tensor)
-    for name, child in _part(record, "_modules", Record).items():
+def state_dict(record: Record) -> "dict[str, torch.Tensor]":
+    """Parameters and buffers of a network under their published names, such as `model.enc.8x8_conv.weight`.
+
+    Of one in an outline, the outlines of them.
+    """
+    tensors = _part(record, "_parameters", "Tensor") | _part(record, "_buffers", "Tensor")
+    for name, child in _part(record, "_modules", "Record").items():
         tensors |= {f"{name}.{inner}": tensor for inner, tensor in state_dict(child).items()}
     return tensors
 
 
-def _part(record: Record, part: str, kind: type = object) -> dict[str, Any]:
+def parts(record: Record) -> Iterator[tuple[str, Record]]:
+    """The modules within a network, at every depth, by name."""
+    for name, child in _part(record, "_modules", "Record").items():
+        yield name, child
+        yield from ((f"{name}.{inner}", part) for inner, part in parts(child))
+
+
+def _part(record: Record, part: str, kind: Literal["Tensor", "Record", "object"] = "object") -> dict[str, Any]:
     """The entries of `_parameters`, `_buffers` and the like by printable name, without those that are None."""
     entries = record.state.get(part, {})
-    if not isinstance(entries, dict) or not all(isinstance(entry, kind | None) for entry in entries.values()):
-        raise SidaError(f"{part} of {record.class_name} must hold {kind.__name__}s by name")
+    fits: Mapping[str, Callable[[object], bool]] = {
+        "Tensor": _is_tensor,
+        "Record": lambda entry: isinstance(entry, Record),
+        "object": lambda entry: True,
+    }
+    if not isinstance(entries, dict) or not all(entry is None or fits[kind](entry) for entry in entries.values()):
+        raise SidaError(f"{part} of {record.class_name} must hold {kind}s by name")
     return {_shown(str(name)): entry for name, entry in entries.items() if entry is not None}
 
 
@@ -283,7 +342,9 @@ def _check_tree(root: object) -> None:
                     groups.append(value.values())
                 case tuple() | list() | set():
                     groups.append(value)
-                case None | bool() | int() | float() | str() | torch.Tensor() | np.ndarray() | Hook():
+                case None | bool() | int() | float() | str() | np.ndarray() | Hook():
+                    pass
+                case _ if _is_tensor(value):
                     pass
                 case _:
                     raise _RefusedError("it leaves raw bytes or a bare name where data should be")
@@ -343,10 +404,11 @@ def _record(meta: dict[Any, Any]) -> Record:
 class _Reader:
     """A position in the file, what may still be spent, and the machine that reads one pickle from there."""
 
-    def __init__(self, source: mmap.mmap | bytes, *, limit: int | None = None) -> None:
+    def __init__(self, source: mmap.mmap | bytes, *, limit: int | None = None, outlines: bool = False) -> None:
         self.view = memoryview(source)
         self.position, self.end = 0, len(self.view)
         self.limit = limit or len(self.view)
+        self.outlines = outlines
         self.opcodes_left = MAX_OPCODES
         self.bytes_left = 2 * self.limit  # each storage once, and the tensors in it once
 
@@ -465,9 +527,16 @@ class _Reader:
             raise TypeError("call")
         # values are matched by type alone, and compared later: an array or tensor compares element by element
         match function.name, arguments:
-            case "torch._utils._rebuild_tensor_v2", (_Storage(d), int(start), tuple(size), tuple(step), bool(), dict()):
-                return self.tensor(d, start, size, step)
-            case "torch._utils._rebuild_parameter", (torch.Tensor() as tensor, bool(), dict()):
+            case "torch._utils._rebuild_tensor_v2", (
+                _Storage() as storage,
+                int(start),
+                tuple(size),
+                tuple(step),
+                bool(),
+                dict(),
+            ):
+                return self.tensor(storage, start, size, step)
+            case "torch._utils._rebuild_parameter", (tensor, bool(), dict()) if _is_tensor(tensor):
                 return tensor
             case "torch.storage._load_from_bytes", (slice() as span,):
                 return self.storage(span)
@@ -519,15 +588,15 @@ class _Reader:
         outer = self.position, self.end
         self.position, self.end = span.start, span.stop
         declared, keys = self.head(_STORAGES, lambda declared: declared)
-        dtype, key, numel = _declared(declared if isinstance(declared, tuple) else ())
+        key, told = _declared(declared if isinstance(declared, tuple) else ())
         if keys != [key]:
             raise ValueError("no storage")
-        raw = self.take(self.numel((self.uint(8),)) * dtype.itemsize)
-        if self.position != self.end or len(raw) != numel * dtype.itemsize:
+        raw = self.take(self.numel((self.uint(8),)) * told.element_bytes)
+        if self.position != self.end or len(raw) != told.num_bytes:
             raise ValueError("storage size")
         self.position, self.end = outer
         self.spend(len(raw))
-        return _Storage(_elements(raw, dtype))
+        return told if self.outlines else told.of(raw)
 
     def head(self, allowed: Collection[str], storages: Callable[[Any], object]) -> tuple[object, object]:
         """The five pickles before the elements in torch's format before the zip: the object and its storages' keys."""
@@ -543,32 +612,33 @@ class _Reader:
         made: dict[str, _Storage] = {}
 
         def storage(declared: tuple[Any, ...]) -> _Storage:
-            dtype, key, numel = _declared(declared)
+            key, told = _declared(declared)
             if key not in made:
-                self.numel((numel,))
-                self.spend(numel * dtype.itemsize)
-                made[key] = _Storage(torch.zeros(numel, dtype=dtype))
-            if made[key].data.dtype != dtype or len(made[key].data) != numel:
-                raise ValueError("storage size")
-            return made[key]
+                self.numel((told.numel,))
+                self.spend(told.num_bytes)
+                made[key] = told.of(bytes(told.num_bytes))
+            return made[key].agreeing(told)
 
         value, keys = self.head(_OF_WEIGHTS, storage)
         if not isinstance(keys, list) or set(keys) != set(made) or len(keys) != len(made):
             raise ValueError("keys of storages")
         for key in keys:
-            data = made[key].data
-            if self.uint(8) != len(data):
+            told = made[key]
+            if self.uint(8) != told.numel:
                 raise ValueError("storage size")
-            data.copy_(_elements(self.take(len(data) * data.itemsize), data.dtype))
+            read = told.of(self.take(told.num_bytes))
+            assert told.data is not None
+            assert read.data is not None
+            told.data.copy_(read.data)  # in place: tensors are views of it
         if self.position != self.end:
             raise ValueError("bytes after the end")
         return value
 
-    def tensor(self, data: torch.Tensor, offset: int, size: tuple[Any, ...], stride: tuple[Any, ...]) -> torch.Tensor:
+    def tensor(self, storage: _Storage, offset: int, size: tuple[Any, ...], stride: tuple[Any, ...]) -> object:
         numel = self.numel(size)
         self.numel((*stride, offset))
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if numel else 0
-        if numel > len(data) or (numel and last >= len(data)):
+        if numel > storage.numel or (numel and last >= storage.numel):
             raise ValueError("outside its storage")
-        self.spend(numel * data.itemsize)
-        return data.as_strided(size, stride, offset)
+        self.spend(numel * storage.element_bytes)
+        return Outline(storage.dtype, size) if storage.data is None else storage.data.as_strided(size, stride, offset)

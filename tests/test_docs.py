@@ -1,5 +1,6 @@
 """What the README shows works: commands parse, the two set-up scripts come first, Python blocks run."""
 
+import io
 import os
 import re
 import shlex
@@ -47,7 +48,8 @@ def test_first_blocks_are_the_two_scripts_that_set_up_everything() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command_in_the_readme_parses(command: str) -> None:
+def test_command_in_the_readme_parses(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("generator/best\n"))  # what a - stands for
     group = typer.main.get_command(app)
     assert isinstance(group, click.Group)
     words = shlex.split(command)[1:]

@@ -52,7 +52,7 @@ def content(root: Path) -> dict[str, bytes | str]:
     }
 
 
-def refused(ref: str, to: Path | str, *, run: Path, form: ExportForm = "files", force: bool = True) -> str:
+def refused(ref: str, to: Path | str, *, run: Path, form: ExportForm | None = "files", force: bool = True) -> str:
     with pytest.raises(SidaError) as caught:
         export(ref, to, form=form, run=run, force=force)
     assert caught.value.exit_code == 2
@@ -150,6 +150,23 @@ def test_an_export_of_an_earlier_version_is_known_by_its_manifest(run: Path, tmp
 
 
 FILES = {"npz": "samples/four", "safetensors": TEACHER, "state-dict": TEACHER}
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [("a.npz", "npz"), ("a.safetensors", "safetensors"), ("A.PT", "state-dict"), ("v1.5", "files")]
+)
+def test_the_form_goes_by_the_suffix_where_none_is_given(
+    run: Path, tmp_path: Path, name: str, form: ExportForm
+) -> None:
+    ref = FILES.get(form, TEACHER)
+    by_name = export(ref, tmp_path / name, run=run)
+    told = export(ref, tmp_path / "told", form=form, run=run)
+    assert outputs.type_of(by_name) == outputs.type_of(told) == ("a folder" if form == "files" else "a file")
+    assert content(by_name) == content(told)
+    if form == "safetensors":  # what no such file can hold is no folder of that name
+        assert "must be of kind teacher or generator" in refused(
+            "samples/four", tmp_path / "b.safetensors", run=run, form=None
+        )
 
 
 @pytest.mark.parametrize("form", FILES)

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import sidactl
@@ -128,6 +129,54 @@ def test_golden_statistics_equal_the_npz(name: str) -> None:
             np.testing.assert_array_equal(stats["fid"][key], reference[key], strict=True)
     assert stats["num_images"] == 80
     assert stats["fd_dinov2"]["sigma"].shape == (6, 6)
+
+
+@pytest.mark.parametrize("name", EDM + EDM2 + SIDA)
+def test_an_outline_is_the_network_without_its_weights(name: str) -> None:
+    path = golden(f"networks/{name}.pkl")
+    net, outline = pickles.read(path)["ema"], pickles.outline(path)["ema"]
+    assert (outline.class_name, outline.init_kwargs) == (net.class_name, net.init_kwargs)
+    shapes = {key: (str(t.dtype), tuple(t.shape)) for key, t in pickles.state_dict(net).items()}
+    assert {key: (f"torch.{t.dtype}", t.shape) for key, t in pickles.state_dict(outline).items()} == shapes
+    assert [part.class_name for _, part in pickles.parts(outline)] == [
+        part.class_name for _, part in pickles.parts(net)
+    ]
+
+
+def test_a_look_needs_no_torch_and_says_what_a_file_holds() -> None:
+    path = golden("networks/edm_adm_cond.pkl")
+    script = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules))"
+    script = f"{script}; from sidactl.cli import main; main(['look', {str(path)!r}])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    net = pickles.read(path)["ema"]
+    lines = done.stdout.splitlines()
+    assert (done.returncode, done.stderr, lines.pop()) == (0, "", "False")
+    state = pickles.state_dict(net)
+    assert lines[0] == f"ema: EDMPrecond, {len(state)} tensors, {sum(t.numel() for t in state.values()):,} numbers"
+    assert "  option   model_type: DhariwalUNet" in lines
+    for name, tensor in state.items():
+        assert f"  tensor   {name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}" in lines
+
+
+def test_a_look_at_safetensors_and_at_statistics(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    safetensors.torch.save_file({"a.b": torch.zeros(2, 3)}, path, {"made by": "us"})
+    tensors = [{"name": "a.b", "dtype": "F32", "shape": [2, 3]}]
+    assert sidactl.look(path) == {"format": "safetensors", "metadata": {"made by": "us"}, "tensors": tensors}
+    held = sidactl.look(golden_metrics("stats_formats/ref_edm2.pkl"))["contents"]
+    assert held["fd_dinov2"]["sigma"] == {"dtype": "float64", "shape": [6, 6]}
+    assert held["num_images"] == 80
+
+
+def test_a_look_refuses_what_it_cannot_read(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(SidaError, match="neither a pickle"):
+        sidactl.look(tmp_path / "text")
+    with pytest.raises(SidaError, match="no such file"):
+        sidactl.look(tmp_path)
+    (tmp_path / "calls.pkl").write_bytes(pickle.dumps({"ema": burn}, protocol=4))
+    with pytest.raises(SidaError, match=NOT_LISTED):
+        sidactl.look(tmp_path / "calls.pkl")
 
 
 # ---- a small published file, made here ----

@@ -7,6 +7,7 @@ import pickle
 import tarfile
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from PIL import Image
 
 from sidactl import nets, references
 from sidactl.artifacts import fetch_teacher, prepare_data, read_state_dict
+from sidactl.errors import SidaError
 from sidactl.store import Artifact, Store
 
 NET = {
@@ -150,8 +152,11 @@ def idx(dims: tuple[int, ...] = (3, 8, 8), content: bytes | None = None, kind: i
 
 
 def _net(path: Path, run: Path) -> object:
+    from sidactl.inventory import look
     from sidactl.ops import sample
 
+    with suppress(SidaError):  # what fetching says counts
+        json.dumps(look(path))
     made = fetch_teacher(str(path), run=run, say=lambda line: None)
     if made.params["sampler"].get("num_steps", 0) > 100:  # right, and of no interest here
         return made.oid
