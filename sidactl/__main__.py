@@ -1,16 +1,20 @@
 """Where the process begins: a Ctrl-C while something is still being imported ends it in one line."""
 
+# `signal` itself would import enum, and a Ctrl-C meanwhile would be told with a traceback.
+import _signal  # type: ignore[import-not-found]  # has no stub
 import os
-import signal
-from types import FrameType
+
+TYPE_CHECKING = False  # as type checkers know it, without an import
+if TYPE_CHECKING:
+    from types import FrameType
 
 
 def main() -> None:
     """Runs the command line; see `cli.main`."""
-    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    usual = {_signal.SIGINT: _signal.default_int_handler, _signal.SIGTERM: _signal.SIG_DFL}
     for number, handler in usual.items():
-        if signal.getsignal(number) is handler:  # else whoever started us may want it ignored
-            signal.signal(number, _stop)
+        if _signal.getsignal(number) is handler:  # else whoever started us may want it ignored
+            _signal.signal(number, _stop)
     try:
         from sidactl import cli
 
@@ -18,11 +22,11 @@ def main() -> None:
     except KeyboardInterrupt:  # between the lines, or a second one
         _end()
     finally:
-        if signal.getsignal(signal.SIGINT) is _stop:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's end would tell a late one with a traceback
+        if _signal.getsignal(_signal.SIGINT) is _stop:
+            _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # Python's end would tell a late one with a traceback
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
+def _stop(number: int, frame: "FrameType | None") -> None:
     """As Python's own handler; but an import is not interrupted, since libraries take that for an error of theirs."""
     while frame:
         if frame.f_code.co_filename.startswith("<frozen importlib"):

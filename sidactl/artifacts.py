@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeAlias
+from urllib.parse import urlsplit
 
 from sidactl import catalog, download
 from sidactl.errors import EXIT_FAILED, MissingError, SidaError
@@ -42,6 +43,8 @@ NetKind = Literal["teacher", "generator"]
 NETS: tuple[NetKind, ...] = ("teacher", "generator")
 NET_FILES = (".pkl", ".safetensors")
 DATA_FILES = (".zip", ".npz")
+_MAX_NAME = 64
+"""characters of a name from outside that go into that of a temporary file: file systems take 255 bytes"""
 SETTLED_NS = 2 * 10**9
 """how long a file must have been left alone before it was read for its times to tell whether it was changed since"""
 
@@ -296,6 +299,7 @@ def fetch_teacher(
     name: str | None = None,
     offline: bool = False,
     mirror: str | None = None,
+    max_bytes: Count | None = None,
     run: RunDir = None,
     force: bool = False,
     recheck: bool = False,
@@ -308,14 +312,18 @@ def fetch_teacher(
     Downloads what is not in the run directory yet (see `download.fetch`) and converts it; no code in it is executed.
     kind: of a pickle; by default a file that holds nothing but the net, as SiD and SiDA save it, is a generator.
     dataset: the name of what a foreign net was trained on. name: a ref for it; by default the catalog's or the file's.
+    max_bytes: what a download may have at most, as in `download.fetch`.
     recheck: as in `resolve`. is_inner: another question asks, whose answer need not be told to be an old one.
 
     A detector of the catalog is fetched, too. Raises SidaError for an unknown name, with the nearest one, and for a
     file that is no network or not the right one.
     """
     source, store = ref_text(source, "the source"), Store.open(run)
+    limit = None if max_bytes is None else count_of(max_bytes, "max_bytes", "bytes")
     if source in catalog.DETECTORS and source not in catalog.TEACHERS:
-        return fetch_detector(source, run=store.root, progress=progress, offline=offline, mirror=mirror)
+        return fetch_detector(
+            source, run=store.root, progress=progress, offline=offline, mirror=mirror, max_bytes=limit
+        )
     entry, url = _locate(source)
     if entry:
         _check_kind(source, _kind_of(entry), kind)
@@ -329,7 +337,7 @@ def fetch_teacher(
     # What it was first imported as answers for the source itself, so that only a new source is downloaded.
     first_key = store.key("fetch-teacher", {"source": what}, {})
     key = store.key("fetch-teacher", {"source": what, "kind": kind, "dataset": dataset}, {})
-    temporary = store.root / "tmp" / f"import-{key[:16]}-{called.replace('/', '-')}{suffix}"
+    temporary = store.root / "tmp" / f"import-{key[:16]}-{called.replace('/', '-')[:_MAX_NAME]}{suffix}"
 
     def known() -> Artifact | None:
         found, first = [None if force else store.asked(k, whole=recheck) for k in (key, first_key)]
@@ -349,7 +357,7 @@ def fetch_teacher(
             if url is None:
                 sha256 = file_digest(path)
             else:
-                sha256 = _download(entry, url, path, called, offline, mirror, progress, say)
+                sha256 = _download(entry, url, path, called, offline, mirror, limit, progress, say)
             foreign = _read_safetensors(path) if suffix == ".safetensors" else _read_pickle(path)
             if entry:
                 _check_network(foreign.net, entry)
@@ -403,7 +411,8 @@ def _locate(source: str) -> tuple[catalog.Teacher | catalog.Generator | None, st
     entry = nets.get(source) or next((e for e in nets.values() if e.source and e.source.url == source), None)
     if entry:
         return entry, entry.source.url if entry.source else None
-    is_url = "://" in source
+    if is_url := "://" in source:
+        download.check_url(source)
     if _suffix(source) not in NET_FILES:
         if is_url or Path(source).exists():
             raise SidaError(f"a network file must be {' or '.join(NET_FILES)}, got {source}", "Convert it to one.")
@@ -446,6 +455,7 @@ def _download(
     what: str,
     offline: bool,
     mirror: str | None,
+    max_bytes: int | None,
     progress: download.Progress | None,
     say: download.Say,
 ) -> str:
@@ -457,6 +467,7 @@ def _download(
         licence=entry.licence if entry else None,
         sha256=file.sha256 if file.is_certain else None,
         size_bytes=file.size_bytes,
+        max_bytes=max_bytes,
         offline=offline,
         mirror=mirror,
         progress=progress,
@@ -617,6 +628,7 @@ def fetch_detector(
     progress: download.Progress | None = None,
     offline: bool = False,
     mirror: str | None = None,
+    max_bytes: int | None = None,
     recheck: bool = False,
 ) -> Artifact:
     """The detector artifact of a catalog name: its weights as safetensors, downloaded once and checked.
@@ -634,7 +646,7 @@ def fetch_detector(
     if entry.source is None:
         files = {"model.safetensors": catalog.ASSETS / entry.asset if entry.asset else _drawn_weights()}
         return answered(store, key, store.put("detector", files, params=params), "fetch-detector", refs=[name])
-    with fetched_file(store, entry.source.url, name, entry, progress, offline, mirror) as (path, sha256):
+    with fetched_file(store, entry.source.url, name, entry, progress, offline, mirror, max_bytes) as (path, sha256):
         if known := store.asked(key, whole=recheck):
             return named(store, known, [name])
         import safetensors.torch
@@ -685,17 +697,18 @@ def fetched_file(
     progress: download.Progress | None = None,
     offline: bool = False,
     mirror: str | None = None,
+    max_bytes: int | None = None,
 ) -> Iterator[tuple[Path, str]]:
     """Within the block: the local path of a file or URL, and its SHA-256; what was downloaded is removed afterwards."""
     if "://" not in source:
         yield Path(source), file_digest(Path(source))
         return
-    name = Path(source.partition("?")[0]).name
+    name = Path(urlsplit(download.check_url(source)).path).name[-_MAX_NAME:]
     path = store.root / "tmp" / f"file-{store.key('download', {'source': source}, {})[:16]}-{name}"
     say = download.to_stderr
     with download.exclusive(path.with_suffix(".lock"), lambda: say(f"waiting for another process: {what}")):
         try:
-            yield path, _download(entry, source, path, what, offline, mirror, progress, say)
+            yield path, _download(entry, source, path, what, offline, mirror, max_bytes, progress, say)
         finally:
             path.unlink(missing_ok=True)
 

@@ -228,6 +228,9 @@ def fetch_teacher(
     mirror: Annotated[
         str | None, typer.Option(metavar="URL", envvar="SIDACTL_MIRROR", help="base URL or folder to fetch from")
     ] = None,
+    max_bytes: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="refuse more, such as 500M; 16G where no size is known")
+    ] = None,
     run: Run = None,
     as_json: Json = False,
     force: Force = False,
@@ -248,6 +251,7 @@ def fetch_teacher(
             name=name,
             offline=offline,
             mirror=mirror,
+            max_bytes=_count(max_bytes, "--max-bytes", what="bytes"),
             run=run,
             force=force,
             progress=tick,
@@ -1282,11 +1286,11 @@ def env(run: Run = None, as_json: Json = False) -> None:
 # What commands share
 
 
-def _count(text: str | None, flag: str, least: int = 1) -> int | None:
-    count = None if text is None else ui.parse_count(text, flag)
+def _count(text: str | None, flag: str, least: int = 1, what: str = "images") -> int | None:
+    count = None if text is None else ui.parse_count(text, flag, what)
     if count is not None and count < least:
-        what = "sample count" if flag == "--num" else flag
-        raise SidaError(f"{what} must be >= {least}, got {count}", f"Pass {flag} {least} or more.")
+        named = "sample count" if flag == "--num" else flag
+        raise SidaError(f"{named} must be >= {least}, got {count}", f"Pass {flag} {least} or more.")
     return count
 
 

@@ -4,21 +4,25 @@ import errno
 import fcntl
 import hashlib
 import io
+import ipaddress
 import os
 import re
+import stat
+import string
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from email.message import Message
-from http.client import HTTPException
+from http.client import HTTPConnection, HTTPException, HTTPMessage, HTTPResponse, HTTPSConnection
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from urllib.error import HTTPError
-from urllib.parse import urlsplit
-from urllib.request import HTTPRedirectHandler, Request, build_opener, url2pathname
+from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.request import HTTPHandler, HTTPRedirectHandler, HTTPSHandler, Request, build_opener, url2pathname
 
-from sidactl.errors import EXIT_FAILED, MissingError, SidaError
+from sidactl.errors import EXIT_FAILED, NO_LOCKS, MissingError, SidaError
 from sidactl.text import visible
 
 Progress = Callable[[int, int], None]
@@ -26,9 +30,21 @@ Progress = Callable[[int, int], None]
 Say = Callable[[str], None]
 """takes one line for people"""
 
+MAX_BYTES = 16 * 10**9
+"""of a file whose size the catalog does not tell: twice the largest network's, EDM2-XXL in float32, and a margin"""
 TIMEOUT_SEC = 60.0
+SLOW_SEC, SLOW_BYTES = 60.0, 6_000
+"""waiting so long for fewer bytes, a tenth of what a modem of 1990 brings, is waiting for nothing"""
+_MAX_HEAD_BYTES = 1 << 23
+"""taken between two pieces of the file: 100 header lines of 64 KiB, as many as http.client allows, and a piece"""
 CHUNK_BYTES = 1 << 20
+_MAX_TOLD = 200
+"""characters of what a server says that are shown: it may say 64 KiB in a line"""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_SIZE = re.compile(r"[0-9]{1,18}")
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
+_VALIDATOR = re.compile(r"[\x20-\x7e\x80-\xff]*")
+"""what may be sent back in a header"""
 
 
 def to_stderr(line: str) -> None:
@@ -45,6 +61,7 @@ def fetch(
     licence: str | None = None,
     sha256: str | None = None,
     size_bytes: int | None = None,
+    max_bytes: int | None = None,
     offline: bool = False,
     mirror: str | None = None,
     progress: Progress | None = None,
@@ -55,6 +72,8 @@ def fetch(
     what, licence: named in the line that `say` gets before anything is downloaded.
     sha256, size_bytes: what the file must have; a digest that the server announces (as the Hugging Face hub does)
         counts where none is given.
+    max_bytes: a larger file is refused, or left at this size where the server did not tell; by default size_bytes, or
+        MAX_BYTES where that is not known.
     offline: no network, also if $SIDACTL_OFFLINE is set (and not 0); a mirror folder may still be read.
     mirror: a folder or base URL to take the file from instead (default $SIDACTL_MIRROR), where it lies under the whole
         path of the URL or under its last part.
@@ -70,7 +89,7 @@ def fetch(
         if destination.exists():  # by the process that we waited for
             announced = None
         else:
-            announced = _complete(partial, places, what, licence, sha256, size_bytes, progress, say)
+            announced = _complete(partial, places, what, licence, sha256, size_bytes, max_bytes, progress, say)
             os.replace(partial, destination)
         with destination.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -120,6 +139,9 @@ def exclusive(lock: Path, waiting: Callable[[], None]) -> Iterator[None]:
                     waiting()
                 waited = True
                 fcntl.flock(fd, fcntl.LOCK_EX)
+            except OSError as error:
+                with _disk(lock):
+                    raise error
             if os.fstat(fd).st_nlink:  # else the one before us removed it, and a third may have made a new one
                 try:
                     yield
@@ -150,15 +172,17 @@ def _complete(
     licence: str | None,
     sha256: str | None,
     size_bytes: int | None,
+    max_bytes: int | None,
     progress: Progress | None,
     say: Say,
 ) -> str | None:
     """Brings the partial file to its end; returns the digest that the server announced, if any."""
+    limit = max_bytes or size_bytes or MAX_BYTES
     tag = partial.with_suffix(".tag")
     size = partial.stat().st_size if partial.exists() else 0
     is_first = True
     while True:
-        validator = tag.read_text() if tag.exists() else ""
+        validator = tag.read_text("latin-1") if tag.exists() else ""
         body = _open(places, size if validator or sha256 else 0, validator)
         with closing(body.stream):
             if size_bytes and body.total and body.total != size_bytes:
@@ -168,74 +192,134 @@ def _complete(
                     exit_code=EXIT_FAILED,
                 )
             total = body.total or size_bytes
+            if total and total > limit:
+                raise _too_large(what, body.place, f"{total:,} bytes", limit)
             if is_first:
                 verb = f"resuming {what} at {_megabytes(body.start)}" if body.start else f"downloading {what}"
                 amount = _megabytes(total) if total else "of unknown size"
                 say(f"{verb}: {amount} from {body.place}" + (f", licence: {licence}" if licence else ""))
             if body.start == 0:
                 partial.write_bytes(b"")  # before its tag is: a tag must never stand for the bytes of another file
-                tag.write_text(body.validator)
+                tag.write_text(body.validator, "latin-1")
             before, is_first = size, False
-            size, is_whole = _append(partial, body, progress)
-        if is_whole and total in (None, size):
+            size, stopped = _append(partial, body, total or limit, progress)
+        if size > (total or limit):
+            if not total:
+                raise _too_large(what, body.place, f"more than {limit:,} bytes", limit)
+            tag.unlink(missing_ok=True)  # no part of this file is worth going on with
+            raise SidaError(
+                f"{what} must have {total:,} bytes, {body.place} sends more", "Try again.", exit_code=EXIT_FAILED
+            )
+        if stopped is None and total in (None, size):
             tag.unlink(missing_ok=True)
             return body.sha256
         if size - before < CHUNK_BYTES:  # else connecting again is worth it
+            known = f"{total:,}" if total else "unknown"
             raise SidaError(
-                f"{what} ended after {size:,} of {f'{total:,}' if total else 'unknown'} bytes from {body.place}",
+                f"{what} ended after {size:,} of {known} bytes from {body.place}{f': {stopped}' if stopped else ''}",
                 "Repeat the same command to go on.",
                 exit_code=EXIT_FAILED,
             )
 
 
-def _append(partial: Path, body: _Body, progress: Progress | None) -> tuple[int, bool]:
-    """Adds what comes; returns the size of the file then, and False where the connection broke."""
+def _too_large(what: str, place: str, size: str, limit: int) -> SidaError:
+    return SidaError(
+        f"{what} must have at most {limit:,} bytes, {place} offers {size}",
+        "If that is right, repeat it as sidactl fetch-teacher with a larger --max-bytes.",
+        exit_code=EXIT_FAILED,
+    )
+
+
+def _append(partial: Path, body: _Body, limit: int, progress: Progress | None) -> tuple[int, str | None]:
+    """Adds what comes, up to `limit` bytes in all; returns how many came, at most one more, and why it broke, if so."""
     size = body.start
     with partial.open("ab") as file:
         while True:
             try:
-                chunk = body.stream.read1(CHUNK_BYTES)
+                chunk = body.stream.read1(max(1, min(CHUNK_BYTES, limit + 1 - size)))
+            except TimeoutError as error:
+                return size, _reason(error)
             except (OSError, HTTPException):
-                return size, False
+                return size, ""
+            if size + len(chunk) > limit:
+                file.write(chunk[: max(0, limit - size)])
+                return size + len(chunk), None
             if not chunk:
-                return size, True
+                return size, None
             size += file.write(chunk)
             if progress:
                 progress(size, body.total or 0)
 
 
+def check_url(url: str) -> str:
+    """The URL as it is asked for: without blanks and letters that have to be escaped. SidaError where it is none."""
+    scheme, separator, _ = url.partition("://")
+    if not separator or scheme.lower() not in ("https", "http", "file"):
+        raise SidaError(f"a URL must begin with https://, http:// or file://, got {url}", "Give another.")
+    if not url.isprintable():  # controls and bytes that are no text, of which some would be dropped in silence
+        raise SidaError(f"a URL must hold no control characters and be text, got {url}", "Give another.")
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+        if ":" in host:
+            host = f"[{ipaddress.IPv6Address(host)}]"
+        else:
+            host = host.encode("idna").decode()
+    except ValueError as error:
+        raise SidaError(f"{_without_password(url)} is no URL: {_reason(error)}", "Check the address.") from None
+    if parts.username is not None or parts.password is not None:
+        raise SidaError(
+            f"a URL must hold no user name and no password, got {_without_password(url)}",
+            "They would be kept with what comes from it: download it otherwise and give the file.",
+        )
+    path = quote(parts.path, safe=string.punctuation)
+    if parts.scheme == "file":
+        if host not in ("", "localhost"):
+            raise SidaError(f"a file:// URL must name no other machine, got {url}", "Write it as file:///path.")
+        if "%00" in path:
+            raise SidaError(f"a file:// URL must not hold %00, got {url}", "Give another.")
+        return f"file://{path}"
+    if not re.fullmatch(r"[A-Za-z0-9._-]+|\[.+\]", host):
+        raise SidaError(f"a URL must name a host, got {url}", "Check the address.")
+    netloc = host if port is None else f"{host}:{port}"
+    return urlunsplit((parts.scheme, netloc, path, quote(parts.query, safe=string.punctuation), ""))
+
+
+def _without_password(url: str) -> str:
+    return re.sub(r"//[^/]*@", "//...@", url)
+
+
 def _places(url: str, mirror: str | None) -> list[str]:
     """The URLs to try, in this order."""
-    for given in [url, *([mirror] if mirror and "://" in mirror else [])]:
-        if not given.startswith(("https://", "http://", "file://")):
-            raise SidaError(f"a URL must begin with https://, http:// or file://, got {given}", "Give another.")
-    path = "/" + url.partition("://")[2].partition("?")[0].partition("/")[2]
-    if mirror is None or url.startswith("file:"):
+    url = check_url(url)
+    if mirror:
+        base = (check_url(mirror) if "://" in mirror else Path(mirror).absolute().as_uri()).rstrip("/")
+    if not mirror or url.startswith("file:"):
         return [url]
-    base = (mirror if "://" in mirror else Path(mirror).absolute().as_uri()).rstrip("/")
+    path = urlsplit(url).path or "/"
     return [f"{base}{path}", f"{base}/{path.rpartition('/')[2]}"]
 
 
 def _open(places: Sequence[str], size: int, validator: str) -> _Body:
     """The first place that has the file, asked to go on after `size` bytes. SidaError where none has."""
     for place in places:
+        is_file = place.startswith("file:")
         try:
-            body = _open_file(place) if place.startswith("file:") else _request(place, size, validator)
+            body = _open_file(place) if is_file else _request(place, size, validator)
         except HTTPError as error:
             error.close()
             if error.code in (404, 410):
                 continue
-            raise SidaError(
-                f"{place} answered {error.code} {error.reason}", "Try again later.", exit_code=EXIT_FAILED
-            ) from None
+            raise _answered(place, error.code, str(error.reason)) from None
         except FileNotFoundError:
             continue
-        except (OSError, HTTPException) as error:
-            reason = getattr(error, "reason", error)
+        except (OSError, HTTPException, ValueError) as error:
+            if is_file:
+                hint = "Check the path, and that you may read it."
+            else:
+                hint = "Check the connection, or set SIDACTL_MIRROR to a folder or base URL that has the file."
             raise SidaError(
-                f"{place} cannot be reached: {getattr(reason, 'strerror', None) or reason}",
-                "Check the connection, or set SIDACTL_MIRROR to a folder or base URL that has the file.",
-                exit_code=EXIT_FAILED,
+                f"{place} cannot be {'read' if is_file else 'reached'}: {_reason(error)}", hint, exit_code=EXIT_FAILED
             ) from error
         return body
     if len(places) > 1:
@@ -247,50 +331,155 @@ def _open(places: Sequence[str], size: int, validator: str) -> _Body:
     raise SidaError(f"{places[0]} is not there", "Check the address.", exit_code=EXIT_FAILED)
 
 
+def _answered(place: str, status: int, reason: str) -> SidaError:
+    return SidaError(f"{place} answered {status} {reason[:_MAX_TOLD]}", "Try again later.", exit_code=EXIT_FAILED)
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in few words."""
+    cause = getattr(error, "reason", error)
+    cause = cause.__cause__ if isinstance(cause, UnicodeError) and cause.__cause__ else cause  # "label too long" alone
+    return str(getattr(cause, "strerror", None) or cause or type(cause).__name__)[:_MAX_TOLD]
+
+
 def _open_file(place: str) -> _Body:
     path = Path(url2pathname(urlsplit(place).path))
-    return _Body(path.open("rb"), place, 0, path.stat().st_size)
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):  # a pipe would wait for ever, a device might have no end
+        got = "a folder" if stat.S_ISDIR(about.st_mode) else "a pipe or device"
+        raise SidaError(f"{place} must be a file, got {got}", "Name a file.")
+    return _Body(path.open("rb"), place, 0, about.st_size)
 
 
 def _request(place: str, size: int, validator: str) -> _Body:
-    headers = {"User-Agent": "sidactl", "Accept-Encoding": "identity"}
-    if size:
-        headers |= {"Range": f"bytes={size}-"} | ({"If-Range": validator} if validator else {})
-    redirects = _Redirects()
-    try:
-        response = build_opener(redirects).open(Request(place, headers=headers), timeout=TIMEOUT_SEC)
-    except HTTPError as error:
-        if error.code == 416 and size:  # the partial file is not of this one
-            error.close()
-            return _request(place, 0, "")
-        raise
-    start, total = 0, response.headers.get("Content-Length")
-    if response.status == 206:
-        start, total = size, response.headers.get("Content-Range", "").rpartition("/")[2]
-        if not response.headers.get("Content-Range", "").startswith(f"bytes {size}-"):
-            response.close()
-            return _request(place, 0, "")
-    tag = response.headers.get("ETag", "W/")
-    return _Body(
-        stream=response,
-        place=place,
-        start=start,
-        total=int(total) if total and total.isdecimal() else None,
-        validator=response.headers.get("Last-Modified", "") if tag.startswith("W/") else tag,
-        sha256=redirects.sha256,
+    for asked in dict.fromkeys((size, 0)):  # a part that does not fit is asked for once; then the whole
+        redirects = _Redirects()
+        headers = {"User-Agent": "sidactl", "Accept-Encoding": "identity"}
+        if asked:
+            headers |= {"Range": f"bytes={asked}-"} | ({"If-Range": validator} if validator else {})
+        try:
+            opener = build_opener(redirects, _Http, _Https)
+            response = opener.open(Request(place, headers=headers), timeout=TIMEOUT_SEC)
+        except HTTPError as error:
+            if error.code != 416 or not asked:
+                raise
+            error.close()  # the partial file is not of this one
+            continue
+        if response.status == 200:
+            return _Body(response, place, 0, _size_of(response, place), _validator(response), redirects.sha256)
+        part = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        if response.status == 206 and asked and part and int(part[1]) == asked:
+            total = None if part[3] == "*" else int(part[3])
+            return _Body(response, place, asked, total, _validator(response), redirects.sha256)
+        response.close()
+        if response.status != 206:
+            raise _answered(place, response.status, response.reason)
+    raise SidaError(
+        f"{place} answered with a part of the file that was not asked for",
+        "Try again later, or set SIDACTL_MIRROR to a folder or base URL that has the file.",
+        exit_code=EXIT_FAILED,
     )
+
+
+def _size_of(response: HTTPResponse, place: str) -> int | None:
+    text = response.headers.get("Content-Length")
+    if text is None or _SIZE.fullmatch(text.strip()):
+        return None if text is None else int(text)
+    response.close()
+    raise SidaError(
+        f"{place} answered with a Content-Length of {text[:20]!r}, which is no size of a file",
+        "Try again later.",
+        exit_code=EXIT_FAILED,
+    )
+
+
+def _validator(response: HTTPResponse) -> str:
+    tag = response.headers.get("ETag", "W/")
+    validator = response.headers.get("Last-Modified", "") if tag.startswith("W/") else tag
+    return validator if _VALIDATOR.fullmatch(validator) else ""
+
+
+class _Steady(io.RawIOBase):
+    """The bytes of a connection; it fails where they come too slowly, or too many come that are none of the file's."""
+
+    def __init__(self, raw: io.RawIOBase) -> None:
+        self._raw = raw
+        self.num_bytes = 0
+        """since the last piece of the file"""
+        self._waited_sec, self._came = 0.0, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        if self._waited_sec >= SLOW_SEC:
+            if self._came < SLOW_BYTES:
+                raise TimeoutError(f"only {self._came:,} bytes came in {self._waited_sec:.0f} s")
+            self._waited_sec, self._came = 0.0, 0
+        if self.num_bytes > _MAX_HEAD_BYTES:
+            raise HTTPException("its header has no end")
+        begun_sec = time.monotonic()
+        count = self._raw.readinto(buffer) or 0
+        self._waited_sec += time.monotonic() - begun_sec
+        self._came += count
+        self.num_bytes += count
+        return count
+
+
+class _Response(HTTPResponse):
+    """An answer whose every byte, in headers, chunks and trailers alike, comes through a `_Steady`."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._steady = _Steady(self.fp.detach())
+        self.fp = io.BufferedReader(self._steady)
+
+    def read1(self, n: int = -1) -> bytes:
+        self._steady.num_bytes = 0
+        return super().read1(n)
+
+
+class _Connection(HTTPConnection):
+    response_class = _Response
+
+
+class _SecureConnection(HTTPSConnection):
+    response_class = _Response
+
+
+class _Http(HTTPHandler):
+    def http_open(self, req: Request) -> HTTPResponse:
+        return self.do_open(_Connection, req)
+
+
+class _Https(HTTPSHandler):
+    def https_open(self, req: Request) -> HTTPResponse:
+        return self.do_open(_SecureConnection, req)
 
 
 class _Redirects(HTTPRedirectHandler):
     """Follows redirects to http and https, never from https to http; keeps the digest that the hub sends with one."""
 
     sha256: str | None = None
+    inf_msg = "with one redirect after another, the last one "
+
+    def http_error_302(self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage) -> Any:
+        fp.close()  # else its body is read to the end, which it may not have
+        return super().http_error_302(req, fp, code, msg, headers)
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
     def redirect_request(
         self, req: Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
     ) -> Request | None:
         if urlsplit(newurl).scheme not in (("https",) if req.type == "https" else ("http", "https")):
-            raise SidaError(f"{req.full_url} leads to {newurl}, which is not followed", "Give another address.")
+            raise SidaError(
+                f"{req.full_url} leads to {newurl[:_MAX_TOLD]}, which is not followed", "Give another address."
+            )
         announced = (headers.get("X-Linked-ETag") or "").strip('"')
         if _SHA256.fullmatch(announced):
             self.sha256 = announced
@@ -302,6 +491,12 @@ def _disk(destination: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno in NO_LOCKS:
+            raise SidaError(
+                f"{destination.parent} cannot be locked: {error.strerror}",
+                "Locks do not work on its file system: choose another run directory with --run DIR.",
+                exit_code=EXIT_FAILED,
+            ) from error
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         remedy = "Free some space" if is_full else "Check its permissions"
         raise SidaError(

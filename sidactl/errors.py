@@ -1,8 +1,12 @@
 """The one exception that users see; bugs of ours are plain assertions."""
 
+import errno
+
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
+"""what flock fails with where a file system has no locks"""
 
 
 class SidaError(Exception):

@@ -79,9 +79,9 @@ def whole(value: object, what: str) -> int:
         raise SidaError(f"{what} must be a whole number, got {_told(value)}", "Pass an int.") from None
 
 
-def count_of(value: Count, what: str) -> int:
-    """A number of images, from text with a suffix or any integer."""
-    return parse_count(value, what) if isinstance(value, str) else whole(value, what)
+def count_of(value: Count, what: str, counted: str = "images") -> int:
+    """A number of images or else, from text with a suffix or any integer."""
+    return parse_count(value, what, counted) if isinstance(value, str) else whole(value, what)
 
 
 def seeds_of(value: Seeds, what: str = "seeds") -> Sequence[int]:
@@ -187,13 +187,13 @@ def _told(value: object) -> str:
     return repr(value) if isinstance(value, str | int | float) else f"{type(value).__module__}.{type(value).__name__}"
 
 
-def parse_count(text: str, flag: str) -> int:
-    """'500', '10_000', '50k', '1.5M', '1G' -> that many images; SidaError names `flag` otherwise."""
+def parse_count(text: str, flag: str, what: str = "images") -> int:
+    """'500', '10_000', '50k', '1.5M', '1G' -> that many images or else; SidaError names `flag` otherwise."""
     match = _COUNT.fullmatch(text.strip().replace("_", ""))
     whole, fraction, suffix = match.groups(default="") if match else ("", "", "")
     zeros, fraction = _ZEROS[suffix.lower()], fraction.rstrip("0")
     if not match or len(fraction) > zeros:
-        raise SidaError(f"{flag} must be a whole number of images such as 500, 50k or 1.5M, got {text!r}")
+        raise SidaError(f"{flag} must be a whole number of {what} such as 500, 50k or 1.5M, got {text!r}")
     return int(whole + fraction.ljust(zeros, "0"))
 
 

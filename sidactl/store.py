@@ -30,7 +30,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeAlias, TypeVar
 
-from sidactl.errors import EXIT_FAILED, MissingError, SidaError
+from sidactl.errors import EXIT_FAILED, NO_LOCKS, MissingError, SidaError
 from sidactl.text import shell_word
 
 SCHEMA_VERSION = 1
@@ -190,7 +190,10 @@ def _disk(root: Path, verb: str) -> Iterator[None]:
     except OSError as error:
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         remedy = "Free some space" if is_full else "Check what it is and its permissions,"
-        message = f"the run directory {root} cannot be {verb}: {error.strerror}"
+        if error.errno in NO_LOCKS:
+            remedy = "Locks do not work on its file system: mount it with them,"
+        done = "locked" if error.errno in NO_LOCKS else verb
+        message = f"the run directory {root} cannot be {done}: {error.strerror}"
         kind = UnwritableError if verb == "written" else SidaError
         raise kind(message, f"{remedy} or choose another with --run DIR.") from error
 

@@ -510,6 +510,22 @@ def test_fetch_teacher_tells_bytes_as_they_come(tmp_path: Path, monkeypatch: pyt
     assert Store.open(tmp_path / "run").get(done.stdout.strip()).kind == "teacher"
 
 
+def test_fetch_teacher_takes_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+    with serving({"/net.pkl": b"x" * 1501}) as site:
+        words = ["fetch-teacher", f"{site.url}/net.pkl", "--max-bytes"]
+        done = sidactl(*words, "1.5k", run=tmp_path / "run", check=1)
+        assert done.stderr == (
+            f"error: net must have at most 1,500 bytes, {site.url}/net.pkl offers 1,501 bytes. "
+            "If that is right, repeat it as sidactl fetch-teacher with a larger --max-bytes.\n"
+        )
+        done = sidactl(*words, "0", run=tmp_path / "run", check=2)
+        assert done.stderr == "error: --max-bytes must be >= 1, got 0. Pass --max-bytes 1 or more.\n"
+        done = sidactl(*words, "1T", run=tmp_path / "run", check=2)
+        assert done.stderr.startswith("error: --max-bytes must be a whole number of bytes such as ")
+        assert len(site.requests) == 1
+
+
 def test_a_published_file_is_sampled_in_place_of_an_artifact(tmp_path: Path) -> None:
     path = str(golden("networks/sida_gen_edm.pkl"))
     done = sidactl("sample", path, "--num", "4", "--json", run=tmp_path / "run")

@@ -1,6 +1,9 @@
 """Downloads from a server on the loopback arrive whole, or are refused in one line that says what to do."""
 
+import errno
+import fcntl
 import hashlib
+import os
 import random
 import threading
 from collections.abc import Iterator
@@ -9,8 +12,9 @@ from urllib.request import Request
 
 import pytest
 
-from sidactl import download
-from sidactl.errors import EXIT_FAILED, SidaError
+from sidactl import artifacts, download
+from sidactl.errors import EXIT_FAILED, EXIT_USAGE, SidaError
+from sidactl.store import Store
 from tests.web import Site, serving
 
 BODY = random.Random(0).randbytes(5000)
@@ -39,6 +43,7 @@ def fetch(
     url: str | None = None,
     sha256: str | None = None,
     size_bytes: int | None = None,
+    max_bytes: int | None = None,
     offline: bool = False,
     mirror: str | None = None,
     say: download.Say = lambda line: None,
@@ -50,6 +55,7 @@ def fetch(
         licence="CC0",
         sha256=sha256,
         size_bytes=size_bytes,
+        max_bytes=max_bytes,
         offline=offline,
         mirror=mirror,
         say=say,
@@ -241,7 +247,277 @@ def test_folder_that_cannot_be_made(site: Site, tmp_path: Path) -> None:
     )
 
 
+# ---- answers without an end, or of no sense ----
+
+
+def answer(head: str, status: str = "200 OK", body: bytes = b"") -> bytes:
+    return f"HTTP/1.1 {status}\r\n{head}Connection: close\r\n\r\n".encode() + body
+
+
+def partial_bytes(target: Path) -> int:
+    (partial,) = [path for path in target.parent.iterdir() if not path.suffix]
+    return partial.stat().st_size
+
+
+@pytest.mark.parametrize("head", ["", "Transfer-Encoding: chunked\r\n"])
+def test_body_that_goes_on_past_the_known_size_is_left(site: Site, target: Path, head: str) -> None:
+    site.raw = {"/a/net.pkl": answer(head)}
+    site.endless = b"400\r\n" + b"x" * 1024 + b"\r\n" if head else b"x" * 1024
+    assert refused(site, target, size_bytes=5000) == (
+        f"net must have 5,000 bytes, {site.url}/a/net.pkl sends more. Try again."
+    )
+    assert partial_bytes(target) == 5000
+
+
+def test_endless_body_of_unknown_size_is_left_at_the_limit_and_kept(site: Site, target: Path) -> None:
+    site.raw, site.endless = {"/a/net.pkl": answer("")}, b"x" * 1024
+    assert refused(site, target, max_bytes=3000) == (
+        f"net must have at most 3,000 bytes, {site.url}/a/net.pkl offers more than 3,000 bytes. "
+        "If that is right, repeat it as sidactl fetch-teacher with a larger --max-bytes."
+    )
+    assert partial_bytes(target) == 3000
+
+
+def test_limit_holds_where_none_is_given(site: Site, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "MAX_BYTES", 4000)
+    assert "must have at most 4,000 bytes" in refused(site, target)
+    assert fetch(site, target, size_bytes=5000) == DIGEST  # the catalog knows better
+    target.unlink()
+    assert "must have at most 4,999 bytes" in refused(site, target, size_bytes=5000, max_bytes=4999)
+    assert fetch(site, target, max_bytes=5000) == DIGEST
+
+
+def test_announced_size_above_the_limit_is_refused_before_a_byte_is_taken(site: Site, target: Path) -> None:
+    said: list[str] = []
+    text = f"net must have at most 4,999 bytes, {site.url}/a/net.pkl offers 5,000 bytes. "
+    site.cuts = [1000]
+    refused(site, target)
+    assert refused(site, target, max_bytes=4999, say=said.append).startswith(text)
+    assert site.requests[-1][1] == "bytes=1000-"
+    assert partial_bytes(target) == 1000
+    other = target.parent / "other" / "net.pkl"
+    assert refused(site, other, max_bytes=4999, say=said.append).startswith(text)
+    assert (said, list(other.parent.iterdir())) == ([], [])
+
+
+@pytest.mark.parametrize("size", ["9" * 5000, "-5", "many", "5, 5", "1_0", ""])
+def test_content_length_that_is_no_size(site: Site, target: Path, size: str) -> None:
+    site.raw = {"/a/net.pkl": answer(f"Content-Length: {size}\r\n", body=BODY)}
+    assert refused(site, target) == (
+        f"{site.url}/a/net.pkl answered with a Content-Length of {size[:20]!r}, which is no size of a file. "
+        "Try again later."
+    )
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_body_that_trickles_is_left_and_continued(
+    site: Site, target: Path, is_chunked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "SLOW_SEC", 0.2)
+    site.piece_bytes, site.pause_sec, site.is_chunked = 10, 0.02, is_chunked
+    text = refused(site, target)
+    assert text.startswith("net ended after ")
+    assert f" bytes from {site.url}/a/net.pkl: only " in text
+    assert text.endswith(" bytes came in 0 s. Repeat the same command to go on.")
+    kept = partial_bytes(target)
+    assert kept > 0
+    site.piece_bytes, site.pause_sec = 1 << 30, 0.0
+    assert fetch(site, target) == DIGEST
+    assert site.requests[-1][1] == f"bytes={kept}-"
+
+
+@pytest.mark.parametrize("head", [b"HTTP/1.1 200 OK\r\nX-Long: ", answer("Transfer-Encoding: chunked\r\n")])
+def test_head_and_chunk_sizes_that_trickle_are_left(
+    site: Site, target: Path, head: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "SLOW_SEC", 0.2)
+    site.raw, site.endless, site.pause_sec = {"/a/net.pkl": head}, b"1", 0.02
+    assert ": only " in refused(site, target)
+
+
+@pytest.mark.parametrize(
+    ("begin", "endless", "reason"),
+    [
+        (b"HTTP/1.1 200 OK\r\n", b"X-Flood: 1\r\n", "cannot be reached: got more than 100 headers"),
+        (b"HTTP/1.1 200 OK\r\nX-Long: ", b"x" * 1024, "cannot be reached: got more than 65536 bytes"),
+        (b"", b"HTTP/1.1 100 Continue\r\nX-More: 1\r\n\r\n" * 1000, "cannot be reached: its header has no end"),
+        (b"x" * 65000 + b"\r\n", b"", "cannot be reached: xxxxx"),
+        (b"", b"", "cannot be reached: Remote end closed"),
+        (answer("Transfer-Encoding: chunked\r\n") + b"0\r\n", b"X-More: 1\r\n" * 1000, "net ended after 0 of"),
+        (answer("Transfer-Encoding: chunked\r\n") + b"many\r\n", b"", "net ended after 0 of unknown bytes"),
+        (answer("", "204 No Content"), b"", "answered 204 No Content"),
+        (answer("", "503 " + "x" * 60000), b"", "answered 503 xxxxx"),
+    ],
+)
+def test_flood_is_one_short_line(site: Site, target: Path, begin: bytes, endless: bytes, reason: str) -> None:
+    site.raw, site.endless = {"/a/net.pkl": begin}, endless
+    text = refused(site, target)
+    assert reason in text
+    assert len(text) < 500
+
+
+def test_part_that_was_not_asked_for_is_no_file(site: Site, target: Path) -> None:
+    head = "Content-Range: bytes 1000-4999/5000\r\nContent-Length: 4000\r\n"
+    site.raw = {"/a/net.pkl": answer(head, "206 Partial Content", BODY[1000:])}
+    assert refused(site, target) == (
+        f"{site.url}/a/net.pkl answered with a part of the file that was not asked for. "
+        "Try again later, or set SIDACTL_MIRROR to a folder or base URL that has the file."
+    )
+    assert len(site.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("content_range", "status"),
+    [
+        ("bytes 999-4999/5000", 206),
+        ("bytes 1000-4999", 206),
+        ("bytes */5000", 206),
+        (f"bytes 1000-{'9' * 5000}/*", 206),
+        ("", 206),
+        ("bytes */5000", 416),
+    ],
+)
+def test_part_that_does_not_fit_is_asked_for_once_and_then_the_whole(
+    site: Site, target: Path, content_range: str, status: int
+) -> None:
+    site.cuts = [1000]
+    refused(site, target)
+    site.requests.clear()
+    head = f"Content-Range: {content_range}\r\nContent-Length: 4\r\n"
+    site.raw = {"/a/net.pkl": answer(head, f"{status} No", b"part")}
+    assert "answered" in refused(site, target)
+    assert [asked for _, asked, _ in site.requests] == ["bytes=1000-", ""]
+    site.raw = {}
+    assert fetch(site, target) == DIGEST
+
+
+def test_tag_that_cannot_be_sent_back_is_none(site: Site, target: Path) -> None:
+    head = 'ETag: "a\r\n b"\r\nContent-Length: 5000\r\n'
+    site.raw = {"/a/net.pkl": answer(head, body=BODY[:1000])}
+    refused(site, target)
+    site.raw = {}
+    assert fetch(site, target) == DIGEST
+    assert site.requests[-1][1:] == ("", "")
+
+
+# ---- addresses ----
+
+
+@pytest.mark.parametrize(
+    ("url", "text"),
+    [
+        ("http://[::1/net.pkl", "http://[::1/net.pkl is no URL: Invalid IPv6 URL. Check the address."),
+        ("http://a..b/net.pkl", "http://a..b/net.pkl is no URL: label empty or too long. Check the address."),
+        (f"http://{'a' * 64}.de/n", f"http://{'a' * 64}.de/n is no URL: label empty or too long. Check the address."),
+        ("http://a:99999/n", "http://a:99999/n is no URL: Port out of range 0-65535. Check the address."),
+        ("http://a:x/n", "http://a:x/n is no URL: Port could not be cast to integer value as 'x'. Check the address."),
+        ("http:///net.pkl", "a URL must name a host, got http:///net.pkl. Check the address."),
+        ("http://a b/net.pkl", "a URL must name a host, got http://a b/net.pkl. Check the address."),
+        ("http://a\tb/n", "a URL must hold no control characters and be text, got http://a\tb/n. Give another."),
+        ("http://a/\udcff", "a URL must hold no control characters and be text, got http://a/\udcff. Give another."),
+        (
+            "http://me:secret@[::1/net.pkl",
+            "http://...@[::1/net.pkl is no URL: Invalid IPv6 URL. Check the address.",
+        ),
+        (
+            "https://me:secret@host/net.pkl",
+            "a URL must hold no user name and no password, got https://...@host/net.pkl. "
+            "They would be kept with what comes from it: download it otherwise and give the file.",
+        ),
+        (
+            "file://host/net.pkl",
+            "a file:// URL must name no other machine, got file://host/net.pkl. Write it as file:///path.",
+        ),
+        ("file:///a%00b", "a file:// URL must not hold %00, got file:///a%00b. Give another."),
+    ],
+)
+@pytest.mark.parametrize("how", ["url", "mirror", "variable", "command"])
+def test_address_that_is_none(
+    site: Site, target: Path, url: str, text: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SIDACTL_MIRROR", os.fsencode(url).decode(errors="surrogateescape") if how == "variable" else "")
+    ways = {"url": {"url": url}, "mirror": {"mirror": url}, "variable": {}}
+    with pytest.raises(SidaError) as caught:
+        artifacts.fetch_teacher(url, run=target) if how == "command" else fetch(site, target, **ways[how])
+    assert (str(caught.value), caught.value.exit_code) == (text, EXIT_USAGE)
+    assert site.requests == []
+
+
+@pytest.mark.parametrize(
+    ("url", "asked"),
+    [
+        ("HTTPS://B\u00fccher.example/Net.pkl", "https://xn--bcher-kva.example/Net.pkl"),
+        ("http://[::1]:80/a b\u00fc%00?c d#e", "http://[::1]:80/a%20b%C3%BC%00?c%20d"),
+        ("http://127.0.0.1", "http://127.0.0.1"),
+        ("FILE://localhost/a b%20\u00fc?c", "file:///a%20b%20%C3%BC"),
+    ],
+)
+def test_address_is_asked_for_in_the_letters_of_one(url: str, asked: str) -> None:
+    assert download.check_url(url) == asked
+    assert download.check_url(asked) == asked
+
+
+def test_blanks_and_other_letters_of_a_path_arrive(site: Site, target: Path) -> None:
+    site.files = {"/a%20b/%C3%BC%00.pkl?x=%20": BODY}
+    assert fetch(site, target, url=f"{site.url}/a b/\u00fc%00.pkl?x= ".replace("http:", "HTTP:")) == DIGEST
+
+
+@pytest.mark.parametrize(("name", "got"), [("folder", "a folder"), ("pipe", "a pipe or device"), ("/dev/zero", "")])
+@pytest.mark.parametrize("is_mirror", [False, True])
+def test_what_is_no_file_is_not_read(
+    site: Site, target: Path, tmp_path: Path, name: str, got: str, is_mirror: bool
+) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    path = tmp_path / name
+    url, mirror = path.as_uri(), str(path.parent) if is_mirror else None
+    with pytest.raises(SidaError) as caught:
+        fetch(site, target, url=f"{site.url}/{path.name}" if is_mirror else url, mirror=mirror)
+    assert str(caught.value) == f"{url} must be a file, got {got or 'a pipe or device'}. Name a file."
+    assert caught.value.exit_code == EXIT_USAGE
+
+
+def test_file_that_cannot_be_read(site: Site, target: Path, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    url = (tmp_path / "loop").as_uri()
+    text = f"{url} cannot be read: Too many levels of symbolic links. Check the path, and that you may read it."
+    assert refused(site, target, url=url) == text
+
+
+def test_long_name_needs_no_long_file_name(site: Site, target: Path) -> None:
+    url = f"{site.url}/{'x' * 300}.pkl"
+    site.files = {f"/{'x' * 300}.pkl": BODY}
+    with artifacts.fetched_file(Store(target), url, "net") as (path, digest):
+        assert (digest, path.suffix) == (DIGEST, ".pkl")
+    site.files = {}
+    with pytest.raises(SidaError, match=r"\.pkl is not there\. Check the address\.$"):
+        artifacts.fetch_teacher(url, run=target)
+
+
 # ---- redirects ----
+
+
+def test_redirects_without_an_end_are_one_line(site: Site, target: Path) -> None:
+    site.redirects = {"/a/net.pkl": f"{site.url}/a/net.pkl"}
+    assert refused(site, target) == (
+        f"{site.url}/a/net.pkl answered 302 with one redirect after another, the last one Found. Try again later."
+    )
+    assert len(site.requests) < 20
+
+
+@pytest.mark.parametrize("head", ["", f"Content-Length: {10**15}\r\n"])
+def test_body_of_a_redirect_is_not_read(site: Site, target: Path, head: str) -> None:
+    site.raw = {"/b": answer(f"{head}Location: {site.url}/a/net.pkl\r\n", "302 Found")}
+    site.endless = b"x" * 1024
+    assert fetch(site, target, url=f"{site.url}/b") == DIGEST
+
+
+@pytest.mark.parametrize(
+    "place", ["http://[::1", "http://a..b/n", "http://a:99999/n", "http://a:x/n", "http://u:p@a/n"]
+)
+def test_redirect_to_no_address_is_one_line(site: Site, target: Path, place: str) -> None:
+    site.redirects = {"/a/net.pkl": place}
+    assert refused(site, target).startswith(f"{site.url}/a/net.pkl cannot be reached: ")
 
 
 def test_redirect_is_followed_and_the_digest_that_the_hub_announces_is_checked(site: Site, target: Path) -> None:
@@ -385,3 +661,18 @@ def test_many_holders_of_one_lock_never_meet(tmp_path: Path) -> None:
         thread.join()
     assert most == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_file_system_without_locks(site: Site, target: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(file: object, how: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    text = f"{target.parent} cannot be locked: {os.strerror(number)}. "
+    text += "Locks do not work on its file system: choose another run directory with --run DIR."
+    assert refused(site, target) == text
+    with pytest.raises(SidaError) as caught, download.exclusive(target.with_name("lock"), lambda: None):
+        pass
+    assert str(caught.value) == text
+    assert site.requests == []

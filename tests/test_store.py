@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -665,6 +666,36 @@ def test_live_lock_is_not_fooled_by_a_directory_removed_meanwhile(
     with store.live("cd" * 32) as live:
         assert stolen
         assert (live.path / "lock").read_text() == f"{os.getpid()}\n"
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda store: store.put("score", {}),
+        lambda store: store.log({}),
+        lambda store: store.live("cd" * 32).__enter__(),
+        lambda store: store.check_writable(),
+        lambda store: store.gc(),
+        lambda store: store.gc(dry_run=True),
+        lambda store: list(store.verify()),
+    ],
+)
+def test_file_system_without_locks_is_one_line(
+    store: Store, work: Callable[[Store], Any], number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(file: Any, how: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    store.put("samples", {"a": b"a"})
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", flock)
+        with pytest.raises(SidaError) as caught:
+            work(store)
+    assert str(caught.value) == (
+        f"the run directory {store.root} cannot be locked: {os.strerror(number)}. "
+        "Locks do not work on its file system: mount it with them, or choose another with --run DIR."
+    )
 
 
 def test_live_os_errors_of_the_caller_pass_through(store: Store) -> None:

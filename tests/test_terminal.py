@@ -4,9 +4,12 @@ import io
 import json
 import os
 import pty
+import random
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -268,17 +271,27 @@ def test_the_run_directory_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: p
         Store.open("~nobody-at-all/x")
 
 
-@pytest.mark.parametrize(("module", "words"), [("typer", ["ls"]), ("numpy", ["sample", "tiny-digits"])])
-@pytest.mark.parametrize("signal", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("sidactl.cli", ["ls"]),
+        ("typer", ["ls"]),
+        ("sidactl.inventory", ["ls"]),
+        ("numpy", ["sample", "tiny-digits"]),
+        ("urllib.request", ["fetch-teacher", "tiny-digits"]),
+        ("torch", ["sample", "tiny-digits"]),
+    ],
+)
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_an_interruption_while_something_is_imported_is_one_line(
-    module: str, words: Sequence[str], signal: str, tmp_path: Path
+    module: str, words: Sequence[str], name: str, tmp_path: Path
 ) -> None:
     code = (
         "import os, signal, sys\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "class Finder:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        f"        if name == {module!r}: os.kill(os.getpid(), signal.{signal})\n"
+        f"        if name == {module!r}: os.kill(os.getpid(), signal.{name})\n"
         "sys.meta_path.insert(0, Finder())\n"
         f"sys.argv[1:] = {words!r}\n"
         "from sidactl.__main__ import main\n"
@@ -289,6 +302,50 @@ def test_an_interruption_while_something_is_imported_is_one_line(
     )
     told = "error: interrupted. Repeat the same command to go on.\n"
     assert (done.returncode, done.stdout, done.stderr) == (130, "", told)
+
+
+def test_nothing_is_imported_before_an_interruption_is_handled() -> None:
+    code = (
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(Path(cli.__file__).parents[1])!r})\n"
+        "before = set(sys.modules)\n"
+        "import sidactl.__main__\n"
+        "print(sorted(set(sys.modules) - before))"
+    )
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "['sidactl', 'sidactl.__main__']\n", done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["ls"], ["sample", "tiny-digits", "--num", "1"], ["fetch-teacher", "tiny-digits"]])
+@pytest.mark.parametrize("how", ["module", "script"])
+def test_an_interruption_at_any_moment_is_one_line(how: str, words: list[str], tmp_path: Path) -> None:
+    script = Path(sys.executable).with_name("sidactl")
+    if how == "script" and not script.exists():
+        pytest.skip("sidactl is not installed as a command")
+    command = [str(script)] if how == "script" else [sys.executable, "-m", "sidactl"]
+    code = re.escape(str(Path(cli.__file__).parent)) + "/"
+    moments, told = random.Random(0), 0
+    for index in range(60):
+        with subprocess.Popen(
+            [*command, *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(tmp_path / f"run-{index}"),
+        ) as process:
+            time.sleep(moments.uniform(0, 1.5))
+            process.send_signal(signal.SIGINT)
+            err = process.communicate(timeout=120)[1]
+        # Before main is called, Python and the script that calls it have no handler of ours; after it, it is done.
+        assert not re.search(rf'"{code}|this is a bug', err), err
+        if process.returncode == 130:
+            assert err.splitlines()[-1] == "error: interrupted. Repeat the same command to go on."
+            assert "Traceback" not in err
+            told += 1
+        else:
+            assert process.returncode in (0, 1, -signal.SIGINT)
+    assert told > 10, "this test shows nothing"
 
 
 # Names of the catalog

@@ -30,6 +30,10 @@ class Site:
     """X-Linked-ETag of redirects"""
     hold: threading.Event | None = None
     """answers wait for it"""
+    raw: dict[str, bytes] = field(default_factory=dict)
+    """whole answers, head and all"""
+    endless: bytes = b""
+    """what follows them again and again until the reader goes away"""
     requests: list[tuple[str, str, str]] = field(default_factory=list)
     """path, Range and If-Range of every request"""
 
@@ -46,6 +50,14 @@ def serving(files: dict[str, bytes]) -> Iterator[Site]:
             site.requests.append((self.path, asked, self.headers.get("If-Range", "")))
             if site.hold:
                 site.hold.wait(10)
+            if self.path in site.raw:
+                self.close_connection = True
+                with suppress(OSError):  # a reader that had enough
+                    self.wfile.write(site.raw[self.path])
+                    while site.endless:
+                        self.wfile.write(site.endless)
+                        time.sleep(site.pause_sec)
+                return
             if self.path in site.redirects:
                 self._head(302, Location=site.redirects[self.path], X_Linked_ETag=site.linked, Content_Length="0")
                 return
