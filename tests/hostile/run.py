@@ -19,6 +19,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,17 +137,28 @@ def damaged(sound: bytes, chance: random.Random) -> bytes:
 
 
 def fuzz(count: int, seed: int) -> Iterator[tuple[str, str, Content]]:
-    sound = {name: door.sound() for name, door in DOORS.items()}
     for number in range(count):
         name = list(DOORS)[number % len(DOORS)]
-        yield name, f"damage {seed}-{number}", damaged(sound[name], random.Random(f"{seed}-{number}"))
+        yield name, f"damage {seed}-{number}", damaged(sound(name), random.Random(f"{seed}-{number}"))
+
+
+@cache
+def sound(door: str) -> bytes:
+    return DOORS[door].sound()
+
+
+@cache
+def as_sound(door: str) -> Outcome:
+    """What a file with no damage is read as."""
+    return attempt(door, sound(door))
 
 
 def main(words: list[str]) -> int:
     torch.set_num_threads(1)
     is_verbose = "-v" in words
     words = [word for word in words if word != "-v"]
-    if words[0] in ("corpus", "some"):
+    is_fuzz = words[0] == "fuzz"
+    if not is_fuzz:
         cases = [(d, n, c) for (d, n), c in corpus().items() if len(words) < 2 or d == words[1]]
         cases = cases[:: 12 if words[0] == "some" else 1]
     else:
@@ -155,6 +167,8 @@ def main(words: list[str]) -> int:
     faults: list[Any] = []
     for door, name, content in cases:
         outcome = attempt(door, content)
+        if is_fuzz and DOORS[door].is_checked and outcome.kind == "read" and outcome != as_sound(door):
+            outcome = Outcome("other", f"{outcome.told}, without damage {as_sound(door).told}")
         tally[outcome.kind] += 1
         if outcome.kind not in ("read", "refused"):
             faults.append([door, name, *outcome])
