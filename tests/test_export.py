@@ -270,6 +270,7 @@ import os, shutil, signal, sys
 from pathlib import Path
 import safetensors.torch, torch
 from sidactl import inventory, outputs
+from tests.mortal import die_before
 
 base, run, ref, form, force = Path(sys.argv[1]), *sys.argv[2:5], sys.argv[5] == "force"
 inventory.export(ref, base / "warm", form=form, run=run)
@@ -280,15 +281,7 @@ for fatal in range(1, 400):
     shutil.copytree(base / "begin", root)
     pid = os.fork()
     if pid == 0:
-        step = 0
-        def count(event, args):
-            global step
-            changes = event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "shutil.rmtree")
-            if changes or event == "ctypes.dlopen" or event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR):
-                step += 1
-                if step == fatal:
-                    os.kill(os.getpid(), signal.SIGKILL)
-        sys.addaudithook(count)
+        die_before(fatal)
         inventory.export(ref, root / "out", form=form, run=run, force=force)
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
