@@ -157,7 +157,7 @@ def test_where_one_process_is_killed_the_others_stop_with_a_line_and_the_run_goe
 def test_where_one_process_hangs_the_run_ends_with_a_line_and_goes_on(
     alone: tuple[Path, str], tmp_path: Path, stopped: int, is_waited_for: bool
 ) -> None:
-    process = start(2, tmp_path, ["distill", *SHORT, "--hang-timeout", "2"])
+    process = start(2, tmp_path, ["distill", *SHORT, "--hang-timeout", "3"])
     wait_for_checkpoint(process, tmp_path)
     ranks = [child(process, rank=rank) for rank in range(2)]
     os.kill(ranks[stopped], signal.SIGSTOP)
@@ -169,7 +169,7 @@ def test_where_one_process_hangs_the_run_ends_with_a_line_and_goes_on(
     (line,) = [line for line in stderr.splitlines() if "error: " in line and "sign" in line]
     assert line == (
         f"{'process 1: ' * (stopped == 0)}error: process {stopped} (host {socket.gethostname()}, pid {ranks[stopped]}) "
-        "of 2 has given no sign for 2 s, so this one ends. Repeat the same command to go on from the last checkpoint; "
+        "of 2 has given no sign for 3 s, so this one ends. Repeat the same command to go on from the last checkpoint; "
         "a longer --hang-timeout is more patient."
     )
     assert stderr.count("Traceback") == 1  # torchrun's own
