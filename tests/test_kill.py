@@ -60,7 +60,7 @@ FULL_DISKS = {
     "fetch file": 3,
 }
 LIMITS = {"distill": 4, "sample": 3, "fid": 3, "prepare folder": 2, "fetch url": 3, "fetch file": 1}
-QUICK_KILLS = ("distill", "prepare folder", "fetch url", "gc")
+QUICK_KILLS = ("distill", "prepare folder", "fetch url")
 QUICK_FULL_DISKS = ("prepare folder",)
 QUICK_LIMITS = ("sample",)
 
