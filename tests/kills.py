@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -414,7 +415,8 @@ def main() -> int:
                 outcome = "same bytes"
                 shutil.rmtree(place)
             except Exception as error:
-                outcome = f"{type(error).__name__}: {error}"[:2000]
+                frame = traceback.extract_tb(error.__traceback__)[-1]
+                outcome = f"line {frame.lineno}, {frame.line}: {type(error).__name__}: {error}"[:2000]
                 print(f"failed: {command!r} with seed {seed}, see {place}: {outcome}", file=sys.stderr, flush=True)
             record = {"command": command, "seed": seed, "killed": tally["  kills"], "outcome": outcome}
             runs.append(record | {"seconds": round(time.monotonic() - started_sec, 1)})

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -349,6 +350,31 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_and_the_command_again_fi
             else:
                 export(new, root / "out", form=form, run=run, force=bool(old))
         assert content(root) == whole
+
+
+def export_until_a_file_is_large(limit: int, to: Path, run: Path, form: ExportForm) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    export(TEACHER, to, form=form, run=run)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "state-dict"])
+def test_what_a_kill_in_the_middle_of_a_file_leaves_goes_with_the_next_export(
+    run: Path, tmp_path: Path, form: ExportForm
+) -> None:
+    whole = export(TEACHER, tmp_path / "whole/out", form=form, run=run).parent
+    limit = (whole / "out").stat().st_size // 2
+    process = get_context("forkserver").Process(
+        target=export_until_a_file_is_large, args=(limit, tmp_path / "killed/out", run, form)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGXFSZ
+    assert not exported(tmp_path / "killed")
+    assert content(tmp_path / "killed")
+    export(TEACHER, tmp_path / "killed/out", form=form, run=run)
+    assert content(tmp_path / "killed") == content(whole)
 
 
 # disks that refuse
