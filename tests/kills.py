@@ -42,7 +42,7 @@ COMMANDS = {
     ),
     "finetune-sid2a": (
         "finetune-sid2a --teacher tiny-digits --generator generator/start --device cpu --duration 512 "
-        f"--adversarial-from 256 --batch-size {BATCH_SIZE} --evaluate-every 256 --evaluate-num 64 "
+        f"--generator-from 128 --adversarial-from 256 --batch-size {BATCH_SIZE} --evaluate-every 256 --evaluate-num 64 "
         f"--checkpoint-every {CHECKPOINT_EVERY}"
     ),
     "train-teacher": "train-teacher tiny-digits --name mine --device cpu --duration 1280 --batch-size 64",
