@@ -24,7 +24,7 @@ import typer
 from click_default_group import DefaultGroup
 from typer.core import TyperGroup
 
-from sidactl import __version__, inputs, ui
+from sidactl import __version__, heartbeat, inputs, ui
 from sidactl.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, SidaError
 from sidactl.recipe import Adversarial, Execution, NetSpec, Recipe, Setting, TeacherRecipe, flag_of
 
@@ -213,6 +213,39 @@ def _told_plainly(error: Exception) -> SidaError:
     return SidaError(told, "Repeat with --debug and report what it prints.", exit_code=EXIT_FAILED)
 
 
+def _signed(
+    function: Callable[..., None], command: Callable[..., Any], parameters: Sequence[inspect.Parameter]
+) -> Callable[..., None]:
+    """The function under the command's name and help, with these parameters as its options."""
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {p.name: p.annotation for p in parameters}
+    function.__name__, function.__doc__ = command.__name__, command.__doc__
+    return function
+
+
+def with_processes(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command that torchrun may start the option by which its processes watch each other."""
+    option = typer.Option(
+        "--hang-timeout",
+        metavar="SECONDS",
+        envvar=heartbeat.VARIABLE,
+        help="under torchrun: how long a process may give no sign of life before the run ends",
+    )
+
+    def with_flag(hang_timeout: str, **arguments: Any) -> None:
+        os.environ[heartbeat.VARIABLE] = str(heartbeat.seconds_of(hang_timeout))
+        command(**arguments)
+
+    flag = inspect.Parameter(
+        "hang_timeout",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=str(heartbeat.DEFAULT_SEC),
+        annotation=Annotated[str, option],
+    )
+    return _signed(with_flag, command, [*inspect.signature(command).parameters.values(), flag])
+
+
 # Getting started: teachers and datasets
 
 
@@ -261,6 +294,7 @@ def fetch_teacher(
 
 
 @app.command("prepare-data")
+@with_processes
 def prepare_data(
     source: Annotated[
         str | None, typer.Argument(help="tiny-digits, a folder, zip, tar.gz, IDX or npz file; see below")
@@ -424,17 +458,6 @@ def _parser(field: dataclasses.Field[Any]) -> Callable[[str], Any]:
     return parse
 
 
-def _signed(
-    function: Callable[..., None], command: Callable[..., Any], parameters: Sequence[inspect.Parameter]
-) -> Callable[..., None]:
-    """The function under the command's name and help, with these parameters as its options."""
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
-    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    function.__annotations__ = {p.name: p.annotation for p in parameters}
-    function.__name__, function.__doc__ = command.__name__, command.__doc__
-    return function
-
-
 def recipe_flags(*classes: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Gives a command one option per field of these dataclasses; it gets those that were given, as `overrides`."""
 
@@ -532,6 +555,7 @@ AllowUntrained = Annotated[
 
 
 @app.command("distill")
+@with_processes
 @recipe_flags(Recipe, Adversarial, Execution)
 def distill(
     teacher: TeacherRef,
@@ -569,6 +593,7 @@ def distill(
 
 
 @app.command("finetune-sid2a")
+@with_processes
 @recipe_flags(Recipe, Adversarial, Execution)
 def finetune_sid2a(
     teacher: TeacherRef,
@@ -807,6 +832,7 @@ def bench(
 
 
 @app.command()
+@with_processes
 @recipe_flags(Setting)
 def sample(
     overrides: Mapping[str, Any],
@@ -903,7 +929,8 @@ def score_flags(command: Callable[..., "Score"]) -> Callable[..., None]:
         # The display has ended: what it draws last would erase a result that is printed within.
         _print_score(score, as_json, all_lines=command.__name__ == "evaluate")
 
-    return recipe_flags(Setting)(_signed(with_flags, command, [*inspect.signature(shared).parameters.values(), *own]))
+    parameters = [*inspect.signature(shared).parameters.values(), *own]
+    return with_processes(recipe_flags(Setting)(_signed(with_flags, command, parameters)))
 
 
 Resize = Annotated[str, typer.Option(metavar="NAME", help="of dinov2: torch, as in published statistics, or pil")]

@@ -12,18 +12,19 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
-from datetime import timedelta
 from functools import cache, partial
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.utils.checkpoint import checkpoint
 
 from sidactl import nets
 from sidactl.diffusion import Denoiser, Preconditioned
 from sidactl.errors import EXIT_FAILED, SidaError
+from sidactl.heartbeat import LONGEST, Watch
 from sidactl.nets.edm import UNetBlock
 from sidactl.nets.edm2 import Block
 from sidactl.recipe import Execution, Recipe, Setting
@@ -162,12 +163,19 @@ def _join(**where: Any) -> None:
     has_own = local_rank < torch.cuda.device_count()
     if has_own:
         torch.cuda.set_device(local_rank)  # NCCL takes the current one for its own work
-    # One process may prepare or download for hours while the others wait; of one that ends they hear at once.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if has_own else "gloo", timeout=timedelta(days=1), **where)
-    atexit.register(_leave)
+    watch = None
+    if not where:
+        store, rank, size = next(rendezvous("env://", timeout=LONGEST))
+        watch, where = Watch(rank, size), {"store": store, "rank": rank, "world_size": size}
+    # One process may prepare or download for hours while the others wait; of one that ends they hear at once, and of
+    # one that hangs by the watch.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if has_own else "gloo", timeout=LONGEST, **where)
+    atexit.register(_leave, watch)
 
 
-def _leave() -> None:
+def _leave(watch: Watch | None) -> None:
+    if watch:
+        watch.end()
     gc.collect()  # sharded tensors must be gone before the connections that they use
     dist.destroy_process_group()
 

@@ -502,11 +502,8 @@ def _export_weights(store: Store, artifact: Artifact, path: Path, form: ExportFo
     state = {k: v.contiguous() for k, v in load_net(store, artifact, "cpu").state_dict().items()}
     if form == "safetensors":
         described = {"kind": artifact.kind, "params": dict(artifact.params)}
-        try:
-            safetensors.torch.save_file(state, path, metadata={"sidactl": json.dumps(described)})
-        except safetensors.SafetensorError as error:
-            number = re.search(r"os error (\d+)", str(error))
-            raise OSError(int(number[1]) if number else 0, os.strerror(int(number[1])) if number else error) from error
+        # Not by save_file, which writes beside the path first, under a name that the next export would not clear away.
+        path.write_bytes(safetensors.torch.save(state, metadata={"sidactl": json.dumps(described)}))
     else:
         buffer = io.BytesIO()
         torch.save({"ema": state}, buffer)

@@ -3,15 +3,16 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
-from sidactl import catalog, engine, ops
+from sidactl import catalog, engine, heartbeat, ops
 from sidactl.errors import SidaError
 from sidactl.recipe import Execution, override
 from sidactl.store import Store
@@ -37,8 +38,10 @@ def command(num_processes: int, arguments: Sequence[str]) -> list[str]:
     return [sys.executable, *(torchrun if num_processes > 1 else ["-m"]), "sidactl", *arguments]
 
 
-def start(num_processes: int, run: Path, arguments: Sequence[str]) -> "subprocess.Popen[str]":
-    environment = os.environ | {"SIDACTL_RUN": str(run), "CUDA_VISIBLE_DEVICES": ""}
+def start(
+    num_processes: int, run: Path, arguments: Sequence[str], settings: Mapping[str, str] | None = None
+) -> "subprocess.Popen[str]":
+    environment = os.environ | {"SIDACTL_RUN": str(run), "CUDA_VISIBLE_DEVICES": ""} | (settings or {})
     return subprocess.Popen(
         command(num_processes, arguments), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -95,12 +98,30 @@ def interrupted(num_processes: int, run: Path, options: Sequence[str]) -> None:
 
 
 def wait_for_checkpoint(process: "subprocess.Popen[str]", run: Path) -> None:
-    for _ in range(1000):
-        if any(run.glob("live/*/checkpoint-*")):
-            return
+    def is_there() -> bool:
         assert process.poll() is None, process.communicate()
+        return any(run.glob("live/*/checkpoint-*"))
+
+    wait_until(is_there)
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if holds():
+            return
         time.sleep(0.05)
-    raise AssertionError("no checkpoint came")
+    raise AssertionError("waited in vain")
+
+
+def child(process: "subprocess.Popen[str]", *, rank: int) -> int:
+    """The process id of one of those that torchrun started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (found,) = [int(pid) for pid in children if f"\0RANK={rank}\0".encode() in environment_of(int(pid))]
+    return found
+
+
+def environment_of(pid: int) -> bytes:
+    return b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
 
 
 @pytest.mark.slow
@@ -121,14 +142,97 @@ def test_where_one_process_is_killed_the_others_stop_with_a_line_and_the_run_goe
 ) -> None:
     process = start(2, tmp_path, ["distill", *SHORT])
     wait_for_checkpoint(process, tmp_path)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    killed = [int(pid) for pid in children if b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
-    os.kill(killed[0], signal.SIGKILL)
+    os.kill(child(process, rank=1), signal.SIGKILL)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "error: another process of this run has ended, so this one ends, too. Repeat the same command" in stderr
     assert list(Store.open(tmp_path).verify()) == []
     assert told(2, tmp_path, "distill", *SHORT) == alone[1]
+
+
+@pytest.mark.parametrize(
+    ("stopped", "is_waited_for"),
+    [(1, False), pytest.param(1, True, marks=pytest.mark.slow), pytest.param(0, True, marks=pytest.mark.slow)],
+)
+def test_where_one_process_hangs_the_run_ends_with_a_line_and_goes_on(
+    alone: tuple[Path, str], tmp_path: Path, stopped: int, is_waited_for: bool
+) -> None:
+    process = start(2, tmp_path, ["distill", *SHORT, "--hang-timeout", "3"])
+    wait_for_checkpoint(process, tmp_path)
+    ranks = [child(process, rank=rank) for rank in range(2)]
+    os.kill(ranks[stopped], signal.SIGSTOP)
+    if not is_waited_for:  # torchrun gives it 30 s before it kills it
+        wait_until(lambda: not Path(f"/proc/{ranks[1 - stopped]}/exe").exists())
+        os.kill(ranks[stopped], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    (line,) = [line for line in stderr.splitlines() if "error: " in line and "sign" in line]
+    assert line == (
+        f"{'process 1: ' * (stopped == 0)}error: process {stopped} (host {socket.gethostname()}, pid {ranks[stopped]}) "
+        "of 2 has given no sign for 3 s, so this one ends. Repeat the same command to go on from the last checkpoint; "
+        "a longer --hang-timeout is more patient."
+    )
+    assert stderr.count("Traceback") == 1  # torchrun's own
+    assert told(2, tmp_path, "distill", *SHORT) == alone[1]
+
+
+@pytest.mark.slow
+def test_where_the_process_that_holds_the_store_hangs_the_others_end_with_a_line(tmp_path: Path) -> None:
+    """Started by hand, as by a cluster's own launcher: process 0 is where they meet."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    settings = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "SIDACTL_HANG_TIMEOUT": "2"}
+    processes = [start(1, tmp_path, ["distill", *SHORT], settings | {"RANK": str(rank)}) for rank in range(2)]
+    wait_for_checkpoint(processes[0], tmp_path)
+    processes[0].send_signal(signal.SIGSTOP)
+    _, stderr = processes[1].communicate(timeout=20)
+    processes[0].kill()
+    processes[0].communicate()
+    assert processes[1].returncode == 1
+    assert stderr.splitlines()[-1].startswith(
+        f"process 1: error: process 0, where the processes meet (localhost:{port}), has not answered for 2 s, so this"
+    )
+
+
+PATIENT = """
+import os, time
+from pathlib import Path
+from sidactl import engine
+with engine.first_alone():
+    if os.environ["RANK"] == "0":
+        time.sleep(2.5)  # at work for longer than the time
+Path(os.environ["FOLDER"], os.environ["RANK"]).touch()
+while not Path(os.environ["FOLDER"], "continued").exists():
+    time.sleep(0.1)
+engine.agreed(str)
+if os.environ["RANK"] == "0":
+    time.sleep(2.5)  # after the other one has left
+"""
+
+
+def test_a_process_that_others_wait_for_and_a_job_that_is_stopped_as_a_whole_do_not_hang(tmp_path: Path) -> None:
+    settings = {"SIDACTL_HANG_TIMEOUT": "1", "FOLDER": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    (tmp_path / "patient.py").write_text(PATIENT)
+    words = [*command(2, [])[:-3], str(tmp_path / "patient.py")]
+    process = subprocess.Popen(words, env=os.environ | settings, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: all((tmp_path / str(rank)).exists() for rank in range(2)))
+    all_of_it = [process.pid, *(child(process, rank=rank) for rank in range(2))]
+    for pid in all_of_it:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(2.5)
+    for pid in reversed(all_of_it):
+        os.kill(pid, signal.SIGCONT)
+    (tmp_path / "continued").touch()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    assert "error" not in stderr
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "1.5", "86401", "soon"])
+def test_a_hang_timeout_is_seconds_up_to_a_day(given: str) -> None:
+    with pytest.raises(SidaError, match=r"^the hang timeout must be a whole number of seconds from 1 to 86400, got "):
+        heartbeat.seconds_of(given)
 
 
 def test_what_does_not_fit_the_processes_is_told_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,10 +82,21 @@ def test_processes_wait_for_each_other_for_a_day_and_take_gpus_that_are_there(
     monkeypatch.setattr(
         torch.distributed, "init_process_group", lambda backend, **options: joined.update(options, backend=backend)
     )
-    monkeypatch.setattr(engine.atexit, "register", lambda function: None)
+    monkeypatch.setattr(engine.atexit, "register", lambda function, watch: None)
+    monkeypatch.setattr(engine, "rendezvous", lambda url, timeout: iter([("where they meet", 1, 2)]))
+    watches: list[tuple[int, int]] = []
+    monkeypatch.setattr(engine, "Watch", lambda rank, size: watches.append((rank, size)))
     assert engine.rank_and_size() == (1, 2)
-    assert joined == {"backend": backend, "timeout": timedelta(days=1)}
+    where = {"store": "where they meet", "rank": 1, "world_size": 2}
+    assert joined == {"backend": backend, "timeout": timedelta(days=1), **where}
+    assert watches == [(1, 2)]
     assert taken == [1] * (num_gpus > 1)
+
+
+def test_a_process_alone_watches_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(engine, "Watch", lambda rank, size: pytest.fail("a watch"))
+    assert engine.rank_and_size() == (0, 1)
 
 
 def test_a_gathered_net_keeps_its_precision_and_order_in_memory() -> None:

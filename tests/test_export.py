@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +288,7 @@ import os, shutil, signal, sys
 from pathlib import Path
 import safetensors.torch, torch
 from sidactl import inventory, outputs
+from tests.mortal import die_before
 
 base, run, ref, form, force = Path(sys.argv[1]), *sys.argv[2:5], sys.argv[5] == "force"
 inventory.export(ref, base / "warm", form=form, run=run)
@@ -297,15 +299,7 @@ for fatal in range(1, 400):
     shutil.copytree(base / "begin", root)
     pid = os.fork()
     if pid == 0:
-        step = 0
-        def count(event, args):
-            global step
-            changes = event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "shutil.rmtree")
-            if changes or event == "ctypes.dlopen" or event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR):
-                step += 1
-                if step == fatal:
-                    os.kill(os.getpid(), signal.SIGKILL)
-        sys.addaudithook(count)
+        die_before(fatal)
         inventory.export(ref, root / "out", form=form, run=run, force=force)
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -373,6 +367,31 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_and_the_command_again_fi
             else:
                 export(new, root / "out", form=form, run=run, force=bool(old))
         assert content(root) == whole
+
+
+def export_until_a_file_is_large(limit: int, to: Path, run: Path, form: ExportForm) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    export(TEACHER, to, form=form, run=run)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "state-dict"])
+def test_what_a_kill_in_the_middle_of_a_file_leaves_goes_with_the_next_export(
+    run: Path, tmp_path: Path, form: ExportForm
+) -> None:
+    whole = export(TEACHER, tmp_path / "whole/out", form=form, run=run).parent
+    limit = (whole / "out").stat().st_size // 2
+    process = get_context("forkserver").Process(
+        target=export_until_a_file_is_large, args=(limit, tmp_path / "killed/out", run, form)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGXFSZ
+    assert not exported(tmp_path / "killed")
+    assert content(tmp_path / "killed")
+    export(TEACHER, tmp_path / "killed/out", form=form, run=run)
+    assert content(tmp_path / "killed") == content(whole)
 
 
 # disks that refuse
