@@ -59,7 +59,19 @@ def _typed(declared: Any, value: Any) -> Any:
     for option in typing.get_args(declared) or (declared,):
         if isinstance(option, type) and issubclass(option, Plain) and isinstance(value, Mapping):
             return option.from_json(value)
+    if not isinstance(value, bool) and isinstance(value, Real):
+        return _number(typing.get_args(declared) or (declared,), value)
     return tuple(value) if isinstance(value, list) else value
+
+
+def _number(kinds: Sequence[Any], value: Real) -> Any:
+    """Python's own number of the field's type, of any other: 1 and 1.0 are one recipe, in Python and as JSON."""
+    if int in kinds and isinstance(value, Integral):
+        return int(value)
+    try:
+        return float(value) if float in kinds else value
+    except OverflowError:
+        return math.inf  # which no field takes
 
 
 _types: Callable[[Any], dict[str, Any]] = cache(typing.get_type_hints)
