@@ -5,6 +5,7 @@ import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 
@@ -109,10 +110,10 @@ BAD: list[tuple[str, Any, str, str]] = [
     ("generator_lr", math.inf, "positive and finite", "--generator-lr"),
     ("lambda_sid", math.nan, "positive and finite", "--lambda-sid"),
     ("sigma_init", -2.5, "positive and finite", "--sigma-init"),
-    ("P_std", 0, "positive and finite", "--p-std"),
+    ("P_std", 0.0, "positive and finite", "--p-std"),
     ("fake_score_beta1", 1.0, "in [0, 1)", "--fake-score-beta1"),
     ("generator_beta1", -0.1, "in [0, 1)", "--generator-beta1"),
-    ("beta2", 1, "in [0, 1)", "--beta2"),
+    ("beta2", 1.0, "in [0, 1)", "--beta2"),
     ("dropout", math.nan, "in [0, 1)", "--dropout"),
     ("augment_p", 1.1, "in [0, 1]", "--augment-p"),
     ("tmax", 1001, "in (0, 1000]", "--tmax"),
@@ -124,7 +125,7 @@ BAD: list[tuple[str, Any, str, str]] = [
     ("generator_from_nimg", -1, "at least 0", "--generator-from"),
     ("adversarial_from_nimg", -1, "at least 0", "--adversarial-from"),
     ("lambda_adv", math.nan, "at least 0 and finite", "--lambda-adv"),
-    ("clip_gradient_value", 0, "positive or none", "--clip-gradient-value"),
+    ("clip_gradient_value", 0.0, "positive or none", "--clip-gradient-value"),
     ("ema_rampup_ratio", math.nan, "at least 0 and finite", "--ema-rampup-ratio"),
     ("P_mean", math.inf, "finite", "--p-mean"),
     ("logvar", 1, "true or false", "--logvar"),
@@ -163,7 +164,7 @@ def test_a_batch_must_split_into_its_rounds() -> None:
         ("ema_rampup_ratio", math.nan, "at least 0 and finite", "--ema-rampup-ratio"),
         ("beta1", 1.0, "in [0, 1)", "--beta1"),
         ("adam_eps", 0.0, "positive and finite", "--adam-eps"),
-        ("augment_p", 2, "in [0, 1]", "--augment-p"),
+        ("augment_p", 2.0, "in [0, 1]", "--augment-p"),
         ("P_std", -1.0, "positive and finite", "--p-std"),
         ("stop_if_nan_steps", 0, "at least 1", "--stop-if-nan-steps"),
     ],
@@ -316,3 +317,14 @@ def test_every_mode_of_the_tiny_teacher_has_the_parts_that_it_needs() -> None:
         "sid2a": False,
     }
     assert all(isinstance(recipe, Recipe) and recipe.mode == mode for mode, recipe in recipes.items())
+
+
+def test_a_number_is_the_same_in_every_type() -> None:
+    """Else 1 and 1.0 were two questions, with two runs that answer them."""
+    for name, values in {
+        "lambda_sid": (100, 100.0, np.float32(100), np.int64(100)),
+        "tmax": (800, np.int16(800)),
+    }.items():
+        assert len({json.dumps(override(SIDA, {name: value}).to_json()) for value in values}) == 1
+    with pytest.raises(SidaError, match="lambda_sid must be at least 0 and finite, got inf"):
+        override(SIDA, {"lambda_sid": 10**400})
