@@ -326,5 +326,5 @@ def test_a_number_is_the_same_in_every_type() -> None:
         "tmax": (800, np.int16(800)),
     }.items():
         assert len({json.dumps(override(SIDA, {name: value}).to_json()) for value in values}) == 1
-    with pytest.raises(SidaError, match="lambda_sid must be at least 0 and finite, got inf"):
+    with pytest.raises(SidaError, match="lambda_sid must be positive and finite, got inf"):
         override(SIDA, {"lambda_sid": 10**400})
