@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -1098,12 +1099,14 @@ def list_artifacts(
         return
     from sidactl import inventory
 
-    found = inventory.ls(kind, run=run)
     if as_json:
+        found = inventory.ls(kind, run=run)
         ui.print_json([{"oid": a.oid, "kind": a.kind, "names": names} for a, names in found])
         return
-    rows = [[a.kind, a.oid[:12], ", ".join(names), _size(a)] for a, names in found]
-    ui.table(["kind", "oid", "names", "size"], rows)
+    parts = inventory.ls_in_parts(kind, run=run)
+    for part in chain([next(parts, [])], parts):  # a table without a row says that there is none
+        rows = [[a.kind, a.oid[:12], ", ".join(names), _size(a)] for a, names in part]
+        ui.table(["kind", "oid", "names", "size"], rows)
 
 
 def _print_unfinished(run: Path | None, as_json: bool) -> None:

@@ -11,10 +11,11 @@ import re
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -193,13 +194,23 @@ def _ancestors(store: Store, artifact: Artifact, path: str) -> Iterator[tuple[st
 
 def ls(kind: str | None = None, *, run: RunDir = None) -> list[tuple[Artifact, list[str]]]:
     """Every artifact (of one kind) with its names, by kind and then name."""
+    return _in_order(listed for part in ls_in_parts(kind, run=run) for listed in part)
+
+
+def ls_in_parts(kind: str | None = None, *, run: RunDir = None) -> Iterator[list[tuple[Artifact, list[str]]]]:
+    """What `ls` gives, a thousand at a time as they are found, those with names first; each part in order."""
     if kind is not None and kind not in KINDS:
         raise SidaError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}", "Leave it out to list everything.")
     store = Store.open(run)
     names: dict[str, list[str]] = {}
     for name, oid in store.refs().items():
         names.setdefault(oid, []).append(name)
-    found = [(a, names.get(a.oid, [])) for a in store.artifacts(kind=kind)]
+    found = ((artifact, names.get(artifact.oid, [])) for artifact in store.artifacts(kind=kind, first=names))
+    while part := list(islice(found, 1000)):
+        yield _in_order(part)
+
+
+def _in_order(found: Iterable[tuple[Artifact, list[str]]]) -> list[tuple[Artifact, list[str]]]:
     return sorted(found, key=lambda item: (KINDS.index(item[0].kind), not item[1], item[1], item[0].oid))
 
 

@@ -16,6 +16,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from graphlib import TopologicalSorter
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeAlias, TypeVar
@@ -461,6 +463,22 @@ def _problem_of_checkpoint(folder: Path) -> str:
     return f"{bad[0]} is {_DAMAGED}" if bad else ""
 
 
+def _problems_of_bests(folder: Path) -> Iterator[tuple[str, str]]:
+    """What is wrong with the best generators so far that the checkpoints count on, as (file, problem)."""
+    counted_on = {}
+    for path in sorted(folder.glob("checkpoint-*/state.json")):
+        state = _json_or_none(path.read_bytes())
+        with suppress(TypeError, ValueError, LookupError):  # of which the digests tell
+            finite = [point for point in state["scores"] if math.isfinite(point[1])]  # type: ignore[index]
+            nimg, _ = min(finite, key=lambda point: float(point[1]))
+            counted_on[f"best-{int(nimg):010d}.safetensors"] = state["best_sha256"]  # type: ignore[index]
+    for name, sha256 in counted_on.items():
+        is_there = (folder / name).is_file()
+        if sha256 is not None and (not is_there or _hash_file(folder / name) != sha256):
+            told = f"is {'damaged' if is_there else 'missing'}, and the run could not end with it"
+            yield name, f"{told}. Put it back, or begin anew after: sidactl gc --live {folder.name[:12]}"
+
+
 def _cannot_be_read(error: BaseException | None, path: Path) -> str:
     assert isinstance(error, OSError)
     is_shut = error.errno in (errno.EACCES, errno.EPERM)
@@ -727,11 +745,17 @@ class Store:
         options = [(f"{oid[:12]} ({artifact.kind})", artifact.kind, oid) for oid, artifact in found.items()]
         return found[_only(text, options, kinds, "Give more digits.")]
 
-    def artifacts(self, *, kind: str | None = None, source: str | None = None) -> Iterator[Artifact]:
-        """All artifacts (of one kind, with the oid `source` among their inputs), by oid; those that are not damaged."""
+    def artifacts(
+        self, *, kind: str | None = None, source: str | None = None, first: Collection[str] = ()
+    ) -> Iterator[Artifact]:
+        """All artifacts (of one kind, with the oid `source` among their inputs), by oid; those that are not damaged.
+
+        first: oids of those that come before the others.
+        """
         # Looked for in the bytes first: most manifests need not be hashed and parsed then.
         words = [f'"kind":"{kind}"'.encode()] * bool(kind) + [f'"{source}"'.encode()] * bool(source)
-        for artifact in filter(None, (self._sound(oid, words) for oid in self._objects())):
+        oids = chain(first, (oid for oid in self._objects() if oid not in first))
+        for artifact in filter(None, (self._sound(oid, words) for oid in oids)):
             if kind in (None, artifact.kind) and (source is None or source in artifact.inputs.values()):
                 yield artifact
 
@@ -950,6 +974,7 @@ class Store:
             for path in sorted(folder.iterdir()):
                 problem = _problem_in_live(path)
                 found += [(f"live/{key[:12]}/{path.name}", problem)] if problem else []
+            found += [(f"live/{key[:12]}/{name}", problem) for name, problem in _problems_of_bests(folder)]
         except OSError as error:
             found.append((f"live/{key[:12]}", _cannot_be_read(error, folder)))
         # Asked at the end: what a process is at work on changes under our eyes.

@@ -95,6 +95,18 @@ def test_what_a_process_works_on_is_listed_as_such_and_not_removed(
     assert (run / "live" / key / QUESTION).exists()
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_verify_knows_the_best_generator_so_far(run: Path, is_there: bool) -> None:
+    assert inventory.verify(run=run) == []
+    (best,) = run.glob("live/*/best-*.safetensors")
+    best.write_bytes(best.read_bytes()[:-1] + b"?") if is_there else best.unlink()
+    key = best.parent.name[:12]
+    told = f"is {'damaged' if is_there else 'missing'}, and the run could not end with it. Put it back, or begin anew"
+    assert inventory.verify(run=run) == [(f"live/{key}/{best.name}", f"{told} after: sidactl gc --live {key}")]
+    sidactl("gc", "--live", key, "--run", str(run))
+    assert inventory.verify(run=run) == []
+
+
 def test_gc_live_removes_that_work_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (key,) = os.listdir(run / "live")
     other = run / "live" / ("ab" * 32)
@@ -315,3 +327,22 @@ def test_gc_tells_how_many_young_objects_it_spares(tmp_path: Path, capsys: pytes
         ]
     report = store.gc(grace_sec=-1)
     assert (report.num_objects, report.num_young) == (3, 0)
+
+
+def test_ls_lists_a_thousand_at_a_time_those_with_names_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store.open(tmp_path)
+    oids = [store.put("score", {}, params={"number": n}).oid for n in range(1002)]
+    last = max(oids)
+    store.set_ref("score", "the-last", last)
+    parts = list(inventory.ls_in_parts(run=tmp_path))
+    assert [len(part) for part in parts] == [1000, 2]
+    assert (parts[0][0][0].oid, parts[0][0][1]) == (last, ["score/the-last"])
+    assert sorted(artifact.oid for part in parts for artifact, _ in part) == sorted(oids)
+    assert [artifact.oid for artifact, _ in inventory.ls(run=tmp_path)] == [last, *sorted(set(oids) - {last})]
+    sidactl("ls", "--run", str(tmp_path))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1002 + 2 * len(["kind"])
+    sidactl("ls", "teacher", "--run", str(tmp_path))
+    assert capsys.readouterr().out.split() == ["kind", "oid", "names", "size"]
