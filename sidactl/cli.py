@@ -1217,13 +1217,28 @@ def look(
 
 
 @app.command()
-def verify(run: Run = None, as_json: Json = False) -> None:
-    """Check every object of the run directory.
+def verify(
+    signature: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="check PATH.sig, of an export that was signed, instead")
+    ] = None,
+    key: Annotated[Path | None, typer.Option(metavar="FILE", help="the public key for it, PEM")] = None,
+    run: Run = None,
+    as_json: Json = False,
+) -> None:
+    """Check every object of the run directory, or the signature of an export.
 
     Example: sidactl verify
     """
     from sidactl import inventory
 
+    if (signature is None) != (key is None):
+        raise SidaError("--signature and --key belong together, got one", "Pass both, or neither.")
+    if signature and key:
+        inventory.verify_signature(signature, key)
+        if as_json:
+            ui.print_json({"path": str(signature), "signed_by": str(key)})
+        ui.note(f"{signature} is what was signed by this key")
+        return
     problems = inventory.verify(run=run)
     if as_json:
         ui.print_json([{"object": name, "problem": problem} for name, problem in problems])
@@ -1280,6 +1295,9 @@ def export(
             help="files, png, npz, safetensors, state-dict or onnx; by the destination's suffix, else files",
         ),
     ] = None,
+    sign: Annotated[
+        Path | None, typer.Option(metavar="KEY", help="sign it with this private key (PEM): DESTINATION.sig")
+    ] = None,
     run: Run = None,
     force: Force = False,
     as_json: Json = False,
@@ -1290,7 +1308,7 @@ def export(
     """
     from sidactl import inventory
 
-    path = inventory.export(ref, destination, form=form, run=run, force=force)  # type: ignore[arg-type]  # checked there
+    path = inventory.export(ref, destination, form=form, sign=sign, run=run, force=force)  # type: ignore[arg-type]
     if as_json:
         ui.print_json({"path": str(path)})
     else:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sidactl import __version__, catalog, live, pickles
+from sidactl import __version__, catalog, live, pickles, signing
 from sidactl.artifacts import NETS, RunDir, load_dataset, load_net, mapping, require_images
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.inputs import Ref, ref_text, run_of
@@ -219,6 +219,11 @@ def verify(*, run: RunDir = None) -> list[tuple[str, str]]:
     return list(Store.open(run).verify())
 
 
+def verify_signature(path: os.PathLike[str] | str, key: os.PathLike[str] | str) -> None:
+    """Raises SidaError unless the signature beside an exported file or folder is by the owner of this public key."""
+    signing.check(Path(path), Path(key))
+
+
 def unfinished(*, run: RunDir = None) -> list[live.Unfinished]:
     """Work that did not end, or goes on now: how far it has come and what goes on with it, the last touched first."""
     return live.unfinished(Store.open(run))
@@ -264,6 +269,7 @@ def export(
     destination: os.PathLike[str] | str,
     *,
     form: ExportForm | None = None,
+    sign: os.PathLike[str] | str | None = None,
     run: RunDir = None,
     force: bool = False,
 ) -> Path:
@@ -275,7 +281,7 @@ def export(
     no code; onnx: the generator's one step, from `latents` (unit noise, float32 [N, C, H, W]) and one-hot `labels`
     [N, K] to `images`, in opset 18. A network comes with a model card: README.md in the folder, or beside the file,
     under its name with .md added. `force` replaces an earlier export: a folder whose manifest lists all that is in it,
-    or a file of the same form; nothing else.
+    or a file of the same form; nothing else. sign: a private key, by which DESTINATION.sig is made, too (see `signing`).
     """
     store, path = Store.open(run_of(ref, run)), Path(destination)
     form = form or _FORM_OF_SUFFIX.get(path.suffix.lower(), "files")
@@ -287,8 +293,11 @@ def export(
     outputs = [Output(path, partial(_problem_of, form))]
     if artifact.kind in NETS and form != "files":
         outputs.insert(0, Output(path.parent / f"{path.name}.md", _problem_of_card))
-    with whole(outputs, force=force, run=store.root) as (*cards, temporary):
-        for card in cards:
+    write_signature = None if sign is None else signing.signer(Path(sign))
+    if write_signature:
+        outputs.insert(0, Output(signing.signature_of(path), _problem_of_signature))
+    with whole(outputs, force=force, run=store.root) as (*beside, temporary):
+        for card in beside[bool(write_signature) :]:
             card.write_text(model_card(store, artifact, form, path.name), encoding="utf-8")
         if form == "files":
             _export_files(store, artifact, temporary)
@@ -300,6 +309,8 @@ def export(
             _export_onnx(store, artifact, temporary)
         else:
             _export_weights(store, artifact, temporary, form)
+        if write_signature:
+            write_signature(temporary, beside[0])
     return path
 
 
@@ -345,6 +356,11 @@ def _listed(folder: Path) -> set[str] | None:
         return {_MANIFEST, *map(str, listed)} if is_ours else None
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
+
+
+def _problem_of_signature(path: Path) -> str:
+    found = type_of(path)
+    return signing.problem_of(path) if found == "a file" else found
 
 
 def _problem_of_card(path: Path) -> str:

@@ -590,3 +590,56 @@ def test_show_tells_foreign_text_in_one_line(
             assert [line for line in out.splitlines() if "licence" in line] == [f"  setting  licence: {shown}"]
         elif words[0] == "export":
             assert out == f"{tmp_path}/a\\n\\x1bb\n"
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two pairs of keys, ours and theirs."""
+    pytest.importorskip("model_signing", reason="signatures need: pip install 'sidactl[sign]'")
+    from cryptography.hazmat.primitives import serialization as form
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    folder = tmp_path_factory.mktemp("keys")
+    for name in ("ours", "theirs"):
+        key = ec.generate_private_key(ec.SECP256R1())
+        private = key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption())
+        public = key.public_key().public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo)
+        (folder / f"{name}.pem").write_bytes(private)
+        (folder / f"{name}.pub").write_bytes(public)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["net", "net.safetensors"])
+def test_a_signed_export_is_known_by_its_key_and_no_other(run: Path, tmp_path: Path, keys: Path, name: str) -> None:
+    path, check = tmp_path / name, inventory.verify_signature
+    for _ in range(2):
+        export(TEACHER, path, sign=keys / "ours.pem", run=run, force=True)
+        check(path, keys / "ours.pub")
+    with pytest.raises(SidaError, match="is not what was signed by this key: Key mismatch"):
+        check(path, keys / "theirs.pub")
+    changed = path / "README.md" if path.is_dir() else path
+    changed.write_bytes(changed.read_bytes() + b" ")
+    with pytest.raises(SidaError, match="is not what was signed by this key: Signature mismatch"):
+        check(path, keys / "ours.pub")
+
+
+def test_what_cannot_be_signed_or_checked_is_said_before_anything_is_written(
+    run: Path, tmp_path: Path, keys: Path
+) -> None:
+    for key, told in (("ours.pub", "no private key"), ("none.pem", "No such file"), ("../keys0", "no private key")):
+        with pytest.raises(SidaError, match=told):
+            export(TEACHER, tmp_path / "net", sign=keys / key, run=run)
+    (tmp_path / "net.sig").write_text("mine")
+    with pytest.raises(SidaError, match="got a file that is no signature"):
+        export(TEACHER, tmp_path / "net", sign=keys / "ours.pem", run=run, force=True)
+    assert sorted(os.listdir(tmp_path)) == ["cwd", "net.sig"]
+    for path, key, told in (
+        ("net", "ours.pub", "net is not there"),
+        ("net.sig", "ours.pub", "net.sig.sig is not there"),
+        ("net.sig", "ours.pem", "no public key"),
+    ):
+        with pytest.raises(SidaError, match=told):
+            inventory.verify_signature(tmp_path / path, keys / key)
+    (tmp_path / "cwd.sig").write_text("{}")
+    with pytest.raises(SidaError, match="is not what was signed by this key"):
+        inventory.verify_signature(tmp_path / "cwd", keys / "ours.pub")
