@@ -281,7 +281,7 @@ def export(
     no code; onnx: the generator's one step, from `latents` (unit noise, float32 [N, C, H, W]) and one-hot `labels`
     [N, K] to `images`, in opset 18. A network comes with a model card: README.md in the folder, or beside the file,
     under its name with .md added. `force` replaces an earlier export: a folder whose manifest lists all that is in it,
-    or a file of the same form; nothing else. sign: a private key, by which DESTINATION.sig is made, too (see `signing`).
+    or a file of the same form; nothing else. sign: a private key, which makes DESTINATION.sig, too (see `signing`).
     """
     store, path = Store.open(run_of(ref, run)), Path(destination)
     form = form or _FORM_OF_SUFFIX.get(path.suffix.lower(), "files")
