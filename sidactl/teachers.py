@@ -88,8 +88,11 @@ def load_record(record: pickles.Record) -> Preconditioned:
 
     Raises SidaError for weights that do not fit it, or are not real and finite.
     """
-    net, state = nets.build(spec_of(record)), pickles.state_dict(record)
+    spec, state = spec_of(record), pickles.state_dict(record)
+    with torch.device("meta"):  # before any memory is taken for what the options merely claim
+        _refuse_misfits(nets.build(spec), state)
     nets.check_values(state)
+    net = nets.build(spec)
     load_weights(net, state)
     if record.forced_normalization_hook:
         force_normalize_(net)
@@ -98,12 +101,16 @@ def load_record(record: pickles.Record) -> Preconditioned:
 
 def load_weights(net: Preconditioned, state: Mapping[str, Tensor]) -> None:
     """Copies a state dict into a net, as float32. Raises SidaError listing what is missing, unexpected or misshapen."""
+    _refuse_misfits(net, state)
+    net.load_state_dict({name: tensor.to(torch.float32) for name, tensor in state.items()})
+
+
+def _refuse_misfits(net: Preconditioned, state: Mapping[str, Tensor]) -> None:
     if misfits := nets.misfits_of(net, state):
         raise SidaError(
             f"the weights do not fit the network: {misfits}",
             "Check that the file holds the network that its settings describe.",
         )
-    net.load_state_dict({name: tensor.to(torch.float32) for name, tensor in state.items()})
 
 
 def read_network(path: Path) -> Preconditioned:

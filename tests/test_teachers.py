@@ -154,7 +154,7 @@ def test_balances_limit_and_noise_levels_of_a_checkpoint_are_read_and_stored_whe
     levels = {"model_type": "SongUNet", "sigma_min": 0.01, "sigma_max": 50}
     bounded = teachers.spec_of(record("EDMPrecond", **levels))
     assert (bounded.sigma_min, bounded.sigma_max) == (0.01, 50)
-    with pytest.raises(SidaError, match=r"^sigma_max must be above sigma_min, 2, got 1\. "):
+    with pytest.raises(SidaError, match=r"^sigma_max must be above sigma_min, 2, got 1\.0\. "):
         teachers.spec_of(record("EDMPrecond", **levels | {"sigma_min": 2, "sigma_max": 1}))
 
 

@@ -133,7 +133,7 @@ OPTIONS: list[dict[str, Any]] = (
     [
         {name: value}
         for name in ("model_channels", "channel_mult", "num_blocks", "attn_resolutions", "label_dim", "dropout")
-        for value in ("x", None, 2.5, -3, 10**9, [[1]], (), {"a": 1}, float("nan"))
+        for value in ("x", None, 2.5, -3, 90, 20_000, 10**9, [[1]], (), {"a": 1}, float("nan"))
     ]
     + [{"img_resolution": value} for value in ("8", None, 0, 7, 1 << 40)]
     + [{"model_type": value} for value in (None, 5, "DhariwalUNet", "SongUNet\x1b[2J", ["SongUNet"])]
