@@ -330,7 +330,7 @@ def fetch_teacher(
     if isinstance(entry, catalog.Teacher) and entry.asset:
         artifact = _fetch_asset(store, entry, entry.asset, force, recheck, None if is_inner else say)
         return named(store, artifact, [entry.name, *([name] if name else [])])
-    called = entry.name if entry else name or plain_name(Path(source.partition("?")[0]).stem)
+    called = entry.name if entry else name or _name_of_file(source)
     refs = [called, name] if name else [called]
     suffix = _suffix(url or source)
     what = url or source_identity(store, source, recheck=force or recheck)
@@ -440,6 +440,13 @@ def _kind_of(entry: catalog.Teacher | catalog.Generator) -> NetKind:
 def _check_kind(source: str, is_a: NetKind, wanted: NetKind | None) -> None:
     if wanted not in (None, is_a):
         raise SidaError(f"{source} must be a {wanted}, got a {is_a}", "Give another.")
+
+
+def _name_of_file(source: str) -> str:
+    """What to call a network by its file or URL; that in an exported folder is called as the folder is."""
+    path = Path(source.partition("?")[0])
+    is_exported = path.name == "model.safetensors" and "://" not in source
+    return plain_name(path.absolute().parent.name if is_exported else path.stem)
 
 
 def plain_name(stem: str) -> str:

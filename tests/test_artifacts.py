@@ -1317,3 +1317,9 @@ def test_latents_of_two_processes_are_those_of_one(run: Path, tmp_path: Path) ->
     assert shared == alone
     assert Store(other).get(shared).results["kind"] == "latents"
     assert not list((other / "live").iterdir())
+
+
+def test_a_network_in_an_exported_folder_is_called_as_the_folder_is(run: Path, tmp_path: Path) -> None:
+    folder = inventory.export(fetch_teacher("tiny-digits", run=run).oid, tmp_path / "my-net", run=run)
+    made = fetch_teacher(str(folder / "model.safetensors"), run=tmp_path / "other")
+    assert Store.open(tmp_path / "other").names_of(made.oid) == ["teacher/my-net"]
