@@ -925,15 +925,23 @@ def score_flags(command: Callable[..., "Score"]) -> Callable[..., None]:
         special = {p.name: arguments.pop(p.name) for p in own}
         arguments["setting"] = Setting(**overrides)
         arguments["num"] = _count(arguments["num"], "--num", least=2)
+        limit = special.pop("fail_above", None)
+        if limit is not None and not limit >= 0:
+            raise SidaError(f"--fail-above must be a number of at least 0, got {limit}", "Pass another.")
         with _ticking(command.__name__.replace("_", "-")) as tick:
             score = command(_from_pipe(ref), arguments | {"tick": tick, "say": ui.note}, **special)
         # The display has ended: what it draws last would erase a result that is printed within.
         _print_score(score, as_json, all_lines=command.__name__ == "evaluate")
+        if limit is not None and float(score) > limit:
+            raise SidaError(f"the score {float(score):.6g} is above {limit:g}", "", exit_code=EXIT_FAILED)
 
     parameters = [*inspect.signature(shared).parameters.values(), *own]
     return with_processes(recipe_flags(Setting)(_signed(with_flags, command, parameters)))
 
 
+FailAbove = Annotated[
+    float | None, typer.Option(metavar="NUMBER", help="exit code 1 where the score is above it, for checks")
+]
 Resize = Annotated[str, typer.Option(metavar="NAME", help="of dinov2: torch, as in published statistics, or pil")]
 Neighbours = Annotated[int, typer.Option(help="k of the k-nearest-neighbour manifolds")]
 NumSplits = Annotated[int, typer.Option(help="parts that the inception score is averaged over")]
@@ -941,7 +949,7 @@ NumSplits = Annotated[int, typer.Option(help="parts that the inception score is 
 
 @app.command()
 @score_flags
-def fid(ref: str, options: Mapping[str, Any]) -> "Score":
+def fid(ref: str, options: Mapping[str, Any], fail_above: FailAbove = None) -> "Score":
     """Print the Frechet distance to a dataset.
 
     Example: sidactl fid generator/best --num 10k --trials 10
@@ -953,7 +961,7 @@ def fid(ref: str, options: Mapping[str, Any]) -> "Score":
 
 @app.command("fd-dinov2")
 @score_flags
-def fd_dinov2(ref: str, options: Mapping[str, Any], resize: Resize = "torch") -> "Score":
+def fd_dinov2(ref: str, options: Mapping[str, Any], resize: Resize = "torch", fail_above: FailAbove = None) -> "Score":
     """Print FD-DINOv2.
 
     Example: sidactl fd-dinov2 generator/best --ref imagenet512

@@ -462,6 +462,17 @@ def test_fid_json_says_how_the_score_was_made(distilled: tuple[Path, str]) -> No
     assert "score" in sidactl("show", oid, run=run).stdout
 
 
+def test_a_score_above_the_limit_is_printed_and_fails_the_command(distilled: tuple[Path, str]) -> None:
+    run, oid = distilled
+    value = sidactl("fid", oid, "--num", "100", run=run).stdout
+    assert sidactl("fid", oid, "--num", "100", "--fail-above", "1e6", run=run).stdout == value
+    done = sidactl("fid", oid, "--num", "100", "--fail-above", "0.001", run=run, check=None)
+    assert (done.returncode, done.stdout) == (1, value)
+    assert done.stderr.splitlines()[-1] == f"error: the score {value.strip()} is above 0.001"
+    done = sidactl("fid", oid, "--num", "100", "--fail-above", "nan", run=run, check=None)
+    assert (done.returncode, done.stdout) == (2, "")
+
+
 @pytest.mark.slow
 def test_scores_of_two_processes_are_those_of_one_bit_for_bit(distilled: tuple[Path, str], tmp_path: Path) -> None:
     def measured(*launcher: str) -> dict[str, Any]:
