@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -39,6 +40,15 @@ def test_the_quickstart_exports_to_where_an_export_may_go_and_again(finished: Fi
         done = subprocess.run(["sh", "-euc", shell], env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert (Path(done.stdout.strip()) / "grid.png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [(), ("edm2",)])
+def test_the_smoke_test_for_ci_passes(words: Sequence[str]) -> None:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    script = ["sh", str(ROOT / "examples/ci_smoke.sh"), *words]
+    done = subprocess.run(script, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "no problem found"), done.stderr
 
 
 def test_first_blocks_are_the_two_scripts_that_set_up_everything() -> None:
