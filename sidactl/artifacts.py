@@ -355,6 +355,7 @@ def fetch_teacher(
         try:
             path = Path(source) if url is None else temporary
             if url is None:
+                download.refuse_larger(called, path, limit)
                 sha256 = file_digest(path)
             else:
                 sha256 = _download(entry, url, path, called, offline, mirror, limit, progress, say)

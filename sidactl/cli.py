@@ -1245,7 +1245,9 @@ def verify(
         inventory.verify_signature(signature, key)
         if as_json:
             ui.print_json({"path": str(signature), "signed_by": str(key)})
-        ui.note(f"{signature} is what was signed by this key")
+        card = signature.with_name(f"{signature.name}.md")
+        beside = f"; {card} beside it is not part of that" if card.exists() and not signature.is_dir() else ""
+        ui.note(f"{signature} is what was signed by this key{beside}")
         return
     problems = inventory.verify(run=run)
     if as_json:

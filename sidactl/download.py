@@ -222,6 +222,12 @@ def _complete(
             )
 
 
+def refuse_larger(what: str, path: Path, max_bytes: int | None) -> None:
+    """Raises SidaError for a file of more than max_bytes, where that is a number."""
+    if max_bytes is not None and (size_bytes := path.stat().st_size) > max_bytes:
+        raise _too_large(what, str(path), f"{size_bytes:,} bytes", max_bytes)
+
+
 def _too_large(what: str, place: str, size: str, limit: int) -> SidaError:
     return SidaError(
         f"{what} must have at most {limit:,} bytes, {place} offers {size}",

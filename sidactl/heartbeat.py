@@ -102,7 +102,8 @@ class Watch:
         ui.fail(
             SidaError(
                 f"{told} for {self._timeout_sec} s, so this one ends",
-                "Repeat the same command to go on from the last checkpoint; a longer --hang-timeout is more patient.",
+                "Repeat the same command, and training goes on from its last checkpoint; "
+                "a longer --hang-timeout is more patient.",
                 exit_code=EXIT_FAILED,
             )
         )

@@ -26,7 +26,7 @@ from sidactl.artifacts import NETS, RunDir, load_dataset, load_net, mapping, req
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.inputs import Ref, ref_text, run_of
 from sidactl.outputs import Output, type_of, whole
-from sidactl.scores import Score, score_of
+from sidactl.scores import Score, score_name, score_of
 from sidactl.store import KINDS, Artifact, GcReport, Store
 from sidactl.text import markdown, shell_word
 
@@ -46,6 +46,8 @@ _FORM_OF_SUFFIX: Mapping[str, ExportForm] = {
     ".pth": "state-dict",
     ".onnx": "onnx",
 }
+_NO_FORM = (".zip", ".tar", ".gz", ".tgz", ".png", ".jpg", ".jpeg", ".webp", ".pkl", ".ckpt", ".bin", ".npy", ".json")
+"""whoever ends a name in one of these means a file, which a folder of that name is not"""
 _FORM_KINDS: dict[ExportForm, Sequence[str]] = {
     "files": KINDS,
     "png": ("samples", "dataset"),
@@ -127,7 +129,8 @@ def look(path: os.PathLike[str] | str) -> dict[str, Any]:
     """
     place = Path(path)
     if not place.is_file():
-        raise SidaError(f"{place}: no such file", "Name a .pkl or .safetensors file; sidactl show takes artifacts.")
+        problem = f"must be a file, got {type_of(place)}" if place.exists() else "no such file"
+        raise SidaError(f"{place}: {problem}", "Name a .pkl or .safetensors file; sidactl show takes artifacts.")
     with place.open("rb") as file:
         is_pickle = file.read(1) == pickle.PROTO
     if is_pickle:
@@ -163,7 +166,9 @@ def _looked_at(value: Any) -> Any:
         case pickles.Outline() | np.ndarray():
             return {"dtype": str(value.dtype), "shape": list(value.shape)}
         case dict():
-            return {str(name): _looked_at(each) for name, each in value.items()}
+            told = {str(name): _looked_at(each) for name, each in value.items()}
+            # 1 and "1" are two names in Python, and one in JSON
+            return told if len(told) == len(value) else [[name, _looked_at(each)] for name, each in value.items()]
         case list() | tuple() | set():
             return [_looked_at(each) for each in value]
         case pickles.Hook(name):
@@ -284,6 +289,11 @@ def export(
     or a file of the same form; nothing else. sign: a private key, which makes DESTINATION.sig, too (see `signing`).
     """
     store, path = Store.open(run_of(ref, run)), Path(destination)
+    if form is None and path.suffix.lower() in _NO_FORM:
+        raise SidaError(
+            f"no export is a {path.suffix} file, got {path}",
+            "Pass --to files for a folder of that name, or end the name in .npz, .safetensors, .pt or .onnx.",
+        )
     form = form or _FORM_OF_SUFFIX.get(path.suffix.lower(), "files")
     if form not in EXPORT_FORMS:
         raise SidaError(f"--to must be one of {', '.join(EXPORT_FORMS)}, got {form!r}", "Leave it out for the files.")
@@ -442,6 +452,8 @@ def model_card(store: Store, artifact: Artifact, form: ExportForm, file: str) ->
         for told in (score.to_json() for score in described.scores)
         for name, n in told["scores"].items()
     ]
+    if results.get("selection_score") is not None:
+        rows += _rows_of_training(artifact)
     rows += [
         f"| {name} | {number.value:g} | {'' if number.std is None else f'{number.std:g}'} | 50,000 | published | |"
         for name, number in described.published.items()
@@ -452,6 +464,16 @@ def model_card(store: Store, artifact: Artifact, form: ExportForm, file: str) ->
     settings = {"net": params["net"], "sampler": params["sampler"], "recipe": params.get("recipe")}
     lines += ["", "## Network, sampler and recipe", "", "```json", json.dumps(settings, indent=2), "```", ""]
     return "\n".join(lines)
+
+
+def _rows_of_training(generator: Artifact) -> Iterator[str]:
+    """What the run measured by which it chose this generator, and of its teacher."""
+    results = generator.results
+    recipe = mapping(generator.params["recipe"])
+    name, by = score_name(str(results["detector"])), _text(results["detector"])
+    for of, value in (("", results["selection_score"]), (", its teacher", results.get("teacher_score"))):
+        if isinstance(value, int | float):
+            yield f"| {_text(name)}{of} | {value:.4g} | | 1 x {recipe['evaluate_num']:,} | {by} | in its training |"
 
 
 def _text(value: object) -> str:

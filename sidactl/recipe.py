@@ -69,7 +69,7 @@ def _number(kinds: Sequence[Any], value: Real) -> Any:
     if int in kinds and isinstance(value, Integral):
         return int(value)
     try:
-        return float(value) if float in kinds else value
+        return float(value) + 0.0 if float in kinds else value  # which makes -0.0 the 0.0 that it equals
     except OverflowError:
         return math.inf  # which no field takes
 

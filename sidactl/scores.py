@@ -345,7 +345,8 @@ class _Question:
         if force:
             for name in set(detectors.values()):
                 _read_again(store, name)
-        weights = {name: _weights_digest(store, name) for name in set(detectors.values())}
+        needs_classes = {name for metric, name in detectors.items() if metric == "inception-score"}
+        weights = {name: _weights_digest(store, name, name in needs_classes) for name in set(detectors.values())}
         key = store.key(
             "score",
             {"metrics": chosen, "num": num, "seeds": seeds, "settings": settings, **_by_whom(detectors, weights)},
@@ -424,7 +425,7 @@ def _has_classes(detector: str) -> bool:
     )
 
 
-def _weights_digest(store: Store, detector: str) -> Any:
+def _weights_digest(store: Store, detector: str, needs_classes: bool) -> Any:
     """What stands for a detector's weights in a question, without reading more than it must."""
     if references.is_detector_file(detector):
         if not Path(detector).is_file():
@@ -433,7 +434,7 @@ def _weights_digest(store: Store, detector: str) -> Any:
     try:
         return fetch_detector(detector, run=store.root).oid
     except SidaError as error:
-        if error.exit_code != EXIT_FAILED:
+        if error.exit_code != EXIT_FAILED or needs_classes:  # which the one that is built in has not
             raise
         hint = f"{error.hint} Or score with --detector {RANDOM_FEATURES}, which is built in and is no FID."
         raise SidaError(error.message, hint.strip(), exit_code=EXIT_FAILED) from error
@@ -530,7 +531,7 @@ def _measure(asked: _Question) -> _Measured:
                 warnings.append(
                     f"{MAX_REAL_IMAGES:,} of {held:,} reference images, drawn by seed 0, stand for all of them"
                 )
-    warnings += _of_other_shape(asked.subject, asked.references.values())
+    warnings += _of_other_shape(asked.store, asked.subject, asked.references.values())
     for metric, reference in asked.references.items():
         by = by_metric[metric]
         if reference.kind == "stats" and "detector" not in reference.params and not by.is_published:
@@ -556,15 +557,28 @@ def _measure(asked: _Question) -> _Measured:
     return _Measured(values, made_by, made_against, sorted(set(warnings)))
 
 
-def _of_other_shape(subject: Artifact, compared: Iterable[Artifact]) -> Iterator[str]:
+def _of_other_shape(store: Store, subject: Artifact, compared: Iterable[Artifact]) -> Iterator[str]:
     """Warnings of references whose images differ in size or channels, as far as both are known."""
     own = _shape(subject)
-    for other in {_shape(reference) for reference in compared} - {own, None}:
-        if own and other:
+    for reference in compared:
+        other = _shape(reference)
+        if own and other and own != other:
+            if own[1:] == other[1:] and all(_looks_grey(store, artifact) for artifact in (subject, reference)):
+                continue
             yield (
                 f"the images are {own[1]}x{own[2]}x{own[0]}, the reference's {other[1]}x{other[2]}x{other[0]}: the "
                 "distance is of that, too"
             )
+
+
+def _looks_grey(store: Store, artifact: Artifact) -> bool:
+    """Whether images have one channel, or as far as a few of them show three that are equal, as grey files become."""
+    shape = _shape(artifact)
+    if artifact.kind != "dataset" or shape is None or shape[0] == 1:
+        return shape is not None and shape[0] == 1
+    num = int(artifact.results["num_images"])  # type: ignore[arg-type]
+    some = load_dataset(store, artifact).images(range(0, num, max(1, num // 64)))
+    return bool((some == some[:, :1]).all())
 
 
 def _shape(artifact: Artifact) -> tuple[int, int, int] | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sidactl.errors import EXIT_FAILED, SidaError
+from sidactl.text import shell_word
 
 _BUNDLE = b'{"mediaType":"application/vnd.dev.sigstore.bundle'
 _KEYS = "Make a pair with: openssl ecparam -name prime256v1 -genkey -noout -out key.pem && openssl ec -in key.pem "
@@ -31,7 +32,7 @@ def signer(key: Path) -> Callable[[Path, Path], None]:
     with _loading(key, "private"):
         from model_signing.signing import Config
 
-        config: Any = Config().use_elliptic_key_signer(private_key=key)
+        config: Any = Config().use_elliptic_key_signer(private_key=key).set_hashing_config(_everything())
     return lambda path, to: config.sign(path, to)
 
 
@@ -40,7 +41,7 @@ def check(path: Path, key: Path) -> None:
     with _loading(key, "public"):
         from model_signing.verifying import Config
 
-        config: Any = Config().use_elliptic_key_verifier(public_key=key)
+        config: Any = Config().use_elliptic_key_verifier(public_key=key).set_hashing_config(_everything())
     signature = signature_of(path)
     for needed in (path, signature):
         if not needed.exists():
@@ -52,6 +53,13 @@ def check(path: Path, key: Path) -> None:
         raise SidaError(f"{path} is not what was signed by this key: {told}", exit_code=EXIT_FAILED) from error
 
 
+def _everything() -> Any:
+    """All files count: by default the package leaves out those of git, and whoever adds some could have them run."""
+    from model_signing.hashing import Config
+
+    return Config().set_ignored_paths(paths=[], ignore_git_paths=False)
+
+
 @contextmanager
 def _loading(key: Path, kind: str) -> Iterator[None]:
     try:
@@ -60,6 +68,10 @@ def _loading(key: Path, kind: str) -> Iterator[None]:
         raise SidaError(
             f"signatures need the package model-signing ({error})", "Install it with: pip install 'sidactl[sign]'."
         ) from error
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         told = getattr(error, "strerror", None) or str(error).partition("\n")[0].rstrip(". ")
+        told = "it is of another kind" if isinstance(error, AttributeError) else told
+        if "assword" in told:
+            remedy = f"openssl ec -in {shell_word(key)} -out {shell_word(key.with_suffix('.plain.pem'))}"
+            raise SidaError(f"{key} needs a password, which cannot be given", f"Write it without: {remedy}") from error
         raise SidaError(f"{key} is no {kind} key of an elliptic curve in PEM ({told})", _KEYS) from error

@@ -4,6 +4,7 @@ Nothing is decoded or changed here; that is prepare.py's work.
 """
 
 import gzip
+import json
 import os
 import pickletools
 import re
@@ -39,6 +40,7 @@ from sidactl.data import (
     tiny_digits_arrays,
 )
 from sidactl.errors import SidaError
+from sidactl.text import shell_word
 
 Convention = Literal["edm", "edm2"]
 """whose rules: those of a published tool, down to its surprises"""
@@ -48,6 +50,7 @@ Say = Callable[[str], None]
 Pixels = NDArray[np.uint8]
 
 TINY_DIGITS = "tiny-digits"
+_ARCHIVES = (".zip", ".npz", ".tar", ".tgz", ".gz", ".7z", ".rar")
 
 
 class Item(NamedTuple):
@@ -119,6 +122,9 @@ def open_source(
     name = path.name.lower()
     rules = _Rules(convention, class_order, use_labels, is_partial, say)
     if path.is_dir():
+        if exported := _exported_images(path):
+            say(f"{path} is an export: its {exported.name} is taken")
+            return _zip(exported, keep_layout, rules)
         idx = [file for file in sorted(path.iterdir()) if _IDX_TRAINING.fullmatch(file.name)]
         if idx:
             return _idx(idx[0])
@@ -186,6 +192,8 @@ class _Listing:
                 self._pass_over(f"files that may hold labels, which {LABEL_FILE} alone gives", name)
             if os.path.splitext(name)[1].lower() in _PICTURES_UNREAD:
                 self._pass_over("files of formats that are not read", name)
+            elif _last(name).endswith(_ARCHIVES):
+                self._pass_over("archives", name)
             self.others.append(name)
 
     def _pass_over(self, what: str, name: str) -> None:
@@ -351,6 +359,28 @@ def _indices(names: Sequence[str], classes: Sequence[str]) -> NDArray[np.int64]:
 def _common_folder(names: Sequence[str]) -> str:
     """The deepest folder that holds all of the sorted names: "" or ending in "/"."""
     return "".join(os.path.commonprefix([names[0], names[-1]]).rpartition("/")[:2])  # noqa: RUF071
+
+
+def _exported_images(root: Path) -> Path | None:
+    """The zip of images in a folder that our export wrote; None in any other folder, and in one of loose pictures.
+
+    SidaError in one of an artifact that is no images: the pictures in it only show what it does.
+    """
+    try:
+        manifest = json.loads(_small(root / "manifest.json"))
+        kind, is_ours = manifest["kind"], re.fullmatch("[0-9a-f]{64}", manifest["oid"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    if not is_ours:
+        return None
+    if kind not in ("dataset", "samples"):
+        raise SidaError(
+            f"source must hold images, got the export of a {kind}: {root}",
+            f"Draw some with: sidactl fetch-teacher {shell_word(root / 'model.safetensors')} | sidactl sample --num 10k"
+            if (root / "model.safetensors").is_file()
+            else "Give another.",
+        )
+    return root / "images.zip" if (root / "images.zip").is_file() else None
 
 
 def _imagenet_training(root: Path) -> Path:

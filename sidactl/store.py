@@ -402,7 +402,8 @@ class LiveDir:
                 kept = root / "logs" / self.path.name[:16] / events.name
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 events.replace(kept)
-            for path in sorted(self.path.iterdir()):
+            # Backwards, so that no checkpoint is left without the best generator that it counts on.
+            for path in sorted(self.path.iterdir(), reverse=True):
                 if path.name.startswith(".") and path.is_dir() and not path.is_symlink():  # what a killed process left
                     shutil.rmtree(path)
                 elif path.name != "lock":
@@ -1145,6 +1146,9 @@ class Store:
         bare = {name.partition("/")[2]: name for name in refs}
         near = [bare[match] for match in difflib.get_close_matches(text, bare)]
         near += difflib.get_close_matches(text, set(refs) - set(near), cutoff=0.85)
+        kind, _, inner = text.partition("/")
+        if inner and kind in KINDS:  # another kind is none that could be meant
+            near = [name for name in near if name.startswith(f"{kind}/")]
         hint = f"Did you mean {' or '.join(repr(name) for name in near)}?" if near else _SEE_LS
         return MissingError(f"no ref '{text}' in {self.root}", hint)
 

@@ -1323,3 +1323,10 @@ def test_a_network_in_an_exported_folder_is_called_as_the_folder_is(run: Path, t
     folder = inventory.export(fetch_teacher("tiny-digits", run=run).oid, tmp_path / "my-net", run=run)
     made = fetch_teacher(str(folder / "model.safetensors"), run=tmp_path / "other")
     assert Store.open(tmp_path / "other").names_of(made.oid) == ["teacher/my-net"]
+
+
+def test_a_local_file_is_held_to_the_limit_as_well(run: Path, tmp_path: Path) -> None:
+    path = inventory.export(fetch_teacher("tiny-digits", run=run).oid, tmp_path / "net.safetensors", run=run)
+    with pytest.raises(SidaError, match="net must have at most 1,000 bytes"):
+        fetch_teacher(str(path), max_bytes="1k", run=tmp_path / "other")
+    assert fetch_teacher(str(path), max_bytes="1M", run=tmp_path / "other").kind == "teacher"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -602,6 +603,8 @@ def test_a_network_is_exported_with_its_model_card(distilled: tuple[Path, str], 
     sidactl("fid", oid, "--num", "100", run=run)
     sidactl("export", oid, str(tmp_path / "g"), run=run)
     card = (tmp_path / "g" / "README.md").read_text()
+    assert re.search(r"\| FD tiny-digits \| [\d.]+ \| \| 1 x [\d,]+ \| tiny-digits \| in its training \|", card)
+    assert "| FD tiny-digits, its teacher | " in card
     sidactl("export", oid, str(tmp_path / "g.safetensors"), "--to", "safetensors", run=run)
     beside = (tmp_path / "g.safetensors.md").read_text()
     assert beside == card.replace("fetch-teacher model.safetensors", "fetch-teacher g.safetensors")

@@ -170,8 +170,8 @@ def test_where_one_process_hangs_the_run_ends_with_a_line_and_goes_on(
     (line,) = [line for line in stderr.splitlines() if "error: " in line and "sign" in line]
     assert line == (
         f"{'process 1: ' * (stopped == 0)}error: process {stopped} (host {socket.gethostname()}, pid {ranks[stopped]}) "
-        "of 2 has given no sign for 3 s, so this one ends. Repeat the same command to go on from the last checkpoint; "
-        "a longer --hang-timeout is more patient."
+        "of 2 has given no sign for 3 s, so this one ends. Repeat the same command, "
+        "and training goes on from its last checkpoint; a longer --hang-timeout is more patient."
     )
     assert stderr.count("Traceback") == 1  # torchrun's own
     assert told(2, tmp_path, "distill", *SHORT) == alone[1]

@@ -164,6 +164,9 @@ def test_the_form_goes_by_the_suffix_where_none_is_given(
     told = export(ref, tmp_path / "told", form=form, run=run)
     assert outputs.type_of(by_name) == outputs.type_of(told) == ("a folder" if form == "files" else "a file")
     assert content(by_name) == content(told)
+    if form == "files":  # nor is a folder made that is named like a file
+        for suffix in ("zip", "PNG", "pkl"):
+            assert f"no export is a .{suffix} file" in refused(TEACHER, tmp_path / f"b.{suffix}", run=run, form=None)
     if form == "safetensors":  # what no such file can hold is no folder of that name
         assert "must be of kind teacher or generator" in refused(
             "samples/four", tmp_path / "b.safetensors", run=run, form=None
@@ -597,7 +600,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two pairs of keys, ours and theirs."""
     pytest.importorskip("model_signing", reason="signatures need: pip install 'sidactl[sign]'")
     from cryptography.hazmat.primitives import serialization as form
-    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
     folder = tmp_path_factory.mktemp("keys")
     for name in ("ours", "theirs"):
@@ -606,6 +609,9 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
         public = key.public_key().public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo)
         (folder / f"{name}.pem").write_bytes(private)
         (folder / f"{name}.pub").write_bytes(public)
+    for name, other in (("rsa", rsa.generate_private_key(65537, 2048)), ("locked", key)):
+        lock = form.NoEncryption() if name == "rsa" else form.BestAvailableEncryption(b"secret")
+        (folder / f"{name}.pem").write_bytes(other.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, lock))
     return folder
 
 
@@ -617,6 +623,12 @@ def test_a_signed_export_is_known_by_its_key_and_no_other(run: Path, tmp_path: P
         check(path, keys / "ours.pub")
     with pytest.raises(SidaError, match="is not what was signed by this key: Key mismatch"):
         check(path, keys / "theirs.pub")
+    if path.is_dir():
+        (path / ".git").mkdir()
+        (path / ".git/config").write_text("[core]\nfsmonitor = evil")
+        with pytest.raises(SidaError, match="Extra files"):
+            check(path, keys / "ours.pub")
+        shutil.rmtree(path / ".git")
     changed = path / "README.md" if path.is_dir() else path
     changed.write_bytes(changed.read_bytes() + b" ")
     with pytest.raises(SidaError, match="is not what was signed by this key: Signature mismatch"):
@@ -626,7 +638,13 @@ def test_a_signed_export_is_known_by_its_key_and_no_other(run: Path, tmp_path: P
 def test_what_cannot_be_signed_or_checked_is_said_before_anything_is_written(
     run: Path, tmp_path: Path, keys: Path
 ) -> None:
-    for key, told in (("ours.pub", "no private key"), ("none.pem", "No such file"), ("../keys0", "no private key")):
+    for key, told in (
+        ("ours.pub", "no private key"),
+        ("none.pem", "No such file"),
+        ("../keys0", "no private key"),
+        ("rsa.pem", "no private key of an elliptic curve in PEM .it is of another kind"),
+        ("locked.pem", "needs a password, which cannot be given. Write it without: openssl ec"),
+    ):
         with pytest.raises(SidaError, match=told):
             export(TEACHER, tmp_path / "net", sign=keys / key, run=run)
     (tmp_path / "net.sig").write_text("mine")

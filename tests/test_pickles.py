@@ -166,14 +166,18 @@ def test_a_look_at_safetensors_and_at_statistics(tmp_path: Path) -> None:
     held = sidactl.look(golden_metrics("stats_formats/ref_edm2.pkl"))["contents"]
     assert held["fd_dinov2"]["sigma"] == {"dtype": "float64", "shape": [6, 6]}
     assert held["num_images"] == 80
+    (tmp_path / "twins.pkl").write_bytes(pickle.dumps({"of": {1: 2, "1": 3}}, protocol=4))
+    assert sidactl.look(tmp_path / "twins.pkl")["contents"] == {"of": [[1, 2], ["1", 3]]}
 
 
 def test_a_look_refuses_what_it_cannot_read(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("hello")
     with pytest.raises(SidaError, match="neither a pickle"):
         sidactl.look(tmp_path / "text")
-    with pytest.raises(SidaError, match="no such file"):
+    with pytest.raises(SidaError, match="must be a file, got a folder"):
         sidactl.look(tmp_path)
+    with pytest.raises(SidaError, match="no such file"):
+        sidactl.look(tmp_path / "gone")
     (tmp_path / "calls.pkl").write_bytes(pickle.dumps({"ema": burn}, protocol=4))
     with pytest.raises(SidaError, match=NOT_LISTED):
         sidactl.look(tmp_path / "calls.pkl")

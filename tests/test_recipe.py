@@ -324,6 +324,7 @@ def test_a_number_is_the_same_in_every_type() -> None:
     for name, values in {
         "lambda_sid": (100, 100.0, np.float32(100), np.int64(100)),
         "tmax": (800, np.int16(800)),
+        "dropout": (0, -0.0),
     }.items():
         assert len({json.dumps(override(SIDA, {name: value}).to_json()) for value in values}) == 1
     with pytest.raises(SidaError, match="lambda_sid must be positive and finite, got inf"):

@@ -677,6 +677,25 @@ def test_a_truncated_ref_of_a_detector_is_written_again(fresh_run: Path) -> None
     assert ref.read_text() == whole
 
 
+def test_grey_pictures_in_three_channels_are_no_other_images(finished: Finished, tmp_path: Path) -> None:
+    drawn = ops.sample("tiny-digits", num=12, run=finished.root, device="cpu")
+    folder = inventory.export(drawn.artifact.oid, tmp_path / "grey", form="png", run=finished.root)
+    options: dict[str, Any] = {"detector": "random-features", "reference": "tiny-digits", "run": finished.root}
+    by_folder, by_samples = (scores.fid(subject, **options) for subject in (folder, drawn.artifact))
+    assert float(by_folder) == pytest.approx(float(by_samples), rel=1e-12)  # the order of a sum
+    assert [warning for warning in by_folder.warnings if "the reference's" in warning] == []
+
+
+def test_an_inception_score_without_its_detector_proposes_none_that_cannot_give_it(
+    fresh_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SIDACTL_MIRROR", str(fresh_run))
+    for score, is_proposed in ((scores.inception_score, False), (scores.fid, True)):
+        with pytest.raises(SidaError, match="mirror has neither") as caught:
+            score("tiny-digits", num=10, detector="inception", run=fresh_run)
+        assert ("random-features" in str(caught.value)) == is_proposed
+
+
 def test_images_of_another_shape_than_the_reference_are_warned_of(finished: Finished, tmp_path: Path) -> None:
     """One number of both, however it came, would be told as if they compared."""
     folder = tmp_path / "colour"

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from sidactl import inventory, ops
-from sidactl.artifacts import prepare_data, resolve
+from sidactl.artifacts import fetch_teacher, prepare_data, resolve
 from sidactl.cli import main
 from sidactl.data import Dataset
 from sidactl.errors import SidaError
@@ -787,3 +787,26 @@ def test_files_that_may_hold_labels_are_told_to_be_passed_over(
     ops.prepare_data(str(folder), run=tmp_path / "run")
     told = "1 files that may hold labels, which dataset.json alone gives, the first"
     assert f"passed over in {folder}: {told} {name}" in capsys.readouterr().err.splitlines()
+
+
+def test_an_exported_folder_is_read_as_its_images_and_not_as_the_pictures_of_them(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = prepare_data("tiny-digits", run=run, say=None)
+    for form in ("files", "png"):
+        folder = inventory.export(made.oid, tmp_path / form, form=form, run=run)  # type: ignore[arg-type]
+        again = prepare_data(str(folder), run=run, say=None)
+        assert (again.results["num_images"], again.results["label_dim"]) == (1797, 10)
+    assert f"{tmp_path / 'files'} is an export: its images.zip is taken" in capsys.readouterr().err
+    folder = inventory.export(fetch_teacher("tiny-digits", run=run).oid, tmp_path / "net", run=run)
+    with pytest.raises(
+        SidaError, match=r"must hold images, got the export of a teacher: .* Draw some with: sidactl fetch"
+    ):
+        prepare_data(str(folder), run=run, say=None)
+
+
+def test_archives_beside_images_are_told(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = folders(tmp_path / "loose", "a.png", "b.png")
+    (folder / "more.zip").write_bytes(b"")
+    prepare_data(str(folder), any_size=True, run=run, say=None)
+    assert f"passed over in {folder}: 1 archives, the first more.zip" in capsys.readouterr().err

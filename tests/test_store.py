@@ -467,6 +467,8 @@ def test_resolve_missing_ref_offers_near_names(store: Store) -> None:
         with pytest.raises(SidaError) as caught:
             store.resolve(text)
         assert str(caught.value) == f"no ref '{text}' in {store.root}. Did you mean 'generator/bets'?"
+    with pytest.raises(SidaError, match="See what there is"):  # what is near is of another kind
+        store.resolve("teacher/bets", KINDS)
     with pytest.raises(SidaError, match=r"Did you mean 'generator/bets'\?$"):
         store.resolve("genrator/bets")
     for text in ("imagenet", "generator/imagenet"):
