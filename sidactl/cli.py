@@ -298,7 +298,7 @@ def fetch_teacher(
 @with_processes
 def prepare_data(
     source: Annotated[
-        str | None, typer.Argument(help="tiny-digits, a folder, zip, tar.gz, IDX or npz file; see below")
+        str | None, typer.Argument(help="tiny-digits, a folder, zip, tar.gz, IDX or npz file; see above")
     ] = None,
     preset: Annotated[str | None, typer.Option(metavar="NAME", help="the paper's preparation of a dataset")] = None,
     transform: Annotated[str | None, typer.Option(metavar="NAME", help="center-crop, center-crop-wide, ...")] = None,
@@ -508,7 +508,12 @@ Log = Annotated[
 @app.command("train-teacher")
 @recipe_flags(TeacherRecipe, NetSpec)
 def train_teacher(
-    dataset: Annotated[str, typer.Argument(help="a dataset artifact or name; - reads it from a pipe", callback=_piped)],
+    dataset: Annotated[
+        str,
+        typer.Argument(
+            help="a dataset artifact, a name, or a folder or file of images; - reads a pipe", callback=_piped
+        ),
+    ],
     name: Annotated[str, typer.Option(metavar="NAME", help="what to call the teacher")],
     overrides: Mapping[str, Any],
     net: Annotated[str | None, typer.Option(metavar="NAME", help="ddpmpp (if not given), ncsnpp, adm or edm2")] = None,
@@ -1309,7 +1314,7 @@ def export(
         Path | None, typer.Option(metavar="KEY", help="sign it with this private key (PEM): DESTINATION.sig")
     ] = None,
     run: Run = None,
-    force: Force = False,
+    force: Annotated[bool, typer.Option("--force", help="replace an earlier export there; nothing else")] = False,
     as_json: Json = False,
 ) -> None:
     """Write an artifact out; prints where.

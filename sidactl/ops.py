@@ -187,7 +187,9 @@ def train_teacher(
             stop_if_nan_steps=recipe.stop_if_nan_steps,
         )
         facts = {"title": f"train-teacher {name}"}
-        _train(training, schedule, live, None, watch, facts, warnings=recipe.unusual())
+        shape = f"{recipe.net.img_resolution}x{recipe.net.img_resolution}x{recipe.net.img_channels}"
+        seen = f"{data.results['num_images']:,} images of {shape}, {recipe.net.label_dim or 'no'} classes"
+        _train(training, schedule, live, None, watch, facts, notes=[seen], warnings=recipe.unusual())
         params = {
             "name": name,
             "net": recipe.net.to_json(),

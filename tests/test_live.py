@@ -236,6 +236,12 @@ def test_an_unfinished_preparation_is_listed_with_its_options(tmp_path: Path) ->
 
 
 def test_an_unfinished_teacher_is_listed_with_its_options(fresh_run: Path) -> None:
+    told: list[object] = []
+
+    def watch(event: loop.Event) -> None:
+        told.append(event.values.get("message"))
+        interrupted_at(32)(event)
+
     with pytest.raises(SidaError, match=r"^interrupted at 64 of 96 images"):
         ops.train_teacher(
             "tiny-digits",
@@ -245,8 +251,9 @@ def test_an_unfinished_teacher_is_listed_with_its_options(fresh_run: Path) -> No
             dropout=0.1,
             run=fresh_run,
             device="cpu",
-            watch=interrupted_at(32),
+            watch=watch,
         )
+    assert "1,797 images of 8x8x1, 10 classes" in told
     (each,) = inventory.unfinished(run=fresh_run)
     assert each.question
     assert each.question.title == "train-teacher tiny-digits"
