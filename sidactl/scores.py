@@ -425,7 +425,7 @@ def _has_classes(detector: str) -> bool:
     )
 
 
-def _weights_digest(store: Store, detector: str, needs_classes: bool) -> Any:
+def _weights_digest(store: Store, detector: str, needs_classes: bool = False) -> Any:
     """What stands for a detector's weights in a question, without reading more than it must."""
     if references.is_detector_file(detector):
         if not Path(detector).is_file():
