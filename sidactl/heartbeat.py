@@ -10,8 +10,8 @@ import threading
 from contextlib import suppress
 from datetime import timedelta
 
-from sidactl import ui
 from sidactl.errors import EXIT_FAILED, SidaError
+from sidactl.text import visible
 
 VARIABLE = "SIDACTL_HANG_TIMEOUT"
 DEFAULT_SEC = 300
@@ -99,16 +99,13 @@ class Watch:
             is_launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
             place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             told = f"{'torchrun' if is_launched else 'process 0'}, where the processes meet ({place}), has not answered"
-        ui.fail(
-            SidaError(
-                f"{told} for {self._timeout_sec} s, so this one ends",
-                "Repeat the same command, and training goes on from its last checkpoint; "
-                "a longer --hang-timeout is more patient.",
-                exit_code=EXIT_FAILED,
-            )
+        who = f"process {self._rank}: " if self._rank else ""
+        line = (
+            f"{who}error: {told} for {self._timeout_sec} s, so this one ends. Repeat the same command, and training "
+            "goes on from its last checkpoint; a longer --hang-timeout is more patient."
         )
         with suppress(OSError, ValueError):
             if sys.stderr.isatty():
                 sys.stderr.write("\x1b[?25h")  # a display has hidden the cursor
-            sys.stderr.flush()
+            print(visible(line), file=sys.stderr, flush=True)
         os._exit(EXIT_FAILED)  # the main thread waits within torch for what will not come, and hears no exception

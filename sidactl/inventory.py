@@ -5,7 +5,6 @@ import io
 import json
 import math
 import os
-import pickle  # for the name of an opcode alone
 import platform
 import re
 import shutil
@@ -19,9 +18,7 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-import numpy as np
-
-from sidactl import __version__, catalog, live, pickles, signing
+from sidactl import __version__, catalog, live, signing
 from sidactl.artifacts import NETS, RunDir, load_dataset, load_net, mapping, require_images
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.inputs import Ref, ref_text, run_of
@@ -132,8 +129,10 @@ def look(path: os.PathLike[str] | str) -> dict[str, Any]:
         problem = f"must be a file, got {type_of(place)}" if place.exists() else "no such file"
         raise SidaError(f"{place}: {problem}", "Name a .pkl or .safetensors file; sidactl show takes artifacts.")
     with place.open("rb") as file:
-        is_pickle = file.read(1) == pickle.PROTO
+        is_pickle = file.read(1) == b"\x80"  # the opcode that begins protocol 2 and later
     if is_pickle:
+        from sidactl import pickles
+
         contents = pickles.outline(place)
         return {"format": "pickle", "contents": {name: _looked_at(value) for name, value in contents.items()}}
     if not _is_safetensors(place):
@@ -152,6 +151,10 @@ def look(path: os.PathLike[str] | str) -> dict[str, Any]:
 
 def _looked_at(value: Any) -> Any:
     """A value of a pickle as JSON has it."""
+    import numpy as np
+
+    from sidactl import pickles
+
     match value:
         case pickles.Record():
             tensors = pickles.state_dict(value).items()

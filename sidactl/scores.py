@@ -346,7 +346,7 @@ class _Question:
             for name in set(detectors.values()):
                 _read_again(store, name)
         needs_classes = {name for metric, name in detectors.items() if metric == "inception-score"}
-        weights = {name: _weights_digest(store, name, name in needs_classes) for name in set(detectors.values())}
+        weights = {name: _weights_of(store, name, name in needs_classes) for name in set(detectors.values())}
         key = store.key(
             "score",
             {"metrics": chosen, "num": num, "seeds": seeds, "settings": settings, **_by_whom(detectors, weights)},
@@ -425,14 +425,18 @@ def _has_classes(detector: str) -> bool:
     )
 
 
-def _weights_digest(store: Store, detector: str, needs_classes: bool = False) -> Any:
+def _weights_digest(store: Store, detector: str) -> Any:
     """What stands for a detector's weights in a question, without reading more than it must."""
     if references.is_detector_file(detector):
         if not Path(detector).is_file():
             raise SidaError(f"{detector}: no such file", "Check the path, or use --detector inception.")
         return source_identity(store, detector)
+    return fetch_detector(detector, run=store.root).oid
+
+
+def _weights_of(store: Store, detector: str, needs_classes: bool) -> Any:
     try:
-        return fetch_detector(detector, run=store.root).oid
+        return _weights_digest(store, detector)
     except SidaError as error:
         if error.exit_code != EXIT_FAILED or needs_classes:  # which the one that is built in has not
             raise

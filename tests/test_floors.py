@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "sidactl"
 # Floor by floor, from the ground up; within a floor a module may import those on its left.
 FLOORS = [
-    ["errors", "text", "inputs", "recipe", "catalog", "store", "outputs", "live"],
+    ["errors", "text", "inputs", "recipe", "catalog", "store", "outputs", "signing", "heartbeat", "live"],
     ["diffusion", "losses", "augment", "codec", "metrics", "pictures", "nets"],
     [
         "engine",

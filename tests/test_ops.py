@@ -122,7 +122,9 @@ def test_a_generator_carries_its_pictures(finished: Finished) -> None:
 
 
 def test_events_tell_the_story_in_order(finished: Finished) -> None:
-    assert [(event.kind, event.nimg) for event in finished.events] == [
+    # On a busy machine progress is told on the way, too.
+    told = [event for event in finished.events if event.kind != "progress" or event.nimg == 96]
+    assert [(event.kind, event.nimg) for event in told] == [
         ("started", 0),
         ("evaluation", 32),
         ("checkpoint", 32),
@@ -134,7 +136,7 @@ def test_events_tell_the_story_in_order(finished: Finished) -> None:
     ]
     assert finished.events[0].values["title"] == "distill tiny-digits sida"
     assert finished.events[0].values["duration_nimg"] == 96
-    assert set(finished.events[-3].values) == {
+    assert set(told[-3].values) == {
         "stage",
         "skipped_steps",
         "fake_score_loss",
