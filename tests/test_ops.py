@@ -292,7 +292,8 @@ def test_force_asks_again_and_gets_the_same(finished: Finished, fresh_run: Path)
     shutil.copytree(finished.root, fresh_run, dirs_exist_ok=True)
     events: list[loop.Event] = []
     assert short_distill(fresh_run, events.append, force=True) == finished.best
-    assert [e.kind for e in events] == [e.kind for e in finished.events]
+    kinds = [[e.kind for e in told if e.kind != "progress"] for told in (events, finished.events)]  # by the clock
+    assert kinds[0] == kinds[1]
     assert nothing_is_wrong(fresh_run)
 
 
