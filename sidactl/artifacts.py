@@ -23,6 +23,7 @@ from sidactl import catalog, download
 from sidactl.errors import EXIT_FAILED, MissingError, SidaError
 from sidactl.inputs import Count, Ref, Size, count_of, optional_ref, ref_text, run_of, size_of, whole
 from sidactl.live import Question, begin, option_words
+from sidactl.outputs import manifest_of
 from sidactl.recipe import HeunSpec, NetSpec, OneStepSpec
 from sidactl.store import KINDS, Artifact, LiveDir, Store, canonical_json
 
@@ -522,9 +523,8 @@ def _read_pickle(path: Path) -> _Foreign:
 
 def _read_safetensors(path: Path) -> _Foreign:
     import safetensors.torch
-    import torch
 
-    from sidactl import nets, teachers
+    from sidactl import teachers
 
     try:
         with safetensors.safe_open(path, "pt") as file:
@@ -544,8 +544,7 @@ def _read_safetensors(path: Path) -> _Foreign:
             raise ValueError("a name that is no text")
         if not isinstance(params.get("recipe"), Mapping | None):
             raise ValueError("a recipe that is none")
-        with torch.device("meta"):
-            layout = nets.build(spec)
+        layout = teachers.laid_out(spec)
     except (
         SidaError,
         LookupError,
@@ -561,20 +560,14 @@ def _read_safetensors(path: Path) -> _Foreign:
             f"{path} does not say which network it holds{told}",
             "Give one that sidactl export --to safetensors wrote.",
         ) from error
-    # Before any memory is taken for what the file merely claims to hold.
-    teachers.load_weights(layout, {name: tensor.to("meta") for name, tensor in stored.items()})
-    nets.check_values(stored)
-    net = nets.build(spec)
-    teachers.load_weights(net, stored)
-    return _Foreign(net, stored, kind, True, sampler, params)
+    return _Foreign(teachers.filled(layout, stored), stored, kind, True, sampler, params)
 
 
 def _described(path: Path, metadata: Mapping[str, str]) -> Any:
     """What a safetensors file says of its network: in itself, or by the manifest of the exported folder it is in."""
-    manifest = path.with_name("manifest.json")
-    if "sidactl" in metadata or not manifest.exists():
+    described = None if "sidactl" in metadata else manifest_of(path.parent)
+    if described is None:
         return json.loads(metadata["sidactl"])
-    described = json.loads(manifest.read_bytes())
     if described["files"][path.name]["sha256"] != file_digest(path):
         raise ValueError("the manifest is of another file")
     return described

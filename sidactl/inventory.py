@@ -22,7 +22,7 @@ from sidactl import __version__, catalog, live, signing
 from sidactl.artifacts import NETS, RunDir, load_dataset, load_net, mapping, require_images
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.inputs import Ref, ref_text, run_of
-from sidactl.outputs import Output, type_of, whole
+from sidactl.outputs import MANIFEST, Output, manifest_of, type_of, whole
 from sidactl.scores import Score, score_name, score_of
 from sidactl.store import KINDS, Artifact, GcReport, Store
 from sidactl.text import markdown, shell_word
@@ -33,7 +33,6 @@ ONNX_MAX_BYTES = 2 * 10**9
 """what fits into one ONNX file"""
 ONNX_OPSET = 18
 FOLDER_FORMS: tuple[ExportForm, ...] = ("files", "png")
-_MANIFEST = "manifest.json"
 _MAX_HEADER_BYTES = 100_000_000
 """of a safetensors file, as the format has it"""
 _FORM_OF_SUFFIX: Mapping[str, ExportForm] = {
@@ -361,13 +360,13 @@ def _problem_of_files(folder: Path) -> str:
 
 def _listed(folder: Path) -> set[str] | None:
     """The files of an exported folder, by its manifest; None where there is no such manifest."""
+    if (manifest := manifest_of(folder)) is None:
+        return None
     try:
-        manifest = json.loads((folder / _MANIFEST).read_bytes())
-        is_ours = manifest["kind"] in KINDS and re.fullmatch("[0-9a-f]{64}", manifest["oid"])
         # An earlier version listed the artifact's files alone.
         listed = manifest["exported"] if "exported" in manifest else [*manifest["files"], "README.md"]
-        return {_MANIFEST, *map(str, listed)} if is_ours else None
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return {MANIFEST, *map(str, listed)}
+    except (LookupError, TypeError):
         return None
 
 
@@ -418,8 +417,8 @@ _IS_OF_FORM: Mapping[str, Callable[[Path], bool]] = {
 def _write_manifest(store: Store, artifact: Artifact, folder: Path) -> None:
     """What the folder is, and what is in it: by that --force knows what it may replace."""
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    described = show(artifact.oid, run=store.root).to_json() | {"exported": sorted([*names, _MANIFEST])}
-    (folder / _MANIFEST).write_text(json.dumps(described, indent=2) + "\n")
+    described = show(artifact.oid, run=store.root).to_json() | {"exported": sorted([*names, MANIFEST])}
+    (folder / MANIFEST).write_text(json.dumps(described, indent=2) + "\n")
 
 
 def _export_files(store: Store, artifact: Artifact, folder: Path) -> None:

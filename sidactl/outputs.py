@@ -13,13 +13,19 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sidactl.errors import SidaError
+from sidactl.store import KINDS
 
+MANIFEST = "manifest.json"
+"""in an exported folder: what it is of, and which files are its own"""
+_MAX_MANIFEST_BYTES = 1 << 29
+"""far more than it takes to list millions of pictures"""
 _PREFIX = ".sidactl-export-"
 _STAGE = re.compile(re.escape(_PREFIX) + "[a-z0-9_]{8}")
 _IN_STAGE = re.compile(r"lock|(new|old)-\d")
@@ -30,6 +36,18 @@ _HINTS |= dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Free some sp
 _TYPES = {stat.S_IFLNK: "a symbolic link", stat.S_IFDIR: "a folder", stat.S_IFREG: "a file", stat.S_IFIFO: "a pipe"}
 
 _NAME_ANOTHER = "Name a new folder or file in it."
+
+
+def manifest_of(folder: Path) -> Mapping[str, Any] | None:
+    """The manifest of a folder that was exported; None in any other folder."""
+    path = folder / MANIFEST
+    try:
+        if not path.is_file() or path.stat().st_size > _MAX_MANIFEST_BYTES:  # a pipe would wait for ever
+            return None
+        manifest = json.loads(path.read_bytes())
+        return manifest if manifest["kind"] in KINDS and re.fullmatch("[0-9a-f]{64}", manifest["oid"]) else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ import pickletools
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -112,7 +112,9 @@ class Record:
         The weights of such a snapshot stand for their normalised values: normalise them once after loading.
         """
         hooked = any(isinstance(hook, Hook) for hook in _part(self, "_forward_pre_hooks").values())
-        return hooked or any(child.forced_normalization_hook for child in _part(self, "_modules", "Record").values())
+        return hooked or any(
+            child.forced_normalization_hook for child in _part(self, "_modules", _is_record, "Records").values()
+        )
 
 
 @dataclass(frozen=True)
@@ -298,29 +300,28 @@ def state_dict(record: Record) -> "dict[str, torch.Tensor]":
 
     Of one in an outline, the outlines of them.
     """
-    tensors = _part(record, "_parameters", "Tensor") | _part(record, "_buffers", "Tensor")
-    for name, child in _part(record, "_modules", "Record").items():
+    tensors = _part(record, "_parameters", _is_tensor, "Tensors") | _part(record, "_buffers", _is_tensor, "Tensors")
+    for name, child in _part(record, "_modules", _is_record, "Records").items():
         tensors |= {f"{name}.{inner}": tensor for inner, tensor in state_dict(child).items()}
     return tensors
 
 
 def parts(record: Record) -> Iterator[tuple[str, Record]]:
     """The modules within a network, at every depth, by name."""
-    for name, child in _part(record, "_modules", "Record").items():
+    for name, child in _part(record, "_modules", _is_record, "Records").items():
         yield name, child
         yield from ((f"{name}.{inner}", part) for inner, part in parts(child))
 
 
-def _part(record: Record, part: str, kind: Literal["Tensor", "Record", "object"] = "object") -> dict[str, Any]:
+def _is_record(value: object) -> bool:
+    return isinstance(value, Record)
+
+
+def _part(record: Record, part: str, fits: Callable[[object], bool] | None = None, what: str = "") -> dict[str, Any]:
     """The entries of `_parameters`, `_buffers` and the like by printable name, without those that are None."""
     entries = record.state.get(part, {})
-    fits: Mapping[str, Callable[[object], bool]] = {
-        "Tensor": _is_tensor,
-        "Record": lambda entry: isinstance(entry, Record),
-        "object": lambda entry: True,
-    }
-    if not isinstance(entries, dict) or not all(entry is None or fits[kind](entry) for entry in entries.values()):
-        raise SidaError(f"{part} of {record.class_name} must hold {kind}s by name")
+    if not isinstance(entries, dict) or not all(e is None or fits is None or fits(e) for e in entries.values()):
+        raise SidaError(f"{part} of {record.class_name} must hold {what or 'objects'} by name")
     return {_shown(str(name)): entry for name, entry in entries.items() if entry is not None}
 
 

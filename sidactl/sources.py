@@ -4,7 +4,6 @@ Nothing is decoded or changed here; that is prepare.py's work.
 """
 
 import gzip
-import json
 import os
 import pickletools
 import re
@@ -40,6 +39,7 @@ from sidactl.data import (
     tiny_digits_arrays,
 )
 from sidactl.errors import SidaError
+from sidactl.outputs import manifest_of
 from sidactl.text import shell_word
 
 Convention = Literal["edm", "edm2"]
@@ -50,7 +50,6 @@ Say = Callable[[str], None]
 Pixels = NDArray[np.uint8]
 
 TINY_DIGITS = "tiny-digits"
-_ARCHIVES = (".zip", ".npz", ".tar", ".tgz", ".gz", ".7z", ".rar")
 
 
 class Item(NamedTuple):
@@ -90,6 +89,7 @@ _PICTURES_UNREAD = (
     *(".heic", ".heif", ".psd", ".svg", ".eps", ".pdf", ".dng", ".cr2", ".nef", ".arw", ".raw", ".exr", ".hdr"),
     *(".npy", ".h5"),
 )
+_ARCHIVES = (".zip", ".npz", ".tar", ".tgz", ".gz", ".7z", ".rar")
 _BLOCK_BYTES = 1 << 20
 _MAX_NPY_HEADER = 1 << 16
 _MAX_TAR_HEADER = 1 << 20
@@ -366,16 +366,12 @@ def _exported_images(root: Path) -> Path | None:
 
     SidaError in one of an artifact that is no images: the pictures in it only show what it does.
     """
-    try:
-        manifest = json.loads(_small(root / "manifest.json"))
-        kind, is_ours = manifest["kind"], re.fullmatch("[0-9a-f]{64}", manifest["oid"])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    manifest = manifest_of(root)
+    if manifest is None:
         return None
-    if not is_ours:
-        return None
-    if kind not in ("dataset", "samples"):
+    if manifest["kind"] not in ("dataset", "samples"):
         raise SidaError(
-            f"source must hold images, got the export of a {kind}: {root}",
+            f"source must hold images, got the export of a {manifest['kind']}: {root}",
             f"Draw some with: sidactl fetch-teacher {shell_word(root / 'model.safetensors')} | sidactl sample --num 10k"
             if (root / "model.safetensors").is_file()
             else "Give another.",

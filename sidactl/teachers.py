@@ -88,15 +88,28 @@ def load_record(record: pickles.Record) -> Preconditioned:
 
     Raises SidaError for weights that do not fit it, or are not real and finite.
     """
-    spec, state = spec_of(record), pickles.state_dict(record)
-    with torch.device("meta"):  # before any memory is taken for what the options merely claim
-        _refuse_misfits(nets.build(spec), state)
-    nets.check_values(state)
-    net = nets.build(spec)
-    load_weights(net, state)
+    net = filled(laid_out(spec_of(record)), pickles.state_dict(record))
     if record.forced_normalization_hook:
         force_normalize_(net)
     return net.eval().requires_grad_(False)
+
+
+def laid_out(spec: NetSpec) -> Preconditioned:
+    """The denoiser without memory for weights: what a file merely claims to hold costs nothing yet."""
+    with torch.device("meta"):
+        return nets.build(spec)
+
+
+def filled(layout: Preconditioned, state: Mapping[str, Tensor]) -> Preconditioned:
+    """The denoiser of this layout with these weights, as float32.
+
+    Raises SidaError for weights that do not fit it, or are not real and finite, before memory is taken for it.
+    """
+    _refuse_misfits(layout, state)
+    nets.check_values(state)
+    net = nets.build(layout.spec)
+    load_weights(net, state)
+    return net
 
 
 def load_weights(net: Preconditioned, state: Mapping[str, Tensor]) -> None:
