@@ -1221,7 +1221,8 @@ def look(
         numel = sum(math.prod(tensor["shape"]) for tensor in tensors)
         of_class = f"{value['class']}, " if "class" in value else ""
         ui.print_data(f"{name}: {of_class}{len(tensors)} tensors, {numel:,} numbers")
-        for option, given in (value.get("options") or value.get("metadata") or {}).items():
+        options = value.get("options") or value.get("metadata") or {}
+        for option, given in options.items() if isinstance(options, dict) else options:
             ui.print_data(f"  option   {option}: {_short(given)}")
         for kind, count in Counter(part["class"] for part in value.get("parts", [])).items():
             ui.print_data(f"  part     {count} x {kind}")

@@ -169,8 +169,9 @@ def _looked_at(value: Any) -> Any:
             return {"dtype": str(value.dtype), "shape": list(value.shape)}
         case dict():
             told = {str(name): _looked_at(each) for name, each in value.items()}
-            # 1 and "1" are two names in Python, and one in JSON
-            return told if len(told) == len(value) else [[name, _looked_at(each)] for name, each in value.items()]
+            # 1 and "1" are two names in Python, and one in JSON; and a dict with "tensors" in it is a network there.
+            is_plain = len(told) == len(value) and "tensors" not in told
+            return told if is_plain else [[name, _looked_at(each)] for name, each in value.items()]
         case list() | tuple() | set():
             return [_looked_at(each) for each in value]
         case pickles.Hook(name):

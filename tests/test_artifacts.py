@@ -1330,3 +1330,11 @@ def test_a_local_file_is_held_to_the_limit_as_well(run: Path, tmp_path: Path) ->
     with pytest.raises(SidaError, match="net must have at most 1,000 bytes"):
         fetch_teacher(str(path), max_bytes="1k", run=tmp_path / "other")
     assert fetch_teacher(str(path), max_bytes="1M", run=tmp_path / "other").kind == "teacher"
+
+
+def test_a_pipe_in_the_place_of_a_manifest_is_not_waited_for(run: Path, tmp_path: Path) -> None:
+    folder = inventory.export(fetch_teacher("tiny-digits", run=run).oid, tmp_path / "net", run=run)
+    (folder / "manifest.json").unlink()
+    os.mkfifo(folder / "manifest.json")
+    with pytest.raises(SidaError, match="does not say which network it holds"):
+        fetch_teacher(str(folder / "model.safetensors"), run=tmp_path / "other")

@@ -27,6 +27,7 @@ import torch
 
 import sidactl
 from sidactl import pickles
+from sidactl.cli import main
 from sidactl.errors import SidaError
 from sidactl.pickles import Hook, Record
 from tests.golden import golden, golden_metrics
@@ -168,6 +169,15 @@ def test_a_look_at_safetensors_and_at_statistics(tmp_path: Path) -> None:
     assert held["num_images"] == 80
     (tmp_path / "twins.pkl").write_bytes(pickle.dumps({"of": {1: 2, "1": 3}}, protocol=4))
     assert sidactl.look(tmp_path / "twins.pkl")["contents"] == {"of": [[1, 2], ["1", 3]]}
+
+
+@pytest.mark.parametrize("told", [{"tensors": 5}, {"class": "Net", "tensors": [7]}, {1: 2, "1": 3}])
+def test_a_look_takes_no_dict_for_a_network(tmp_path: Path, told: dict[Any, Any], capsys: Any) -> None:
+    (tmp_path / "odd.pkl").write_bytes(pickle.dumps({"of": told}, protocol=4))
+    with pytest.raises(SystemExit) as ended:
+        main(["look", str(tmp_path / "odd.pkl")])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"of: {json.dumps([list(item) for item in told.items()])}\n"
 
 
 def test_a_look_refuses_what_it_cannot_read(tmp_path: Path) -> None:
