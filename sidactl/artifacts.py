@@ -330,7 +330,7 @@ def fetch_teacher(
         _check_kind(source, _kind_of(entry), kind)
     if isinstance(entry, catalog.Teacher) and entry.asset:
         artifact = _fetch_asset(store, entry, entry.asset, force, recheck, None if is_inner else say)
-        return named(store, artifact, [entry.name, *([name] if name else [])])
+        return named(store, artifact, [entry.name, *([name] if name else [])], say)
     called = entry.name if entry else name or _name_of_file(source)
     refs = [called, name] if name else [called]
     suffix = _suffix(url or source)
@@ -349,10 +349,10 @@ def fetch_teacher(
         return answered(store, key, _as_said(store, first, kind, dataset), "fetch-teacher")
 
     if found := known():
-        return named(store, found if entry else called_so(store, found, name), refs)
+        return named(store, found if entry else called_so(store, found, name), refs, say)
     with download.exclusive(temporary.with_suffix(".lock"), lambda: say(f"waiting for another process: {source}")):
         if found := known():
-            return named(store, found if entry else called_so(store, found, name), refs)
+            return named(store, found if entry else called_so(store, found, name), refs, say)
         try:
             path = Path(source) if url is None else temporary
             if url is None:
@@ -386,7 +386,7 @@ def fetch_teacher(
             check_unchanged(store, source, what)
         temporary.unlink(missing_ok=True)  # no sooner: on a full disk it need not be downloaded again
         store.answer(first_key, artifact.oid)
-        return answered(store, key, artifact, "fetch-teacher", refs=refs)
+        return answered(store, key, artifact, "fetch-teacher", refs=refs, say=say)
 
 
 def _as_said(store: Store, artifact: Artifact, kind: NetKind | None, dataset: str | None) -> Artifact:
@@ -833,7 +833,7 @@ def _prepare_images(
     with _answering(store, key, source, force, recheck, asks) as work:
         if isinstance(work, Artifact):
             tell_old(store, key, say)
-            return named(store, called_so(store, work, name), refs)
+            return named(store, called_so(store, work, name), refs, say)
         from sidactl import prepare
         from sidactl.data import Dataset
 
@@ -864,7 +864,7 @@ def _prepare_images(
             work.clear()  # what was read before the change and what after it must not be mixed
             raise
         artifact = store.put("dataset", files, params={**params, **options}, results=results)
-        return answered(store, key, artifact, "prepare-data", refs=refs)
+        return answered(store, key, artifact, "prepare-data", refs=refs, say=say)
 
 
 def _preparation(
@@ -905,7 +905,7 @@ def _prepare_latents(
     refs = [name] if name else []
     if not force and (known := asked(store, key, recheck)):
         tell_old(store, key, say)
-        return named(store, called_so(store, known, name), refs)
+        return named(store, called_so(store, known, name), refs, say)
     from sidactl import codec, engine, prepare
     from sidactl.data import Dataset
 
@@ -918,7 +918,7 @@ def _prepare_latents(
         if isinstance(work, Artifact):  # by the process that this one waited for
             engine.agreed(lambda: "")
             engine.agreed(lambda: work.oid)
-            return named(store, called_so(store, work, name), refs)
+            return named(store, called_so(store, work, name), refs, say)
         # First of all, since it may not be there, and pixels may take hours.
         vae = codec.stable_diffusion_vae(purpose="encoding latents")
         pixels = pixels or _prepare_images(store, source, options, workers, None, False, force or recheck, None, tick)
@@ -945,7 +945,7 @@ def _prepare_latents(
         results = _results(made) | {"skipped": pixels.results["skipped"]}
         artifact = store.put("dataset", files, inputs={"dataset": pixels.oid}, params=params, results=results)
         engine.agreed(lambda: artifact.oid)
-        return answered(store, key, artifact, "prepare-data", refs=refs)
+        return answered(store, key, artifact, "prepare-data", refs=refs, say=say)
 
 
 def _results(made: "PreparedDataset") -> dict[str, Any]:
@@ -993,7 +993,7 @@ def _prepare_labels(
     refs = [name] if name else []
     if not force and (known := store.asked(key, whole=recheck)):
         tell_old(store, key, say)
-        return named(store, called_so(store, known, name), refs)
+        return named(store, called_so(store, known, name), refs, say)
     from sidactl.data import LABEL_FILE, MAX_LABEL, LabelFile, class_counts, read_labels
 
     if source is not None:
@@ -1020,7 +1020,7 @@ def _prepare_labels(
     params = {"name": name or (_json_name(Path(source).name) if source else f"classes-{classes}"), "licence": None}
     document = json.dumps({"labels": list(labels.items()), **names}).encode()
     artifact = store.put("dataset", {LABEL_FILE: document}, params=params, results=results)
-    return answered(store, key, artifact, "prepare-data", refs=refs)
+    return answered(store, key, artifact, "prepare-data", refs=refs, say=say)
 
 
 @contextmanager
@@ -1216,16 +1216,27 @@ def called_so(store: Store, artifact: Artifact, name: str | None) -> Artifact:
     return store.put_again(artifact, {**artifact.params, "name": name})
 
 
-def answered(store: Store, key: str, artifact: Artifact, command: str, *, refs: Sequence[str] = ()) -> Artifact:
+def answered(
+    store: Store,
+    key: str,
+    artifact: Artifact,
+    command: str,
+    *,
+    refs: Sequence[str] = (),
+    say: download.Say | None = None,
+) -> Artifact:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     # In this order, so that every answer is in the log, by which verify knows one that was swapped.
     store.log({"time": now, "command": command, "key": key, "oid": artifact.oid})
     store.answer(key, artifact.oid)
-    return named(store, artifact, refs)
+    return named(store, artifact, refs, say)
 
 
-def named(store: Store, artifact: Artifact, refs: Sequence[str]) -> Artifact:
+def named(store: Store, artifact: Artifact, refs: Sequence[str], say: download.Say | None = None) -> Artifact:
+    """Gives an artifact names; `say` takes a line for each that was another artifact's."""
     for name in refs:
-        if store.ref(artifact.kind, name) != artifact.oid:
+        if (old := store.ref(artifact.kind, name)) != artifact.oid:
             store.set_ref(artifact.kind, name, artifact.oid)
+            if old and say:
+                say(f"{artifact.kind}/{name} named {old[:12]} before, and names {artifact.oid[:12]} now")
     return artifact

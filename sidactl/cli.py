@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import click
 import typer
@@ -300,8 +300,17 @@ def prepare_data(
     source: Annotated[
         str | None, typer.Argument(help="tiny-digits, a folder, zip, tar.gz, IDX or npz file; see above")
     ] = None,
-    preset: Annotated[str | None, typer.Option(metavar="NAME", help="the paper's preparation of a dataset")] = None,
-    transform: Annotated[str | None, typer.Option(metavar="NAME", help="center-crop, center-crop-wide, ...")] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="the paper's preparation of cifar10, imagenet64, ffhq64, afhqv2-64, imagenet512 or fashion32",
+        ),
+    ] = None,
+    transform: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="center-crop, center-crop-wide, center-crop-dhariwal or pad"),
+    ] = None,
     resolution: Annotated[str | None, typer.Option(metavar="WxH", help="size to scale to, such as 64x64")] = None,
     max_images: Annotated[
         str | None, typer.Option(metavar="COUNT", help="only so many, by class in turn; at random without classes")
@@ -431,6 +440,9 @@ def _field_docs(cls: type) -> Mapping[str, str]:
 
 
 def _metavar(field: dataclasses.Field[Any]) -> str:
+    for kind in (field.type, *get_args(field.type)):
+        if get_origin(kind) is Literal:
+            return "|".join(get_args(kind))
     return "COUNT" if inputs.is_count(field) else "true|false" if field.type is bool else "VALUE"
 
 

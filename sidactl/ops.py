@@ -159,7 +159,7 @@ def train_teacher(
     key = store.key("train-teacher", {"recipe": recipe.to_json()}, {"dataset": data.oid})
     if not force and (known := asked(store, key)):
         tell_old(store, key, say)
-        return named(store, known, [name])
+        return named(store, known, [name], say)
     words = ["train-teacher", ref_text(dataset, "the dataset"), *option_words({"name": name, "net": net})]
     question = Question(
         command="train-teacher",
@@ -201,7 +201,7 @@ def train_teacher(
         artifact = store.put(
             "teacher", {"model.safetensors": loop.weights(training.ema)}, inputs={"dataset": data.oid}, params=params
         )
-        return answered(store, key, artifact, "train-teacher", refs=[name])
+        return answered(store, key, artifact, "train-teacher", refs=[name], say=say)
 
 
 def _teacher_recipe(
@@ -539,7 +539,7 @@ def distill(
     with _first_alone():
         found = store.asked(keys["best"])
         assert found
-        return named(store, found, [name] if name else [])
+        return named(store, found, [name] if name else [], say)
 
 
 def _name_generators(store: Store, made: Mapping[str, Artifact], data: Artifact, say: download.Say) -> None:
@@ -1234,7 +1234,7 @@ def sample(
     refs = [name] if name else []
     if not force and (known := agreed_answer(store, key)):
         tell_old(store, key, say)
-        return Sampled(named(store, known, refs), store)
+        return Sampled(named(store, known, refs, say), store)
     store.check_writable()
 
     from sidactl import engine, pictures, prepare, sampling
@@ -1275,7 +1275,7 @@ def sample(
             params=params | {"name": subject.params["name"], "dataset": subject.params["dataset"]},
             results={"num_images": len(seeds), "nfe": chosen.nfe},
         )
-    artifact = answered(store, key, artifact, "sample", refs=refs)
+    artifact = answered(store, key, artifact, "sample", refs=refs, say=say)
     return Sampled(store.get(engine.agreed(lambda: artifact.oid)), store)
 
 

@@ -133,7 +133,9 @@ def open_source(
             say(f"{path} is ImageNet: its training images in {training} alone are taken")
         return _folder(training, rules)
     if not path.exists():
-        raise SidaError(f"source {source} does not exist", f"Check the path, or pass {TINY_DIGITS}.")
+        is_word = re.fullmatch(r"[\w-]+", str(source)) is not None
+        built_in = f"; the dataset that is built in is {TINY_DIGITS}" if is_word else ""
+        raise SidaError(f"source {source} does not exist", f"Check the path{built_in}.")
     if name.endswith(".zip"):
         return _zip(path, keep_layout, rules)
     if name.endswith((".tar.gz", ".tgz", ".tar")):

@@ -815,6 +815,19 @@ def test_a_source_is_known_by_its_content_wherever_it_lies(run: Path, tmp_path: 
     assert named == prepare_data("elsewhere", run=tmp_path / "other", name="mine")
 
 
+def test_a_name_that_another_artifact_had_is_told(run: Path, tmp_path: Path) -> None:
+    flat(tmp_path / "one/a.bmp", 10)
+    flat(tmp_path / "two/a.bmp", 20)
+    said = list[str]()
+    first = prepare_data("one", run=run, name="mine", say=said.append)
+    assert said == []
+    second = prepare_data("two", run=run, name="mine", say=said.append)
+    assert said == [f"dataset/mine named {first.oid[:12]} before, and names {second.oid[:12]} now"]
+    prepare_data("two", run=run, name="mine", say=said.append)
+    prepare_data("one", run=run, name="mine", say=said.append)
+    assert [line.partition(" ")[0] for line in said[1:]] == ["answered", "answered", "dataset/mine"]
+
+
 def test_networks_statistics_and_detectors_are_known_by_their_content(run: Path, tmp_path: Path) -> None:
     store, subject = Store(run), Store(run).put("dataset", {}, params={"name": "x"})
     np.savez(tmp_path / "s.npz", mu=np.zeros(2), sigma=np.eye(2))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sidactl import __version__, ui
+from sidactl import __version__, prepare, ui
 from sidactl.store import Store
 from tests.golden import golden
 from tests.web import serving
@@ -86,6 +86,14 @@ def test_help_of_every_command_begins_with_a_verb_and_has_an_example(command: st
     told = sidactl(command, "--help").stdout
     assert told.startswith("Usage: sidactl ")
     assert f"Example: sidactl {command}" in " ".join(told.split())
+
+
+def test_help_lists_every_member_of_a_closed_set() -> None:
+    prepared, trained = [" ".join(sidactl(command, "--help").stdout.split()) for command in ("prepare-data", "distill")]
+    for name in (*prepare.PRESETS, *prepare.TRANSFORMS):
+        assert re.search(rf"\b{name}\b", prepared), name
+    assert "--precision fp32|tf32|fp16|bf16 " in trained
+    assert "--forced-normalization off|published|intended " in trained
 
 
 def test_the_bare_command_prints_its_help_line_by_line() -> None:

@@ -716,7 +716,7 @@ def write_labels(folder: Path, document: object) -> Path:
 
 LABEL_HINT = 'Write {"labels": [["name.png", 0], ...]} with integer classes from 0.'
 BAD_SOURCES: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "missing": (lambda p: p / "no", "source {} does not exist. Check the path, or pass tiny-digits."),
+    "missing": (lambda p: p / "no", "source {} does not exist. Check the path."),
     "empty folder": (lambda p: p, "{} must hold images, got none. Check the path."),
     "unknown kind": (
         lambda p: save(p / "a.png", noise(4, 4, 3)),
