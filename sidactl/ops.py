@@ -331,6 +331,8 @@ def plan(
         used.append(start := preflight.find(store, generator, ["generator"]))
         if start.params:
             _check_generator(start.params, taught.params)
+        if (began := _mode_of(start)) not in (None, "sid"):
+            notes.append(f"SiD2A starts from a generator of mode sid, {generator} is one of mode {began}")
     data, missing = _planned_data(store, recipe, dataset)
     if data:
         used.append(data)
@@ -1023,6 +1025,15 @@ def _check_generator(generator: Mapping[str, Any], teacher: Mapping[str, Any]) -
             f"the generator must have the teacher's network, got {wrong} {theirs.get(wrong)} for {ours[wrong]}",
             "Give a generator that was distilled from this teacher.",
         )
+
+
+def _mode_of(generator: preflight.Input) -> str | None:
+    """The mode that a generator was distilled in, where that is known."""
+    entry = generator.entry or catalog.GENERATORS.get(str(generator.params.get("name")))
+    recipe = generator.params.get("recipe")
+    if isinstance(recipe, Mapping):
+        return str(recipe["mode"])
+    return entry.mode if isinstance(entry, catalog.Generator) else None
 
 
 def _check_trainable(data: Artifact) -> None:

@@ -610,6 +610,17 @@ def changed(root: Path, artifact: Artifact, **params: Any) -> str:
     return store.put(artifact.kind, files, inputs=artifact.inputs, params={**artifact.params, **params}).oid
 
 
+def test_sid2a_says_where_its_generator_is_not_of_mode_sid(finished: Finished, fresh_run: Path) -> None:
+    shutil.copytree(finished.root, fresh_run, dirs_exist_ok=True)
+    store = Store.open(fresh_run)
+    of_sida = store.resolve("generator/last")
+    of_sid = changed(fresh_run, of_sida, recipe={**mapping(of_sida.params["recipe"]), "mode": "sid"})
+    planned: dict[str, Any] = {"teacher": "tiny-digits", "mode": "sid2a", "dataset": None, "overrides": {}}
+    notes = [ops.plan(generator=name, store=store, **planned).notes for name in (of_sid, "generator/last")]
+    line = "SiD2A starts from a generator of mode sid, generator/last is one of mode sida"
+    assert (notes[0], notes[1]) == ([], [line])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
