@@ -939,6 +939,8 @@ def score_flags(command: Callable[..., "Score"]) -> Callable[..., None]:
     own = [p for p in inspect.signature(command).parameters.values() if p.name not in ("ref", "options")]
 
     def with_flags(ref: str | None, as_json: bool, overrides: Mapping[str, Any], **arguments: Any) -> None:
+        from sidactl import scores
+
         special = {p.name: arguments.pop(p.name) for p in own}
         arguments["setting"] = Setting(**overrides)
         arguments["num"] = _count(arguments["num"], "--num", least=2)
@@ -948,7 +950,8 @@ def score_flags(command: Callable[..., "Score"]) -> Callable[..., None]:
         with _ticking(command.__name__.replace("_", "-")) as tick:
             score = command(_from_pipe(ref), arguments | {"tick": tick, "say": ui.note}, **special)
         # The display has ended: what it draws last would erase a result that is printed within.
-        _print_score(score, as_json, all_lines=command.__name__ == "evaluate")
+        against = scores.against(score, arguments["run"])
+        _print_score(score, against, as_json, all_lines=command.__name__ == "evaluate")
         if limit is not None and float(score) > limit:
             raise SidaError(f"the score {float(score):.6g} is above {limit:g}", "", exit_code=EXIT_FAILED)
 
@@ -1043,7 +1046,7 @@ def show(
 
     Example: sidactl show generator/best
     """
-    from sidactl import inventory
+    from sidactl import inventory, scores
 
     ref = _from_pipe(ref)
     if rows := inventory.unfetched(ref, run=run):
@@ -1066,7 +1069,7 @@ def show(
             told = _named_classes(value) if key == "class_names" else value  # type: ignore[arg-type]
             ui.print_data(f"  {title:8} {key}: {_short(told)}")
     for score in described.scores:
-        for line in _score_lines(score):
+        for line in _score_lines(score, scores.against(score, run)):
             ui.print_data(f"  {'score':8} {line}")
     for name, number in described.published.items():
         ui.print_data(f"  {'paper':8} {_published(name, number)}")
@@ -1406,14 +1409,14 @@ def _print_generator(artifact: "Artifact", as_json: bool) -> None:
     _print_artifact(artifact, as_json)
 
 
-def _print_score(score: "Score", as_json: bool, all_lines: bool) -> None:
+def _print_score(score: "Score", against: Mapping[str, str], as_json: bool, all_lines: bool) -> None:
     """The numbers of one metric in one line on stdout, and how they were made on stderr; or all of it on stdout."""
     for warning in score.warnings:
         ui.warn(warning)
     if as_json:
         ui.print_json(score.to_json())
     else:
-        for line in _score_lines(score):
+        for line in _score_lines(score, against):
             (ui.print_data if all_lines else ui.note)(line)
         if not all_lines:
             ui.print_data(" ".join(f"{numbers['value']:.6g}" for numbers in score.to_json()["scores"].values()))
@@ -1426,8 +1429,8 @@ def _refuse_unkept(score: "Score") -> None:
         raise SidaError(f"the score above is not kept: {score.unkept}", "Free some space.", exit_code=EXIT_FAILED)
 
 
-def _score_lines(score: "Score") -> list[str]:
-    """One line per number: mean, standard deviation, minimum, and how it was made."""
+def _score_lines(score: "Score", against: Mapping[str, str]) -> list[str]:
+    """One line per number: mean, standard deviation, minimum, how it was made, and what it compares with."""
     told = score.to_json()
     trials = f"{len(told['seeds'])} x {score.num:,} images" if told["seeds"] else f"{score.num:,} images"
     if "subset_of" in score.settings:
@@ -1436,6 +1439,7 @@ def _score_lines(score: "Score") -> list[str]:
 
     def line(name: str, n: Mapping[str, Any]) -> str:
         spread = "" if n["std"] is None else f" +- {n['std']:.2g} (minimum {n['minimum']:.4g})"
-        return f"{name} {n['value']:.4g}{spread}; {trials}, {n['detector']}"
+        beside = f", against {against[name]}" if name in against else ""
+        return f"{name} {n['value']:.4g}{spread}; {trials}, {n['detector']}{beside}"
 
     return [line(name, n) for name, n in told["scores"].items()]

@@ -348,6 +348,8 @@ def plan(
         to_come = preflight.Input(recipe.dataset, None, catalog.DATASETS.get(recipe.dataset)) if missing else data
         scoring, more, nothing = _planned_scoring(store, recipe, net, taught, to_come, reference, detector)
         needs += [need for need in more if need not in needs]
+        if scoring and reference is None:
+            notes += _of_published(scoring.reference, data)
         if nothing:
             notes.append(f"nothing is scored, and the last generator is the result: {nothing}")
     if not score:
@@ -391,6 +393,17 @@ def _planned_data(store: Store, recipe: Recipe, asked: str | None) -> tuple[pref
         if entry is None or entry.builtin:
             raise
         return None, [error]
+
+
+def _of_published(compared: preflight.Input, data: preflight.Input | None) -> Iterator[str]:
+    """What to know of a run that is scored against published statistics without having asked for them."""
+    if not isinstance(compared.entry, catalog.Reference):
+        return
+    name, known = compared.entry.name, catalog.DATASETS[compared.entry.dataset].num_images
+    results = data.artifact.results if data and data.artifact else {}
+    held = results.get("num_images") if results.get("kind") != "labels" else None
+    of_fewer = f" (of {known:,} images, the dataset has {held:,})" if known and held not in (None, known) else ""
+    yield f"scored against the published statistics {name}, as the published runs were{of_fewer}; --ref takes others"
 
 
 def _has_images(data: preflight.Input) -> bool:
@@ -690,7 +703,10 @@ def _resolved(
     compared, detector = None, options["detector"]
     if options["score"]:
         try:
-            compared = _training_reference(store, teacher_artifact, data, reference, recheck)
+            if reference is None:
+                compared = references.of_run(store, teacher_artifact, data, recheck=recheck)
+            else:
+                compared = references.find(store, reference, teacher_artifact, "moments", recheck=recheck)
         except MissingError as error:
             # What failed, such as a download, may work another time; what is not there does not come.
             if _needs_reference(recipe, reference, detector, data):
@@ -699,6 +715,10 @@ def _resolved(
                 notes.append(f"nothing is scored, and the last generator is the result: {error.message}")
     elif data.results["kind"] != "labels":
         settings["scored"] = False
+    is_without_images = data.results["kind"] == "latents" and "dataset" not in data.inputs
+    if compared and reference is None and is_without_images and compared.params["name"] != data.params["name"]:
+        told = f"scored against the {references.described(store, compared)} of its teacher's"
+        notes.append(f"{data.params['name']} has no images to compare with: {told}")
     if generator is not None:
         inputs["generator"] = resolve(store, generator, ["generator"], recheck=recheck)
         _check_generator(inputs["generator"].params, teacher_artifact.params)
@@ -733,14 +753,6 @@ def _training_data(store: Store, planned: Plan, teacher: Artifact, asked: str | 
     if planned.recipe.mode != "sid":
         require_images(data)
     return data
-
-
-def _training_reference(store: Store, teacher: Artifact, data: Artifact, asked: str | None, recheck: bool) -> Artifact:
-    """What the generator is scored against while it trains."""
-    pixels = references.pixels_of(store, data)
-    if asked is None and pixels.results["kind"] == "pixels":
-        return pixels
-    return references.find(store, asked, teacher, "moments", recheck=recheck)
 
 
 def _distill(
@@ -1148,9 +1160,14 @@ def _stop_on_signals() -> Iterator[Callable[[], bool]]:
 def _preview(net: "Preconditioned", sampler: OneStepSpec | HeunSpec) -> bytes:
     from sidactl import pictures, sampling
 
-    device = next(net.parameters()).device
-    batches = sampling.generate(net, PREVIEW_SEEDS, sampler, device=device)
+    device, side = next(net.parameters()).device, preflight.drawn_by(net.spec)[1]
+    batches = sampling.generate(net, PREVIEW_SEEDS[: _num_previewed(side)], sampler, device=device)
     return pictures.grid(next(iter(batches)).images.permute(0, 2, 3, 1).numpy())
+
+
+def _num_previewed(side: int) -> int:
+    """Images of this size in a preview: at most 2,048 pixels a side, since PNGs of 4,096 take a processor 12 s each."""
+    return min(len(PREVIEW_SEEDS), max(1, 2048 // side) ** 2)
 
 
 @dataclass(frozen=True)
@@ -1273,7 +1290,7 @@ def sample(
         with prepare.ZipWriter(path) as writer:
             for batch in drawn:
                 images = batch.images.permute(0, 2, 3, 1).numpy()
-                first = images[: len(PREVIEW_SEEDS)] if first is None else first
+                first = images[: _num_previewed(images.shape[1])] if first is None else first
                 for index, image in enumerate(images):
                     writer.add(image, None if batch.labels is None else int(batch.labels[index]))
                 if tick:

@@ -115,15 +115,20 @@ def _need_of_file(text: str, how: str, *, is_file: bool) -> Need:
 
 
 def reference(store: Store, asked: str | None, teacher: Input, data: Input | None) -> Input:
-    """What `references.find`, or the dataset that is trained on, gives to score against. data: None = not there.
+    """What `references.of_run`, or else `references.find`, gives to score against. data: None = not there.
 
     Raises SidaError where there is nothing.
     """
     if asked is None:
-        if data and (held := data.artifact) is None:
-            return data  # whatever it is made of is images
-        if data and held and (pixels := references.pixels_of(store, held)).results["kind"] == "pixels":
-            return Input(data.text, pixels)
+        held = data.artifact if data else None
+        if data and not (held and held.results["kind"] == "labels"):
+            name = str(held.params["name"]) if held else data.entry.name if data.entry else Path(data.text).name
+            if entry := references.published_for(name, _net(teacher).architecture):
+                return _published(store, entry)
+            if held is None and not _holds_latents(data.text):
+                return data  # whatever it is made of is images
+            if held and (pixels := references.pixels_of(store, held)).results["kind"] == "pixels":
+                return Input(data.text, pixels)
         return _own_reference(store, teacher)
     published = catalog.REFERENCES.get(asked)
     published = published or next((e for e in catalog.REFERENCES.values() if e.source and e.source.url == asked), None)
@@ -134,15 +139,25 @@ def reference(store: Store, asked: str | None, teacher: Input, data: Input | Non
     found = find(store, asked, ["dataset", "stats"])
     if found.artifact and found.artifact.kind == "dataset":
         require_images(found.artifact)
-        return Input(asked, references.pixels_of(store, found.artifact))
+        references.refuse_latents(pixels := references.pixels_of(store, found.artifact))
+        return Input(asked, pixels)
     return found
+
+
+def _holds_latents(path: str) -> bool:
+    """Whether a file, by the name of its first member, is a zip of latents."""
+    try:
+        with Path(path).open("rb") as file:
+            head = file.read(1024)
+    except OSError:
+        return False
+    return head[:4] == b"PK\3\4" and b"/img-mean-std-" in head[30 : 30 + int.from_bytes(head[26:28], "little")]
 
 
 def _own_reference(store: Store, teacher: Input) -> Input:
     name = references.dataset_name(store, teacher.artifact) if teacher.artifact else str(teacher.params["dataset"])
-    if name in catalog.REFERENCES:
-        by_edm2 = catalog.REFERENCES.get(f"{name}-edm2") if _net(teacher).architecture == "EDM2" else None
-        return _published(store, by_edm2 or catalog.REFERENCES[name])
+    if entry := references.published_for(name, _net(teacher).architecture):
+        return _published(store, entry)
     if teacher.artifact and "dataset" in teacher.artifact.inputs:
         return Input(name, references.pixels_of(store, store.get(teacher.artifact.inputs["dataset"])))
     return dataset_called(store, name)
@@ -170,11 +185,16 @@ def default_detector(of: Input) -> str:
     return "inception" if Path(of.text.partition("?")[0]).suffix in (".pkl", ".npz") else references.RANDOM_FEATURES
 
 
+def drawn_by(net: NetSpec) -> tuple[int, int]:
+    """Channels and side of the images that a net draws, latents decoded."""
+    if net.img_channels == _LATENT_CHANNELS:
+        return 3, net.img_resolution * _LATENT_SCALE
+    return net.img_channels, net.img_resolution
+
+
 def check_detector(store: Store, name: str, net: NetSpec, compared: Input) -> list[Need]:
     """Refuses a detector that does not take the generator's images or that the reference is not by; what it needs."""
-    is_latent = net.img_channels == _LATENT_CHANNELS
-    channels = 3 if is_latent else net.img_channels
-    size = net.img_resolution * (_LATENT_SCALE if is_latent else 1)
+    channels, size = drawn_by(net)
     drawn = f"the generator draws {channels} channels of {size}x{size}"
     if name == "tiny-digits" and (size, channels) != (8, 1):
         raise SidaError(
@@ -194,7 +214,7 @@ def check_detector(store: Store, name: str, net: NetSpec, compared: Input) -> li
         if entry.source and f"detector/{name}" not in store.refs():
             needs.append(_download(f"detector {name}", entry.source))
     _check_statistics(name, compared)
-    if is_latent:
+    if net.img_channels == _LATENT_CHANNELS:
         needs.append(_vae())
     return needs
 

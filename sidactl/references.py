@@ -96,6 +96,14 @@ def find(store: Store, text: str | None, subject: Artifact, need: Need, *, reche
         ) from None
 
 
+def described(store: Store, reference: Artifact) -> str:
+    """What a reference is, in a word or two."""
+    name = reference.params.get("name")
+    if reference.kind == "stats":
+        return f"statistics {name}" if name else f"statistics of {dataset_name(store, reference)}"
+    return f"{reference.kind} {name or reference.oid[:12]}"
+
+
 def pixels_of(store: Store, artifact: Artifact) -> Artifact:
     """The images that latents were made from; anything else as it is."""
     is_latents = artifact.kind == "dataset" and artifact.results.get("kind") == "latents"
@@ -107,21 +115,62 @@ def _by_url(text: str) -> catalog.Reference | None:
 
 
 def _checked(store: Store, artifact: Artifact, recheck: bool) -> Artifact:
+    refuse_latents(artifact)
     return repaired(store, artifact) if recheck else artifact
+
+
+def refuse_latents(artifact: Artifact) -> None:
+    """MissingError for latents whose images are not there: nothing that is drawn compares with them."""
+    if artifact.results.get("kind") == "latents":
+        raise MissingError(
+            f"latents have no images to compare with, got {artifact.params.get('name')}",
+            "Pass --ref with the dataset of pixels, or with published statistics such as imagenet512.",
+        )
 
 
 def _own(store: Store, subject: Artifact, need: Need, recheck: bool) -> Artifact:
     if subject.kind == "dataset":
         raise SidaError("a dataset needs another to be compared with, got none", "Pass --ref DATASET.")
-    name = dataset_name(store, subject)
-    if name in catalog.REFERENCES:
-        spec = mapping(subject.params["net"]) if subject.kind in NETS else {}
-        by_edm2 = catalog.REFERENCES.get(f"{name}-edm2") if spec.get("architecture") == "EDM2" else None
-        if need == "moments":
-            return _published(store, by_edm2 or catalog.REFERENCES[name], need, recheck)
-        if images := catalog.REFERENCES.get(f"{name}-images"):
-            return _published(store, images, need, recheck)
-    return _checked(store, dataset_of(store, subject), recheck)
+    net = store.get(subject.inputs["net"]) if "net" in subject.inputs else subject
+    if "reference" in net.inputs:
+        held = store.get(net.inputs["reference"])
+        entry = _by_url(str(held.params.get("source")))
+        if need == "moments" and entry:
+            return _published(store, entry, need, recheck)
+        if need == "moments" or held.kind == "dataset":
+            return _checked(store, held, recheck)
+    name = dataset_name(store, net)
+    entry = published_for(name, mapping(net.params["net"]).get("architecture") if net.kind in NETS else None)
+    if entry and need == "moments":
+        return _published(store, entry, need, recheck)
+    if entry and (images := catalog.REFERENCES.get(f"{name}-images")):
+        return _published(store, images, need, recheck)
+    return _checked(store, dataset_of(store, net), recheck)
+
+
+def published_for(dataset: str, architecture: object) -> catalog.Reference | None:
+    """The published statistics that a dataset's networks are scored against by default; EDM2's have some of their own.
+
+    Source: the published runs were scored against them while they trained, not against the images.
+    """
+    by_edm2 = catalog.REFERENCES.get(f"{dataset}-edm2") if architecture == "EDM2" else None
+    return by_edm2 or catalog.REFERENCES.get(dataset)
+
+
+def of_run(store: Store, teacher: Artifact, data: Artifact, *, recheck: bool = False) -> Artifact:
+    """What a distillation is scored against unless it is told otherwise, and `fid` of its generators afterwards.
+
+    The published statistics of the dataset that it trains on, or else its images; those of the teacher's where it
+    trains on classes alone, or on latents whose images are not there.
+    """
+    pixels = pixels_of(store, data)
+    if data.results["kind"] != "labels":
+        architecture = mapping(teacher.params["net"]).get("architecture")
+        if entry := published_for(str(data.params["name"]), architecture):
+            return _published(store, entry, "moments", recheck)
+        if pixels.results["kind"] == "pixels":
+            return _checked(store, pixels, recheck)
+    return find(store, None, teacher, "moments", recheck=recheck)
 
 
 def dataset_name(store: Store, subject: Artifact) -> str:
@@ -129,7 +178,9 @@ def dataset_name(store: Store, subject: Artifact) -> str:
     if subject.kind == "dataset":
         return str(subject.params["name"])
     if "dataset" in subject.inputs:
-        return str(store.get(subject.inputs["dataset"]).params["name"])
+        data = store.get(subject.inputs["dataset"])
+        if data.results["kind"] != "labels" or "dataset" not in subject.params:
+            return str(data.params["name"])
     return str(subject.params.get("dataset"))
 
 

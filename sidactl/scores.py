@@ -237,6 +237,15 @@ def evaluate(ref: Ref, metrics: Sequence[str] | None = None, **options: Unpack[S
     return Score(**told)
 
 
+def against(score: Score, run: RunDir = None) -> Mapping[str, str]:
+    """What the numbers of a score compare with, by name, as far as the run directory knows."""
+    store, told = Store.open(run), dict[str, str]()
+    for name, oid in score.references.items():
+        with suppress(SidaError):
+            told[name] = references.described(store, store.get(oid))
+    return told
+
+
 def score_name(detector: str) -> str:
     """What a Fréchet distance by this detector is called: by a name, or by the file that holds it."""
     return SCORE_NAMES.get(detector, f"FD {Path(detector).name}")

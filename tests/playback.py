@@ -68,3 +68,6 @@ class SmallVae(nn.Module):
         self.batches.append(len(pixels))
         mean, log_std = nn.functional.conv2d(pixels, self.weight, stride=8).chunk(2, dim=1)
         return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean, std=log_std.exp()))
+
+    def decode(self, latents: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(sample=nn.functional.conv_transpose2d(latents, self.weight[:4], stride=8))

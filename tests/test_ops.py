@@ -1043,7 +1043,10 @@ def test_a_plan_names_what_is_fetched_first_and_what_only_the_user_can_get(
         ("statistics cifar10", None),
         ("detector inception", 95_628_359),
     ]
-    assert plan.notes == ["dataset cifar10: mode sid needs no images, training on classes alone"]
+    assert plan.notes == [
+        "dataset cifar10: mode sid needs no images, training on classes alone",
+        "scored against the published statistics cifar10, as the published runs were; --ref takes others",
+    ]
     sida = planned(tmp_path / "run", teacher="edm-cifar10-uncond")
     assert [error.message for error in sida.missing] == ["dataset cifar10 must be prepared from its files"]
     with pytest.raises(SidaError, match=r"^dataset cifar10 must be prepared from its files\. "):

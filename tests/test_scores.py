@@ -341,8 +341,9 @@ def test_fewer_images_than_there_are_are_drawn_by_seed(finished: Finished) -> No
         assert score.to_json()["settings"] | {"subset_seed": seed, "subset_of": 1797} == score.settings
         assert score.num == 120
     assert scores.fid("dataset/tiny-digits", **options) == scores.fid("dataset/tiny-digits", subset_seed=0, **options)
-    assert cli._score_lines(score) == [
-        f"{FD} {score.value:.4g}; 120 of 1,797 images, drawn by seed 5, {score.detectors[FD]}"
+    assert cli._score_lines(score, scores.against(score, finished.root)) == [
+        f"{FD} {score.value:.4g}; 120 of 1,797 images, drawn by seed 5, {score.detectors[FD]}, against dataset "
+        "tiny-digits"
     ]
     whole = scores.fid("dataset/tiny-digits", **options | {"num": 1797})
     assert not {"subset_seed", "subset_of"} & set(whole.settings)

@@ -1,0 +1,165 @@
+"""Stand-ins of the published files, in small: what a mirror holds, in the real formats, and a catalog that expects it.
+
+Networks keep the resolution and channels of the real ones; their width and depth are the least there are, and of
+ImageNet's classes there are three.
+"""
+
+import hashlib
+import io
+import pickle
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sidactl import catalog, codec, nets, ops, preflight
+from sidactl.diffusion import Preconditioned
+from sidactl.nets import inception
+from sidactl.recipe import NetSpec
+from tests.hostile.doors import cifar, picture, tarred, zipped
+from tests.playback import SmallVae
+from tests.test_pickles import Persistent, install_published_modules
+
+NETS = ("edm-cifar10-uncond", "edm-imagenet64", "edm2-s", "edm2-xs")
+GENERATORS = ("sid/cifar10-uncond", "sid/edm2-s")
+NUM_CIFAR10 = 20
+"""images of the stand-in of CIFAR-10, which says 50,000"""
+FEW = ["--batch-size", "4", "--num-accumulation-rounds", "2", "--duration", "24", "--generator-from", "4"]
+FEW += ["--evaluate-every", "16", "--evaluate-num", "3", "--checkpoint-every", "16", "--precision", "fp32"]
+"""flags of a distillation that takes seconds"""
+SIDA = ["--adversarial-from", "8"]
+
+
+class SmallInception(nn.Module):
+    """In place of Inception: one convolution, and as few features."""
+
+    NUM_FEATURES = 12
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, self.NUM_FEATURES, 8, stride=4, bias=False)
+        self.fc = nn.Linear(self.NUM_FEATURES, 1008)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.conv(images.float().expand(-1, 3, -1, -1) / 128 - 1).relu().mean((2, 3))
+        return features
+
+    def logits(self, features: Tensor, *, bias: bool = False) -> Tensor:
+        return nn.functional.linear(features, self.fc.weight, self.fc.bias if bias else None)
+
+
+def small(spec: NetSpec) -> NetSpec:
+    return replace(
+        spec,
+        label_dim=min(spec.label_dim, 3),
+        model_channels=8,
+        channel_mult=(1, 1),
+        num_blocks=1,
+        attn_resolutions=(),
+        channels_per_head=8,
+        logvar_channels=8 if spec.logvar_channels else 0,
+    )
+
+
+def small_catalog(patch: pytest.MonkeyPatch, inception_digest: str) -> None:
+    """Lets the catalog expect what `write_mirror` writes."""
+    teachers = {name: replace(entry, net=small(entry.net)) for name, entry in catalog.TEACHERS.items() if name in NETS}
+    # Published with 35 to 511 evaluations of a network.
+    teachers = {name: replace(entry, sampler=replace(entry.sampler, num_steps=3)) for name, entry in teachers.items()}
+    generators = {
+        name: replace(entry, net=small(entry.net)) for name, entry in catalog.GENERATORS.items() if name in GENERATORS
+    }
+    of_inception = catalog.DETECTORS["inception"]
+    assert of_inception.source
+    source = replace(of_inception.source, sha256=inception_digest, size_bytes=None)
+    patch.setattr(catalog, "TEACHERS", {**catalog.TEACHERS, **teachers})
+    patch.setattr(catalog, "GENERATORS", {**catalog.GENERATORS, **generators})
+    patch.setattr(catalog, "DETECTORS", {**catalog.DETECTORS, "inception": replace(of_inception, source=source)})
+    patch.setattr(inception, "FIDInception", SmallInception)
+    patch.setattr(inception, "NUM_FEATURES", SmallInception.NUM_FEATURES)
+    patch.setattr(preflight, "_NUM_FEATURES", {**preflight._NUM_FEATURES, "inception": SmallInception.NUM_FEATURES})
+    patch.setattr(ops, "PREVIEW_SEEDS", range(4))
+    patch.setattr(codec, "stable_diffusion_vae", lambda **options: SmallVae())
+
+
+def write_mirror(folder: Path) -> str:
+    """Every stand-in, by the last part of its address. Returns the digest of Inception's."""
+    folder.mkdir(parents=True)
+    with pytest.MonkeyPatch.context() as patch:
+        install_published_modules(patch.setitem)
+        entries: Mapping[str, Any] = {**catalog.TEACHERS, **catalog.GENERATORS}
+        for seed, name in enumerate((*NETS, *GENERATORS)):
+            (folder / _file_of(entries[name])).write_bytes(_network(small(entries[name].net), seed, name in GENERATORS))
+    for name in ("cifar10", "imagenet64", "imagenet512"):
+        entry = catalog.REFERENCES[name]
+        mean, covariance = np.full(SmallInception.NUM_FEATURES, 0.3), np.eye(SmallInception.NUM_FEATURES)
+        if _file_of(entry).endswith(".npz"):
+            np.savez(folder / _file_of(entry), mu=mean, sigma=covariance)
+        else:
+            held = {"fid": {"mu": mean, "sigma": covariance}}
+            (folder / _file_of(entry)).write_bytes(pickle.dumps(held, protocol=4))
+    (folder / "cifar-10-python.tar.gz").write_bytes(tarred(cifar([0, 1, 2, 3])))
+    weights = folder / _file_of(catalog.DETECTORS["inception"])
+    torch.save(_drawn(SmallInception()).state_dict(), weights)
+    return hashlib.sha256(weights.read_bytes()).hexdigest()
+
+
+def write_imagenet(folder: Path) -> Path:
+    """ImageNet's training images as they are laid out, three classes of two; returns the root of all."""
+    for wnid in ("n01440764", "n01443537", "n01484850"):
+        for index in range(2):
+            path = folder / f"ILSVRC/Data/CLS-LOC/train/{wnid}/{wnid}_{index}.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(picture("JPEG", (80, 70), seed=index))
+    return folder
+
+
+def latents_zip(num: int = 6) -> bytes:
+    """Somebody's img512-sd.zip: means and deviations of latents, and their classes."""
+    rng, members = np.random.default_rng(0), dict[str, bytes]()
+    for index in range(num):
+        buffer = io.BytesIO()
+        np.save(buffer, np.abs(rng.normal(size=(8, 64, 64))).astype(np.float32))
+        members[f"00000/img-mean-std-{index:08d}.npy"] = buffer.getvalue()
+    labels = [[name, index % 3] for index, name in enumerate(members)]
+    return zipped({**members, "dataset.json": str({"labels": labels}).replace("'", '"').encode()})
+
+
+def _file_of(entry: catalog.Entry) -> str:
+    assert entry.source
+    return entry.source.url.rpartition("/")[2]
+
+
+def _drawn(net: nn.Module, seed: int = 0) -> Any:
+    """The net with weights as they would be at the start of a training, of any layer."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in net.parameters():
+        fan_in = max(1, parameter[0].numel()) if parameter.ndim > 1 else 1
+        parameter.data.normal_(0, fan_in**-0.5, generator=generator)
+    return net.eval()
+
+
+def _network(spec: NetSpec, seed: int, is_generator: bool) -> bytes:
+    """A network as EDM, EDM2 and SiD pickled theirs."""
+    net: Preconditioned = _drawn(nets.build(spec), seed)
+    options = {key: tuple(v) if isinstance(v, list) else v for key, v in spec.to_json().items()}
+    architecture = options.pop("architecture")
+    if architecture != "EDM2":
+        options["model_type"] = architecture
+    state = {"_init_args": (), "_init_kwargs": {k: v for k, v in options.items() if v is not None}}
+    tree = dict(_tree(net)) | state
+    pickled = Persistent("Precond" if architecture == "EDM2" else "EDMPrecond", **tree)
+    others = {} if is_generator else {"loss_fn": None, "dataset_kwargs": {}}
+    return pickle.dumps({"ema": pickled, **others}, protocol=4)
+
+
+def _tree(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    yield "_parameters", dict(module._parameters)
+    yield "_buffers", dict(module._buffers)
+    children = {name: Persistent(type(m).__name__, **dict(_tree(m))) for name, m in module.named_children()}
+    yield "_modules", children

@@ -1,0 +1,130 @@
+"""From the published files to a score, as a user walks: every road on stand-ins, by the command line."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sidactl import cli
+from sidactl.store import Store
+from tests import standins
+
+
+@pytest.fixture(scope="module")
+def mirror(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("mirror") / "files"
+    digest = standins.write_mirror(folder)
+    return folder, digest
+
+
+@dataclass
+class Told:
+    code: int
+    out: str
+    err: str
+
+
+class Road:
+    """A fresh machine: an empty run directory, a mirror, and the command line."""
+
+    def __init__(self, root: Path, mirror: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        self.root, self.mirror, self.capfd = root, mirror, capfd
+
+    @property
+    def store(self) -> Store:
+        return Store.open(self.root / "run")
+
+    def __call__(self, *words: str, code: int = 0) -> Told:
+        self.capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*words, "--run", str(self.root / "run")])
+        out, err = self.capfd.readouterr()
+        assert (ended.value.code or 0) == code, err
+        return Told(code, out.strip(), err)
+
+    def distill(self, teacher: str, mode: str, *words: str, **options: Any) -> Told:
+        chosen = [*standins.FEW, *(standins.SIDA if mode != "sid" else [])]
+        return self("distill", "--teacher", teacher, "--mode", mode, *chosen, "--device", "cpu", *words, **options)
+
+    def scores_agree(self, generator: str, reference: str, num: str = "3") -> None:
+        """What `fid G` and `sample G | fid` print is equal, and against what they say is what trained it."""
+        drawn = self("sample", generator, "--num", num, "--device", "cpu").out
+        told = [self("fid", ref, "--num", num, "--device", "cpu") for ref in (generator, drawn)]
+        assert float(told[0].out) == pytest.approx(float(told[1].out), rel=1e-6)
+        for each in told:
+            assert f", against {reference}\n" in each.err
+
+
+@pytest.fixture
+def road(
+    tmp_path: Path, mirror: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Road:
+    for name in [name for name in os.environ if name.startswith("SIDACTL_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SIDACTL_MIRROR", str(mirror[0]))
+    monkeypatch.chdir(tmp_path)
+    standins.small_catalog(monkeypatch, mirror[1])
+    return Road(tmp_path, mirror[0], capfd)
+
+
+def test_road_of_cifar10_from_its_archive(road: Road) -> None:
+    road("prepare-data", str(road.mirror / "cifar-10-python.tar.gz"), "--preset", "cifar10", "--name", "cifar10")
+    told = road.distill("edm-cifar10-uncond", "sida")
+    assert (
+        "scored against the published statistics cifar10, as the published runs were "
+        f"(of 50,000 images, the dataset has {standins.NUM_CIFAR10}); --ref takes others\n"
+    ) in told.err
+    made = road.store.get(told.out)
+    assert road.store.get(made.inputs["reference"]).params["name"] == "cifar10"
+    road.scores_agree(told.out, "statistics cifar10")
+    against = road("fid", told.out, "--num", "3", "--ref", "dataset/cifar10", "--device", "cpu")
+    assert ", against dataset cifar10\n" in against.err
+
+
+def test_road_of_imagenet64_from_its_folder(road: Road, tmp_path: Path) -> None:
+    root = standins.write_imagenet(tmp_path / "imagenet")
+    told = road("prepare-data", str(root), "--preset", "imagenet64", "--name", "imagenet64")
+    assert "is ImageNet: its training images in" in told.err
+    told = road.distill("edm-imagenet64", "sida")
+    assert "(of 1,281,167 images, the dataset has 6)" in told.err
+    road.scores_agree(told.out, "statistics imagenet64")
+
+
+def test_road_of_edm2_from_images_by_latents(road: Road, tmp_path: Path) -> None:
+    root = standins.write_imagenet(tmp_path / "imagenet")
+    words = ("--preset", "imagenet512", "--latents", "--name", "imagenet512", "--device", "cpu")
+    road("prepare-data", str(root), *words)
+    told = road.distill("edm2-s", "sida")
+    assert "scored against the published statistics imagenet512, " in told.err
+    road.scores_agree(told.out, "statistics imagenet512")
+    tuned = road.distill("edm2-s", "sid2a", "--generator", "sid/edm2-s")
+    assert tuned.out != told.out
+
+
+def test_road_of_edm2_from_latents_that_somebody_made(road: Road, tmp_path: Path) -> None:
+    (tmp_path / "img512-sd.zip").write_bytes(standins.latents_zip())
+    told = road.distill("edm2-s", "sida", "--dataset", "img512-sd.zip")
+    assert (
+        "img512-sd.zip has no images to compare with: scored against the statistics imagenet512 of its teacher's\n"
+        in told.err
+    )
+    road.scores_agree(told.out, "statistics imagenet512")
+    compared = road("fid", told.out, "--num", "3", "--ref", "img512-sd.zip", "--device", "cpu", code=2)
+    assert compared.err == (
+        "error: latents have no images to compare with, got img512-sd.zip. Pass --ref with the dataset of pixels, or "
+        "with published statistics such as imagenet512.\n"
+    )
+
+
+@pytest.mark.parametrize("has_labels", [False, True])
+def test_road_of_edm2_from_classes_alone(road: Road, tmp_path: Path, has_labels: bool) -> None:
+    words = list[str]()
+    if has_labels:
+        (tmp_path / "dataset.json").write_text('{"labels": [["a.png", 1], ["b.png", 2], ["c.png", 1]]}')
+        road("prepare-data", "dataset.json", "--labels-only", "--name", "shares")
+        words = ["--dataset", "shares"]
+    told = road.distill("edm2-s", "sid", *words)
+    assert "scored against the published statistics imagenet512, " in told.err
+    road.scores_agree(told.out, "statistics imagenet512")
