@@ -18,7 +18,7 @@ if [ "${1:-}" = edm2 ]; then
     sidactl train-teacher tiny-digits --name "$teacher" --net edm2 --duration 3200 --model-channels 16
 fi
 short="--teacher $teacher --batch-size 64 --num-accumulation-rounds 1 --duration 640 --generator-from none
---evaluate-every 640 --evaluate-num 500 --no-teacher-score"
+--evaluate-every 640 --evaluate-num 500 --teacher-score none"
 sidactl distill --mode sid $short
 sidactl distill --mode sida --adversarial-from 256 $short
 sidactl finetune-sid2a --adversarial-from 0 --generator "generator/$teacher-sid" $short |

@@ -267,12 +267,19 @@ _EDM_RUNS = {
 _EDM_DIGESTS = {"edm-cifar10-uncond": "4d5dcc1f1d0d41c8934ad21626eeddbdc0460182becf9fc059a0631b1eedb4da"}
 
 
+def _line_nimg(least_nimg: int, batch_size: int) -> int:
+    """Images from one status line of the published runs to the next: whole batches, and no fewer than so many.
+
+    Every 50 lines the generator was scored, and early at some lines more.
+    """
+    return -(-least_nimg // batch_size) * batch_size
+
+
 def _edm_teachers() -> Iterator[Teacher]:
     for name, (file, dataset, net, num_steps, numbers) in _EDM_TEACHERS.items():
         run = _EDM_RUNS[name]
         is_imagenet = name == "edm-imagenet64"
-        # Evaluation is due every 50 status lines; a line is 10k images, of ImageNet 20k.
-        line_nimg = 20_000 if is_imagenet else 10_000
+        line_nimg = _line_nimg(20_000 if is_imagenet else 10_000, run.batch_size)
         sid = Recipe(
             teacher=name,
             mode="sid",
@@ -291,6 +298,8 @@ def _edm_teachers() -> Iterator[Teacher]:
             dropout=run.dropout,
             **(_FP16 if dataset != "cifar10" else {}),
             evaluate_every_nimg=50 * line_nimg,
+            evaluate_early_nimg=tuple(count * line_nimg for count in range(10, 101, 10)),
+            evaluate_labels="dataset" if net.label_dim else "uniform",
             checkpoint_every_nimg=50 * line_nimg,
         )
         churn = HeunSpec(num_steps=num_steps, S_churn=40, S_min=0.05, S_max=50, S_noise=1.003)
@@ -360,7 +369,7 @@ def _edm2_net(size: str, img_channels: int, label_dim: int = 1000) -> NetSpec:
 
 
 def _edm2_recipes(teacher: str, size: str, dataset: str, P_mean: float, P_std: float) -> dict[Mode, Recipe]:
-    chosen = _EDM2_SIZES[size]
+    chosen, line_nimg = _EDM2_SIZES[size], _line_nimg(10_000, 2048)
     sid = Recipe(
         teacher=teacher,
         mode="sid",
@@ -378,6 +387,10 @@ def _edm2_recipes(teacher: str, size: str, dataset: str, P_mean: float, P_std: f
         P_std=P_std,
         dropout=chosen.dropout,
         forced_normalization="published",
+        evaluate_every_nimg=50 * line_nimg,
+        evaluate_early_nimg=tuple(count * line_nimg for count in (20, 50, 100)),
+        evaluate_labels="dataset",
+        checkpoint_every_nimg=50 * line_nimg,
         **_FP16,
     )
     recipes = _modes(sid, chosen.mimg, Adversarial(discriminator_scale=100.0, clip_gradient_value=None))
@@ -878,7 +891,9 @@ def recipe_for(teacher_name: str, mode: Mode, net: NetSpec | None = None, num_pa
         dropout=0.0,
         precision=large.precision if share >= 0.5 else "fp32",
         adam_eps=large.adam_eps if share >= 0.5 else small.adam_eps,
-        evaluate_every_nimg=images(small.evaluate_every_nimg, large.evaluate_every_nimg),
+        evaluate_every_nimg=images(small.evaluate_every_nimg, _M // 2),
         evaluate_num=small.evaluate_num,
-        checkpoint_every_nimg=images(small.checkpoint_every_nimg, large.checkpoint_every_nimg),
+        evaluate_early_nimg=(),
+        evaluate_labels="uniform",
+        checkpoint_every_nimg=images(small.checkpoint_every_nimg, _M // 2),
     )

@@ -443,7 +443,9 @@ def _metavar(field: dataclasses.Field[Any]) -> str:
     for kind in (field.type, *get_args(field.type)):
         if get_origin(kind) is Literal:
             return "|".join(get_args(kind))
-    return "COUNT" if inputs.is_count(field) else "true|false" if field.type is bool else "VALUE"
+    if inputs.is_count(field):
+        return "COUNT,..." if "tuple" in str(field.type) else "COUNT"
+    return "true|false" if field.type is bool else "VALUE"
 
 
 def _parser(field: dataclasses.Field[Any]) -> Callable[[str], Any]:
@@ -456,6 +458,8 @@ def _parser(field: dataclasses.Field[Any]) -> Callable[[str], Any]:
             if text.lower() not in ("true", "false"):
                 raise SidaError(f"{flag} must be true or false, got {text!r}", f"Pass {flag} true.")
             return text.lower() == "true"
+        if inputs.is_count(field) and "tuple" in str(field.type):
+            return tuple(inputs.parse_count(part, flag) for part in text.split(",")) if text != "none" else ()
         if inputs.is_count(field):
             return inputs.parse_count(text, flag)
         if "Literal" in str(field.type) or field.type is str:
@@ -561,8 +565,12 @@ RunDetector = Annotated[
         "of a dataset of your own random-features",
     ),
 ]
-NoTeacherScore = Annotated[
-    bool, typer.Option("--no-teacher-score", help="do not score the teacher at the end, for comparison")
+TeacherScore = Annotated[
+    str | None,
+    typer.Option(
+        metavar="published|measure|none",
+        help="what the generator is compared with: the published score where there is one, else measured at the end",
+    ),
 ]
 AllowUntrained = Annotated[
     bool,
@@ -584,7 +592,7 @@ def distill(
     reference: Compared = None,
     detector: RunDetector = None,
     no_score: NoScore = False,
-    no_teacher_score: NoTeacherScore = False,
+    teacher_score: TeacherScore = None,
     allow_untrained: AllowUntrained = False,
     log: Log = None,
     name: Name = None,
@@ -606,7 +614,7 @@ def distill(
         "reference": reference,
     }
     planned |= {"score": not no_score, "detector": detector, "allow_untrained": allow_untrained, "device": device}
-    others = {"teacher_score": not no_teacher_score, "name": name, "run": run, "force": force}
+    others = {"teacher_score": teacher_score, "name": name, "run": run, "force": force}
     _distill(planned, others, overrides, log, as_json, dry_run)
 
 
@@ -621,7 +629,7 @@ def finetune_sid2a(
     reference: Compared = None,
     detector: RunDetector = None,
     no_score: NoScore = False,
-    no_teacher_score: NoTeacherScore = False,
+    teacher_score: TeacherScore = None,
     allow_untrained: AllowUntrained = False,
     log: Log = None,
     name: Name = None,
@@ -643,7 +651,7 @@ def finetune_sid2a(
         "reference": reference,
     }
     planned |= {"score": not no_score, "detector": detector, "allow_untrained": allow_untrained, "device": device}
-    others = {"teacher_score": not no_teacher_score, "name": name, "run": run, "force": force}
+    others = {"teacher_score": teacher_score, "name": name, "run": run, "force": force}
     _distill(planned, others, overrides, log, as_json, dry_run)
 
 
@@ -665,7 +673,7 @@ def _distill(
         from sidactl import logs
 
         logs.check(log or ())
-        _print_plan(planned, others["run"], overrides, execution, with_teacher_score=others["teacher_score"])
+        _print_plan(planned, others["run"], overrides, execution, teacher_score=others["teacher_score"])
         return
     with _watching(log) as watch:
         artifact = ops.distill(**planned, **others, execution=execution, say=ui.note, watch=watch, **overrides)
@@ -678,7 +686,7 @@ def _print_plan(
     overrides: Mapping[str, Any],
     execution: Execution,
     *,
-    with_teacher_score: bool,
+    teacher_score: str | None,
 ) -> None:
     from sidactl import ops, preflight
     from sidactl.store import Store
@@ -715,7 +723,7 @@ def _print_plan(
         "reference": planned.scoring.reference.text,
         "evaluations": planned.num_evaluations,
         "images": recipe.evaluate_num,
-        "teacher_at_the_end": with_teacher_score,
+        "teacher_score": teacher_score or planned.teacher_score,
     }
     ui.print_json(
         {
@@ -1402,6 +1410,7 @@ def _print_generator(artifact: "Artifact", as_json: bool) -> None:
     else:
         teacher = results["teacher_score"]
         beside = "not scored" if teacher is None else f"{teacher:.4g}"
+        beside += " (published)" if "teacher_score_is" in results else ""
         ui.note(
             f"best generator: {score_name(str(results['detector']))} {results['selection_score']:.4g} after {seen:,} "
             f"images, one step; its teacher: {beside}. {look}"

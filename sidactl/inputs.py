@@ -164,6 +164,9 @@ def _field_value(field: "dataclasses.Field[Any]", value: Any) -> Any:
     kinds = str(field.type)
     if value is None or type(value) in (bool, int, float):
         return value
+    if is_count(field) and kinds.startswith("tuple"):
+        listed = value.split(",") if isinstance(value, str) else value.tolist() if hasattr(value, "tolist") else value
+        return tuple(count_of(part, word_of(field.name)) for part in listed)
     if is_count(field):
         return count_of(value, word_of(field.name))
     if field.type in (int, int | None):

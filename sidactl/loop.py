@@ -9,7 +9,7 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -115,6 +115,17 @@ class Schedule:
     report_every_sec: float = 5.0
     """where so many steps take longer"""
     stop_if_nan_steps: int = 20
+    evaluate_early_nimg: Sequence[int] = ()
+    """further evaluations"""
+    evaluates_start: bool = False
+    """whether the net is scored before the first step, too"""
+    patience: int | None = None
+    """evaluations without a better score after which training ends"""
+
+    def is_evaluation_due(self, before: int, after: int) -> bool:
+        """Whether one was due after more than `before` images, up to `after`."""
+        is_early = any(before < nimg <= after for nimg in self.evaluate_early_nimg)
+        return is_early or _passes(before, after, self.evaluate_every_nimg)
 
 
 @dataclass
@@ -135,6 +146,11 @@ class History:
         """The best of the first so many evaluations, the first of equals."""
         fitting = [point for point in self.scores[:count] if math.isfinite(point[1])]
         return min(fitting, key=lambda point: point[1], default=None)
+
+    @property
+    def num_since_best(self) -> int:
+        """Evaluations that came after the best one."""
+        return len(self.scores) - 1 - self.scores.index(self.best) if self.best else len(self.scores)
 
 
 Evaluate = Callable[[Preconditioned, Callable[[], bool]], Evaluation | None]
@@ -169,9 +185,15 @@ def run(
 
     def awaits_evaluation() -> bool:
         # Told from the history alone, so that an evaluation that was given up is made first after resuming.
+        if evaluate is None or (training.nimg == 0 and not (schedule.evaluates_start and not history.scores)):
+            return False
         seen = history.scores[-1][0] if history.scores else 0
         is_last = seen < training.nimg >= schedule.duration_nimg
-        return evaluate is not None and (is_last or _passes(seen, training.nimg, schedule.evaluate_every_nimg))
+        return training.nimg == 0 or is_last or schedule.is_evaluation_due(seen, training.nimg)
+
+    def is_over() -> bool:
+        gave_up = schedule.patience is not None and history.num_since_best >= schedule.patience
+        return training.nimg >= schedule.duration_nimg or gave_up
 
     warnings = _resume(training, history, live)
     saved = training.nimg, len(history.scores)
@@ -179,7 +201,7 @@ def run(
     def save() -> None:
         nonlocal saved
         _refuse_non_finite_weights(training)
-        if saved != (position := (training.nimg, len(history.scores))):
+        if training.nimg and saved != (position := (training.nimg, len(history.scores))):
             save_checkpoint(training, history, live)
             saved = position
 
@@ -201,7 +223,7 @@ def run(
     window: list[dict[str, Tensor]] = []
     reported_sec = time.monotonic()
     engine.keep_memory()
-    while training.nimg < schedule.duration_nimg or awaits_evaluation():
+    while not is_over() or awaits_evaluation():
         before = training.nimg
         if not awaits_evaluation():
             stage = training.stage()
@@ -226,13 +248,17 @@ def run(
                 if evaluation.warning:
                     yield note(Event("warning", training.nimg, {"message": evaluation.warning}))
         stopping = engine.any_process(should_stop())
-        is_last = training.nimg >= schedule.duration_nimg and not awaits_evaluation()
-        if evaluate is None and (is_last or _passes(before, training.nimg, schedule.evaluate_every_nimg)):
+        is_last = is_over() and not awaits_evaluation()
+        if evaluate is None and (is_last or schedule.is_evaluation_due(before, training.nimg)):
             _refuse_standstill(training, history, is_last=is_last)
             history.made = training.skipped.made
         if is_last or stopping or _passes(before, training.nimg, schedule.checkpoint_every_nimg):
             save()
             yield note(Event("checkpoint", training.nimg))
+        if is_last and training.nimg < schedule.duration_nimg:
+            count = "the last evaluation" if schedule.patience == 1 else f"{schedule.patience} evaluations"
+            told = f"no better score in {count} (--patience): the run ends here"
+            yield note(Event("note", training.nimg, {"message": told}))
         if stopping:
             yield from scale_warnings()
             yield note(Event("interrupted", training.nimg))

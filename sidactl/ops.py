@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeAlias
 
 from sidactl import catalog, download, preflight, references
 from sidactl.artifacts import (
@@ -93,6 +93,8 @@ if TYPE_CHECKING:
     from sidactl.trainer import Distillation, MicroBatches
 
 Watch = Callable[["Event"], None]
+TeacherScore: TypeAlias = Literal["published", "measure", "none"]
+TEACHER_SCORES: tuple[TeacherScore, ...] = ("published", "measure", "none")
 
 PREVIEW_SEEDS = range(64)
 # Far from the seeds that anybody scores with, so that the best checkpoint is not chosen by the images it is judged on.
@@ -266,9 +268,19 @@ class Plan:
         return self.recipe.duration_nimg / 1000 * self.cost.sec_per_kimg / 3600 if self.cost else None
 
     @property
+    def teacher_score(self) -> TeacherScore:
+        """What the generator is compared with at the end, unless something else is asked for."""
+        entry = self.scoring.reference.entry if self.scoring else None
+        compared = entry if isinstance(entry, catalog.Reference) else None
+        by = self.scoring.score_name if self.scoring else ""
+        return "measure" if _published_score(self.recipe, compared, by) is None else "published"
+
+    @property
     def num_evaluations(self) -> int:
         """How often the generator is scored."""
-        return -(-self.recipe.duration_nimg // max(self.recipe.evaluate_every_nimg, self.recipe.batch_size))
+        every = max(self.recipe.evaluate_every_nimg, self.recipe.batch_size)
+        early = [n for n in self.recipe.evaluate_early_nimg if n < self.recipe.duration_nimg and n % every]
+        return -(-self.recipe.duration_nimg // every) + len(early) + (self.recipe.mode == "sid2a")
 
 
 def plan(
@@ -473,7 +485,7 @@ def distill(
     reference: Ref | None = None,
     score: bool = True,
     detector: str | os.PathLike[str] | None = None,
-    teacher_score: bool = True,
+    teacher_score: TeacherScore | None = None,
     allow_untrained: bool = False,
     name: str | None = None,
     run: RunDir = None,
@@ -495,7 +507,9 @@ def distill(
     score: False = nothing is scored, and the last generator is the result.
     detector: what scores the run: a name or a file, as in `fid`; by default the reference's own, and for a dataset of
         one's own random-features, which is built in.
-    teacher_score: whether the teacher is scored likewise at the end, for comparison. It shapes no generator.
+    teacher_score: what the generator is compared with: the teacher's published score, one measured likewise at the end,
+        once the generator is there, or none; by default the published one, where it is by this detector and reference.
+        It shapes no generator.
     allow_untrained: go on where the duration ends before the generator, or its adversarial part, would be trained.
 
     A run that was interrupted is continued; one that finished before is answered from the run directory, which moves
@@ -517,6 +531,9 @@ def distill(
     settings = {f.name for f in dataclasses.fields(Execution)} & set(recipe_overrides)
     chosen = {name: recipe_overrides.pop(name) for name in settings}
     execution = dataclasses.replace(execution or Execution(), **chosen)
+    if teacher_score not in (None, *TEACHER_SCORES):
+        what = f"the teacher's score must be one of {', '.join(TEACHER_SCORES)}, got {teacher_score!r}"
+        raise SidaError(what, "Pass --teacher-score measure.")
     store = Store.open(run)
     if name:
         store.check_name("generator", name)
@@ -544,13 +561,11 @@ def distill(
         words = ["distill", *option_words({"teacher": teacher, "mode": mode, "generator": generator})]
         words += option_words({"dataset": dataset, "ref": reference, "detector": detector, "name": name})
         words += option_words(
-            {"no_score": not score, "no_teacher_score": not teacher_score, "allow_untrained": allow_untrained}
+            {"no_score": not score, "teacher_score": teacher_score, "allow_untrained": allow_untrained}
         )
         words += option_words(recipe_overrides, Recipe, Adversarial)
         with _together(store, keys["best"], asked_for.question(words)) as live:
-            _distill(
-                store, live, keys, asked_for, device, watch, with_teacher_score=teacher_score, force=force, say=say
-            )
+            _distill(store, live, keys, asked_for, device, watch, teacher_score=teacher_score, force=force, say=say)
     with _first_alone():
         found = store.asked(keys["best"])
         assert found
@@ -763,7 +778,7 @@ def _distill(
     device: str | None,
     watch: Watch | None,
     *,
-    with_teacher_score: bool,
+    teacher_score: TeacherScore | None,
     force: bool,
     say: download.Say | None,
 ) -> None:
@@ -788,11 +803,21 @@ def _distill(
         facts["score_name"] = distance_name(detector)
         moments = references.moments(store, compared, detector, watch, recheck=force)
         _try_scoring(detector, moments, start or teacher, sampler)
-        evaluate = _evaluation(detector, moments, sampler, recipe.evaluate_num, part_of(watch, "scoring the generator"))
-        if with_teacher_score and not _is_scored(store, wanted):
+        counts: Any = inputs["dataset"].results["class_counts"] if recipe.evaluate_labels == "dataset" else None
+        tick = part_of(watch, "scoring the generator")
+        evaluate = _evaluation(detector, moments, sampler, recipe.evaluate_num, tick, counts or None)
+        published = _published_score(recipe, references.published_as(compared), distance_name(detector))
+        if teacher_score is None:
+            teacher_score = "measure" if published is None else "published"
+        elif teacher_score == "published" and published is None:
+            raise SidaError(
+                f"no {distance_name(detector)} of {recipe.teacher} against this reference is published",
+                "Pass --teacher-score measure, or none.",
+            )
+        if teacher_score == "measure" and not _is_scored(store, wanted):
             notes.append(
                 f"at the end the teacher is scored, too, on {recipe.evaluate_num:,} images of "
-                f"{sampler_of(inputs['teacher']).nfe} evaluations each; --no-teacher-score leaves that out"
+                f"{sampler_of(inputs['teacher']).nfe} evaluations each; --teacher-score none leaves that out"
             )
     data = inputs["dataset"]
     batches = _batches(store, data, recipe.batch_size, recipe.num_accumulation_rounds, recipe.seed, chosen_device)
@@ -804,55 +829,78 @@ def _distill(
         evaluate_every_nimg=recipe.evaluate_every_nimg,
         checkpoint_every_nimg=recipe.checkpoint_every_nimg,
         stop_if_nan_steps=recipe.stop_if_nan_steps,
+        evaluate_early_nimg=recipe.evaluate_early_nimg,
+        # So that a fine-tuning that only makes it worse ends with what it started from.
+        evaluates_start=recipe.mode == "sid2a",
+        patience=recipe.patience,
     )
     history = _train(training, schedule, live, evaluate, watch, facts, notes, wanted.warnings)
-    teacher_score, curve = None, {}
     last: tuple[int, float | None] = training.nimg, None
     best = last
     if detector:
         if history.best is None:
             raise SidaError("no evaluation gave a finite score", "Lower the learning rate.", exit_code=EXIT_FAILED)
         last, best = history.scores[-1], history.best
-        if with_teacher_score:
-            teacher_score = _teacher_score(store, wanted, device, watch, force)
-        curve["curve.png"] = pictures.curve(
-            history.scores,
-            teacher_score=teacher_score,
-            title=f"{recipe.mode} of {recipe.teacher}, one step",
-            ylabel=distance_name(detector),
-        )
-    net, made = engine.gathered(training.ema, chosen_device), {}
-    if engine.rank_and_size()[0] > 0:
+    net = engine.gathered(training.ema, chosen_device)
+    is_first = engine.rank_and_size()[0] == 0
+    untrained, made = recipe.untrained(), dict[str, Artifact]()
+
+    def keep(of_teacher: float | None, *, is_published: bool = False) -> None:
+        """Stores the last and the best generator, beside this score of the teacher."""
+        for which, (nimg, score) in (("last", last), ("best", best)):
+            if history.best:
+                kept = loop.best_weights(history, live) if which == "best" else weights
+                teachers.load_weights(net, safetensors.torch.load(kept))
+            pictured: dict[str, bytes] = {}
+            # Of a run that was scored the last may draw what is no image; the best is there all the same.
+            with suppress(*([sampling.NotFiniteError] if compared else [])):
+                pictured["grid.png"] = _preview(net, sampler)
+            if detector:
+                pictured["curve.png"] = pictures.curve(
+                    history.scores,
+                    teacher_score=of_teacher,
+                    title=f"{recipe.mode} of {recipe.teacher}, one step",
+                    ylabel=distance_name(detector),
+                )
+            made[which] = store.put(
+                "generator",
+                {"model.safetensors": loop.weights(net), **pictured},
+                inputs={role: artifact.oid for role, artifact in inputs.items()},
+                params={
+                    "name": f"{recipe.teacher}-{recipe.mode}",
+                    "net": net.spec.to_json(),
+                    "sampler": sampler.to_json(),
+                    "dataset": recipe.dataset,
+                    "recipe": recipe.to_json(),
+                },
+                results={
+                    "images_seen": nimg,
+                    "selection_score": _finite(score),
+                    "teacher_score": of_teacher,
+                    **({"teacher_score_is": "published"} if is_published else {}),
+                    "detector": detector_label(detector) if detector else None,
+                    "scores": [[n, _finite(s)] for n, s in history.scores],
+                    "skipped_updates": sum(training.skipped.total.values()),
+                    **({"untrained": untrained} if untrained else {}),
+                },
+            )
+
+    weights = loop.weights(net) if is_first else b""
+    if detector and teacher_score == "measure":
+        if is_first and not _is_scored(store, wanted):  # hours may pass, and the generator is wanted before
+            keep(None)
+            for which, ref in (("last", "last"), ("best", "latest")):
+                named(store, made[which], [ref])
+            (say or (lambda line: None))("generator/latest is there already; scoring the teacher goes on")
+        measured = _teacher_score(store, wanted, device, watch, force)
+        if is_first:
+            keep(measured)
+    elif is_first and detector and teacher_score == "published":
+        keep(published, is_published=True)
+    elif is_first:
+        keep(None)
+    if not is_first:
         return
-    untrained = recipe.untrained()
-    for which, (nimg, score) in (("last", last), ("best", best)):
-        if which == "best" and history.best:
-            teachers.load_weights(net, safetensors.torch.load(loop.best_weights(history, live)))
-        pictured: dict[str, bytes] = {}
-        # Of a run that was scored the last may draw what is no image; the best is there all the same.
-        with suppress(*([sampling.NotFiniteError] if compared else [])):
-            pictured["grid.png"] = _preview(net, sampler)
-        made[which] = store.put(
-            "generator",
-            {"model.safetensors": loop.weights(net), **pictured, **curve},
-            inputs={role: artifact.oid for role, artifact in inputs.items()},
-            params={
-                "name": f"{recipe.teacher}-{recipe.mode}",
-                "net": net.spec.to_json(),
-                "sampler": sampler.to_json(),
-                "dataset": recipe.dataset,
-                "recipe": recipe.to_json(),
-            },
-            results={
-                "images_seen": nimg,
-                "selection_score": _finite(score),
-                "teacher_score": teacher_score,
-                "detector": detector_label(detector) if detector else None,
-                "scores": [[n, _finite(s)] for n, s in history.scores],
-                "skipped_updates": sum(training.skipped.total.values()),
-                **({"untrained": untrained} if untrained else {}),
-            },
-        )
     record = store.put(
         "run", {}, inputs={which: artifact.oid for which, artifact in made.items()}, params=recipe.to_json()
     )
@@ -862,6 +910,13 @@ def _distill(
     # The best comes last: once it is there, the question is answered.
     for which, artifact in made.items():
         answered(store, keys[which], artifact, "distill")
+
+
+def _published_score(recipe: Recipe, reference: catalog.Reference | None, by: str) -> float | None:
+    """The teacher's, from its paper: a number of this name is against published statistics."""
+    entry = catalog.TEACHERS.get(recipe.teacher)
+    found = entry.scores.get(by) if entry and reference else None
+    return found.value if found else None
 
 
 def _try_scoring(
@@ -907,6 +962,7 @@ def _evaluation(
     sampler: OneStepSpec,
     num_images: int,
     tick: Tick | None = None,
+    class_counts: Sequence[int] | None = None,
 ) -> "Evaluate":
     """What scores a net while it trains: its distance from the reference, and a grid of images."""
     import torch
@@ -918,7 +974,9 @@ def _evaluation(
     def evaluate(net: "Preconditioned", should_stop: Callable[[], bool]) -> loop.Evaluation | None:
         net = engine.gathered(net, detector.device)
         size = images_per_batch(net.spec.img_channels, net.spec.img_resolution)
-        samples = sampling.generate(net, seeds, sampler, device=detector.device, batch_size=size)
+        samples = sampling.generate(
+            net, seeds, sampler, device=detector.device, class_counts=class_counts, batch_size=size
+        )
         generated, done = metrics.FeatureStats(), 0
         problem: str | None = None
         unusable: str | None = None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
-from typing import Any, Literal, Self, Union
+from typing import Any, ClassVar, Literal, Self, Union
 
 from sidactl.errors import SidaError
 
@@ -28,6 +28,9 @@ class Plain:
     Every field must be of its declared type, and within its bounds, of which each class knows its own.
     """
 
+    _later: ClassVar[frozenset[str]] = frozenset()
+    """fields that came later: left out of the JSON at their default, so that what was stored before keeps its oid"""
+
     def __post_init__(self) -> None:
         for name, declared in _types(type(self)).items():
             value = _typed(declared, getattr(self, name))
@@ -37,7 +40,8 @@ class Plain:
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values; nested dataclasses as objects, tuples as lists."""
-        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        kept = [f for f in dataclasses.fields(self) if f.name not in self._later or getattr(self, f.name) != f.default]
+        return {f.name: _plain(getattr(self, f.name)) for f in kept}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
@@ -74,7 +78,13 @@ def _number(kinds: Sequence[Any], value: Real) -> Any:
         return math.inf  # which no field takes
 
 
-_types: Callable[[Any], dict[str, Any]] = cache(typing.get_type_hints)
+def _declared(cls: Any) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+_types: Callable[[Any], dict[str, Any]] = cache(_declared)
+"""the declared types of a dataclass's fields"""
 
 
 def _is_a(declared: Any, value: object) -> bool:
@@ -158,15 +168,14 @@ def _seed(value: Plain) -> None:
     _within(value, ["seed"], "at most 2^63 - 1", lambda got: got < 1 << 63)
 
 
-_LATER_FIELDS = ("res_balance", "attn_balance", "clip_act", "sigma_min", "sigma_max")
-
-
 @dataclass(frozen=True, kw_only=True)
 class NetSpec(Plain):
     """The shape of a denoiser: all that is needed to build it, without its weights.
 
     `architecture` is the U-Net; options that it does not have are ignored by it and stay at their default.
     """
+
+    _later = frozenset({"res_balance", "attn_balance", "clip_act", "sigma_min", "sigma_max"})
 
     architecture: Literal["SongUNet", "DhariwalUNet", "EDM2"]
     img_resolution: int
@@ -219,12 +228,6 @@ class NetSpec(Plain):
     """lowest noise level that the net takes; Heun's sampler of convention edm keeps to it"""
     sigma_max: float = math.inf
     """highest noise level that the net takes, likewise"""
-
-    def to_json(self) -> dict[str, Any]:
-        """As `Plain.to_json`, without what came later and has its default: networks stored before keep their oids."""
-        defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        told = super().to_json()
-        return {k: v for k, v in told.items() if k not in _LATER_FIELDS or v != defaults[k]}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -356,6 +359,8 @@ class Recipe(Plain):
     one and starts the generator from a generator.
     """
 
+    _later = frozenset({"evaluate_early_nimg", "evaluate_labels", "patience"})
+
     teacher: str
     mode: Mode
     dataset: str
@@ -417,6 +422,12 @@ class Recipe(Plain):
     """images trained from one evaluation in the loop to the next"""
     evaluate_num: int = 50_000
     """generated images per evaluation in the loop"""
+    evaluate_early_nimg: tuple[int, ...] = ()
+    """further evaluations, at so many images each"""
+    evaluate_labels: Literal["uniform", "dataset"] = "uniform"
+    """classes of the images of an evaluation, drawn uniformly or by their share of the dataset"""
+    patience: int | None = None
+    """the run ends after so many evaluations without a better score; None = at its duration alone"""
     checkpoint_every_nimg: int = 500_000
     """images trained from one checkpoint to the next; the published runs saved theirs four times as seldom"""
     stop_if_nan_steps: int = 20
@@ -430,7 +441,7 @@ class Recipe(Plain):
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least(self, 1, "batch_size", "duration_nimg", "num_accumulation_rounds", "evaluate_every_nimg")
-        _at_least(self, 1, "checkpoint_every_nimg", "stop_if_nan_steps")
+        _at_least(self, 1, "checkpoint_every_nimg", "stop_if_nan_steps", "evaluate_early_nimg", "patience")
         _at_least(self, 2, "evaluate_num")
         _at_least(self, 0, "ema_halflife_nimg", "generator_from_nimg")
         if self.teacher_precision == "tf32":  # a setting of the device, not of one net

@@ -110,6 +110,11 @@ def pixels_of(store: Store, artifact: Artifact) -> Artifact:
     return store.get(artifact.inputs["dataset"]) if is_latents and "dataset" in artifact.inputs else artifact
 
 
+def published_as(reference: Artifact) -> catalog.Reference | None:
+    """The catalog's entry of published statistics."""
+    return _by_url(str(reference.params.get("source")))
+
+
 def _by_url(text: str) -> catalog.Reference | None:
     return next((e for e in catalog.REFERENCES.values() if e.source and e.source.url == text), None)
 
@@ -134,7 +139,7 @@ def _own(store: Store, subject: Artifact, need: Need, recheck: bool) -> Artifact
     net = store.get(subject.inputs["net"]) if "net" in subject.inputs else subject
     if "reference" in net.inputs:
         held = store.get(net.inputs["reference"])
-        entry = _by_url(str(held.params.get("source")))
+        entry = published_as(held)
         if need == "moments" and entry:
             return _published(store, entry, need, recheck)
         if need == "moments" or held.kind == "dataset":

@@ -251,7 +251,7 @@ class Bench:
         root = Path(shutil.copytree(self.prepared, self.folder / "furnished" / "run"))
         for line in (
             "distill --teacher tiny-digits --mode sid --device cpu --duration 96 --generator-from none --batch-size 32 "
-            "--no-score --no-teacher-score --name start",
+            "--no-score --teacher-score none --name start",
             "sample tiny-digits --num 40 --device cpu --name drawn",
         ):
             done = run(sidactl(*line.split()), root)

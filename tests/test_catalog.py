@@ -133,8 +133,12 @@ def test_recipes_are_those_of_the_published_runs(name: str) -> None:
         plain = (name, mode) in (("edm2-s", "sida"), ("edm2-s", "sid2a"))
         assert recipe.forced_normalization == ("published" if is_edm2 and not plain else "off")
         assert recipe.logvar is not plain
-        line_nimg = 20_000 if name == "edm-imagenet64" else 10_000
-        assert (recipe.evaluate_every_nimg, recipe.checkpoint_every_nimg) == (50 * line_nimg, 50 * line_nimg)
+        every = 1_228_800 if name == "edm-imagenet64" else 512_000
+        assert (recipe.evaluate_every_nimg, recipe.checkpoint_every_nimg) == (every, every)
+        early = (20, 50, 100) if is_edm2 else range(10, 101, 10)
+        assert recipe.evaluate_early_nimg == tuple(line * every // 50 for line in early)
+        is_conditional = is_edm2 or name in ("edm-cifar10-cond", "edm-imagenet64")
+        assert recipe.evaluate_labels == ("dataset" if is_conditional else "uniform")
         if mode == "sid":
             assert recipe.adversarial is None
             assert recipe.generator_from_nimg is None
@@ -206,6 +210,10 @@ def test_a_large_teacher_of_ones_own_is_distilled_as_published_ones_are_for_a_te
         teacher="mine",
         dataset="",
         num_accumulation_rounds=published.batch_size // 32,
+        evaluate_every_nimg=500_000,
+        checkpoint_every_nimg=500_000,
+        evaluate_early_nimg=(),
+        evaluate_labels="uniform",
         duration_nimg=(duration if mode != "sid2a" else duration // 2) * 1_000_000,
         generator_from_nimg=100_000,
         dropout=0.0,

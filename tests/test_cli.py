@@ -277,7 +277,7 @@ def test_dry_run_prints_the_recipe_and_writes_nothing(tmp_path: Path) -> None:
         "reference": "tiny-digits",
         "evaluations": 2,
         "images": 10_000,
-        "teacher_at_the_end": True,
+        "teacher_score": "measure",
     }
     assert (plan["first"], plan["missing"], plan["estimate"]["disk_gb"]) == ([], [], 0.02)
     told = "warning: alpha is 2.1; values from 0 to 2 are known, 1.0 and 1.2 the published ones\n"
@@ -319,8 +319,10 @@ def test_dry_run_estimates_memory_and_hours_without_torch(tmp_path: Path) -> Non
     def planned(teacher: str) -> dict[str, Any]:
         words = ["distill", "--teacher", teacher, "--mode", "sida", "--dry-run", "--run", str(tmp_path / "r")]
         done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
-        assert (done.returncode, done.stderr) == (0, "")
+        assert done.returncode == 0
+        assert done.stderr.startswith("scored against the published statistics ")
         told: dict[str, Any] = json.loads(done.stdout)
+        assert told["scoring"]["teacher_score"] == "published"
         return told
 
     edm2 = planned("edm2-s")

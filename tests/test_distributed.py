@@ -29,7 +29,8 @@ SHORT = (
     "--adversarial-from=96",
     "--evaluate-every=320",
     "--evaluate-num=100",
-    "--no-teacher-score",
+    "--teacher-score",
+    "none",
     "--checkpoint-every=160",
 )
 

@@ -165,6 +165,40 @@ def test_evaluations_checkpoints_and_reports_come_when_their_images_are_passed_a
     assert [(line["event"], line["nimg"]) for line in lines_of(live)] == [(e.kind, e.nimg) for e in events]
 
 
+def test_early_evaluations_and_one_of_the_start_come_beside_the_usual_ones(live: LiveDir, tmp_path: Path) -> None:
+    schedule = dataclasses.replace(SCHEDULE, evaluate_early_nimg=(15, 60, 500), evaluates_start=True)
+    scores = {0: 0.5, 20: 3.0, 30: 2.0, 60: 1.0, 90: 4.0, 120: 5.0}
+    runner = Runner(live, scores)
+    events = runner.run(schedule=schedule)
+    assert runner.evaluated == [0, 20, 30, 60, 90, 120]
+    assert (runner.history.best, runner.history.num_since_best) == ((0, 0.5), 5)
+    assert loop.best_weights(runner.history, live) == loop.weights(Toy().average)
+    assert kinds(events, "checkpoint") == [40, 80, 120]
+    with Store.open(tmp_path / "other").live("key") as directory:
+        for end in (0, 20, 50):
+            other = Runner(directory, scores)
+            stopped = other.run(schedule=schedule, should_stop=lambda end=end, other=other: other.toy.nimg >= end)
+            assert kinds(stopped, "interrupted") == [end]
+        other = Runner(directory, scores)
+        other.run(schedule=schedule)
+        assert other.state() | {"evaluations": None} == runner.state() | {"evaluations": None}
+
+
+@pytest.mark.parametrize(("patience", "end"), [(1, 90), (2, 120), (None, 120)])
+def test_patience_ends_a_run_whose_score_gets_no_better(live: LiveDir, patience: int | None, end: int) -> None:
+    schedule = dataclasses.replace(SCHEDULE, patience=patience)
+    scores = {30: 2.0, 60: 1.0, 90: 3.0, 120: 4.0}
+    runner = Runner(live, scores)
+    events = runner.run(schedule=schedule)
+    assert (runner.toy.nimg, events[-1].nimg) == (end, end)
+    told = [event.values["message"] for event in events if event.kind == "note"]
+    assert told == (["no better score in the last evaluation (--patience): the run ends here"] if end == 90 else [])
+    assert runner.history.best == (60, 1.0)
+    again = Runner(live, scores)
+    assert kinds(again.run(schedule=schedule), "evaluation") == []
+    assert again.history.scores == runner.history.scores
+
+
 def test_a_report_comes_after_some_seconds_however_few_the_steps(
     live: LiveDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:

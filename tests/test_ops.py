@@ -442,7 +442,8 @@ def test_a_signal_while_the_teacher_is_scored_loses_nothing(fresh_run: Path) -> 
     short_distill(fresh_run, again.append, evaluate_num=50)
     assert [(e.kind, e.nimg) for e in again] == [("started", 0), ("note", 0), ("resumed", 96), ("note", 96)]
     assert again[1].values["message"] == (
-        "at the end the teacher is scored, too, on 50 images of 35 evaluations each; --no-teacher-score leaves that out"
+        "at the end the teacher is scored, too, on 50 images of 35 evaluations each; --teacher-score none leaves that "
+        "out"
     )
     assert nothing_is_wrong(fresh_run)
 
@@ -861,7 +862,7 @@ def test_what_shapes_no_generator_is_no_part_of_the_question(finished: Finished)
     again = short_distill(finished.root, never, checkpoint_every_nimg=7, stop_if_nan_steps=3)
     assert again == finished.best
     options: dict[str, Any] = {"teacher": "tiny-digits", "mode": "sida", "run": finished.root, "watch": never}
-    assert ops.distill(**options, teacher_score=False, detector="tiny-digits", **SHORT) == finished.best
+    assert ops.distill(**options, teacher_score="none", detector="tiny-digits", **SHORT) == finished.best
 
 
 def test_the_question_of_the_default_recipe_is_what_it_was(finished: Finished) -> None:
@@ -930,7 +931,7 @@ def test_a_teacher_of_ones_own_is_distilled_and_scored_offline(
 
 def test_another_detector_is_another_question(finished: Finished, fresh_run: Path) -> None:
     made = ops.distill(
-        teacher="tiny-digits", mode="sida", detector="random-features", run=fresh_run, teacher_score=False, **SHORT
+        teacher="tiny-digits", mode="sida", detector="random-features", run=fresh_run, teacher_score="none", **SHORT
     )
     assert (made.results["detector"], made.results["teacher_score"]) == ("random-features", None)
     assert made.results["scores"] != finished.best.results["scores"]

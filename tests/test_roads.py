@@ -76,7 +76,9 @@ def test_road_of_cifar10_from_its_archive(road: Road) -> None:
         "scored against the published statistics cifar10, as the published runs were "
         f"(of 50,000 images, the dataset has {standins.NUM_CIFAR10}); --ref takes others\n"
     ) in told.err
+    assert "; its teacher: 1.97 (published). " in told.err
     made = road.store.get(told.out)
+    assert (made.results["teacher_score"], made.results["teacher_score_is"]) == (1.97, "published")
     assert road.store.get(made.inputs["reference"]).params["name"] == "cifar10"
     road.scores_agree(told.out, "statistics cifar10")
     against = road("fid", told.out, "--num", "3", "--ref", "dataset/cifar10", "--device", "cpu")
@@ -99,8 +101,10 @@ def test_road_of_edm2_from_images_by_latents(road: Road, tmp_path: Path) -> None
     told = road.distill("edm2-s", "sida")
     assert "scored against the published statistics imagenet512, " in told.err
     road.scores_agree(told.out, "statistics imagenet512")
-    tuned = road.distill("edm2-s", "sid2a", "--generator", "sid/edm2-s")
-    assert tuned.out != told.out
+    tuned = road.distill("edm2-s", "sid2a", "--generator", "sid/edm2-s", "--teacher-score", "measure")
+    assert "generator/latest is there already; scoring the teacher goes on\n" in tuned.err
+    scores: Any = road.store.get(tuned.out).results["scores"]
+    assert [nimg for nimg, _ in scores] == [0, 16, 24]
 
 
 def test_road_of_edm2_from_latents_that_somebody_made(road: Road, tmp_path: Path) -> None:
