@@ -57,9 +57,9 @@ class Dataset(Entry):
     detector: str = "inception"
     builtin: bool = False
     shape: tuple[int, int, int] | None = None
-    """resolution, channels and classes of a built-in one"""
+    """resolution, channels and classes of one that is built in or downloaded"""
     num_images: int | None = None
-    """of one with published statistics"""
+    """what a source of it holds, as far as it is known"""
     where: str | None = None
     """the page to get it from"""
 
@@ -557,10 +557,12 @@ DATASETS: Mapping[str, Dataset] = {
             name="cifar10",
             about="50,000 images of 32x32 pixels in 10 classes: cifar-10-python.tar.gz",
             num_images=50_000,
+            shape=(32, 3, 10),
             licence="none stated: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images (2009)",
             source=Download(
                 url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
                 sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+                size_bytes=170_498_071,
             ),
             where="https://www.cs.toronto.edu/~kriz/cifar.html",
         ),

@@ -73,6 +73,10 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON document inst
 Force = Annotated[bool, typer.Option("--force", help="do it again even if it was asked before")]
 Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda or cuda:N; a GPU if there is one")]
 Name = Annotated[str | None, typer.Option(metavar="NAME", help="a ref of your own for the result")]
+Offline = Annotated[bool, typer.Option("--offline", envvar="SIDACTL_OFFLINE", help="never touch the network")]
+Mirror = Annotated[
+    str | None, typer.Option(metavar="URL", envvar="SIDACTL_MIRROR", help="base URL or folder to fetch from")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and write nothing")]
 Ref = Annotated[
     str | None, typer.Argument(metavar="[REF]", help="oid, prefix, ref or name; read from a pipe if left out")
@@ -256,12 +260,8 @@ def fetch_teacher(
     kind: Annotated[str | None, typer.Option("--as", metavar="KIND", help="teacher or generator, for a file")] = None,
     dataset: Annotated[str | None, typer.Option(metavar="NAME", help="what a file's network was trained on")] = None,
     name: Name = None,
-    offline: Annotated[
-        bool, typer.Option("--offline", envvar="SIDACTL_OFFLINE", help="never touch the network")
-    ] = False,
-    mirror: Annotated[
-        str | None, typer.Option(metavar="URL", envvar="SIDACTL_MIRROR", help="base URL or folder to fetch from")
-    ] = None,
+    offline: Offline = False,
+    mirror: Mirror = None,
     max_bytes: Annotated[
         str | None, typer.Option(metavar="SIZE", help="refuse more, such as 500M; 16G where no size is known")
     ] = None,
@@ -298,7 +298,7 @@ def fetch_teacher(
 @with_processes
 def prepare_data(
     source: Annotated[
-        str | None, typer.Argument(help="tiny-digits, a folder, zip, tar.gz, IDX or npz file; see above")
+        str | None, typer.Argument(help="tiny-digits, cifar10, a folder, zip, tar.gz, IDX or npz file; see above")
     ] = None,
     preset: Annotated[
         str | None,
@@ -339,6 +339,8 @@ def prepare_data(
     stats: Annotated[bool, typer.Option("--stats", help="feature statistics, too, which scores compare with")] = False,
     detector: Annotated[str | None, typer.Option(metavar="NAME", help="of --stats; the dataset's own")] = None,
     name: Name = None,
+    offline: Offline = False,
+    mirror: Mirror = None,
     run: Run = None,
     device: Device = None,
     as_json: Json = False,
@@ -347,8 +349,8 @@ def prepare_data(
     """Make a dataset from images; prints its oid.
 
     SOURCE is a folder or zip of images (a zip in the EDM or EDM2 layout is verified and taken as it is), ImageNet as a
-    folder, Kaggle's zip or ILSVRC2012_img_train.tar, cifar-10-python.tar.gz, MNIST's IDX files, an npz batch, or
-    tiny-digits; with --latents a dataset artifact, too.
+    folder, Kaggle's zip or ILSVRC2012_img_train.tar, cifar-10-python.tar.gz, MNIST's IDX files, an npz batch,
+    tiny-digits, or cifar10, which is downloaded; with --latents a dataset artifact, too.
 
     Classes come from dataset.json, or else from the folders, in a zip as well: numbered from 0 in the order of their
     names, and by number where all are whole numbers. Hidden and system files are passed over.
@@ -382,6 +384,8 @@ def prepare_data(
             labels_only=labels_only,
             classes=classes,
             name=name,
+            offline=offline,
+            mirror=mirror,
             run=run,
             device=device,
             force=force,
@@ -748,7 +752,7 @@ class _Shown:
     """What functions call with events of training, or with how many images are done; `part` shows parts of the work."""
 
     tell: Callable[..., None]
-    part: Callable[[str], Callable[[int, int], None]]
+    part: Callable[..., Callable[[int, int], None]]
 
     def __call__(self, *told: Any) -> None:
         self.tell(*told)

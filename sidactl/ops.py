@@ -382,7 +382,7 @@ def _planned_data(store: Store, recipe: Recipe, asked: str | None) -> tuple[pref
     """The dataset to train on; none where mode sid takes classes alone, or where the user has to prepare it first."""
     try:
         if asked is None:
-            return preflight.dataset_called(store, recipe.dataset), []
+            return preflight.dataset_called(store, recipe.dataset, may_download=recipe.mode != "sid"), []
         return preflight.find(store, asked, ["dataset"]), []
     except SidaError as error:
         if asked is None and recipe.mode == "sid":
@@ -721,7 +721,8 @@ def _training_data(store: Store, planned: Plan, teacher: Artifact, asked: str | 
         if asked:
             data = resolve(store, asked, ["dataset"], recheck=recheck)
         else:
-            data = dataset_called(store, planned.inputs["dataset"], recheck=recheck)
+            needs_images = planned.recipe.mode != "sid"
+            data = dataset_called(store, planned.inputs["dataset"], recheck=recheck, may_download=needs_images)
     except MissingError:
         if not asked and "dataset" in teacher.inputs:
             return store.get(teacher.inputs["dataset"])

@@ -23,6 +23,7 @@ from sidactl.store import Artifact, Store
 VAE_BYTES = 335_000_000
 _NUM_FEATURES = {"tiny-digits": 64, "random-features": 128, "inception": 2048, "dinov2": 1024}
 _LATENT_CHANNELS, _LATENT_SCALE = 4, 8
+_HOW = {"dataset": "downloaded and prepared"}
 
 
 @dataclass(frozen=True)
@@ -81,29 +82,27 @@ def find(store: Store, text: str, kinds: list[str]) -> Input:
     return Input(text, artifacts.stored(store, text, kinds))
 
 
-def dataset_called(store: Store, name: str) -> Input:
+def dataset_called(store: Store, name: str, *, may_download: bool = True) -> Input:
     """What `artifacts.dataset_called` would give: a network from outside names no path or URL that is read."""
     entry = catalog.DATASETS.get(name)
+    if entry and entry.source and not may_download and not store.ref("dataset", name):
+        raise artifacts.not_prepared(entry)
     if entry and not store.ref("dataset", name):
         return Input(name, None, entry, _need_of(entry, "dataset"))
     return Input(name, artifacts.dataset_called(store, name), entry)
 
 
 def _need_of(entry: catalog.Entry, kind: str) -> Need | None:
-    if isinstance(entry, catalog.Dataset) and not entry.builtin:
-        raise SidaError(
-            f"dataset {entry.name} must be prepared from its files",
-            f"Get them from {entry.where}, then run sidactl prepare-data PATH --preset {entry.name} "
-            f"--name {entry.name}.",
-        )
+    if isinstance(entry, catalog.Dataset) and not (entry.builtin or entry.source):
+        raise artifacts.not_prepared(entry)
     if entry.source is None:
         return None  # built in
-    return _download(f"{kind} {entry.name}", entry.source)
+    return _download(f"{kind} {entry.name}", entry.source, _HOW.get(kind, "downloaded"))
 
 
-def _download(what: str, source: catalog.Download) -> Need:
+def _download(what: str, source: catalog.Download, how: str = "downloaded") -> Need:
     download.refuse_forbidden(source.url, what)
-    return Need(what, "downloaded", source.url, source.size_bytes)
+    return Need(what, how, source.url, source.size_bytes)
 
 
 def _need_of_file(text: str, how: str, *, is_file: bool) -> Need:

@@ -45,6 +45,7 @@ from sidactl.recipe import HeunSpec, NetSpec, OneStepSpec
 from sidactl.store import KINDS, Artifact, LiveDir, Store
 from tests.golden import golden
 from tests.playback import SmallVae
+from tests.test_data import cifar_archive, cifar_batch
 from tests.web import Site, serving
 
 EDM = ["edm_ddpmpp_uncond", "edm_ddpmpp_cond_aug9", "edm_ddpmpp_gray_traj", "edm_ncsnpp_uncond", "edm_adm_cond"]
@@ -553,7 +554,8 @@ def test_a_folder_called_as_an_entry_of_the_catalog_is_refused_where_it_could_be
     assert resolve(store, "dataset/tiny-digits", kinds).results["num_images"] == 1797
     assert prepare_data("dataset/tiny-digits", run=run).results["num_images"] == 1797
     assert prepare_data("./tiny-digits", run=run).results["num_images"] == 3
-    assert prepare_data("cifar10", run=run).results["num_images"] == 3  # the files that the catalog asks for
+    with pytest.raises(SidaError, match=r"Write \./cifar10 for the folder, or dataset/cifar10"):
+        prepare_data("cifar10", run=run)
     own = store.put("generator", {}, params={"net": {}, "dataset": "tiny-digits"})
     assert references.dataset_of(store, own).results["num_images"] == 1797
     with pytest.raises(SidaError) as caught:
@@ -581,15 +583,123 @@ def test_a_folder_whose_name_reads_as_an_oid_is_refused_only_where_there_is_such
 
 def test_dataset_of_the_catalog_tells_where_to_get_it_until_it_is_prepared(run: Path, tmp_path: Path) -> None:
     with pytest.raises(SidaError) as caught:
-        resolve(Store(run), "cifar10", ["dataset"])
+        resolve(Store(run), "ffhq64", ["dataset"])
     assert str(caught.value) == (
-        "dataset cifar10 must be prepared from its files. Get them from https://www.cs.toronto.edu/~kriz/cifar.html, "
-        "then run sidactl prepare-data PATH --preset cifar10 --name cifar10."
+        "dataset ffhq64 must be prepared from its files. Get them from https://github.com/NVlabs/ffhq-dataset, "
+        "then run sidactl prepare-data PATH --preset ffhq64 --name ffhq64."
     )
     pictures(tmp_path / "images")
-    made = prepare_data("images", preset="cifar10", name="cifar10", run=run)
-    assert made.params["licence"] == catalog.DATASETS["cifar10"].licence
-    assert resolve(Store(run), "cifar10", ["dataset"]) == made
+    made = prepare_data("images", preset="ffhq64", name="ffhq64", run=run)
+    assert made.params["licence"] == catalog.DATASETS["ffhq64"].licence
+    assert resolve(Store(run), "ffhq64", ["dataset"]) == made
+
+
+# ---- datasets that are downloaded ----
+
+CIFAR_FILE = "cifar-10-python.tar.gz"
+
+
+@pytest.fixture
+def cifar(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An archive of 15 images, also on the site; the catalog's cifar10 is this one."""
+    planes = np.random.default_rng(0).integers(0, 256, 3 * 3072, dtype=np.uint8)
+    path = cifar_archive(tmp_path / CIFAR_FILE, cifar_batch([0, 9, 3], planes.tobytes()))
+    data = site.files[f"/{CIFAR_FILE}"] = path.read_bytes()
+    source = catalog.Download(
+        url=f"{site.url}/{CIFAR_FILE}", sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data)
+    )
+    entry = dataclasses.replace(catalog.DATASETS["cifar10"], source=source)
+    monkeypatch.setattr(catalog, "DATASETS", {**catalog.DATASETS, "cifar10": entry})
+    return path
+
+
+def test_cifar10_is_downloaded_and_prepared_as_its_archive_would_be(
+    site: Site, cifar: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = prepare_data("cifar10", run=run)
+    size = f"{cifar.stat().st_size / 1e6:,.1f} MB"
+    assert capsys.readouterr().err.splitlines()[0] == (
+        f"downloading cifar10: {size} from {site.url}/{CIFAR_FILE}, licence: {catalog.DATASETS['cifar10'].licence}"
+    )
+    assert (made.results["num_images"], made.results["label_dim"]) == (15, 10)
+    local = prepare_data(str(cifar), preset="cifar10", name="cifar10", run=run.parent / "other")
+    assert made == local
+    assert Store(run).refs() == {"dataset/cifar10": made.oid}
+    assert not [*run.glob("live/*"), *run.glob("tmp/*")]
+    assert prepare_data("cifar10", run=run, offline=True) == made
+    assert prepare_data("dataset/cifar10", preset="cifar10", run=run, offline=True) == made
+    assert prepare_data(str(cifar), preset="cifar10", name="cifar10", run=run, offline=True) == made
+    assert prepare_data("cifar10", run=run.parent / "other", offline=True) == made
+    assert len(site.requests) == 1
+    assert prepare_data("cifar10", run=run, force=True) == made
+    assert len(site.requests) == 2
+
+
+def test_cifar10_with_options_of_its_own_is_not_called_cifar10(cifar: Path, run: Path) -> None:
+    few = prepare_data("cifar10", max_images=4, run=run)
+    assert (few.results["num_images"], few.params["preset"], few.params["name"]) == (4, "cifar10", CIFAR_FILE)
+    assert few == prepare_data(str(cifar), preset="cifar10", max_images=4, run=run.parent / "other")
+    small = prepare_data("cifar10", resolution="16x16", name="small", run=run)
+    assert (small.results["resolution"], small.params["preset"]) == (16, None)
+    assert Store(run).refs() == {"dataset/small": small.oid}
+
+
+@pytest.mark.usefixtures("cifar")
+def test_a_download_of_a_dataset_goes_on_and_an_interrupted_preparation_keeps_it(site: Site, run: Path) -> None:
+    whole = len(site.files[f"/{CIFAR_FILE}"])
+    site.cuts.append(whole // 2)
+    with pytest.raises(SidaError, match=r"^cifar10 ended after .* Repeat the same command to go on\.$"):
+        prepare_data("cifar10", run=run)
+    with pytest.raises(Stop):
+        prepare_data("cifar10", run=run, tick=stop_at(7, []))
+    assert [request[1] for request in site.requests] == ["", f"bytes={whole // 2}-"]
+    seen: list[int] = []
+    prepare_data("cifar10", run=run, offline=True, tick=stop_at(0, seen), mirror=str(run))
+    assert (seen[0], seen[-1], len(site.requests)) == (8, 15, 2)
+    assert not [*run.glob("live/*"), *run.glob("tmp/*")]
+
+
+@pytest.mark.usefixtures("cifar")
+def test_a_dataset_that_is_downloaded_keeps_to_digest_offline_and_mirror(
+    site: Site, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for offline in ({"offline": True}, {}):
+        with pytest.raises(SidaError) as caught:
+            prepare_data("cifar10", run=run, **offline)
+        assert str(caught.value) == (
+            f"cifar10 must be downloaded from {site.url}/{CIFAR_FILE}, which offline forbids. "
+            "Allow it, or set SIDACTL_MIRROR to a folder that holds the file."
+        )
+        monkeypatch.setenv("SIDACTL_OFFLINE", "1")
+    (tmp_path / "mirror").mkdir()
+    (tmp_path / "mirror" / CIFAR_FILE).write_bytes(bytes(len(site.files[f"/{CIFAR_FILE}"])))
+    with pytest.raises(SidaError, match=r"^cifar10 must have SHA-256 [0-9a-f]{64}, got [0-9a-f]{64}\. The file was re"):
+        prepare_data("cifar10", mirror=str(tmp_path / "mirror"), run=run)
+    (tmp_path / "mirror" / CIFAR_FILE).write_bytes(site.files[f"/{CIFAR_FILE}"])
+    monkeypatch.setenv("SIDACTL_MIRROR", str(tmp_path / "mirror"))
+    assert resolve(Store(run), "cifar10", ["dataset"]).results["num_images"] == 15
+    assert site.requests == []
+
+
+def test_another_archive_of_the_same_name_is_told_and_taken(
+    cifar: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare_data(str(cifar), run=run)
+    assert "warning" not in capsys.readouterr().err
+    cifar_archive(cifar, cifar_batch([5], bytes(3072)))
+    assert prepare_data(str(cifar), run=run).results["num_images"] == 5
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: {cifar} is not the {CIFAR_FILE} that was published, by its SHA-256; "
+        "sidactl prepare-data cifar10 downloads that one"
+    ]
+
+
+@pytest.mark.usefixtures("vae", "cifar")
+def test_latents_of_a_dataset_that_is_downloaded(site: Site, run: Path) -> None:
+    latents = prepare_data("cifar10", latents=True, mirror=site.url, run=run)
+    assert latents.inputs["dataset"] == Store(run).refs()["dataset/cifar10"]
+    assert prepare_data("cifar10", latents=True, offline=True, run=run) == latents
+    assert len(site.requests) == 1
 
 
 def nothing_left(run: Path) -> bool:

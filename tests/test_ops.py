@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -1045,9 +1045,21 @@ def test_a_plan_names_what_is_fetched_first_and_what_only_the_user_can_get(
     ]
     assert plan.notes == ["dataset cifar10: mode sid needs no images, training on classes alone"]
     sida = planned(tmp_path / "run", teacher="edm-cifar10-uncond")
-    assert [error.message for error in sida.missing] == ["dataset cifar10 must be prepared from its files"]
-    with pytest.raises(SidaError, match=r"^dataset cifar10 must be prepared from its files\. "):
-        ops.distill(teacher="edm-cifar10-uncond", mode="sida", run=tmp_path / "run")
+    assert [astuple(need) for need in sida.needs][1] == (
+        "dataset cifar10",
+        "downloaded and prepared",
+        "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+        170_498_071,
+    )
+    assert sida.missing == []
+    asked = planned(tmp_path / "run", teacher="edm-cifar10-uncond", mode="sid", dataset="cifar10")
+    assert [need.what for need in asked.needs][1] == "dataset cifar10"
+    faces = planned(tmp_path / "run", teacher="edm-ffhq64")
+    assert [error.message for error in faces.missing] == ["dataset ffhq64 must be prepared from its files"]
+    with pytest.raises(SidaError, match=r"^dataset ffhq64 must be prepared from its files\. "):
+        ops.distill(teacher="edm-ffhq64", mode="sida", run=tmp_path / "run")
+    with pytest.raises(SidaError, match=r"^the dataset must fit the teacher .* = 64, 3, 0\), got 32, 3, 10\. "):
+        planned(tmp_path / "run", teacher="edm-ffhq64", dataset="cifar10")
     monkeypatch.setenv("SIDACTL_OFFLINE", "1")
     with pytest.raises(SidaError, match=r"^teacher edm-cifar10-uncond must be downloaded from .*, which offline forb"):
         planned(tmp_path / "run", teacher="edm-cifar10-uncond", mode="sid")
