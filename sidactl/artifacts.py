@@ -764,8 +764,8 @@ def prepare_data(
     latents: the VAE's means and standard deviations of the images instead, for EDM2; the source may then be a dataset
         artifact too. The VAE runs on `device`.
     any_size: images of any one size, to be scored; nets are trained on squares with a side that is a power of two.
-    labels_only: no images, but their classes, from a dataset.json; or, without a source, `classes` of them, each once.
-        That is all that mode sid needs for its training batches.
+    labels_only: no images, but their classes, from a dataset.json, its URL, or the catalog's imagenet512-labels; or,
+        without a source, `classes` of them, each once. That is all that mode sid needs for its training batches.
     recheck: as in `resolve`. say: takes the line that an answer is an old one.
 
     Raises SidaError, naming the file, for what cannot be used.
@@ -792,10 +792,10 @@ def prepare_data(
         "subset": "by class in turn" if max_images is not None and convention is None else None,
     }
     options |= {option: value for option, value in others.items() if value}
-    if labels_only or classes is not None:
+    if labels_only or classes is not None or (source and _labels_called(source)):
         if latents or any(options.values()):
             raise SidaError("labels without images take no options of images, got some", "Leave them out.")
-        return _prepare_labels(store, source, classes, name, force, recheck, say)
+        return _prepare_labels(store, source, classes, name, force, recheck, say, tick, offline, mirror)
     if source is None:
         raise SidaError("a source is needed, got none", "Name a folder, an archive, or tiny-digits.")
     if latents:
@@ -807,6 +807,12 @@ def prepare_data(
     return _prepare_images(
         store, source, usual, workers, name, force, recheck, say, tick, offline, mirror, any_size=any_size
     )
+
+
+def _labels_called(source: str) -> catalog.Dataset | None:
+    """The catalog's entry of classes without images that has this name or URL."""
+    entries = (entry for entry in catalog.DATASETS.values() if entry.labels_of and entry.source)
+    return next((e for e in entries if source in (e.name, f"dataset/{e.name}", e.source and e.source.url)), None)
 
 
 def _as_usual(source: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -1041,6 +1047,9 @@ def _prepare_labels(
     force: bool,
     recheck: bool,
     say: download.Say | None,
+    tick: Tick | None,
+    offline: bool,
+    mirror: str | None,
 ) -> Artifact:
     if (source is None) == (classes is None):
         got = "neither" if source is None else "both"
@@ -1048,17 +1057,30 @@ def _prepare_labels(
             f"labels without images come from a dataset.json or a number of classes, got {got}",
             "Name the file, or pass --classes.",
         )
+    entry = _labels_called(source) if source else None
+    if entry and entry.source:
+        _plain_source(str(source))
+        source = entry.source.url
+    url = download.check_url(source) if source and "://" in source else None
     identity = source_identity(store, source, recheck=force or recheck) if source else None
     key = store.key("prepare-data", {"labels_only": identity, "classes": classes}, {})
-    refs = [name] if name else []
+    refs = [*([entry.name] if entry else []), *([name] if name else [])]
     if not force and (known := store.asked(key, whole=recheck)):
         tell_old(store, key, say)
-        return named(store, called_so(store, known, name), refs, say)
+        return named(store, known if entry else called_so(store, known, name), refs, say)
     from sidactl.data import LABEL_FILE, MAX_LABEL, LabelFile, class_counts, read_labels
 
+    origin: dict[str, Any] = {}
     if source is not None:
-        found = read_labels(Path(source))
+        ready: Any = nullcontext((Path(source), None))
+        if url:
+            what = entry.name if entry else url
+            progress = part_of(tick, f"downloading {what}", "bytes")
+            ready = fetched_file(store, url, what, entry, progress, offline, mirror)
+        with ready as (path, sha256):
+            found = read_labels(path)
         check_unchanged(store, source, identity)
+        origin = {"source_url": url, "source_sha256": sha256} if url else {}
     else:
         assert classes is not None
         if not 1 <= classes <= MAX_LABEL + 1:
@@ -1077,7 +1099,12 @@ def _prepare_labels(
     }
     names = {"class_names": found.class_names} if found.class_names else {}
     results |= names
-    params = {"name": name or (_json_name(Path(source).name) if source else f"classes-{classes}"), "licence": None}
+    called = name or (_json_name(Path(source.partition("?")[0]).name) if source else f"classes-{classes}")
+    params = {
+        "name": entry.labels_of if entry else called,  # the dataset that a net trained on them is of
+        "licence": entry.licence if entry else None,
+        **origin,
+    }
     document = json.dumps({"labels": list(labels.items()), **names}).encode()
     artifact = store.put("dataset", {LABEL_FILE: document}, params=params, results=results)
     return answered(store, key, artifact, "prepare-data", refs=refs, say=say)

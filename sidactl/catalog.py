@@ -56,8 +56,10 @@ class Dataset(Entry):
 
     detector: str = "inception"
     builtin: bool = False
-    shape: tuple[int, int, int] | None = None
+    shape: tuple[int | None, int | None, int] | None = None
     """resolution, channels and classes of one that is built in or downloaded"""
+    labels_of: str | None = None
+    """the dataset whose classes these are, without images"""
     num_images: int | None = None
     """what a source of it holds, as far as it is known"""
     where: str | None = None
@@ -593,6 +595,16 @@ DATASETS: Mapping[str, Dataset] = {
             num_images=1_281_167,
             licence="for research and teaching, on the terms of image-net.org",
             where="https://image-net.org/download.php",
+        ),
+        Dataset(
+            name="imagenet512-labels",
+            about="the classes of the 1,281,167 images of imagenet512, without images: all that mode sid needs",
+            licence=SEE_PUBLISHER,
+            source=Download(url=f"{_SIDA_ROOT}/EDM2_distillation/dataset.json"),
+            num_images=1_281_167,
+            shape=(None, None, 1000),
+            labels_of="imagenet512",
+            where="https://huggingface.co/UT-Austin-PML/SiDA",
         ),
         Dataset(
             name="fashion32",

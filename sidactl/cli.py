@@ -331,7 +331,11 @@ def prepare_data(
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave out images that cannot be read")] = False,
     latents: Annotated[bool, typer.Option("--latents", help="the VAE's latents of the images, for EDM2")] = False,
     labels_only: Annotated[
-        bool, typer.Option("--labels-only", help="classes without images, of a dataset.json, for mode sid")
+        bool,
+        typer.Option(
+            "--labels-only",
+            help="classes without images, of a dataset.json, its URL or imagenet512-labels, for mode sid",
+        ),
     ] = False,
     classes: Annotated[
         int | None, typer.Option(metavar="K", help="classes without images or source: K of them, equally often")

@@ -336,13 +336,15 @@ def plan(
     data, missing = _planned_data(store, recipe, dataset)
     if data:
         used.append(data)
-        if data.artifact and recipe.mode != "sid":
-            require_images(data.artifact)
+        if recipe.mode != "sid":
+            preflight.check_images(data)
         if data.artifact:
             _check_trainable(data.artifact)
         _check_fit(preflight.shape_of(data), net, "teacher")
-    if dataset is None and recipe.mode == "sid" and not (data and _has_images(data)):
-        notes.append(f"dataset {recipe.dataset}: mode sid needs no images, training on classes alone")
+    if dataset is None and recipe.mode == "sid" and not (data and data.has_images):
+        labels = next((e.name for e in catalog.DATASETS.values() if e.labels_of == recipe.dataset), None)
+        way = f", each as often; --dataset {labels} downloads the published ones" if labels else ""
+        notes.append(f"dataset {recipe.dataset}: mode sid needs no images, training on classes alone{way}")
     scoring, needs = None, [source.need for source in used if source.need]
     if score:
         to_come = preflight.Input(recipe.dataset, None, catalog.DATASETS.get(recipe.dataset)) if missing else data
@@ -391,10 +393,6 @@ def _planned_data(store: Store, recipe: Recipe, asked: str | None) -> tuple[pref
         if entry is None or entry.builtin:
             raise
         return None, [error]
-
-
-def _has_images(data: preflight.Input) -> bool:
-    return data.artifact is None or data.artifact.results["kind"] != "labels"
 
 
 def _planned_scoring(

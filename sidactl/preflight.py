@@ -55,6 +55,21 @@ class Input:
             return {"name": self.entry.name, "dataset": self.entry.dataset, "net": self.entry.net.to_json()}
         return {}
 
+    @property
+    def has_images(self) -> bool:
+        """Whether a dataset holds images, not classes alone; of what is prepared first, whether it will."""
+        if self.artifact:
+            return self.artifact.results["kind"] != "labels"
+        return not (isinstance(self.entry, catalog.Dataset) and self.entry.labels_of)
+
+
+def check_images(data: Input) -> None:
+    """Raises SidaError for a dataset of classes alone."""
+    if data.artifact:
+        require_images(data.artifact)
+    elif not data.has_images:
+        raise SidaError(f"images are needed, {data.text} is of classes alone", "Give a dataset with images.")
+
 
 def find(store: Store, text: str, kinds: list[str]) -> Input:
     """What `artifacts.resolve` would make of a word. Raises SidaError where that would, as far as can be seen."""
@@ -119,8 +134,8 @@ def reference(store: Store, asked: str | None, teacher: Input, data: Input | Non
     Raises SidaError where there is nothing.
     """
     if asked is None:
-        if data and (held := data.artifact) is None:
-            return data  # whatever it is made of is images
+        if data and (held := data.artifact) is None and data.has_images:
+            return data
         if data and held and (pixels := references.pixels_of(store, held)).results["kind"] == "pixels":
             return Input(data.text, pixels)
         return _own_reference(store, teacher)
@@ -131,8 +146,8 @@ def reference(store: Store, asked: str | None, teacher: Input, data: Input | Non
     if Path(asked.partition("?")[0]).suffix in (".pkl", ".npz"):
         return Input(asked, need=_need_of_file(asked, "imported", is_file=True))
     found = find(store, asked, ["dataset", "stats"])
+    check_images(found)
     if found.artifact and found.artifact.kind == "dataset":
-        require_images(found.artifact)
         return Input(asked, references.pixels_of(store, found.artifact))
     return found
 

@@ -1108,6 +1108,48 @@ def test_classes_without_images_come_from_a_dataset_json_or_a_number(run: Path, 
     assert torch.equal(image_source(Store(run), uniform).one_hot(range(1000)), torch.eye(1000))
 
 
+def test_classes_without_images_come_from_a_url(site: Site, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    site.files["/labels/dataset.json"] = data = b'{"labels": [["x.png", 2], ["y.png", 0]]}'
+    url = f"{site.url}/labels/dataset.json"
+    made = prepare_data(url, labels_only=True, run=run)
+    assert capsys.readouterr().err.startswith(f"downloading {url}: 0.0 MB from {url}\n")
+    assert made.results["class_counts"] == [1, 0, 1]
+    assert made.params == {
+        "name": "dataset.json",
+        "licence": None,
+        "source_url": url,
+        "source_sha256": hashlib.sha256(data).hexdigest(),
+    }
+    assert prepare_data(url, labels_only=True, offline=True, run=run) == made
+    assert len(site.requests) == 1
+    assert not list(run.glob("tmp/*"))
+    with pytest.raises(SidaError, match=r"^labels without images take no options of images"):
+        prepare_data(url, labels_only=True, max_images=1, run=run)
+
+
+def test_published_classes_are_fetched_by_name_and_are_those_of_their_dataset(
+    site: Site, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.files["/dataset.json"] = b'{"labels": [["x.png", 999], ["y.png", 0]]}'
+    source = catalog.Download(url=f"{site.url}/dataset.json")
+    entry = dataclasses.replace(catalog.DATASETS["imagenet512-labels"], source=source, num_images=2)
+    monkeypatch.setattr(catalog, "DATASETS", {**catalog.DATASETS, entry.name: entry})
+    made = prepare_data("imagenet512-labels", labels_only=True, name="mine", run=run)
+    assert (made.params["name"], made.results["label_dim"]) == ("imagenet512", 1000)
+    assert Store(run).refs() == {"dataset/imagenet512-labels": made.oid, "dataset/mine": made.oid}
+    for asks in (
+        lambda: prepare_data("imagenet512-labels", run=run),
+        lambda: prepare_data(source.url, labels_only=True, run=run),
+        lambda: resolve(Store(run), "imagenet512-labels", ["dataset"]),
+    ):
+        assert asks() == made
+    assert len(site.requests) == 1
+    with pytest.raises(SidaError, match=r"^dataset imagenet512 must be prepared from its files\. "):
+        resolve(Store(run), "imagenet512", ["dataset"])
+    elsewhere = resolve(Store(run.parent / "other"), "imagenet512-labels", ["dataset"])
+    assert elsewhere == made
+
+
 def test_image_source_of_images_is_the_dataset(run: Path) -> None:
     digits = prepare_data("tiny-digits", run=run)
     assert image_source(Store(run), digits).images([0]).shape == (1, 1, 8, 8)

@@ -385,7 +385,13 @@ def test_entries_name_datasets_and_detectors_that_exist() -> None:
 def test_datasets_are_the_built_in_one_and_the_presets() -> None:
     from sidactl.prepare import PRESETS
 
-    assert list(DATASETS) == ["tiny-digits", *PRESETS]
+    assert [name for name, entry in DATASETS.items() if not entry.labels_of] == ["tiny-digits", *PRESETS]
+    labels = DATASETS["imagenet512-labels"]
+    assert labels.source
+    assert labels.source.url == (
+        "https://huggingface.co/UT-Austin-PML/SiDA/resolve/main/EDM2_distillation/dataset.json"
+    )
+    assert labels.labels_of in PRESETS
 
 
 def test_rows_tell_name_kind_licence_size_and_score_of_every_entry() -> None:

@@ -1066,6 +1066,23 @@ def test_a_plan_names_what_is_fetched_first_and_what_only_the_user_can_get(
     assert not (tmp_path / "run").exists()
 
 
+def test_published_labels_are_fetched_first_for_mode_sid_alone(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    labels = {"teacher": "edm2-xs", "dataset": "imagenet512-labels"}
+    plan = planned(tmp_path / "run", mode="sid", **labels)
+    assert [need.what for need in plan.needs][:3] == [
+        "teacher edm2-xs",
+        "dataset imagenet512-labels",
+        "statistics imagenet512",
+    ]
+    assert plan.notes == []
+    with pytest.raises(SidaError) as caught:
+        planned(tmp_path / "run", mode="sida", **labels)
+    assert str(caught.value) == (
+        "images are needed, imagenet512-labels is of classes alone. Give a dataset with images."
+    )
+
+
 def test_a_disk_without_room_for_the_checkpoints_is_told_before_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1408,7 +1425,10 @@ def test_mode_sid_falls_back_on_classes_where_the_dataset_is_not_there(edm2: tup
     made = ops.distill(teacher=far, mode="sid", watch=events.append, **options, **SHORT_SID)
     assert made.params["dataset"] == "imagenet512"
     assert store.get(made.inputs["dataset"]).results["kind"] == "labels"
-    assert messages(events)[0] == "dataset imagenet512: mode sid needs no images, training on classes alone"
+    assert messages(events)[0] == (
+        "dataset imagenet512: mode sid needs no images, training on classes alone, each as often; "
+        "--dataset imagenet512-labels downloads the published ones"
+    )
     with pytest.raises(SidaError, match=r"^dataset imagenet512 must be prepared from its files\. "):
         ops.distill(teacher=far, mode="sida", **options, **SHORT)
 
