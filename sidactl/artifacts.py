@@ -415,6 +415,7 @@ def _locate(source: str) -> tuple[catalog.Teacher | catalog.Generator | None, st
     nets: dict[str, catalog.Teacher | catalog.Generator] = {**catalog.TEACHERS, **catalog.GENERATORS}
     entry = nets.get(source) or next((e for e in nets.values() if e.source and e.source.url == source), None)
     if entry:
+        check_has_file(entry)
         return entry, entry.source.url if entry.source else None
     if is_url := "://" in source:
         download.check_url(source)
@@ -432,6 +433,13 @@ def _locate(source: str) -> tuple[catalog.Teacher | catalog.Generator | None, st
     if not is_url and not Path(source).is_file():
         raise SidaError(f"{source}: no such file", "Check the path.")
     return None, source if is_url else None
+
+
+def check_has_file(entry: catalog.Entry) -> None:
+    """Raises SidaError for a generator of the paper of which no file is published."""
+    if isinstance(entry, catalog.Generator) and entry.source is None:
+        how = f"sidactl distill --teacher {entry.teacher} --mode {entry.mode} --alpha {entry.alpha:g}"
+        raise SidaError(f"no file of {entry.name} is published, its scores alone are", f"Distill it: {how}")
 
 
 def _suffix(path_or_url: str) -> str:

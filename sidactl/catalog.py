@@ -28,10 +28,12 @@ class Download:
 
 
 class Published(NamedTuple):
-    """A number from a paper: its mean, and its standard deviation where it is given."""
+    """A published number: its mean, and its standard deviation where it is given."""
 
     value: float
     std: float | None = None
+    source: Literal["paper", "page"] = "paper"
+    """the paper, or the publisher's page, whose numbers came later"""
 
 
 ASSETS = Path(__file__).parent / "assets"
@@ -81,7 +83,10 @@ class Teacher(Entry):
 
 @dataclass(frozen=True, kw_only=True)
 class Generator(Entry):
-    """A published one-step generator: the teacher it was distilled from, by which mode, and its network."""
+    """A one-step generator of the paper: the teacher it was distilled from, by which mode, and its network.
+
+    Without a `source` its scores alone are published.
+    """
 
     teacher: str
     dataset: str
@@ -108,11 +113,15 @@ class Reference(Entry):
     holds: Literal["statistics", "images"] = "statistics"
 
 
-_Numbers: TypeAlias = Mapping[str, float | tuple[float, float | None]]
+_Numbers: TypeAlias = Mapping[str, float | tuple[float, float | None] | Published]
 
 
 def _published(numbers: _Numbers) -> Mapping[str, Published]:
     return {k: Published(*v) if isinstance(v, tuple) else Published(v) for k, v in numbers.items()}
+
+
+def _on_page(value: float) -> Published:
+    return Published(value, source="page")
 
 
 _SMALL = NetSpec(
@@ -455,7 +464,7 @@ def _edm2_teachers() -> Iterator[Teacher]:
 TEACHERS: Mapping[str, Teacher] = {entry.name: entry for entry in (_tiny_digits(), *_edm_teachers(), *_edm2_teachers())}
 
 
-# Published generators. Source of the scores: SiDA (2410.14919), and for later ones the publisher's page.
+# The paper's generators. Source of the scores: SiDA (2410.14919), and for later ones the publisher's page.
 
 _SID_ROOT = "https://huggingface.co/UT-Austin-PML/SiD/resolve/main"
 _SIDA_ROOT = "https://huggingface.co/UT-Austin-PML/SiDA/resolve/main"
@@ -470,25 +479,30 @@ _EDM_FILES = {
 # These two files have another mode in their name than the one that the publisher lists them under.
 _FILED_AS = {("edm2-xl", "sida"): "sid2a", ("edm2-xxl", "sid"): "sida"}
 _MODE_NAMES: Mapping[Mode, str] = {"sid": "SiD", "sida": "SiDA", "sid2a": "SiD2A"}
-# teacher, mode, alpha, thousands of images trained, scores
-_GENERATORS: tuple[tuple[str, Mode, float, int, _Numbers], ...] = (
+# teacher, mode, alpha, thousands of images trained (None: no file is published), scores
+_GENERATORS: tuple[tuple[str, Mode, float, int | None, _Numbers], ...] = (
     ("edm-cifar10-uncond", "sid", 1.2, 403968, {"FID": (1.923, 0.017), "IS": (9.980, 0.042)}),
+    ("edm-cifar10-uncond", "sid", 1.0, None, {"FID": (2.028, 0.020), "IS": (10.017, 0.047)}),
     ("edm-cifar10-uncond", "sida", 1.0, 217920, {"FID": (1.516, 0.010), "IS": (10.323, 0.048)}),
     ("edm-cifar10-uncond", "sid2a", 1.0, 28160, {"FID": (1.499, 0.012), "IS": (10.188, 0.035)}),
     ("edm-cifar10-uncond", "sid2a", 1.2, 22528, {"FID": (1.519, 0.009), "IS": (10.252, 0.027)}),
     ("edm-cifar10-cond", "sid", 1.2, 713312, {"FID": (1.710, 0.011)}),
+    ("edm-cifar10-cond", "sid", 1.0, None, {"FID": (1.932, 0.019)}),
     ("edm-cifar10-cond", "sida", 1.0, 293184, {"FID": (1.436, 0.009)}),
     ("edm-cifar10-cond", "sid2a", 1.0, 38912, {"FID": (1.403, 0.010)}),
     ("edm-cifar10-cond", "sid2a", 1.2, 53760, {"FID": (1.396, 0.014)}),
     ("edm-imagenet64", "sid", 1.2, 939176, {"FID": (1.524, 0.009), "precision": 0.74, "recall": 0.63}),
+    ("edm-imagenet64", "sid", 1.0, None, {"FID": (2.022, 0.031), "precision": 0.73, "recall": 0.63}),
     ("edm-imagenet64", "sida", 1.0, 249167, {"FID": (1.353, 0.025), "precision": 0.74, "recall": 0.63}),
     ("edm-imagenet64", "sid2a", 1.0, 29499, {"FID": (1.114, 0.019), "precision": 0.75, "recall": 0.62}),
     ("edm-imagenet64", "sid2a", 1.2, 21471, {"FID": (1.110, 0.018), "precision": 0.75, "recall": 0.62}),
     ("edm-ffhq64", "sid", 1.2, 498176, {"FID": (1.550, 0.017)}),
+    ("edm-ffhq64", "sid", 1.0, None, {"FID": (1.710, 0.018)}),
     ("edm-ffhq64", "sida", 1.0, 185856, {"FID": (1.134, 0.012)}),
     ("edm-ffhq64", "sid2a", 1.0, 168960, {"FID": (1.040, 0.011)}),
     ("edm-ffhq64", "sid2a", 1.2, 80896, {"FID": (1.109, 0.015)}),
     ("edm-afhqv2", "sid", 1.0, 371712, {"FID": (1.628, 0.017)}),
+    ("edm-afhqv2", "sid", 1.2, None, {"FID": (1.711, 0.020)}),
     ("edm-afhqv2", "sida", 1.0, 127488, {"FID": (1.345, 0.015)}),
     ("edm-afhqv2", "sid2a", 1.0, 175104, {"FID": (1.276, 0.010)}),
     ("edm-afhqv2", "sid2a", 1.2, 175104, {"FID": (1.366, 0.018)}),
@@ -503,33 +517,31 @@ _GENERATORS: tuple[tuple[str, Mode, float, int, _Numbers], ...] = (
     ("edm2-m", "sid2a", 1.0, 44036, {"FID": (1.488, 0.038), "FD-DINOv2": (49.01, 0.54)}),
     ("edm2-l", "sid", 1.0, 203788, {"FID": (1.907, 0.016), "FD-DINOv2": (56.25, 0.40)}),
     ("edm2-l", "sida", 1.0, 166918, {"FID": (1.501, 0.024), "FD-DINOv2": (48.47, 0.45)}),
-    ("edm2-l", "sid2a", 1.0, 50182, {"FID": 1.413, "FD-DINOv2": (45.92, 0.33)}),  # FID 1.465 in the paper
+    (
+        "edm2-l",
+        "sid2a",
+        1.0,
+        50182,
+        {"FID": _on_page(1.413), "FID in the paper": (1.465, 0.028), "FD-DINOv2": (45.92, 0.33)},
+    ),
     ("edm2-xl", "sid", 1.0, 234004, {"FID": (2.005, 0.024), "FD-DINOv2": (55.87, 0.21)}),
     ("edm2-xl", "sida", 1.0, 24578, {"FID": (1.449, 0.033), "FD-DINOv2": (46.47, 0.27)}),
-    ("edm2-xl", "sid2a", 1.0, 79495, {"FID": 1.379}),
+    ("edm2-xl", "sid2a", 1.0, 79495, {"FID": _on_page(1.379)}),
     ("edm2-xxl", "sid", 1.0, 77932, {}),
     ("edm2-xxl", "sida", 1.0, 89816, {}),
-    ("edm2-xxl", "sid2a", 1.0, 29812, {"FID": 1.366}),
+    ("edm2-xxl", "sid2a", 1.0, 29812, {"FID": _on_page(1.366)}),
 )
 
 
-def _generator(teacher: Teacher, mode: Mode, alpha: float, kimg: int, numbers: _Numbers) -> Generator:
-    if teacher.name not in _EDM_FILES:
-        size, filed_as = teacher.name.removeprefix("edm2-"), _FILED_AS.get((teacher.name, mode), mode)
-        url = f"{_SIDA_ROOT}/EDM2_distillation/edm2_img512_{size}_{filed_as}_alpha{alpha:g}-{kimg:06d}.pkl"
-    elif mode == "sid":
-        folder = _EDM_FILES[teacher.name][0]
-        url = f"{_SID_ROOT}/{folder}/alpha{alpha:g}/network-snapshot-{alpha:.6f}-{kimg:06d}.pkl"
-    else:
-        prefix = _EDM_FILES[teacher.name][1]
-        url = f"{_SIDA_ROOT}/EDM_distillation/{prefix}_{mode}_alpha{alpha:g}-{kimg:06d}.pkl"
+def _generator(teacher: Teacher, mode: Mode, alpha: float, kimg: int | None, numbers: _Numbers) -> Generator:
     recipe = teacher.recipes[mode]
     suffix = "" if alpha == recipe.alpha else f"-alpha{alpha:g}"
+    made = f"{kimg / 1000:.3g}M images" if kimg else "no file is published"
     return Generator(
         name=f"{mode}/{teacher.name.removeprefix('edm-')}{suffix}",
-        about=f"{_MODE_NAMES[mode]} of {teacher.name}, alpha {alpha:g}, {kimg / 1000:.3g}M images",
+        about=f"{_MODE_NAMES[mode]} of {teacher.name}, alpha {alpha:g}, {made}",
         licence=SEE_PUBLISHER,
-        source=Download(url=url),
+        source=Download(url=_url_of_generator(teacher.name, mode, alpha, kimg)) if kimg else None,
         scores=_published(numbers),
         teacher=teacher.name,
         dataset=teacher.dataset,
@@ -538,6 +550,16 @@ def _generator(teacher: Teacher, mode: Mode, alpha: float, kimg: int, numbers: _
         sampler=OneStepSpec(),
         net=replace(teacher.net, dropout=recipe.dropout, logvar_channels=0),
     )
+
+
+def _url_of_generator(teacher: str, mode: Mode, alpha: float, kimg: int) -> str:
+    if teacher not in _EDM_FILES:
+        size, filed_as = teacher.removeprefix("edm2-"), _FILED_AS.get((teacher, mode), mode)
+        return f"{_SIDA_ROOT}/EDM2_distillation/edm2_img512_{size}_{filed_as}_alpha{alpha:g}-{kimg:06d}.pkl"
+    folder, prefix = _EDM_FILES[teacher]
+    if mode == "sid":
+        return f"{_SID_ROOT}/{folder}/alpha{alpha:g}/network-snapshot-{alpha:.6f}-{kimg:06d}.pkl"
+    return f"{_SIDA_ROOT}/EDM_distillation/{prefix}_{mode}_alpha{alpha:g}-{kimg:06d}.pkl"
 
 
 GENERATORS: Mapping[str, Generator] = {
@@ -725,7 +747,7 @@ class Row(NamedTuple):
     licence: str
     scores: Mapping[str, Published]
     url: str | None
-    """of the file, or of the page to get it from; None for what ships with the package"""
+    """of the file, or of the page to get it from; None for what ships with the package or has no published file"""
 
 
 def rows() -> list[Row]:

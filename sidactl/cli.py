@@ -1077,7 +1077,7 @@ def show(
         for line in _score_lines(score):
             ui.print_data(f"  {'score':8} {line}")
     for name, number in described.published.items():
-        ui.print_data(f"  {'paper':8} {_published(name, number)}")
+        ui.print_data(f"  {number.source:8} {_published(name, number)}")
 
 
 def _print_entries(rows: "Sequence[Row]", as_json: bool) -> None:
@@ -1093,7 +1093,7 @@ def _print_entries(rows: "Sequence[Row]", as_json: bool) -> None:
             if fact is not None:
                 ui.print_data(f"  {name:8} {fact}")
         for name, number in row.scores.items():
-            ui.print_data(f"  {'paper':8} {_published(name, number)}")
+            ui.print_data(f"  {number.source:8} {_published(name, number)}")
 
 
 def _published(name: str, number: "Published") -> str:

@@ -110,6 +110,7 @@ def dataset_called(store: Store, name: str, *, may_download: bool = True) -> Inp
 def _need_of(entry: catalog.Entry, kind: str) -> Need | None:
     if isinstance(entry, catalog.Dataset) and not (entry.builtin or entry.source):
         raise artifacts.not_prepared(entry)
+    artifacts.check_has_file(entry)
     if entry.source is None:
         return None  # built in
     return _download(f"{kind} {entry.name}", entry.source, _HOW.get(kind, "downloaded"))

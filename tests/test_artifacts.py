@@ -344,6 +344,11 @@ def test_offline_names_what_is_missing(run: Path) -> None:
         ("edm-cifar-cond", "unknown teacher 'edm-cifar-cond'. Did you mean 'edm-cifar10-cond'?"),
         ("sid2a/edm2-xsl", "unknown teacher 'sid2a/edm2-xsl'. Did you mean 'sid2a/edm2-xs'?"),
         ("nothing like it", "unknown teacher 'nothing like it'. See sidactl ls --catalog."),
+        (
+            "sid/cifar10-uncond-alpha1",
+            "no file of sid/cifar10-uncond-alpha1 is published, its scores alone are. "
+            "Distill it: sidactl distill --teacher edm-cifar10-uncond --mode sid --alpha 1",
+        ),
         ("gone.pkl", "gone.pkl: no such file. Check the path."),
         (
             "http://host/net.pth?download=true",

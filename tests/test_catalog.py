@@ -304,13 +304,27 @@ def test_network_comes_from_its_publisher(name: str, url: str) -> None:
     assert source.url == url
 
 
+NO_FILE = [
+    "sid/cifar10-uncond-alpha1",
+    "sid/cifar10-cond-alpha1",
+    "sid/imagenet64-alpha1",
+    "sid/ffhq64-alpha1",
+    "sid/afhqv2-alpha1.2",
+]
+
+
+def test_generators_of_which_scores_alone_are_published_say_so() -> None:
+    assert [entry.name for entry in GENERATORS.values() if not entry.source] == NO_FILE
+    assert GENERATORS["sid/afhqv2-alpha1.2"].about == "SiD of edm-afhqv2, alpha 1.2, no file is published"
+
+
 def test_every_network_and_statistic_has_its_own_file_over_https() -> None:
     groups = (TEACHERS, GENERATORS, DETECTORS, REFERENCES)
     urls = [e.source.url for group in groups for e in group.values() if e.source]
     assert len(set(urls)) == len(urls)
     assert all(url.startswith("https://") for url in urls)
     builtin = [e.name for group in groups for e in group.values() if not e.source]
-    assert builtin == ["tiny-digits", "tiny-digits", "random-features"]
+    assert builtin == ["tiny-digits", *NO_FILE, "tiny-digits", "random-features"]
 
 
 def test_known_digests_are_pinned_and_an_uncertain_one_is_marked() -> None:
@@ -351,11 +365,28 @@ def test_known_digests_are_pinned_and_an_uncertain_one_is_marked() -> None:
         ("sid/edm2-xs", "FID", (3.353, 0.041)),
         ("sida/edm2-xl", "FD-DINOv2", (46.47, 0.27)),
         ("sid2a/edm2-s", "FID", (1.669, 0.019)),
-        ("sid2a/edm2-xxl", "FID", (1.366, None)),
+        ("sid2a/edm2-l", "FID in the paper", (1.465, 0.028)),
+        ("sid/cifar10-uncond-alpha1", "FID", (2.028, 0.020)),
+        ("sid/cifar10-uncond-alpha1", "IS", (10.017, 0.047)),
+        ("sid/cifar10-cond-alpha1", "FID", (1.932, 0.019)),
+        ("sid/imagenet64-alpha1", "FID", (2.022, 0.031)),
+        ("sid/imagenet64-alpha1", "precision", (0.73, None)),
+        ("sid/ffhq64-alpha1", "FID", (1.710, 0.018)),
+        ("sid/afhqv2-alpha1.2", "FID", (1.711, 0.020)),
     ],
 )
 def test_published_score(name: str, number: str, published: tuple[float, float | None]) -> None:
     assert {**TEACHERS, **GENERATORS}[name].scores[number] == Published(*published)
+
+
+def test_scores_of_the_publishers_page_are_told_from_those_of_the_paper() -> None:
+    entries = (*TEACHERS.values(), *GENERATORS.values())
+    assert {
+        (entry.name, name): number.value
+        for entry in entries
+        for name, number in entry.scores.items()
+        if number.source == "page"
+    } == {("sid2a/edm2-l", "FID"): 1.413, ("sid2a/edm2-xl", "FID"): 1.379, ("sid2a/edm2-xxl", "FID"): 1.366}
 
 
 # ---- the whole ----
@@ -364,7 +395,7 @@ def test_published_score(name: str, number: str, published: tuple[float, float |
 def test_all_published_networks_are_there() -> None:
     assert Counter(e.net.architecture for e in TEACHERS.values()) == {"SongUNet": 5, "DhariwalUNet": 1, "EDM2": 17}
     assert Counter((e.mode, e.net.architecture == "EDM2") for e in GENERATORS.values()) == {
-        ("sid", False): 5,
+        ("sid", False): 10,
         ("sida", False): 5,
         ("sid2a", False): 10,
         ("sid", True): 6,
@@ -402,7 +433,7 @@ def test_rows_tell_name_kind_licence_size_and_score_of_every_entry() -> None:
     by_name = {(row.kind, row.name): row for row in rows}
     assert by_name["teacher", "edm2-s"].licence == "CC BY-NC-SA 4.0"
     assert by_name["detector", "dinov2"].size_bytes == 1_217_586_395
-    assert by_name["generator", "sid2a/edm2-xs"].scores["FID"] == (2.156, 0.028)
+    assert by_name["generator", "sid2a/edm2-xs"].scores["FID"] == (2.156, 0.028, "paper")
     assert by_name["generator", "sid2a/edm2-xs"].about == "SiD2A of edm2-xs, alpha 1, 28.7M images"
 
 

@@ -24,7 +24,7 @@ from sidactl import catalog, cli, engine, inventory, loop, metrics, ops, preflig
 from sidactl.artifacts import mapping
 from sidactl.diffusion import Preconditioned
 from sidactl.errors import SidaError
-from sidactl.recipe import Execution, OneStepSpec, Setting
+from sidactl.recipe import Execution, Mode, OneStepSpec, Setting
 from sidactl.store import Artifact, Store, UnwritableError, digest
 from tests.conftest import SHORT, Finished, read_only, short_distill
 
@@ -152,12 +152,19 @@ def test_a_finished_run_leaves_its_events(finished: Finished) -> None:
     assert [(line["event"], line["nimg"]) for line in kept] == [(e.kind, e.nimg) for e in finished.events[1:]]
 
 
-@pytest.mark.parametrize(("alpha", "scores"), [(1.0, {"FID": (1.516, 0.010)}), (0.7, {})])
+@pytest.mark.parametrize(
+    ("mode", "alpha", "scores"),
+    [
+        ("sida", 1.0, {"FID": (1.516, 0.010, "paper")}),
+        ("sida", 0.7, {}),
+        ("sid", 1.0, {"FID": (2.028, 0.020, "paper")}),  # of which no file is published
+    ],
+)
 def test_the_papers_scores_are_shown_beside_a_generator_trained_as_theirs(
-    alpha: float, scores: dict[str, tuple[float, float]], tmp_path: Path
+    mode: Mode, alpha: float, scores: dict[str, tuple[float, float, str]], tmp_path: Path
 ) -> None:
-    recipe = catalog.recipe_for("edm-cifar10-uncond", "sida")
-    params = {"name": "edm-cifar10-uncond-sida", "recipe": replace(recipe, alpha=alpha).to_json()}
+    recipe = catalog.recipe_for("edm-cifar10-uncond", mode)
+    params = {"name": f"edm-cifar10-uncond-{mode}", "recipe": replace(recipe, alpha=alpha).to_json()}
     made = Store(tmp_path).put("generator", {"model.safetensors": b""}, params=params)
     published = inventory.show(made.oid, run=tmp_path).published
     assert {name: tuple(number) for name, number in published.items() if name == "FID"} == scores
@@ -1020,6 +1027,10 @@ def test_words_that_name_nothing_are_refused_by_a_plan_as_by_a_run(finished: Fin
         ),
         ({"dataset": "generator/best"}, "'generator/best' must be of kind dataset, got generator. See what"),
         ({"device": "abacus"}, "device must be cpu, cuda or cuda:N, got 'abacus'. Pass --device cpu."),
+        (
+            {"mode": "sid2a", "generator": "sid/cifar10-uncond-alpha1"},
+            "no file of sid/cifar10-uncond-alpha1 is published, its scores alone are. Distill it: sidactl distill ",
+        ),
         (
             {"mode": "sid2a", "generator": "sid/cifar10-uncond"},
             "the generator must be of the teacher's dataset 'tiny-digits', got one of 'cifar10'. ",
