@@ -424,8 +424,10 @@ def _locate(source: str) -> tuple[catalog.Teacher | catalog.Generator | None, st
             raise SidaError(f"a network file must be {' or '.join(NET_FILES)}, got {source}", "Convert it to one.")
         if source in catalog.DATASETS:
             data = catalog.DATASETS[source]
-            where = "Use" if data.builtin or data.source else f"Get it from {data.where}, then use"
-            raise SidaError(f"{source} is a dataset, not a network", f"{where} sidactl prepare-data.")
+            way = f"Use sidactl prepare-data {source}."
+            if not (data.builtin or data.source):
+                way = f"Get it from {data.where}, then use sidactl prepare-data."
+            raise SidaError(f"{source} is a dataset, not a network", way)
         if source in catalog.REFERENCES:
             hint = f"Pass --ref {source} to a score, which fetches it."
             raise SidaError(f"{source} is a reference, not a network", hint)

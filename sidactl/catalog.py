@@ -152,7 +152,8 @@ SMALL_NETS: Mapping[str, NetSpec] = {
 """what train-teacher starts from, by the name of the form; shaped to the dataset"""
 
 
-# Recipes. Source: the published run scripts; where the paper differs, they made the published generators.
+# Recipes. Source: the published run scripts; where the paper differs, they made the published generators. A duration
+# that ends before the published best snapshot is longer than the script's: up to the next 10 million images.
 
 _M = 1_000_000
 _FP16: Mapping[str, Any] = {"precision": "fp16", "adam_eps": 1e-6}
@@ -272,8 +273,8 @@ _EDM_RUNS = {
     "edm-cifar10-uncond": _EdmRun(256, 32, 1e-5, 1.2, (500, 300, 100), 0.13, 0.12),
     "edm-cifar10-cond": _EdmRun(256, 32, 1e-5, 1.2, (800, 300, 100), 0.13, 0.12),
     "edm-imagenet64": _EdmRun(8192, 32, 4e-6, 1.2, (1000, 300, 100), 0.10, 0.0),
-    "edm-ffhq64": _EdmRun(512, 64, 1e-5, 1.2, (500, 200, 100), 0.05, 0.15),
-    "edm-afhqv2": _EdmRun(512, 64, 5e-6, 1.0, (500, 200, 100), 0.05, 0.15),
+    "edm-ffhq64": _EdmRun(512, 64, 1e-5, 1.2, (500, 200, 170), 0.05, 0.15),
+    "edm-afhqv2": _EdmRun(512, 64, 5e-6, 1.0, (500, 200, 180), 0.05, 0.15),
 }
 _EDM_DIGESTS = {"edm-cifar10-uncond": "4d5dcc1f1d0d41c8934ad21626eeddbdc0460182becf9fc059a0631b1eedb4da"}
 
@@ -338,11 +339,11 @@ class _Edm2Size(NamedTuple):
 
 
 _EDM2_SIZES = {
-    "xs": _Edm2Size(128, "125M", 0.0, "2147483", "0.135", "0.200", 3.53, 103.39, 64, (200, 200, 30)),
+    "xs": _Edm2Size(128, "125M", 0.0, "2147483", "0.135", "0.200", 3.53, 103.39, 64, (250, 200, 30)),
     "s": _Edm2Size(192, "280M", 0.0, "2147483", "0.130", "0.190", 2.56, 68.64, 64, (200, 200, 80)),
-    "m": _Edm2Size(256, "498M", 0.1, "2147483", "0.100", "0.155", 2.25, 58.44, 32, (200, 200, 200)),
-    "l": _Edm2Size(320, "777M", 0.1, "1879048", "0.085", "0.155", 2.06, 52.25, 32, (200, 200, 55)),
-    "xl": _Edm2Size(384, "1.1B", 0.1, "1342177", "0.085", "0.155", 1.96, 45.96, 16, (200, 200, 50)),
+    "m": _Edm2Size(256, "498M", 0.1, "2147483", "0.100", "0.155", 2.25, 58.44, 32, (230, 200, 200)),
+    "l": _Edm2Size(320, "777M", 0.1, "1879048", "0.085", "0.155", 2.06, 52.25, 32, (210, 200, 55)),
+    "xl": _Edm2Size(384, "1.1B", 0.1, "1342177", "0.085", "0.155", 1.96, 45.96, 16, (240, 200, 80)),
     "xxl": _Edm2Size(448, "1.5B", 0.1, "0939524", "0.070", "0.150", 1.91, 42.84, 2, (100, 100, 30)),
 }
 _EDM2_IMG64 = {
@@ -855,8 +856,9 @@ def recipe_for(teacher_name: str, mode: Mode, net: NetSpec | None = None, num_pa
     Its numbers lie between those of two known runs, geometrically, by the network's parameters: at one end tiny-digits
     (189 thousand parameters, 70,000 images, minutes on a CPU; an EDM2 network learns at ten times the rate), at the
     other the published run of edm-cifar10-uncond (56 million) or of edm2-xs (125 million), of which it takes all but
-    the duration: OWN_DURATIONS, a tenth and less of theirs, for they trained until nothing improved any more. Batches
-    go through in parts of 64 images, of 32 from half way on or above 32 pixels. No dropout and no augmentation. What
+        duration: OWN_DURATIONS, a tenth and less of theirs, for they trained until nothing improved any more. Batches
+    go through in parts of 64 images, of 32 from half way on or above 32 pixels; those of an EDM2 network from half way
+    on in parts as those of the published one of its size, 64 to 2. No dropout and no augmentation. What
     another duration makes of it says `Recipe.lasting`.
 
     net, num_parameters: of the teacher of your own. Raises SidaError for a catalog teacher that has no recipe.
@@ -902,7 +904,7 @@ def recipe_for(teacher_name: str, mode: Mode, net: NetSpec | None = None, num_pa
         teacher=teacher_name,
         dataset="",
         batch_size=batch_size,
-        num_accumulation_rounds=batch_size // (64 if share < 0.5 and net.img_resolution <= 32 else 32),
+        num_accumulation_rounds=batch_size // _images_at_once(net, num_parameters, is_small=share < 0.5),
         duration_nimg=images(small.duration_nimg, OWN_DURATIONS[mode]),
         fake_score_lr=between(small.fake_score_lr, large.fake_score_lr),
         generator_lr=between(small.generator_lr, large.generator_lr),
@@ -918,3 +920,18 @@ def recipe_for(teacher_name: str, mode: Mode, net: NetSpec | None = None, num_pa
         evaluate_num=small.evaluate_num,
         checkpoint_every_nimg=images(small.checkpoint_every_nimg, large.checkpoint_every_nimg),
     )
+
+
+def _images_at_once(net: NetSpec, num_parameters: int, *, is_small: bool) -> int:
+    """Images of a micro-batch of a teacher of one's own; see `recipe_for`."""
+    if is_small:
+        return 64 if net.img_resolution <= 32 else 32
+    if net.architecture != "EDM2":
+        return 32
+    fitting = (
+        of.batch_per_gpu
+        for size, of in _EDM2_SIZES.items()
+        if num_parameters <= 1.05 * NUM_PARAMETERS[f"edm2-{size}"]  # more classes are a few more parameters
+    )
+    of_family = next(fitting, _EDM2_SIZES["xxl"].batch_per_gpu)
+    return of_family if net.img_resolution <= 64 else min(of_family, 32)

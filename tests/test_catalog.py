@@ -94,18 +94,19 @@ def test_teacher_is_sampled_as_published(name: str, sampler: HeunSpec, nfe: int)
 
 # ---- recipes ----
 
-# batch size, images per GPU and step, learning rate, EMA half-life, millions of images of sid, sida, sid2a
+# batch size, images per GPU and step, learning rate, EMA half-life, millions of images of sid, sida, sid2a: those of
+# the published scripts, but where the published best snapshot came later (170, 180, 250, 230, 210, 240 and 80)
 RUNS: dict[str, tuple[int, int, float, float, tuple[int, int, int]]] = {
     "edm-cifar10-uncond": (256, 32, 1e-5, 0.5, (500, 300, 100)),
     "edm-cifar10-cond": (256, 32, 1e-5, 0.5, (800, 300, 100)),
     "edm-imagenet64": (8192, 32, 4e-6, 2, (1000, 300, 100)),
-    "edm-ffhq64": (512, 64, 1e-5, 0.5, (500, 200, 100)),
-    "edm-afhqv2": (512, 64, 5e-6, 0.5, (500, 200, 100)),
-    "edm2-xs": (2048, 64, 5e-5, 2, (200, 200, 30)),
+    "edm-ffhq64": (512, 64, 1e-5, 0.5, (500, 200, 170)),
+    "edm-afhqv2": (512, 64, 5e-6, 0.5, (500, 200, 180)),
+    "edm2-xs": (2048, 64, 5e-5, 2, (250, 200, 30)),
     "edm2-s": (2048, 64, 5e-5, 2, (200, 200, 80)),
-    "edm2-m": (2048, 32, 5e-5, 2, (200, 200, 200)),
-    "edm2-l": (2048, 32, 5e-5, 2, (200, 200, 55)),
-    "edm2-xl": (2048, 16, 5e-5, 2, (200, 200, 50)),
+    "edm2-m": (2048, 32, 5e-5, 2, (230, 200, 200)),
+    "edm2-l": (2048, 32, 5e-5, 2, (210, 200, 55)),
+    "edm2-xl": (2048, 16, 5e-5, 2, (240, 200, 80)),
     "edm2-xxl": (2048, 2, 5e-5, 2, (100, 100, 30)),
 }
 
@@ -147,6 +148,18 @@ def test_recipes_are_those_of_the_published_runs(name: str) -> None:
                 joint_weight=0.5,
                 clip_gradient_value=None if is_edm2 else 1,
             )
+
+
+def test_every_recipe_lasts_until_its_published_snapshot() -> None:
+    late = {}
+    for entry in GENERATORS.values():
+        if entry.source:
+            nimg = 1000 * int(entry.source.url.removesuffix(".pkl").rpartition("-")[2])
+            recipe = TEACHERS[entry.teacher].recipes[entry.mode]
+            assert nimg <= recipe.duration_nimg, entry.name
+            late[entry.name] = recipe.duration_nimg - nimg
+    assert late["sid2a/afhqv2"] == 4_896_000
+    assert late["sid/edm2-xs"] == 640_000
 
 
 @pytest.mark.parametrize(
@@ -205,7 +218,7 @@ def test_a_large_teacher_of_ones_own_is_distilled_as_published_ones_are_for_a_te
         published,
         teacher="mine",
         dataset="",
-        num_accumulation_rounds=published.batch_size // 32,
+        num_accumulation_rounds=published.batch_size // (64 if form == "edm2" else 32),
         duration_nimg=(duration if mode != "sid2a" else duration // 2) * 1_000_000,
         generator_from_nimg=100_000,
         dropout=0.0,
@@ -232,6 +245,38 @@ def test_the_recipe_of_a_teacher_of_ones_own_grows_with_its_network_and_trains_a
             assert shorter.duration_nimg == duration
             assert duration < 4 * recipe.batch_size or shorter.untrained() == []
             assert shorter.evaluate_every_nimg <= duration
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name.startswith("edm2")])
+def test_an_edm2_teacher_of_ones_own_of_published_size_takes_as_many_images_at_once(name: str) -> None:
+    layout = json.loads(golden(f"layouts/{LAYOUTS[name]}").read_text())
+    spec = teachers.spec_of(Record(layout["class_name"], init_kwargs=layout["init_kwargs"]))
+    for mode in MODES:
+        recipe = catalog.recipe_for("mine", mode, spec, layout["num_parameters"])
+        published = TEACHERS[name].recipes[mode]
+        assert (recipe.batch_size, recipe.num_accumulation_rounds) == (2048, published.num_accumulation_rounds)
+
+
+@pytest.mark.parametrize(
+    ("millions", "resolution", "at_once"),
+    [
+        (6, 64, 64),
+        (124, 64, 64),
+        (285, 64, 64),
+        (300, 64, 32),
+        (1_100, 64, 16),
+        (1_500, 64, 2),
+        (9_000, 64, 2),
+        (124, 128, 32),
+        (1_500, 128, 2),
+    ],
+)
+def test_a_larger_edm2_teacher_of_ones_own_takes_fewer_images_at_once(
+    millions: int, resolution: int, at_once: int
+) -> None:
+    net = dataclasses.replace(TEACHERS["edm2-xs"].net, img_resolution=resolution)
+    recipe = catalog.recipe_for("mine", "sida", net, millions * 1_000_000)
+    assert recipe.batch_size // recipe.num_accumulation_rounds == at_once
 
 
 def test_guide_has_no_recipe() -> None:
