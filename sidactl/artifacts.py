@@ -881,6 +881,7 @@ def _prepare_images(
     with _answering(store, key, source, force, recheck, asks) as work:
         if isinstance(work, Artifact):
             tell_old(store, key, say)
+            _tell_count(catalog.DATASETS.get(options["preset"] or ""), work, say)
             return named(store, called_so(store, work, name), refs, say)
         from sidactl import prepare
         from sidactl.data import Dataset
@@ -917,6 +918,7 @@ def _prepare_images(
             work.clear()  # what was read before the change and what after it must not be mixed
             raise
         artifact = store.put("dataset", files, params={**params, **options}, results=results)
+        _tell_count(catalog.DATASETS.get(options["preset"] or ""), artifact, download.to_stderr)
         return answered(store, key, artifact, "prepare-data", refs=refs, say=say)
 
 
@@ -928,6 +930,13 @@ def _tell_other_file(source: str, identity: Any) -> None:
                 f"warning: {source} is not the {Path(source).name} that was published, by its SHA-256; "
                 f"sidactl prepare-data {entry.name} downloads that one"
             )
+
+
+def _tell_count(entry: catalog.Dataset | None, made: Artifact, say: download.Say | None) -> None:
+    """Warns of a dataset of the catalog that became one of another number of images, where no number was asked for."""
+    count = made.results["num_images"]
+    if say and entry and entry.num_images not in (None, count) and not made.params.get("max_images"):
+        say(f"warning: {entry.name} has {entry.num_images:,} images, this source gave {count:,}")
 
 
 def _preparation(
@@ -1117,6 +1126,7 @@ def _prepare_labels(
     }
     document = json.dumps({"labels": list(labels.items()), **names}).encode()
     artifact = store.put("dataset", {LABEL_FILE: document}, params=params, results=results)
+    _tell_count(entry, artifact, download.to_stderr)
     return answered(store, key, artifact, "prepare-data", refs=refs, say=say)
 
 

@@ -632,6 +632,7 @@ DATASETS: Mapping[str, Dataset] = {
         Dataset(
             name="fashion32",
             about="60,000 grey images of clothing in 10 classes, padded to 32x32: Fashion-MNIST, training part",
+            num_images=60_000,
             licence="MIT",
             where="https://github.com/zalandoresearch/fashion-mnist",
         ),

@@ -613,7 +613,7 @@ def cifar(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     source = catalog.Download(
         url=f"{site.url}/{CIFAR_FILE}", sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data)
     )
-    entry = dataclasses.replace(catalog.DATASETS["cifar10"], source=source)
+    entry = dataclasses.replace(catalog.DATASETS["cifar10"], source=source, num_images=15)
     monkeypatch.setattr(catalog, "DATASETS", {**catalog.DATASETS, "cifar10": entry})
     return path
 
@@ -697,6 +697,42 @@ def test_another_archive_of_the_same_name_is_told_and_taken(
         f"warning: {cifar} is not the {CIFAR_FILE} that was published, by its SHA-256; "
         "sidactl prepare-data cifar10 downloads that one"
     ]
+
+
+@pytest.mark.parametrize(
+    ("preset", "published"),
+    [
+        ("cifar10", "50,000"),
+        ("imagenet64", "1,281,167"),
+        ("imagenet512", "1,281,167"),
+        ("ffhq64", "70,000"),
+        ("afhqv2-64", "15,803"),
+        ("fashion32", "60,000"),
+    ],
+)
+def test_a_preset_that_gives_another_number_of_images_than_published_is_told(
+    preset: str, published: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images").mkdir()
+    for index in range(3):
+        Image.new("RGB", (520, 520) if preset == "imagenet512" else (28, 28)).save(tmp_path / f"images/{index}.png")
+    told = f"warning: {preset} has {published} images, this source gave 3"
+    for option in ({"preset": preset}, {"preset": preset}, {"preset": preset, "force": True}):
+        prepare_data("images", run=run, **option)
+        assert capsys.readouterr().err.splitlines()[-1] == told
+    for options in ({"preset": preset, "max_images": 2}, {"resolution": "32x32"}):
+        prepare_data("images", run=run, **options)
+        assert "warning" not in capsys.readouterr().err
+
+
+def test_a_preset_that_gives_the_published_number_of_images_is_not_told_of(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = dataclasses.replace(catalog.DATASETS["ffhq64"], num_images=3)
+    monkeypatch.setattr(catalog, "DATASETS", {**catalog.DATASETS, "ffhq64": entry})
+    pictures(tmp_path / "images")
+    prepare_data("images", preset="ffhq64", run=run)
+    assert "warning" not in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("vae", "cifar")
