@@ -76,7 +76,7 @@ class Teacher(Entry):
     net: NetSpec
     sampler: HeunSpec
     recipes: Mapping[Mode, Recipe]
-    """none for a net that only guides the sampling of another"""
+    """none for a net that guides the sampling of another, or is guided"""
     asset: str | None = None
     """file of the package that holds its weights, for a built-in one"""
 
@@ -265,7 +265,18 @@ class _EdmRun(NamedTuple):
 _EDM_TEACHERS: Mapping[str, tuple[str, str, NetSpec, int, _Numbers]] = {
     "edm-cifar10-uncond": ("cifar10-32x32-uncond-vp", "cifar10", _ddpmpp(32, 0.13), 18, {"FID": 1.97, "IS": 9.68}),
     "edm-cifar10-cond": ("cifar10-32x32-cond-vp", "cifar10", _ddpmpp(32, 0.13, label_dim=10), 18, {"FID": 1.79}),
-    "edm-imagenet64": ("imagenet-64x64-cond-adm", "imagenet64", _ADM, 256, {"FID": 1.36}),
+    "edm-imagenet64": (
+        "imagenet-64x64-cond-adm",
+        "imagenet64",
+        _ADM,
+        256,
+        {
+            "FID": 1.36,
+            "FID at 79 evaluations": 2.64,
+            "precision at 79 evaluations": 0.71,
+            "recall at 79 evaluations": 0.67,
+        },
+    ),
     "edm-ffhq64": ("ffhq-64x64-uncond-vp", "ffhq64", _ddpmpp(64, 0.05), 40, {"FID": 2.39}),
     "edm-afhqv2": ("afhqv2-64x64-uncond-vp", "afhqv2-64", _ddpmpp(64, 0.25), 40, {"FID": 1.96}),
 }
@@ -332,19 +343,20 @@ class _Edm2Size(NamedTuple):
     ema_fid: str
     """length of the post-hoc EMA that minimises FID; of the next one, FD-DINOv2"""
     ema_dino: str
-    fid: float
-    fd_dinov2: float
+    fid: tuple[float, float]
+    """without and with guidance; of the next one, FD-DINOv2"""
+    fd_dinov2: tuple[float, float]
     batch_per_gpu: int
     mimg: tuple[int, int, int]
 
 
 _EDM2_SIZES = {
-    "xs": _Edm2Size(128, "125M", 0.0, "2147483", "0.135", "0.200", 3.53, 103.39, 64, (250, 200, 30)),
-    "s": _Edm2Size(192, "280M", 0.0, "2147483", "0.130", "0.190", 2.56, 68.64, 64, (200, 200, 80)),
-    "m": _Edm2Size(256, "498M", 0.1, "2147483", "0.100", "0.155", 2.25, 58.44, 32, (230, 200, 200)),
-    "l": _Edm2Size(320, "777M", 0.1, "1879048", "0.085", "0.155", 2.06, 52.25, 32, (210, 200, 55)),
-    "xl": _Edm2Size(384, "1.1B", 0.1, "1342177", "0.085", "0.155", 1.96, 45.96, 16, (240, 200, 80)),
-    "xxl": _Edm2Size(448, "1.5B", 0.1, "0939524", "0.070", "0.150", 1.91, 42.84, 2, (100, 100, 30)),
+    "xs": _Edm2Size(128, "125M", 0.0, "2147483", "0.135", "0.200", (3.53, 2.91), (103.39, 79.94), 64, (250, 200, 30)),
+    "s": _Edm2Size(192, "280M", 0.0, "2147483", "0.130", "0.190", (2.56, 2.23), (68.64, 52.32), 64, (200, 200, 80)),
+    "m": _Edm2Size(256, "498M", 0.1, "2147483", "0.100", "0.155", (2.25, 2.01), (58.44, 41.98), 32, (230, 200, 200)),
+    "l": _Edm2Size(320, "777M", 0.1, "1879048", "0.085", "0.155", (2.06, 1.88), (52.25, 38.20), 32, (210, 200, 55)),
+    "xl": _Edm2Size(384, "1.1B", 0.1, "1342177", "0.085", "0.155", (1.96, 1.85), (45.96, 35.67), 16, (240, 200, 80)),
+    "xxl": _Edm2Size(448, "1.5B", 0.1, "0939524", "0.070", "0.150", (1.91, 1.81), (42.84, 33.09), 2, (100, 100, 30)),
 }
 _EDM2_IMG64 = {
     "s": ("1073741-0.075", 1.58),
@@ -435,13 +447,24 @@ def _edm2_teachers() -> Iterator[Teacher]:
                 f"EDM2-{size.upper()}, {of.params} parameters, ImageNet 512 in latents, EMA for the best {number}",
                 f"edm2-img512-{size}-{of.snapshot}-{ema}",
                 _edm2_net(size, 4),
-                {number: score},
+                {number: score[0]} if name == "edm2-s" else {number: score[0], f"{number} guided": score[1]},
                 "imagenet512",
                 _edm2_recipes(name, size, "imagenet512", -0.4, 1.0),
             )
+    # The only known snapshot of those sampled with guidance; of the others the numbers alone, beside theirs without.
+    yield _edm2(
+        "edm2-s-guided",
+        "EDM2-S, 280M parameters, ImageNet 512 in latents, EMA for guidance: sample with --guide edm2-xs-uncond "
+        "--guidance 1.4",
+        "edm2-img512-s-2147483-0.025",
+        _edm2_net("s", 4),
+        {"FID guided": _EDM2_SIZES["s"].fid[1]},
+        "imagenet512",
+        {},
+    )
     yield _edm2(
         "edm2-xs-uncond",
-        "EDM2-XS, unconditional: guides the sampling of other EDM2 teachers (edm2-s at guidance 1.4)",
+        "EDM2-XS, unconditional: guides the sampling of other EDM2 teachers (edm2-s-guided at guidance 1.4)",
         "edm2-img512-xs-uncond-2147483-0.025",
         _edm2_net("xs", 4, label_dim=0),
         {},
@@ -777,7 +800,7 @@ NUM_PARAMETERS: Mapping[str, int] = {
     "edm-ffhq64": 61_805_571,
     "edm-afhqv2": 61_805_571,
     **dict.fromkeys(("edm2-xs", "edm2-xs-dino"), 124_713_253),
-    **dict.fromkeys(("edm2-s", "edm2-s-dino"), 280_212_837),
+    **dict.fromkeys(("edm2-s", "edm2-s-dino", "edm2-s-guided"), 280_212_837),
     **dict.fromkeys(("edm2-m", "edm2-m-dino"), 497_807_781),
     **dict.fromkeys(("edm2-l", "edm2-l-dino"), 777_498_085),
     **dict.fromkeys(("edm2-xl", "edm2-xl-dino"), 1_119_283_749),
@@ -868,8 +891,7 @@ def recipe_for(teacher_name: str, mode: Mode, net: NetSpec | None = None, num_pa
         recipes = TEACHERS[teacher_name].recipes
         if mode not in recipes:
             raise SidaError(
-                f"{teacher_name} guides the sampling of other teachers and has no recipe",
-                "Distill one with classes, such as edm2-xs.",
+                f"{teacher_name} is for guided sampling and has no recipe", "Distill another, such as edm2-xs."
             )
         return recipes[mode]
     assert net

@@ -27,7 +27,17 @@ from typer.core import TyperGroup
 
 from sidactl import __version__, heartbeat, inputs, ui
 from sidactl.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, SidaError
-from sidactl.recipe import Adversarial, Execution, NetSpec, Recipe, Setting, TeacherRecipe, flag_of
+from sidactl.recipe import (
+    Adversarial,
+    Execution,
+    HeunSpec,
+    NetSpec,
+    OneStepSpec,
+    Recipe,
+    Setting,
+    TeacherRecipe,
+    flag_of,
+)
 
 if TYPE_CHECKING:
     from sidactl.catalog import Published, Row
@@ -430,7 +440,12 @@ def _named_classes(names: Sequence[str]) -> str:
 
 # Training. A command's recipe flags are made from the recipe's fields, so that each is written once.
 
-_NOT_FLAGS = {"teacher", "mode", "dataset", "adversarial", "net", "architecture", "sigma_min", "sigma_max"}
+_NOT_FLAGS: Mapping[type, set[str]] = {
+    Recipe: {"teacher", "mode", "dataset", "adversarial"},
+    TeacherRecipe: {"dataset", "net"},
+    NetSpec: {"architecture", "sigma_min", "sigma_max"},
+    HeunSpec: {"num_steps", "convention"},
+}
 _NONE = object()
 """what "none" on the command line becomes until the field is set, since None means that a flag was not given"""
 
@@ -487,7 +502,7 @@ def recipe_flags(*classes: type) -> Callable[[Callable[..., None]], Callable[...
         for cls in classes:
             docs = _field_docs(cls)
             for field in dataclasses.fields(cls):
-                if field.name not in _NOT_FLAGS:
+                if field.name not in _NOT_FLAGS.get(cls, ()):
                     # Of a distillation the catalog's recipe has numbers of its own.
                     default = f" [default: {field.default}]" if cls is TeacherRecipe else ""
                     flags[field.name] = field, docs.get(field.name, "") + default
@@ -857,9 +872,20 @@ def bench(
 # Sampling and scores
 
 
+Steps = Annotated[int | None, typer.Option(help="number of sampling steps; the network's own if not given")]
+Sampler = Annotated[str | None, typer.Option(metavar="NAME", help="one-step, or heun for a teacher")]
+
+
+def _drawn_by(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags of Setting and HeunSpec, as functions take them that draw images."""
+    settings = {f.name for f in dataclasses.fields(Setting)}
+    heun = {name: value for name, value in overrides.items() if name not in settings}
+    return {"setting": Setting(**{n: v for n, v in overrides.items() if n in settings}), "heun": heun or None}
+
+
 @app.command()
 @with_processes
-@recipe_flags(Setting)
+@recipe_flags(Setting, HeunSpec)
 def sample(
     overrides: Mapping[str, Any],
     ref: Ref = None,
@@ -870,8 +896,8 @@ def sample(
     class_index: Annotated[
         str | None, typer.Option("--class", metavar="K|NAME", help="one class for all images: its index, or its name")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="number of sampling steps")] = None,
-    sampler: Annotated[str | None, typer.Option(metavar="NAME", help="one-step, or heun for a teacher")] = None,
+    steps: Steps = None,
+    sampler: Sampler = None,
     guide: Annotated[str | None, _ref_option("a weaker teacher to move away from")] = None,
     guidance: Annotated[float, typer.Option(help="how far, 1 = not at all")] = 1.0,
     name: Name = None,
@@ -898,7 +924,7 @@ def sample(
             sampler=sampler,  # type: ignore[arg-type]  # ops checks it, with a better error
             guide=guide,
             guidance=guidance,
-            setting=Setting(**overrides),
+            **_drawn_by(overrides),
             name=name,
             run=run,
             device=device,
@@ -926,6 +952,8 @@ def score_flags(command: Callable[..., "Score"]) -> Callable[..., None]:
         labels: Annotated[
             str, typer.Option(metavar="NAME", help="classes drawn uniform, or as in the dataset")
         ] = "uniform",
+        steps: Steps = None,
+        sampler: Sampler = None,
         detector: Annotated[
             str | None,
             typer.Option(
@@ -948,7 +976,7 @@ def score_flags(command: Callable[..., "Score"]) -> Callable[..., None]:
 
     def with_flags(ref: str | None, as_json: bool, overrides: Mapping[str, Any], **arguments: Any) -> None:
         special = {p.name: arguments.pop(p.name) for p in own}
-        arguments["setting"] = Setting(**overrides)
+        arguments |= _drawn_by(overrides)
         arguments["num"] = _count(arguments["num"], "--num", least=2)
         limit = special.pop("fail_above", None)
         if limit is not None and not limit >= 0:
@@ -961,7 +989,7 @@ def score_flags(command: Callable[..., "Score"]) -> Callable[..., None]:
             raise SidaError(f"the score {float(score):.6g} is above {limit:g}", "", exit_code=EXIT_FAILED)
 
     parameters = [*inspect.signature(shared).parameters.values(), *own]
-    return with_processes(recipe_flags(Setting)(_signed(with_flags, command, parameters)))
+    return with_processes(recipe_flags(Setting, HeunSpec)(_signed(with_flags, command, parameters)))
 
 
 FailAbove = Annotated[
@@ -1441,9 +1469,20 @@ def _score_lines(score: "Score") -> list[str]:
     if "subset_of" in score.settings:
         of, seed = score.settings["subset_of"], score.settings["subset_seed"]
         trials = f"{score.num:,} of {of:,} images, drawn by seed {seed}"
+    if "sampler" in score.settings:
+        trials += f", drawn by {_told_sampler(score.settings['sampler'])}"
 
     def line(name: str, n: Mapping[str, Any]) -> str:
         spread = "" if n["std"] is None else f" +- {n['std']:.2g} (minimum {n['minimum']:.4g})"
         return f"{name} {n['value']:.4g}{spread}; {trials}, {n['detector']}"
 
     return [line(name, n) for name, n in told["scores"].items()]
+
+
+def _told_sampler(sampler: Mapping[str, Any]) -> str:
+    """A sampler that is not the net's own, by the flags that differ from its kind's defaults."""
+    spec: HeunSpec | OneStepSpec = (HeunSpec if "S_churn" in sampler else OneStepSpec).from_json(sampler)
+    usual = type(spec)(num_steps=spec.num_steps)
+    apart = [f.name for f in dataclasses.fields(spec) if getattr(spec, f.name) != getattr(usual, f.name)]
+    words = [f"{flag_of(name)} {getattr(spec, name)}" for name in ("num_steps", *apart) if name != "convention"]
+    return " ".join(["heun" if isinstance(spec, HeunSpec) else "one-step", *words])

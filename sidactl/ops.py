@@ -68,6 +68,7 @@ from sidactl.recipe import (
 from sidactl.references import class_of, detector_name, images_per_batch
 from sidactl.scores import (
     ScoreOptions,
+    chosen_sampler,
     detector_label,
     distance_name,
     is_answered,
@@ -1189,6 +1190,7 @@ def sample(
     class_index: SupportsIndex | str | None = None,
     steps: SupportsIndex | None = None,
     sampler: Literal["one-step", "heun"] | None = None,
+    heun: Mapping[str, float] | None = None,
     guide: Ref | None = None,
     guidance: float = 1.0,
     setting: Setting | None = None,
@@ -1202,7 +1204,8 @@ def sample(
     """Images of a teacher or generator, one per seed, as a samples artifact (a zip in the EDM layout, and a grid).
 
     num: so many from seed 0 on, such as "10k", instead of `seeds`; 64 where neither is given.
-    The sampler defaults to the net's own: one step for a generator, Heun for a teacher. guide: a weaker teacher that
+    The sampler defaults to the net's own: one step for a generator, Heun for a teacher. heun: fields of HeunSpec to
+    take in place of the teacher's, such as {"S_churn": 0}. guide: a weaker teacher that
     Heun's sampler moves away from, `guidance` times as far (1 = not at all). Noise and class of an image depend on its
     seed alone. class_index: one class for all images, by its index or by its name in the net's dataset.
     setting: of the nets' arithmetic, float32 by default; another precision is another question. say: takes the line
@@ -1222,7 +1225,7 @@ def sample(
         store.check_name("samples", name)
     with _first_alone():
         subject = resolve(store, ref_text(ref), NETS, recheck=force)
-    chosen = _sampler(subject, sampler, steps)
+    chosen = chosen_sampler(subject, sampler, steps, heun)
     if isinstance(class_index, str):
         class_index = class_of(store, subject, class_index)
     setting = setting or Setting()
@@ -1297,19 +1300,3 @@ def _seeds_to_json(seeds: Sequence[int]) -> dict[str, int] | list[int]:
 
 def _seeds_from_json(value: Any) -> Sequence[int]:
     return range(value["first"], value["first"] + value["count"]) if isinstance(value, Mapping) else value
-
-
-def _sampler(subject: Artifact, kind: str | None, steps: int | None) -> OneStepSpec | HeunSpec:
-    own = sampler_of(subject)
-    if kind not in (None, "one-step", "heun"):
-        raise SidaError(f"the sampler must be one-step or heun, got {kind!r}", "Pass --sampler heun for a teacher.")
-    chosen: OneStepSpec | HeunSpec = own
-    if kind == "heun" and isinstance(own, OneStepSpec):
-        raise SidaError(
-            "the heun sampler needs a teacher, got a one-step generator", "Leave out --sampler, or pass --steps."
-        )
-    if kind == "one-step" and isinstance(own, HeunSpec):
-        chosen = OneStepSpec()
-    if steps is not None and steps < 1:
-        raise SidaError(f"the number of steps must be >= 1, got {steps}", "Pass --steps 1 or more.")
-    return chosen if steps is None else dataclasses.replace(chosen, num_steps=steps)

@@ -191,9 +191,9 @@ def test_img64_recipes_take_the_sigmas_of_their_teachers() -> None:
             assert (recipe.P_mean, recipe.P_std) == (layout["loss"]["P_mean"], layout["loss"]["P_std"])
 
 
-def test_every_teacher_but_the_guide_has_three_recipes_that_survive_json() -> None:
+def test_every_teacher_but_those_of_guided_sampling_has_three_recipes_that_survive_json() -> None:
     for entry in TEACHERS.values():
-        assert list(entry.recipes) == ([] if entry.name == "edm2-xs-uncond" else list(MODES))
+        assert list(entry.recipes) == ([] if entry.name in ("edm2-xs-uncond", "edm2-s-guided") else list(MODES))
         for mode, recipe in entry.recipes.items():
             assert recipe.mode == mode
             assert recipe.teacher == entry.name
@@ -279,13 +279,18 @@ def test_a_larger_edm2_teacher_of_ones_own_takes_fewer_images_at_once(
     assert recipe.batch_size // recipe.num_accumulation_rounds == at_once
 
 
-def test_guide_has_no_recipe() -> None:
+@pytest.mark.parametrize("name", ["edm2-xs-uncond", "edm2-s-guided"])
+def test_teachers_of_guided_sampling_have_no_recipe(name: str) -> None:
     with pytest.raises(SidaError) as caught:
-        catalog.recipe_for("edm2-xs-uncond", "sida")
-    assert str(caught.value) == (
-        "edm2-xs-uncond guides the sampling of other teachers and has no recipe. "
-        "Distill one with classes, such as edm2-xs."
-    )
+        catalog.recipe_for(name, "sida")
+    assert str(caught.value) == f"{name} is for guided sampling and has no recipe. Distill another, such as edm2-xs."
+
+
+def test_the_guided_teacher_is_that_of_its_size_in_another_average_and_fits_its_guide() -> None:
+    guided, guide = TEACHERS["edm2-s-guided"], TEACHERS["edm2-xs-uncond"]
+    assert (guided.net, guided.sampler) == (TEACHERS["edm2-s"].net, TEACHERS["edm2-s"].sampler)
+    assert (guide.net.img_channels, guide.net.img_resolution, guide.net.label_dim) == (4, 64, 0)
+    assert "--guide edm2-xs-uncond --guidance 1.4" in guided.about
 
 
 # ---- files ----
@@ -299,6 +304,10 @@ def test_guide_has_no_recipe() -> None:
         (
             "edm2-l",
             "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/edm2-img512-l-1879048-0.085.pkl",
+        ),
+        (
+            "edm2-s-guided",
+            "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/edm2-img512-s-2147483-0.025.pkl",
         ),
         (
             "edm2-l-dino",
@@ -400,6 +409,14 @@ def test_known_digests_are_pinned_and_an_uncertain_one_is_marked() -> None:
         ("edm2-s", "FID", (2.56, None)),
         ("edm2-s-dino", "FD-DINOv2", (68.64, None)),
         ("edm2-img64-m", "FID", (1.43, None)),
+        ("edm2-s-guided", "FID guided", (2.23, None)),
+        ("edm2-xs", "FID guided", (2.91, None)),
+        ("edm2-xxl", "FID guided", (1.81, None)),
+        ("edm2-m-dino", "FD-DINOv2 guided", (41.98, None)),
+        ("edm2-s-dino", "FD-DINOv2 guided", (52.32, None)),
+        ("edm-imagenet64", "FID at 79 evaluations", (2.64, None)),
+        ("edm-imagenet64", "precision at 79 evaluations", (0.71, None)),
+        ("edm-imagenet64", "recall at 79 evaluations", (0.67, None)),
         ("sid/cifar10-uncond", "FID", (1.923, 0.017)),
         ("sida/cifar10-uncond", "IS", (10.323, 0.048)),
         ("sid2a/cifar10-cond-alpha1.2", "FID", (1.396, 0.014)),
@@ -438,7 +455,7 @@ def test_scores_of_the_publishers_page_are_told_from_those_of_the_paper() -> Non
 
 
 def test_all_published_networks_are_there() -> None:
-    assert Counter(e.net.architecture for e in TEACHERS.values()) == {"SongUNet": 5, "DhariwalUNet": 1, "EDM2": 17}
+    assert Counter(e.net.architecture for e in TEACHERS.values()) == {"SongUNet": 5, "DhariwalUNet": 1, "EDM2": 18}
     assert Counter((e.mode, e.net.architecture == "EDM2") for e in GENERATORS.values()) == {
         ("sid", False): 10,
         ("sida", False): 5,

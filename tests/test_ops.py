@@ -24,7 +24,7 @@ from sidactl import catalog, cli, engine, inventory, loop, metrics, ops, preflig
 from sidactl.artifacts import mapping
 from sidactl.diffusion import Preconditioned
 from sidactl.errors import SidaError
-from sidactl.recipe import Execution, Mode, OneStepSpec, Setting
+from sidactl.recipe import Execution, HeunSpec, Mode, OneStepSpec, Setting
 from sidactl.store import Artifact, Store, UnwritableError, digest
 from tests.conftest import SHORT, Finished, read_only, short_distill
 
@@ -1279,6 +1279,24 @@ def test_steps_and_sampler_are_those_of_the_net_unless_asked_for(finished: Finis
     assert nfe("generator/best", steps=3) == 3
 
 
+def test_settings_of_heuns_sampler_take_the_place_of_the_teachers_own(finished: Finished) -> None:
+    heun: dict[str, float] = {"sigma_min": 0.01, "sigma_max": 40, "rho": 5, "S_churn": 3, "S_min": 0.1, "S_max": 20}
+
+    def drawn(**options: Any) -> ops.Sampled:
+        return ops.sample("tiny-digits", num=2, run=finished.root, **options)
+
+    made = drawn(steps=4, heun=heun | {"S_noise": 1.01})
+    spec = HeunSpec(
+        num_steps=4, sigma_min=0.01, sigma_max=40.0, rho=5.0, S_churn=3.0, S_min=0.1, S_max=20.0, S_noise=1.01
+    )
+    assert made.artifact.params["sampler"] == spec.to_json()
+    net = ops.load("tiny-digits", finished.root)
+    (batch,) = sampling.generate(net, range(2), spec, device=torch.device("cpu"))
+    assert np.array_equal(made.images, batch.images.permute(0, 2, 3, 1).numpy())
+    assert drawn(steps=4).oid != made.oid
+    assert drawn(steps=4, heun={"rho": 7}).oid == drawn(steps=4).oid  # the teacher's own
+
+
 def test_another_precision_is_another_question_and_another_form_is_not(
     finished: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1340,6 +1358,37 @@ def test_another_precision_is_another_question_and_another_form_is_not(
             "tiny-digits",
             {"sampler": "ddim"},
             "the sampler must be one-step or heun, got 'ddim'. Pass --sampler heun for a teacher.",
+        ),
+        (
+            "generator/best",
+            {"heun": {"S_churn": 1}},
+            "--s-churn is of the heun sampler of a teacher, got one-step. Leave out --s-churn.",
+        ),
+        (
+            "tiny-digits",
+            {"heun": {"rho": 5}, "sampler": "one-step"},
+            "--rho is of the heun sampler of a teacher, got one-step. Leave out --rho.",
+        ),
+        (
+            "tiny-digits",
+            {"heun": {"S_noise": 1.1}},
+            "--s-noise counts with churn alone, got --s-churn 0. Pass --s-churn, such as 40.",
+        ),
+        (
+            "tiny-digits",
+            {"heun": {"sigma_min": 90}},
+            "sigma_min must be below sigma_max, 80, got 90.0. Pass another --sigma-min.",
+        ),
+        (
+            "tiny-digits",
+            {"heun": {"S_churn": -1.0}},
+            "S_churn must be at least 0 and finite, got -1.0. Pass another --s-churn.",
+        ),
+        (
+            "tiny-digits",
+            {"heun": {"num_steps": 4}},
+            "unknown setting 'num_steps' of Heun's sampler. "
+            "It has sigma_min, sigma_max, rho, S_churn, S_min, S_max, S_noise.",
         ),
         ("generator/none", {}, "no ref 'generator/none' in {root}. See what there is with: sidactl ls"),
         (
