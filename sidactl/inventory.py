@@ -58,7 +58,7 @@ _FORM_KINDS: dict[ExportForm, Sequence[str]] = {
 class Described:
     """An artifact with its names, the artifacts behind it (role path, artifact), and the scores about it.
 
-    `published`: those of the paper, by name, for a network of the catalog.
+    `published`: those of the paper or the publisher's page, by name, for a network of the catalog.
     """
 
     artifact: Artifact

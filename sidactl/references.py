@@ -125,11 +125,12 @@ def _own(store: Store, subject: Artifact, need: Need, recheck: bool) -> Artifact
 
 
 def dataset_name(store: Store, subject: Artifact) -> str:
-    """The name of the dataset that an artifact is of, as far as it is known."""
+    """The name of the dataset that an artifact is of, as far as it is known; classes alone stand for their net's."""
     if subject.kind == "dataset":
         return str(subject.params["name"])
-    if "dataset" in subject.inputs:
-        return str(store.get(subject.inputs["dataset"]).params["name"])
+    data = store.get(subject.inputs["dataset"]) if "dataset" in subject.inputs else None
+    if data and data.results.get("kind") != "labels":
+        return str(data.params["name"])
     return str(subject.params.get("dataset"))
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sidactl import artifacts, catalog, detectors, ops, references, scores
+from sidactl.artifacts import prepare_data
 from sidactl.errors import SidaError
 from sidactl.nets import inception
 from sidactl.store import Store
@@ -351,6 +352,9 @@ def test_the_default_reference_of_a_published_dataset_is_its_published_statistic
     assert (found.kind, found.params["name"]) == ("stats", "ffhq64")
     assert references.find(store, "ffhq64", subject, "moments").oid == found.oid
     assert references.detector_name(found) == "inception"
+    classes = prepare_data(None, classes=10, run=store.root)  # as mode sid trains on where images are not there
+    free = store.put("generator", {"model.safetensors": b""}, inputs={"dataset": classes.oid}, params=params)
+    assert references.find(store, None, free, "moments").oid == found.oid
     with pytest.raises(SidaError, match=r"^dataset ffhq64 must be prepared from its files\. "):
         references.find(store, None, subject, "images")
 
