@@ -11,7 +11,7 @@ import re
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -137,11 +137,11 @@ def _not_readable(store: Store, text: str, kinds: Sequence[str]) -> SidaError | 
     return SidaError(f"{text} is {got}, {' or '.join(wanted)} is needed", hint)
 
 
-def dataset_called(store: Store, name: str, *, recheck: bool = False) -> Artifact:
+def dataset_called(store: Store, name: str, *, recheck: bool = False, may_download: bool = True) -> Artifact:
     """The dataset that a network says it is of: one of the catalog, or a ref. recheck: as in `resolve`.
 
-    What a file from outside says is a name, never the path or URL of something to be read. Raises MissingError where
-    it is not there.
+    What the catalog says where to get is downloaded and prepared, unless may_download is False. What a file from
+    outside says is a name, never the path or URL of something to be read. Raises MissingError where it is not there.
     """
     entry = catalog.DATASETS.get(name)
     if entry and entry.builtin:
@@ -149,15 +149,18 @@ def dataset_called(store: Store, name: str, *, recheck: bool = False) -> Artifac
     if store.ref("dataset", name):
         found = store.resolve(f"dataset/{name}", ["dataset"])
         return repaired(store, found) if recheck else found
+    if entry and entry.source and may_download:
+        return prepare_data(f"dataset/{name}", run=store.root, recheck=recheck, say=None)
     if entry:
-        raise _not_prepared(entry)
+        raise not_prepared(entry)
     raise MissingError(
         f"the network is of dataset {name!r}, which is no name of the catalog and no ref in {store.root}",
         "Pass the dataset: --ref in a score, --dataset in training.",
     )
 
 
-def _not_prepared(entry: catalog.Dataset) -> MissingError:
+def not_prepared(entry: catalog.Dataset) -> MissingError:
+    """What a dataset of the catalog is refused with that is not in the run directory and cannot be downloaded."""
     return MissingError(
         f"dataset {entry.name} must be prepared from its files",
         f"Get them from {entry.where}, then run sidactl prepare-data PATH --preset {entry.name} --name {entry.name}.",
@@ -244,13 +247,13 @@ def repaired(store: Store, artifact: Artifact) -> Artifact:
     return artifact
 
 
-def part_of(watcher: object, what: str) -> Tick | None:
-    """A tick for a part of some work that has images of its own to count, such as those of a reference.
+def part_of(watcher: object, what: str, unit: str = "images") -> Tick | None:
+    """A tick for a part of some work that has images, or bytes, of its own to count, such as those of a reference.
 
     None where `watcher`, a tick or watch, has no method `part` for them, as a plain function has not.
     """
     part = getattr(watcher, "part", None)
-    return part(what) if part else None
+    return part(what, unit) if part else None
 
 
 def load(ref: Ref, run: RunDir = None, device: str = "cpu") -> "Preconditioned":
@@ -412,6 +415,7 @@ def _locate(source: str) -> tuple[catalog.Teacher | catalog.Generator | None, st
     nets: dict[str, catalog.Teacher | catalog.Generator] = {**catalog.TEACHERS, **catalog.GENERATORS}
     entry = nets.get(source) or next((e for e in nets.values() if e.source and e.source.url == source), None)
     if entry:
+        check_has_file(entry)
         return entry, entry.source.url if entry.source else None
     if is_url := "://" in source:
         download.check_url(source)
@@ -419,8 +423,11 @@ def _locate(source: str) -> tuple[catalog.Teacher | catalog.Generator | None, st
         if is_url or Path(source).exists():
             raise SidaError(f"a network file must be {' or '.join(NET_FILES)}, got {source}", "Convert it to one.")
         if source in catalog.DATASETS:
-            where = f"Get it from {page}, then use" if (page := catalog.DATASETS[source].where) else "Use"
-            raise SidaError(f"{source} is a dataset, not a network", f"{where} sidactl prepare-data.")
+            data = catalog.DATASETS[source]
+            way = f"Use sidactl prepare-data {source}."
+            if not (data.builtin or data.source):
+                way = f"Get it from {data.where}, then use sidactl prepare-data."
+            raise SidaError(f"{source} is a dataset, not a network", way)
         if source in catalog.REFERENCES:
             hint = f"Pass --ref {source} to a score, which fetches it."
             raise SidaError(f"{source} is a reference, not a network", hint)
@@ -428,6 +435,13 @@ def _locate(source: str) -> tuple[catalog.Teacher | catalog.Generator | None, st
     if not is_url and not Path(source).is_file():
         raise SidaError(f"{source}: no such file", "Check the path.")
     return None, source if is_url else None
+
+
+def check_has_file(entry: catalog.Entry) -> None:
+    """Raises SidaError for a generator of the paper of which no file is published."""
+    if isinstance(entry, catalog.Generator) and entry.source is None:
+        how = f"sidactl distill --teacher {entry.teacher} --mode {entry.mode} --alpha {entry.alpha:g}"
+        raise SidaError(f"no file of {entry.name} is published, its scores alone are", f"Distill it: {how}")
 
 
 def _suffix(path_or_url: str) -> str:
@@ -700,7 +714,10 @@ def fetched_file(
     mirror: str | None = None,
     max_bytes: int | None = None,
 ) -> Iterator[tuple[Path, str]]:
-    """Within the block: the local path of a file or URL, and its SHA-256; what was downloaded is removed afterwards."""
+    """Within the block: the local path of a file or URL, and its SHA-256; what was downloaded is removed afterwards.
+
+    An interruption leaves it for the next time.
+    """
     if "://" not in source:
         yield Path(source), file_digest(Path(source))
         return
@@ -710,8 +727,10 @@ def fetched_file(
     with download.exclusive(path.with_suffix(".lock"), lambda: say(f"waiting for another process: {what}")):
         try:
             yield path, _download(entry, source, path, what, offline, mirror, max_bytes, progress, say)
-        finally:
+        except SidaError:
             path.unlink(missing_ok=True)
+            raise
+        path.unlink(missing_ok=True)
 
 
 def asset_digest(name: str) -> str | None:
@@ -738,6 +757,8 @@ def prepare_data(
     classes: SupportsIndex | None = None,
     any_size: bool = False,
     name: str | None = None,
+    offline: bool = False,
+    mirror: str | None = None,
     run: RunDir = None,
     device: str | None = None,
     force: bool = False,
@@ -747,12 +768,14 @@ def prepare_data(
 ) -> Artifact:
     """A dataset artifact: one uncompressed zip in the EDM layout, and a contact sheet.
 
-    Takes what `prepare.prepare` takes; an interrupted preparation goes on where it was, to the same artifact.
+    Takes what `prepare.prepare` takes, and the name of a dataset whose files the catalog knows where to download
+    (cifar10; offline, mirror: as in `download.fetch`), which is prepared by its preset and gets this name unless other
+    options are given. An interrupted preparation goes on where it was, to the same artifact.
     latents: the VAE's means and standard deviations of the images instead, for EDM2; the source may then be a dataset
         artifact too. The VAE runs on `device`.
     any_size: images of any one size, to be scored; nets are trained on squares with a side that is a power of two.
-    labels_only: no images, but their classes, from a dataset.json; or, without a source, `classes` of them, each once.
-        That is all that mode sid needs for its training batches.
+    labels_only: no images, but their classes, from a dataset.json, its URL, or the catalog's imagenet512-labels; or,
+        without a source, `classes` of them, each once. That is all that mode sid needs for its training batches.
     recheck: as in `resolve`. say: takes the line that an answer is an old one.
 
     Raises SidaError, naming the file, for what cannot be used.
@@ -779,26 +802,45 @@ def prepare_data(
         "subset": "by class in turn" if max_images is not None and convention is None else None,
     }
     options |= {option: value for option, value in others.items() if value}
-    if labels_only or classes is not None:
+    if labels_only or classes is not None or (source and _labels_called(source)):
         if latents or any(options.values()):
             raise SidaError("labels without images take no options of images, got some", "Leave them out.")
-        return _prepare_labels(store, source, classes, name, force, recheck, say)
+        return _prepare_labels(store, source, classes, name, force, recheck, say, tick, offline, mirror)
     if source is None:
         raise SidaError("a source is needed, got none", "Name a folder, an archive, or tiny-digits.")
     if latents:
-        return _prepare_latents(store, source, options, workers, name, device, force, recheck, say, tick)
+        return _prepare_latents(
+            store, source, options, workers, name, device, force, recheck, say, tick, offline, mirror
+        )
     source = _plain_source(source)
-    return _prepare_images(store, source, options, workers, name, force, recheck, say, tick, any_size=any_size)
+    usual = _as_usual(source, options)
+    return _prepare_images(
+        store, source, usual, workers, name, force, recheck, say, tick, offline, mirror, any_size=any_size
+    )
+
+
+def _labels_called(source: str) -> catalog.Dataset | None:
+    """The catalog's entry of classes without images that has this name or URL."""
+    entries = (entry for entry in catalog.DATASETS.values() if entry.labels_of and entry.source)
+    return next((e for e in entries if source in (e.name, f"dataset/{e.name}", e.source and e.source.url)), None)
+
+
+def _as_usual(source: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The options of a `_plain_source`: of one that is downloaded with its preset, unless others take its place."""
+    entry = catalog.DATASETS.get(source)
+    takes_preset = entry and entry.source and not any(options[o] for o in ("preset", "transform", "resolution"))
+    return {**options, "preset": source} if takes_preset else options
 
 
 def _plain_source(source: str) -> str:
-    """A source of images, with the built-in dataset under its bare name; SidaError where a path has that name, too."""
+    """A source of images, with a dataset of the catalog under its bare name; SidaError where a path has it, too."""
     name, is_path = source.removeprefix("dataset/"), os.path.exists(source)
     entry = catalog.DATASETS.get(name)
-    if entry is None or (is_path and not entry.builtin):
+    is_known = entry and (entry.builtin or entry.source)
+    if entry is None or (is_path and not is_known):
         return source
-    if not entry.builtin:
-        raise _not_prepared(entry)
+    if not is_known:
+        raise not_prepared(entry)
     if is_path and name == source:
         raise SidaError(
             f"'{name}' is the name of a folder and of dataset/{name}",
@@ -817,15 +859,21 @@ def _prepare_images(
     recheck: bool,
     say: download.Say | None,
     tick: Tick | None,
+    offline: bool,
+    mirror: str | None,
     *,
     any_size: bool = False,
 ) -> Artifact:
     identity = source_identity(store, source, recheck=force or recheck)
+    _tell_other_file(source, identity)
     question: dict[str, Any] = {"source": identity, **options}
     key = store.key("prepare-data", question, {})
     if any_size and (force or not store.asked(key)):  # what is fit for training is fit for scores
         key = store.key("prepare-data", question | {"any_size": True}, {})
     entry = catalog.DATASETS.get(source)
+    file = entry.source if entry else None
+    if file and {option: value for option, value in options.items() if value} == {"preset": source}:
+        name = name or source
     refs = [*([source] if entry and entry.builtin else []), *([name] if name else [])]
     asks = _preparation(source, question, options, name)
     if any_size:  # a score began it
@@ -833,29 +881,35 @@ def _prepare_images(
     with _answering(store, key, source, force, recheck, asks) as work:
         if isinstance(work, Artifact):
             tell_old(store, key, say)
+            _tell_count(catalog.DATASETS.get(options["preset"] or ""), work, say)
             return named(store, called_so(store, work, name), refs, say)
         from sidactl import prepare
         from sidactl.data import Dataset
 
         path = work.path / "images.zip"
         chosen = {option: value for option, value in options.items() if option != "subset"}
-        made = prepare.prepare(
-            source,
-            path,
-            **chosen,
-            any_size=any_size,
-            workers=workers,
-            work=work.path,
-            progress=tick,
-            say=download.to_stderr,
-        )
+        ready: Any = nullcontext((source, None))
+        if file:
+            progress = part_of(tick, f"downloading {source}", "bytes")
+            ready = fetched_file(store, file.url, source, entry, progress, offline, mirror)
+        with ready as (readable, _):
+            made = prepare.prepare(
+                readable,
+                path,
+                **chosen,
+                any_size=any_size,
+                workers=workers,
+                work=work.path,
+                progress=tick,
+                say=download.to_stderr,
+            )
         files: dict[str, Path | bytes] = {"images.zip": path}
         if made.kind == "pixels":
             files["contact-sheet.png"] = prepare.contact_sheet(Dataset(path))
         results = _results(made)
         entry = entry or catalog.DATASETS.get(options["preset"] or "")
         params: dict[str, Any] = {
-            "name": name or _json_name(Path(source).name),
+            "name": name or _json_name(Path(file.url if file else source).name),
             "licence": entry.licence if entry else None,
         }
         try:
@@ -864,7 +918,25 @@ def _prepare_images(
             work.clear()  # what was read before the change and what after it must not be mixed
             raise
         artifact = store.put("dataset", files, params={**params, **options}, results=results)
+        _tell_count(catalog.DATASETS.get(options["preset"] or ""), artifact, download.to_stderr)
         return answered(store, key, artifact, "prepare-data", refs=refs, say=say)
+
+
+def _tell_other_file(source: str, identity: Any) -> None:
+    """Warns of a file that is called as the published one of the catalog is, and is another."""
+    for entry in catalog.DATASETS.values():
+        if entry.source and Path(source).name == Path(entry.source.url).name and identity != _identity_of(entry.source):
+            download.to_stderr(
+                f"warning: {source} is not the {Path(source).name} that was published, by its SHA-256; "
+                f"sidactl prepare-data {entry.name} downloads that one"
+            )
+
+
+def _tell_count(entry: catalog.Dataset | None, made: Artifact, say: download.Say | None) -> None:
+    """Warns of a dataset of the catalog that became one of another number of images, where no number was asked for."""
+    count = made.results["num_images"]
+    if say and entry and entry.num_images not in (None, count) and not made.params.get("max_images"):
+        say(f"warning: {entry.name} has {entry.num_images:,} images, this source gave {count:,}")
 
 
 def _preparation(
@@ -891,15 +963,26 @@ def _prepare_latents(
     recheck: bool,
     say: download.Say | None,
     tick: Tick | None,
+    offline: bool,
+    mirror: str | None,
 ) -> Artifact:
     is_path = any(options.values()) or means_path(store, source, ["dataset"])
-    pixels = None if is_path else resolve(store, source, ["dataset"], recheck=force or recheck)
+    name_of_data = source.removeprefix("dataset/")
+    entry = catalog.DATASETS.get(name_of_data)
+    pixels = None
+    if not is_path and entry and entry.source and not store.ref("dataset", name_of_data):
+        pixels = prepare_data(
+            source, offline=offline, mirror=mirror, run=store.root, recheck=recheck, say=None, tick=tick
+        )
+    elif not is_path:
+        pixels = resolve(store, source, ["dataset"], recheck=force or recheck)
     identity = None
     if pixels:
         _require_pixels(pixels)
         key = store.key("prepare-data", {"latents": True}, {"dataset": pixels.oid})
     else:
         source = _plain_source(source)
+        options = _as_usual(source, options)
         identity = source_identity(store, source, recheck=force or recheck)
         key = store.key("prepare-data", {"source": identity, **options, "latents": True}, {})
     refs = [name] if name else []
@@ -921,7 +1004,9 @@ def _prepare_latents(
             return named(store, called_so(store, work, name), refs, say)
         # First of all, since it may not be there, and pixels may take hours.
         vae = codec.stable_diffusion_vae(purpose="encoding latents")
-        pixels = pixels or _prepare_images(store, source, options, workers, None, False, force or recheck, None, tick)
+        pixels = pixels or _prepare_images(
+            store, source, options, workers, None, False, force or recheck, None, tick, offline, mirror
+        )
         _require_pixels(pixels)
         engine.agreed(lambda: pixels.oid)
         path = work.path / "images.zip"
@@ -981,6 +1066,9 @@ def _prepare_labels(
     force: bool,
     recheck: bool,
     say: download.Say | None,
+    tick: Tick | None,
+    offline: bool,
+    mirror: str | None,
 ) -> Artifact:
     if (source is None) == (classes is None):
         got = "neither" if source is None else "both"
@@ -988,17 +1076,30 @@ def _prepare_labels(
             f"labels without images come from a dataset.json or a number of classes, got {got}",
             "Name the file, or pass --classes.",
         )
+    entry = _labels_called(source) if source else None
+    if entry and entry.source:
+        _plain_source(str(source))
+        source = entry.source.url
+    url = download.check_url(source) if source and "://" in source else None
     identity = source_identity(store, source, recheck=force or recheck) if source else None
     key = store.key("prepare-data", {"labels_only": identity, "classes": classes}, {})
-    refs = [name] if name else []
+    refs = [*([entry.name] if entry else []), *([name] if name else [])]
     if not force and (known := store.asked(key, whole=recheck)):
         tell_old(store, key, say)
-        return named(store, called_so(store, known, name), refs, say)
+        return named(store, known if entry else called_so(store, known, name), refs, say)
     from sidactl.data import LABEL_FILE, MAX_LABEL, LabelFile, class_counts, read_labels
 
+    origin: dict[str, Any] = {}
     if source is not None:
-        found = read_labels(Path(source))
+        ready: Any = nullcontext((Path(source), None))
+        if url:
+            what = entry.name if entry else url
+            progress = part_of(tick, f"downloading {what}", "bytes")
+            ready = fetched_file(store, url, what, entry, progress, offline, mirror)
+        with ready as (path, sha256):
+            found = read_labels(path)
         check_unchanged(store, source, identity)
+        origin = {"source_url": url, "source_sha256": sha256} if url else {}
     else:
         assert classes is not None
         if not 1 <= classes <= MAX_LABEL + 1:
@@ -1017,9 +1118,15 @@ def _prepare_labels(
     }
     names = {"class_names": found.class_names} if found.class_names else {}
     results |= names
-    params = {"name": name or (_json_name(Path(source).name) if source else f"classes-{classes}"), "licence": None}
+    called = name or (_json_name(Path(source.partition("?")[0]).name) if source else f"classes-{classes}")
+    params = {
+        "name": entry.labels_of if entry else called,  # the dataset that a net trained on them is of
+        "licence": entry.licence if entry else None,
+        **origin,
+    }
     document = json.dumps({"labels": list(labels.items()), **names}).encode()
     artifact = store.put("dataset", {LABEL_FILE: document}, params=params, results=results)
+    _tell_count(entry, artifact, download.to_stderr)
     return answered(store, key, artifact, "prepare-data", refs=refs, say=say)
 
 
@@ -1109,11 +1216,13 @@ def shape_for_nets(data: Artifact) -> tuple[int | None, int | None, int]:
 def source_identity(store: Store, source: str, *, recheck: bool = False) -> Any:
     """What stands for a source in a question: its name, or a digest over the names and bytes of its files.
 
-    Where it lies is no part of it, but its suffix is. recheck: read the files even where they look as they did when
-    they were read last.
+    Where it lies is no part of it, but its suffix is. What the catalog says where to download is known by its pinned
+    digest. recheck: read the files even where they look as they did when they were read last.
     Raises SidaError for a file that cannot be read, or changes meanwhile.
     """
     entry = catalog.DATASETS.get(source)
+    if entry and entry.source:
+        return _identity_of(entry.source)
     if (entry and entry.builtin) or not os.path.exists(source):
         return _json_name(source)
     files = _files_of(store, source)
@@ -1129,6 +1238,14 @@ def source_identity(store: Store, source: str, *, recheck: bool = False) -> Any:
             return {"suffix": _json_name(_suffix(source)), "sha256": sha256}
     store.note_digest(note, f"{seen} {sha256}")
     return {"suffix": _json_name(_suffix(source)), "sha256": sha256}
+
+
+def _identity_of(file: catalog.Download) -> Any:
+    """The `source_identity` that a file has once it is downloaded; its URL where its digest is not known before."""
+    if file.sha256 is None:
+        return file.url
+    sha256 = hashlib.sha256(b"\0" + file.sha256.encode()).hexdigest()  # as `_digest_of` a single file
+    return {"suffix": _suffix(file.url), "sha256": sha256}
 
 
 def check_unchanged(store: Store, source: str, identity: Any) -> None:

@@ -28,10 +28,12 @@ class Download:
 
 
 class Published(NamedTuple):
-    """A number from a paper: its mean, and its standard deviation where it is given."""
+    """A published number: its mean, and its standard deviation where it is given."""
 
     value: float
     std: float | None = None
+    source: Literal["paper", "page"] = "paper"
+    """the paper, or the publisher's page, whose numbers came later"""
 
 
 ASSETS = Path(__file__).parent / "assets"
@@ -56,10 +58,12 @@ class Dataset(Entry):
 
     detector: str = "inception"
     builtin: bool = False
-    shape: tuple[int, int, int] | None = None
-    """resolution, channels and classes of a built-in one"""
+    shape: tuple[int | None, int | None, int] | None = None
+    """resolution, channels and classes of one that is built in or downloaded"""
+    labels_of: str | None = None
+    """the dataset whose classes these are, without images"""
     num_images: int | None = None
-    """of one with published statistics"""
+    """what a source of it holds, as far as it is known"""
     where: str | None = None
     """the page to get it from"""
 
@@ -72,14 +76,17 @@ class Teacher(Entry):
     net: NetSpec
     sampler: HeunSpec
     recipes: Mapping[Mode, Recipe]
-    """none for a net that only guides the sampling of another"""
+    """none for a net that guides the sampling of another, or is guided"""
     asset: str | None = None
     """file of the package that holds its weights, for a built-in one"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generator(Entry):
-    """A published one-step generator: the teacher it was distilled from, by which mode, and its network."""
+    """A one-step generator of the paper: the teacher it was distilled from, by which mode, and its network.
+
+    Without a `source` its scores alone are published.
+    """
 
     teacher: str
     dataset: str
@@ -106,11 +113,15 @@ class Reference(Entry):
     holds: Literal["statistics", "images"] = "statistics"
 
 
-_Numbers: TypeAlias = Mapping[str, float | tuple[float, float | None]]
+_Numbers: TypeAlias = Mapping[str, float | tuple[float, float | None] | Published]
 
 
 def _published(numbers: _Numbers) -> Mapping[str, Published]:
     return {k: Published(*v) if isinstance(v, tuple) else Published(v) for k, v in numbers.items()}
+
+
+def _on_page(value: float) -> Published:
+    return Published(value, source="page")
 
 
 _SMALL = NetSpec(
@@ -141,7 +152,8 @@ SMALL_NETS: Mapping[str, NetSpec] = {
 """what train-teacher starts from, by the name of the form; shaped to the dataset"""
 
 
-# Recipes. Source: the published run scripts; where the paper differs, they made the published generators.
+# Recipes. Source: the published run scripts; where the paper differs, they made the published generators. A duration
+# that ends before the published best snapshot is longer than the script's: up to the next 10 million images.
 
 _M = 1_000_000
 _FP16: Mapping[str, Any] = {"precision": "fp16", "adam_eps": 1e-6}
@@ -253,7 +265,18 @@ class _EdmRun(NamedTuple):
 _EDM_TEACHERS: Mapping[str, tuple[str, str, NetSpec, int, _Numbers]] = {
     "edm-cifar10-uncond": ("cifar10-32x32-uncond-vp", "cifar10", _ddpmpp(32, 0.13), 18, {"FID": 1.97, "IS": 9.68}),
     "edm-cifar10-cond": ("cifar10-32x32-cond-vp", "cifar10", _ddpmpp(32, 0.13, label_dim=10), 18, {"FID": 1.79}),
-    "edm-imagenet64": ("imagenet-64x64-cond-adm", "imagenet64", _ADM, 256, {"FID": 1.36}),
+    "edm-imagenet64": (
+        "imagenet-64x64-cond-adm",
+        "imagenet64",
+        _ADM,
+        256,
+        {
+            "FID": 1.36,
+            "FID at 79 evaluations": 2.64,
+            "precision at 79 evaluations": 0.71,
+            "recall at 79 evaluations": 0.67,
+        },
+    ),
     "edm-ffhq64": ("ffhq-64x64-uncond-vp", "ffhq64", _ddpmpp(64, 0.05), 40, {"FID": 2.39}),
     "edm-afhqv2": ("afhqv2-64x64-uncond-vp", "afhqv2-64", _ddpmpp(64, 0.25), 40, {"FID": 1.96}),
 }
@@ -261,8 +284,8 @@ _EDM_RUNS = {
     "edm-cifar10-uncond": _EdmRun(256, 32, 1e-5, 1.2, (500, 300, 100), 0.13, 0.12),
     "edm-cifar10-cond": _EdmRun(256, 32, 1e-5, 1.2, (800, 300, 100), 0.13, 0.12),
     "edm-imagenet64": _EdmRun(8192, 32, 4e-6, 1.2, (1000, 300, 100), 0.10, 0.0),
-    "edm-ffhq64": _EdmRun(512, 64, 1e-5, 1.2, (500, 200, 100), 0.05, 0.15),
-    "edm-afhqv2": _EdmRun(512, 64, 5e-6, 1.0, (500, 200, 100), 0.05, 0.15),
+    "edm-ffhq64": _EdmRun(512, 64, 1e-5, 1.2, (500, 200, 170), 0.05, 0.15),
+    "edm-afhqv2": _EdmRun(512, 64, 5e-6, 1.0, (500, 200, 180), 0.05, 0.15),
 }
 _EDM_DIGESTS = {"edm-cifar10-uncond": "4d5dcc1f1d0d41c8934ad21626eeddbdc0460182becf9fc059a0631b1eedb4da"}
 
@@ -329,19 +352,20 @@ class _Edm2Size(NamedTuple):
     ema_fid: str
     """length of the post-hoc EMA that minimises FID; of the next one, FD-DINOv2"""
     ema_dino: str
-    fid: float
-    fd_dinov2: float
+    fid: tuple[float, float]
+    """without and with guidance; of the next one, FD-DINOv2"""
+    fd_dinov2: tuple[float, float]
     batch_per_gpu: int
     mimg: tuple[int, int, int]
 
 
 _EDM2_SIZES = {
-    "xs": _Edm2Size(128, "125M", 0.0, "2147483", "0.135", "0.200", 3.53, 103.39, 64, (200, 200, 30)),
-    "s": _Edm2Size(192, "280M", 0.0, "2147483", "0.130", "0.190", 2.56, 68.64, 64, (200, 200, 80)),
-    "m": _Edm2Size(256, "498M", 0.1, "2147483", "0.100", "0.155", 2.25, 58.44, 32, (200, 200, 200)),
-    "l": _Edm2Size(320, "777M", 0.1, "1879048", "0.085", "0.155", 2.06, 52.25, 32, (200, 200, 55)),
-    "xl": _Edm2Size(384, "1.1B", 0.1, "1342177", "0.085", "0.155", 1.96, 45.96, 16, (200, 200, 50)),
-    "xxl": _Edm2Size(448, "1.5B", 0.1, "0939524", "0.070", "0.150", 1.91, 42.84, 2, (100, 100, 30)),
+    "xs": _Edm2Size(128, "125M", 0.0, "2147483", "0.135", "0.200", (3.53, 2.91), (103.39, 79.94), 64, (250, 200, 30)),
+    "s": _Edm2Size(192, "280M", 0.0, "2147483", "0.130", "0.190", (2.56, 2.23), (68.64, 52.32), 64, (200, 200, 80)),
+    "m": _Edm2Size(256, "498M", 0.1, "2147483", "0.100", "0.155", (2.25, 2.01), (58.44, 41.98), 32, (230, 200, 200)),
+    "l": _Edm2Size(320, "777M", 0.1, "1879048", "0.085", "0.155", (2.06, 1.88), (52.25, 38.20), 32, (210, 200, 55)),
+    "xl": _Edm2Size(384, "1.1B", 0.1, "1342177", "0.085", "0.155", (1.96, 1.85), (45.96, 35.67), 16, (240, 200, 80)),
+    "xxl": _Edm2Size(448, "1.5B", 0.1, "0939524", "0.070", "0.150", (1.91, 1.81), (42.84, 33.09), 2, (100, 100, 30)),
 }
 _EDM2_IMG64 = {
     "s": ("1073741-0.075", 1.58),
@@ -436,13 +460,24 @@ def _edm2_teachers() -> Iterator[Teacher]:
                 f"EDM2-{size.upper()}, {of.params} parameters, ImageNet 512 in latents, EMA for the best {number}",
                 f"edm2-img512-{size}-{of.snapshot}-{ema}",
                 _edm2_net(size, 4),
-                {number: score},
+                {number: score[0]} if name == "edm2-s" else {number: score[0], f"{number} guided": score[1]},
                 "imagenet512",
                 _edm2_recipes(name, size, "imagenet512", -0.4, 1.0),
             )
+    # The only known snapshot of those sampled with guidance; of the others the numbers alone, beside theirs without.
+    yield _edm2(
+        "edm2-s-guided",
+        "EDM2-S, 280M parameters, ImageNet 512 in latents, EMA for guidance: sample with --guide edm2-xs-uncond "
+        "--guidance 1.4",
+        "edm2-img512-s-2147483-0.025",
+        _edm2_net("s", 4),
+        {"FID guided": _EDM2_SIZES["s"].fid[1]},
+        "imagenet512",
+        {},
+    )
     yield _edm2(
         "edm2-xs-uncond",
-        "EDM2-XS, unconditional: guides the sampling of other EDM2 teachers (edm2-s at guidance 1.4)",
+        "EDM2-XS, unconditional: guides the sampling of other EDM2 teachers (edm2-s-guided at guidance 1.4)",
         "edm2-img512-xs-uncond-2147483-0.025",
         _edm2_net("xs", 4, label_dim=0),
         {},
@@ -466,7 +501,7 @@ def _edm2_teachers() -> Iterator[Teacher]:
 TEACHERS: Mapping[str, Teacher] = {entry.name: entry for entry in (_tiny_digits(), *_edm_teachers(), *_edm2_teachers())}
 
 
-# Published generators. Source of the scores: SiDA (2410.14919), and for later ones the publisher's page.
+# The paper's generators. Source of the scores: SiDA (2410.14919), and for later ones the publisher's page.
 
 _SID_ROOT = "https://huggingface.co/UT-Austin-PML/SiD/resolve/main"
 _SIDA_ROOT = "https://huggingface.co/UT-Austin-PML/SiDA/resolve/main"
@@ -481,25 +516,30 @@ _EDM_FILES = {
 # These two files have another mode in their name than the one that the publisher lists them under.
 _FILED_AS = {("edm2-xl", "sida"): "sid2a", ("edm2-xxl", "sid"): "sida"}
 _MODE_NAMES: Mapping[Mode, str] = {"sid": "SiD", "sida": "SiDA", "sid2a": "SiD2A"}
-# teacher, mode, alpha, thousands of images trained, scores
-_GENERATORS: tuple[tuple[str, Mode, float, int, _Numbers], ...] = (
+# teacher, mode, alpha, thousands of images trained (None: no file is published), scores
+_GENERATORS: tuple[tuple[str, Mode, float, int | None, _Numbers], ...] = (
     ("edm-cifar10-uncond", "sid", 1.2, 403968, {"FID": (1.923, 0.017), "IS": (9.980, 0.042)}),
+    ("edm-cifar10-uncond", "sid", 1.0, None, {"FID": (2.028, 0.020), "IS": (10.017, 0.047)}),
     ("edm-cifar10-uncond", "sida", 1.0, 217920, {"FID": (1.516, 0.010), "IS": (10.323, 0.048)}),
     ("edm-cifar10-uncond", "sid2a", 1.0, 28160, {"FID": (1.499, 0.012), "IS": (10.188, 0.035)}),
     ("edm-cifar10-uncond", "sid2a", 1.2, 22528, {"FID": (1.519, 0.009), "IS": (10.252, 0.027)}),
     ("edm-cifar10-cond", "sid", 1.2, 713312, {"FID": (1.710, 0.011)}),
+    ("edm-cifar10-cond", "sid", 1.0, None, {"FID": (1.932, 0.019)}),
     ("edm-cifar10-cond", "sida", 1.0, 293184, {"FID": (1.436, 0.009)}),
     ("edm-cifar10-cond", "sid2a", 1.0, 38912, {"FID": (1.403, 0.010)}),
     ("edm-cifar10-cond", "sid2a", 1.2, 53760, {"FID": (1.396, 0.014)}),
     ("edm-imagenet64", "sid", 1.2, 939176, {"FID": (1.524, 0.009), "precision": 0.74, "recall": 0.63}),
+    ("edm-imagenet64", "sid", 1.0, None, {"FID": (2.022, 0.031), "precision": 0.73, "recall": 0.63}),
     ("edm-imagenet64", "sida", 1.0, 249167, {"FID": (1.353, 0.025), "precision": 0.74, "recall": 0.63}),
     ("edm-imagenet64", "sid2a", 1.0, 29499, {"FID": (1.114, 0.019), "precision": 0.75, "recall": 0.62}),
     ("edm-imagenet64", "sid2a", 1.2, 21471, {"FID": (1.110, 0.018), "precision": 0.75, "recall": 0.62}),
     ("edm-ffhq64", "sid", 1.2, 498176, {"FID": (1.550, 0.017)}),
+    ("edm-ffhq64", "sid", 1.0, None, {"FID": (1.710, 0.018)}),
     ("edm-ffhq64", "sida", 1.0, 185856, {"FID": (1.134, 0.012)}),
     ("edm-ffhq64", "sid2a", 1.0, 168960, {"FID": (1.040, 0.011)}),
     ("edm-ffhq64", "sid2a", 1.2, 80896, {"FID": (1.109, 0.015)}),
     ("edm-afhqv2", "sid", 1.0, 371712, {"FID": (1.628, 0.017)}),
+    ("edm-afhqv2", "sid", 1.2, None, {"FID": (1.711, 0.020)}),
     ("edm-afhqv2", "sida", 1.0, 127488, {"FID": (1.345, 0.015)}),
     ("edm-afhqv2", "sid2a", 1.0, 175104, {"FID": (1.276, 0.010)}),
     ("edm-afhqv2", "sid2a", 1.2, 175104, {"FID": (1.366, 0.018)}),
@@ -514,33 +554,31 @@ _GENERATORS: tuple[tuple[str, Mode, float, int, _Numbers], ...] = (
     ("edm2-m", "sid2a", 1.0, 44036, {"FID": (1.488, 0.038), "FD-DINOv2": (49.01, 0.54)}),
     ("edm2-l", "sid", 1.0, 203788, {"FID": (1.907, 0.016), "FD-DINOv2": (56.25, 0.40)}),
     ("edm2-l", "sida", 1.0, 166918, {"FID": (1.501, 0.024), "FD-DINOv2": (48.47, 0.45)}),
-    ("edm2-l", "sid2a", 1.0, 50182, {"FID": 1.413, "FD-DINOv2": (45.92, 0.33)}),  # FID 1.465 in the paper
+    (
+        "edm2-l",
+        "sid2a",
+        1.0,
+        50182,
+        {"FID": _on_page(1.413), "FID in the paper": (1.465, 0.028), "FD-DINOv2": (45.92, 0.33)},
+    ),
     ("edm2-xl", "sid", 1.0, 234004, {"FID": (2.005, 0.024), "FD-DINOv2": (55.87, 0.21)}),
     ("edm2-xl", "sida", 1.0, 24578, {"FID": (1.449, 0.033), "FD-DINOv2": (46.47, 0.27)}),
-    ("edm2-xl", "sid2a", 1.0, 79495, {"FID": 1.379}),
+    ("edm2-xl", "sid2a", 1.0, 79495, {"FID": _on_page(1.379)}),
     ("edm2-xxl", "sid", 1.0, 77932, {}),
     ("edm2-xxl", "sida", 1.0, 89816, {}),
-    ("edm2-xxl", "sid2a", 1.0, 29812, {"FID": 1.366}),
+    ("edm2-xxl", "sid2a", 1.0, 29812, {"FID": _on_page(1.366)}),
 )
 
 
-def _generator(teacher: Teacher, mode: Mode, alpha: float, kimg: int, numbers: _Numbers) -> Generator:
-    if teacher.name not in _EDM_FILES:
-        size, filed_as = teacher.name.removeprefix("edm2-"), _FILED_AS.get((teacher.name, mode), mode)
-        url = f"{_SIDA_ROOT}/EDM2_distillation/edm2_img512_{size}_{filed_as}_alpha{alpha:g}-{kimg:06d}.pkl"
-    elif mode == "sid":
-        folder = _EDM_FILES[teacher.name][0]
-        url = f"{_SID_ROOT}/{folder}/alpha{alpha:g}/network-snapshot-{alpha:.6f}-{kimg:06d}.pkl"
-    else:
-        prefix = _EDM_FILES[teacher.name][1]
-        url = f"{_SIDA_ROOT}/EDM_distillation/{prefix}_{mode}_alpha{alpha:g}-{kimg:06d}.pkl"
+def _generator(teacher: Teacher, mode: Mode, alpha: float, kimg: int | None, numbers: _Numbers) -> Generator:
     recipe = teacher.recipes[mode]
     suffix = "" if alpha == recipe.alpha else f"-alpha{alpha:g}"
+    made = f"{kimg / 1000:.3g}M images" if kimg else "no file is published"
     return Generator(
         name=f"{mode}/{teacher.name.removeprefix('edm-')}{suffix}",
-        about=f"{_MODE_NAMES[mode]} of {teacher.name}, alpha {alpha:g}, {kimg / 1000:.3g}M images",
+        about=f"{_MODE_NAMES[mode]} of {teacher.name}, alpha {alpha:g}, {made}",
         licence=SEE_PUBLISHER,
-        source=Download(url=url),
+        source=Download(url=_url_of_generator(teacher.name, mode, alpha, kimg)) if kimg else None,
         scores=_published(numbers),
         teacher=teacher.name,
         dataset=teacher.dataset,
@@ -549,6 +587,16 @@ def _generator(teacher: Teacher, mode: Mode, alpha: float, kimg: int, numbers: _
         sampler=OneStepSpec(),
         net=replace(teacher.net, dropout=recipe.dropout, logvar_channels=0),
     )
+
+
+def _url_of_generator(teacher: str, mode: Mode, alpha: float, kimg: int) -> str:
+    if teacher not in _EDM_FILES:
+        size, filed_as = teacher.removeprefix("edm2-"), _FILED_AS.get((teacher, mode), mode)
+        return f"{_SIDA_ROOT}/EDM2_distillation/edm2_img512_{size}_{filed_as}_alpha{alpha:g}-{kimg:06d}.pkl"
+    folder, prefix = _EDM_FILES[teacher]
+    if mode == "sid":
+        return f"{_SID_ROOT}/{folder}/alpha{alpha:g}/network-snapshot-{alpha:.6f}-{kimg:06d}.pkl"
+    return f"{_SIDA_ROOT}/EDM_distillation/{prefix}_{mode}_alpha{alpha:g}-{kimg:06d}.pkl"
 
 
 GENERATORS: Mapping[str, Generator] = {
@@ -570,10 +618,12 @@ DATASETS: Mapping[str, Dataset] = {
             name="cifar10",
             about="50,000 images of 32x32 pixels in 10 classes: cifar-10-python.tar.gz",
             num_images=50_000,
+            shape=(32, 3, 10),
             licence="none stated: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images (2009)",
             source=Download(
                 url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
                 sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+                size_bytes=170_498_071,
             ),
             where="https://www.cs.toronto.edu/~kriz/cifar.html",
         ),
@@ -606,8 +656,19 @@ DATASETS: Mapping[str, Dataset] = {
             where="https://image-net.org/download.php",
         ),
         Dataset(
+            name="imagenet512-labels",
+            about="the classes of the 1,281,167 images of imagenet512, without images: all that mode sid needs",
+            licence=SEE_PUBLISHER,
+            source=Download(url=f"{_SIDA_ROOT}/EDM2_distillation/dataset.json"),
+            num_images=1_281_167,
+            shape=(None, None, 1000),
+            labels_of="imagenet512",
+            where="https://huggingface.co/UT-Austin-PML/SiDA",
+        ),
+        Dataset(
             name="fashion32",
             about="60,000 grey images of clothing in 10 classes, padded to 32x32: Fashion-MNIST, training part",
+            num_images=60_000,
             licence="MIT",
             where="https://github.com/zalandoresearch/fashion-mnist",
         ),
@@ -724,7 +785,7 @@ class Row(NamedTuple):
     licence: str
     scores: Mapping[str, Published]
     url: str | None
-    """of the file, or of the page to get it from; None for what ships with the package"""
+    """of the file, or of the page to get it from; None for what ships with the package or has no published file"""
 
 
 def rows() -> list[Row]:
@@ -752,7 +813,7 @@ NUM_PARAMETERS: Mapping[str, int] = {
     "edm-ffhq64": 61_805_571,
     "edm-afhqv2": 61_805_571,
     **dict.fromkeys(("edm2-xs", "edm2-xs-dino"), 124_713_253),
-    **dict.fromkeys(("edm2-s", "edm2-s-dino"), 280_212_837),
+    **dict.fromkeys(("edm2-s", "edm2-s-dino", "edm2-s-guided"), 280_212_837),
     **dict.fromkeys(("edm2-m", "edm2-m-dino"), 497_807_781),
     **dict.fromkeys(("edm2-l", "edm2-l-dino"), 777_498_085),
     **dict.fromkeys(("edm2-xl", "edm2-xl-dino"), 1_119_283_749),
@@ -832,8 +893,9 @@ def recipe_for(teacher_name: str, mode: Mode, net: NetSpec | None = None, num_pa
     Its numbers lie between those of two known runs, geometrically, by the network's parameters: at one end tiny-digits
     (189 thousand parameters, 70,000 images, minutes on a CPU; an EDM2 network learns at ten times the rate), at the
     other the published run of edm-cifar10-uncond (56 million) or of edm2-xs (125 million), of which it takes all but
-    the duration: OWN_DURATIONS, a tenth and less of theirs, for they trained until nothing improved any more. Batches
-    go through in parts of 64 images, of 32 from half way on or above 32 pixels. No dropout and no augmentation. What
+        duration: OWN_DURATIONS, a tenth and less of theirs, for they trained until nothing improved any more. Batches
+    go through in parts of 64 images, of 32 from half way on or above 32 pixels; those of an EDM2 network from half way
+    on in parts as those of the published one of its size, 64 to 2. No dropout and no augmentation. What
     another duration makes of it says `Recipe.lasting`.
 
     net, num_parameters: of the teacher of your own. Raises SidaError for a catalog teacher that has no recipe.
@@ -842,8 +904,7 @@ def recipe_for(teacher_name: str, mode: Mode, net: NetSpec | None = None, num_pa
         recipes = TEACHERS[teacher_name].recipes
         if mode not in recipes:
             raise SidaError(
-                f"{teacher_name} guides the sampling of other teachers and has no recipe",
-                "Distill one with classes, such as edm2-xs.",
+                f"{teacher_name} is for guided sampling and has no recipe", "Distill another, such as edm2-xs."
             )
         return recipes[mode]
     assert net
@@ -879,7 +940,7 @@ def recipe_for(teacher_name: str, mode: Mode, net: NetSpec | None = None, num_pa
         teacher=teacher_name,
         dataset="",
         batch_size=batch_size,
-        num_accumulation_rounds=batch_size // (64 if share < 0.5 and net.img_resolution <= 32 else 32),
+        num_accumulation_rounds=batch_size // _images_at_once(net, num_parameters, is_small=share < 0.5),
         duration_nimg=images(small.duration_nimg, OWN_DURATIONS[mode]),
         fake_score_lr=between(small.fake_score_lr, large.fake_score_lr),
         generator_lr=between(small.generator_lr, large.generator_lr),
@@ -897,3 +958,18 @@ def recipe_for(teacher_name: str, mode: Mode, net: NetSpec | None = None, num_pa
         evaluate_labels="uniform",
         checkpoint_every_nimg=images(small.checkpoint_every_nimg, _M // 2),
     )
+
+
+def _images_at_once(net: NetSpec, num_parameters: int, *, is_small: bool) -> int:
+    """Images of a micro-batch of a teacher of one's own; see `recipe_for`."""
+    if is_small:
+        return 64 if net.img_resolution <= 32 else 32
+    if net.architecture != "EDM2":
+        return 32
+    fitting = (
+        of.batch_per_gpu
+        for size, of in _EDM2_SIZES.items()
+        if num_parameters <= 1.05 * NUM_PARAMETERS[f"edm2-{size}"]  # more classes are a few more parameters
+    )
+    of_family = next(fitting, _EDM2_SIZES["xxl"].batch_per_gpu)
+    return of_family if net.img_resolution <= 64 else min(of_family, 32)

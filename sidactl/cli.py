@@ -27,7 +27,17 @@ from typer.core import TyperGroup
 
 from sidactl import __version__, heartbeat, inputs, ui
 from sidactl.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, SidaError
-from sidactl.recipe import Adversarial, Execution, NetSpec, Recipe, Setting, TeacherRecipe, flag_of
+from sidactl.recipe import (
+    Adversarial,
+    Execution,
+    HeunSpec,
+    NetSpec,
+    OneStepSpec,
+    Recipe,
+    Setting,
+    TeacherRecipe,
+    flag_of,
+)
 
 if TYPE_CHECKING:
     from sidactl.catalog import Published, Row
@@ -73,6 +83,10 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON document inst
 Force = Annotated[bool, typer.Option("--force", help="do it again even if it was asked before")]
 Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda or cuda:N; a GPU if there is one")]
 Name = Annotated[str | None, typer.Option(metavar="NAME", help="a ref of your own for the result")]
+Offline = Annotated[bool, typer.Option("--offline", envvar="SIDACTL_OFFLINE", help="never touch the network")]
+Mirror = Annotated[
+    str | None, typer.Option(metavar="URL", envvar="SIDACTL_MIRROR", help="base URL or folder to fetch from")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and write nothing")]
 Ref = Annotated[
     str | None, typer.Argument(metavar="[REF]", help="oid, prefix, ref or name; read from a pipe if left out")
@@ -256,12 +270,8 @@ def fetch_teacher(
     kind: Annotated[str | None, typer.Option("--as", metavar="KIND", help="teacher or generator, for a file")] = None,
     dataset: Annotated[str | None, typer.Option(metavar="NAME", help="what a file's network was trained on")] = None,
     name: Name = None,
-    offline: Annotated[
-        bool, typer.Option("--offline", envvar="SIDACTL_OFFLINE", help="never touch the network")
-    ] = False,
-    mirror: Annotated[
-        str | None, typer.Option(metavar="URL", envvar="SIDACTL_MIRROR", help="base URL or folder to fetch from")
-    ] = None,
+    offline: Offline = False,
+    mirror: Mirror = None,
     max_bytes: Annotated[
         str | None, typer.Option(metavar="SIZE", help="refuse more, such as 500M; 16G where no size is known")
     ] = None,
@@ -298,7 +308,7 @@ def fetch_teacher(
 @with_processes
 def prepare_data(
     source: Annotated[
-        str | None, typer.Argument(help="tiny-digits, a folder, zip, tar.gz, IDX or npz file; see above")
+        str | None, typer.Argument(help="tiny-digits, cifar10, a folder, zip, tar.gz, IDX or npz file; see above")
     ] = None,
     preset: Annotated[
         str | None,
@@ -331,7 +341,11 @@ def prepare_data(
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave out images that cannot be read")] = False,
     latents: Annotated[bool, typer.Option("--latents", help="the VAE's latents of the images, for EDM2")] = False,
     labels_only: Annotated[
-        bool, typer.Option("--labels-only", help="classes without images, of a dataset.json, for mode sid")
+        bool,
+        typer.Option(
+            "--labels-only",
+            help="classes without images, of a dataset.json, its URL or imagenet512-labels, for mode sid",
+        ),
     ] = False,
     classes: Annotated[
         int | None, typer.Option(metavar="K", help="classes without images or source: K of them, equally often")
@@ -339,6 +353,8 @@ def prepare_data(
     stats: Annotated[bool, typer.Option("--stats", help="feature statistics, too, which scores compare with")] = False,
     detector: Annotated[str | None, typer.Option(metavar="NAME", help="of --stats; the dataset's own")] = None,
     name: Name = None,
+    offline: Offline = False,
+    mirror: Mirror = None,
     run: Run = None,
     device: Device = None,
     as_json: Json = False,
@@ -347,8 +363,8 @@ def prepare_data(
     """Make a dataset from images; prints its oid.
 
     SOURCE is a folder or zip of images (a zip in the EDM or EDM2 layout is verified and taken as it is), ImageNet as a
-    folder, Kaggle's zip or ILSVRC2012_img_train.tar, cifar-10-python.tar.gz, MNIST's IDX files, an npz batch, or
-    tiny-digits; with --latents a dataset artifact, too.
+    folder, Kaggle's zip or ILSVRC2012_img_train.tar, cifar-10-python.tar.gz, MNIST's IDX files, an npz batch,
+    tiny-digits, or cifar10, which is downloaded; with --latents a dataset artifact, too.
 
     Classes come from dataset.json, or else from the folders, in a zip as well: numbered from 0 in the order of their
     names, and by number where all are whole numbers. Hidden and system files are passed over.
@@ -382,6 +398,8 @@ def prepare_data(
             labels_only=labels_only,
             classes=classes,
             name=name,
+            offline=offline,
+            mirror=mirror,
             run=run,
             device=device,
             force=force,
@@ -422,7 +440,12 @@ def _named_classes(names: Sequence[str]) -> str:
 
 # Training. A command's recipe flags are made from the recipe's fields, so that each is written once.
 
-_NOT_FLAGS = {"teacher", "mode", "dataset", "adversarial", "net", "architecture", "sigma_min", "sigma_max"}
+_NOT_FLAGS: Mapping[type, set[str]] = {
+    Recipe: {"teacher", "mode", "dataset", "adversarial"},
+    TeacherRecipe: {"dataset", "net"},
+    NetSpec: {"architecture", "sigma_min", "sigma_max"},
+    HeunSpec: {"num_steps", "convention"},
+}
 _NONE = object()
 """what "none" on the command line becomes until the field is set, since None means that a flag was not given"""
 
@@ -483,7 +506,7 @@ def recipe_flags(*classes: type) -> Callable[[Callable[..., None]], Callable[...
         for cls in classes:
             docs = _field_docs(cls)
             for field in dataclasses.fields(cls):
-                if field.name not in _NOT_FLAGS:
+                if field.name not in _NOT_FLAGS.get(cls, ()):
                     # Of a distillation the catalog's recipe has numbers of its own.
                     default = f" [default: {field.default}]" if cls is TeacherRecipe else ""
                     flags[field.name] = field, docs.get(field.name, "") + default
@@ -756,7 +779,7 @@ class _Shown:
     """What functions call with events of training, or with how many images are done; `part` shows parts of the work."""
 
     tell: Callable[..., None]
-    part: Callable[[str], Callable[[int, int], None]]
+    part: Callable[..., Callable[[int, int], None]]
 
     def __call__(self, *told: Any) -> None:
         self.tell(*told)
@@ -857,9 +880,20 @@ def bench(
 # Sampling and scores
 
 
+Steps = Annotated[int | None, typer.Option(help="number of sampling steps; the network's own if not given")]
+Sampler = Annotated[str | None, typer.Option(metavar="NAME", help="one-step, or heun for a teacher")]
+
+
+def _drawn_by(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags of Setting and HeunSpec, as functions take them that draw images."""
+    settings = {f.name for f in dataclasses.fields(Setting)}
+    heun = {name: value for name, value in overrides.items() if name not in settings}
+    return {"setting": Setting(**{n: v for n, v in overrides.items() if n in settings}), "heun": heun or None}
+
+
 @app.command()
 @with_processes
-@recipe_flags(Setting)
+@recipe_flags(Setting, HeunSpec)
 def sample(
     overrides: Mapping[str, Any],
     ref: Ref = None,
@@ -870,8 +904,8 @@ def sample(
     class_index: Annotated[
         str | None, typer.Option("--class", metavar="K|NAME", help="one class for all images: its index, or its name")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="number of sampling steps")] = None,
-    sampler: Annotated[str | None, typer.Option(metavar="NAME", help="one-step, or heun for a teacher")] = None,
+    steps: Steps = None,
+    sampler: Sampler = None,
     guide: Annotated[str | None, _ref_option("a weaker teacher to move away from")] = None,
     guidance: Annotated[float, typer.Option(help="how far, 1 = not at all")] = 1.0,
     name: Name = None,
@@ -898,7 +932,7 @@ def sample(
             sampler=sampler,  # type: ignore[arg-type]  # ops checks it, with a better error
             guide=guide,
             guidance=guidance,
-            setting=Setting(**overrides),
+            **_drawn_by(overrides),
             name=name,
             run=run,
             device=device,
@@ -926,6 +960,8 @@ def score_flags(command: Callable[..., "Score"]) -> Callable[..., None]:
         labels: Annotated[
             str, typer.Option(metavar="NAME", help="classes drawn uniform, or as in the dataset")
         ] = "uniform",
+        steps: Steps = None,
+        sampler: Sampler = None,
         detector: Annotated[
             str | None,
             typer.Option(
@@ -950,7 +986,7 @@ def score_flags(command: Callable[..., "Score"]) -> Callable[..., None]:
         from sidactl import scores
 
         special = {p.name: arguments.pop(p.name) for p in own}
-        arguments["setting"] = Setting(**overrides)
+        arguments |= _drawn_by(overrides)
         arguments["num"] = _count(arguments["num"], "--num", least=2)
         limit = special.pop("fail_above", None)
         if limit is not None and not limit >= 0:
@@ -964,7 +1000,7 @@ def score_flags(command: Callable[..., "Score"]) -> Callable[..., None]:
             raise SidaError(f"the score {float(score):.6g} is above {limit:g}", "", exit_code=EXIT_FAILED)
 
     parameters = [*inspect.signature(shared).parameters.values(), *own]
-    return with_processes(recipe_flags(Setting)(_signed(with_flags, command, parameters)))
+    return with_processes(recipe_flags(Setting, HeunSpec)(_signed(with_flags, command, parameters)))
 
 
 FailAbove = Annotated[
@@ -1080,7 +1116,7 @@ def show(
         for line in _score_lines(score, scores.against(score, run)):
             ui.print_data(f"  {'score':8} {line}")
     for name, number in described.published.items():
-        ui.print_data(f"  {'paper':8} {_published(name, number)}")
+        ui.print_data(f"  {number.source:8} {_published(name, number)}")
 
 
 def _print_entries(rows: "Sequence[Row]", as_json: bool) -> None:
@@ -1096,7 +1132,7 @@ def _print_entries(rows: "Sequence[Row]", as_json: bool) -> None:
             if fact is not None:
                 ui.print_data(f"  {name:8} {fact}")
         for name, number in row.scores.items():
-            ui.print_data(f"  {'paper':8} {_published(name, number)}")
+            ui.print_data(f"  {number.source:8} {_published(name, number)}")
 
 
 def _published(name: str, number: "Published") -> str:
@@ -1445,6 +1481,8 @@ def _score_lines(score: "Score", against: Mapping[str, str]) -> list[str]:
     if "subset_of" in score.settings:
         of, seed = score.settings["subset_of"], score.settings["subset_seed"]
         trials = f"{score.num:,} of {of:,} images, drawn by seed {seed}"
+    if "sampler" in score.settings:
+        trials += f", drawn by {_told_sampler(score.settings['sampler'])}"
 
     def line(name: str, n: Mapping[str, Any]) -> str:
         spread = "" if n["std"] is None else f" +- {n['std']:.2g} (minimum {n['minimum']:.4g})"
@@ -1452,3 +1490,12 @@ def _score_lines(score: "Score", against: Mapping[str, str]) -> list[str]:
         return f"{name} {n['value']:.4g}{spread}; {trials}, {n['detector']}{beside}"
 
     return [line(name, n) for name, n in told["scores"].items()]
+
+
+def _told_sampler(sampler: Mapping[str, Any]) -> str:
+    """A sampler that is not the net's own, by the flags that differ from its kind's defaults."""
+    spec: HeunSpec | OneStepSpec = (HeunSpec if "S_churn" in sampler else OneStepSpec).from_json(sampler)
+    usual = type(spec)(num_steps=spec.num_steps)
+    apart = [f.name for f in dataclasses.fields(spec) if getattr(spec, f.name) != getattr(usual, f.name)]
+    words = [f"{flag_of(name)} {getattr(spec, name)}" for name in ("num_steps", *apart) if name != "convention"]
+    return " ".join(["heun" if isinstance(spec, HeunSpec) else "one-step", *words])

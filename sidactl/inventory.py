@@ -58,7 +58,7 @@ _FORM_KINDS: dict[ExportForm, Sequence[str]] = {
 class Described:
     """An artifact with its names, the artifacts behind it (role path, artifact), and the scores about it.
 
-    `published`: those of the paper, by name, for a network of the catalog.
+    `published`: those of the paper or the publisher's page, by name, for a network of the catalog.
     """
 
     artifact: Artifact
@@ -457,8 +457,10 @@ def model_card(store: Store, artifact: Artifact, form: ExportForm, file: str) ->
     ]
     if results.get("selection_score") is not None:
         rows += _rows_of_training(artifact)
+    by = {"paper": "published", "page": "published on the publisher's page"}
     rows += [
-        f"| {name} | {number.value:g} | {'' if number.std is None else f'{number.std:g}'} | 50,000 | published | |"
+        f"| {name} | {number.value:g} | {'' if number.std is None else f'{number.std:g}'} "
+        f"| 50,000 | {by[number.source]} | |"
         for name, number in described.published.items()
     ]
     head = ["| score | mean | std | images | by | against |", "|---|---|---|---|---|---|"]

@@ -68,6 +68,7 @@ from sidactl.recipe import (
 from sidactl.references import class_of, detector_name, images_per_batch
 from sidactl.scores import (
     ScoreOptions,
+    chosen_sampler,
     detector_label,
     distance_name,
     is_answered,
@@ -348,13 +349,15 @@ def plan(
     data, missing = _planned_data(store, recipe, dataset)
     if data:
         used.append(data)
-        if data.artifact and recipe.mode != "sid":
-            require_images(data.artifact)
+        if recipe.mode != "sid":
+            preflight.check_images(data)
         if data.artifact:
             _check_trainable(data.artifact)
         _check_fit(preflight.shape_of(data), net, "teacher")
-    if dataset is None and recipe.mode == "sid" and not (data and _has_images(data)):
-        notes.append(f"dataset {recipe.dataset}: mode sid needs no images, training on classes alone")
+    if dataset is None and recipe.mode == "sid" and not (data and data.has_images):
+        labels = next((e.name for e in catalog.DATASETS.values() if e.labels_of == recipe.dataset), None)
+        way = f", each as often; --dataset {labels} downloads the published ones" if labels else ""
+        notes.append(f"dataset {recipe.dataset}: mode sid needs no images, training on classes alone{way}")
     scoring, needs = None, [source.need for source in used if source.need]
     if score:
         to_come = preflight.Input(recipe.dataset, None, catalog.DATASETS.get(recipe.dataset)) if missing else data
@@ -396,7 +399,7 @@ def _planned_data(store: Store, recipe: Recipe, asked: str | None) -> tuple[pref
     """The dataset to train on; none where mode sid takes classes alone, or where the user has to prepare it first."""
     try:
         if asked is None:
-            return preflight.dataset_called(store, recipe.dataset), []
+            return preflight.dataset_called(store, recipe.dataset, may_download=recipe.mode != "sid"), []
         return preflight.find(store, asked, ["dataset"]), []
     except SidaError as error:
         if asked is None and recipe.mode == "sid":
@@ -416,10 +419,6 @@ def _of_published(compared: preflight.Input, data: preflight.Input | None) -> It
     held = results.get("num_images") if results.get("kind") != "labels" else None
     of_fewer = f" (of {known:,} images, the dataset has {held:,})" if known and held not in (None, known) else ""
     yield f"scored against the published statistics {name}, as the published runs were{of_fewer}; --ref takes others"
-
-
-def _has_images(data: preflight.Input) -> bool:
-    return data.artifact is None or data.artifact.results["kind"] != "labels"
 
 
 def _planned_scoring(
@@ -756,7 +755,8 @@ def _training_data(store: Store, planned: Plan, teacher: Artifact, asked: str | 
         if asked:
             data = resolve(store, asked, ["dataset"], recheck=recheck)
         else:
-            data = dataset_called(store, planned.inputs["dataset"], recheck=recheck)
+            needs_images = planned.recipe.mode != "sid"
+            data = dataset_called(store, planned.inputs["dataset"], recheck=recheck, may_download=needs_images)
     except MissingError:
         if not asked and "dataset" in teacher.inputs:
             return store.get(teacher.inputs["dataset"])
@@ -1265,6 +1265,7 @@ def sample(
     class_index: SupportsIndex | str | None = None,
     steps: SupportsIndex | None = None,
     sampler: Literal["one-step", "heun"] | None = None,
+    heun: Mapping[str, float] | None = None,
     guide: Ref | None = None,
     guidance: float = 1.0,
     setting: Setting | None = None,
@@ -1278,7 +1279,8 @@ def sample(
     """Images of a teacher or generator, one per seed, as a samples artifact (a zip in the EDM layout, and a grid).
 
     num: so many from seed 0 on, such as "10k", instead of `seeds`; 64 where neither is given.
-    The sampler defaults to the net's own: one step for a generator, Heun for a teacher. guide: a weaker teacher that
+    The sampler defaults to the net's own: one step for a generator, Heun for a teacher. heun: fields of HeunSpec to
+    take in place of the teacher's, such as {"S_churn": 0}. guide: a weaker teacher that
     Heun's sampler moves away from, `guidance` times as far (1 = not at all). Noise and class of an image depend on its
     seed alone. class_index: one class for all images, by its index or by its name in the net's dataset.
     setting: of the nets' arithmetic, float32 by default; another precision is another question. say: takes the line
@@ -1298,7 +1300,7 @@ def sample(
         store.check_name("samples", name)
     with _first_alone():
         subject = resolve(store, ref_text(ref), NETS, recheck=force)
-    chosen = _sampler(subject, sampler, steps)
+    chosen = chosen_sampler(subject, sampler, steps, heun)
     if isinstance(class_index, str):
         class_index = class_of(store, subject, class_index)
     setting = setting or Setting()
@@ -1373,19 +1375,3 @@ def _seeds_to_json(seeds: Sequence[int]) -> dict[str, int] | list[int]:
 
 def _seeds_from_json(value: Any) -> Sequence[int]:
     return range(value["first"], value["first"] + value["count"]) if isinstance(value, Mapping) else value
-
-
-def _sampler(subject: Artifact, kind: str | None, steps: int | None) -> OneStepSpec | HeunSpec:
-    own = sampler_of(subject)
-    if kind not in (None, "one-step", "heun"):
-        raise SidaError(f"the sampler must be one-step or heun, got {kind!r}", "Pass --sampler heun for a teacher.")
-    chosen: OneStepSpec | HeunSpec = own
-    if kind == "heun" and isinstance(own, OneStepSpec):
-        raise SidaError(
-            "the heun sampler needs a teacher, got a one-step generator", "Leave out --sampler, or pass --steps."
-        )
-    if kind == "one-step" and isinstance(own, HeunSpec):
-        chosen = OneStepSpec()
-    if steps is not None and steps < 1:
-        raise SidaError(f"the number of steps must be >= 1, got {steps}", "Pass --steps 1 or more.")
-    return chosen if steps is None else dataclasses.replace(chosen, num_steps=steps)

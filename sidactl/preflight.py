@@ -23,6 +23,7 @@ from sidactl.store import Artifact, Store
 VAE_BYTES = 335_000_000
 _NUM_FEATURES = {"tiny-digits": 64, "random-features": 128, "inception": 2048, "dinov2": 1024}
 _LATENT_CHANNELS, _LATENT_SCALE = 4, 8
+_HOW = {"dataset": "downloaded and prepared"}
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,21 @@ class Input:
             return {"name": self.entry.name, "dataset": self.entry.dataset, "net": self.entry.net.to_json()}
         return {}
 
+    @property
+    def has_images(self) -> bool:
+        """Whether a dataset holds images, not classes alone; of what is prepared first, whether it will."""
+        if self.artifact:
+            return self.artifact.results["kind"] != "labels"
+        return not (isinstance(self.entry, catalog.Dataset) and self.entry.labels_of)
+
+
+def check_images(data: Input) -> None:
+    """Raises SidaError for a dataset of classes alone."""
+    if data.artifact:
+        require_images(data.artifact)
+    elif not data.has_images:
+        raise SidaError(f"images are needed, {data.text} is of classes alone", "Give a dataset with images.")
+
 
 def find(store: Store, text: str, kinds: list[str]) -> Input:
     """What `artifacts.resolve` would make of a word. Raises SidaError where that would, as far as can be seen."""
@@ -81,29 +97,28 @@ def find(store: Store, text: str, kinds: list[str]) -> Input:
     return Input(text, artifacts.stored(store, text, kinds))
 
 
-def dataset_called(store: Store, name: str) -> Input:
+def dataset_called(store: Store, name: str, *, may_download: bool = True) -> Input:
     """What `artifacts.dataset_called` would give: a network from outside names no path or URL that is read."""
     entry = catalog.DATASETS.get(name)
+    if entry and entry.source and not may_download and not store.ref("dataset", name):
+        raise artifacts.not_prepared(entry)
     if entry and not store.ref("dataset", name):
         return Input(name, None, entry, _need_of(entry, "dataset"))
     return Input(name, artifacts.dataset_called(store, name), entry)
 
 
 def _need_of(entry: catalog.Entry, kind: str) -> Need | None:
-    if isinstance(entry, catalog.Dataset) and not entry.builtin:
-        raise SidaError(
-            f"dataset {entry.name} must be prepared from its files",
-            f"Get them from {entry.where}, then run sidactl prepare-data PATH --preset {entry.name} "
-            f"--name {entry.name}.",
-        )
+    if isinstance(entry, catalog.Dataset) and not (entry.builtin or entry.source):
+        raise artifacts.not_prepared(entry)
+    artifacts.check_has_file(entry)
     if entry.source is None:
         return None  # built in
-    return _download(f"{kind} {entry.name}", entry.source)
+    return _download(f"{kind} {entry.name}", entry.source, _HOW.get(kind, "downloaded"))
 
 
-def _download(what: str, source: catalog.Download) -> Need:
+def _download(what: str, source: catalog.Download, how: str = "downloaded") -> Need:
     download.refuse_forbidden(source.url, what)
-    return Need(what, "downloaded", source.url, source.size_bytes)
+    return Need(what, how, source.url, source.size_bytes)
 
 
 def _need_of_file(text: str, how: str, *, is_file: bool) -> Need:
@@ -121,7 +136,7 @@ def reference(store: Store, asked: str | None, teacher: Input, data: Input | Non
     """
     if asked is None:
         held = data.artifact if data else None
-        if data and not (held and held.results["kind"] == "labels"):
+        if data and data.has_images:
             name = str(held.params["name"]) if held else data.entry.name if data.entry else Path(data.text).name
             if entry := references.published_for(name, _net(teacher).architecture):
                 return _published(store, entry)
@@ -137,8 +152,8 @@ def reference(store: Store, asked: str | None, teacher: Input, data: Input | Non
     if Path(asked.partition("?")[0]).suffix in (".pkl", ".npz"):
         return Input(asked, need=_need_of_file(asked, "imported", is_file=True))
     found = find(store, asked, ["dataset", "stats"])
+    check_images(found)
     if found.artifact and found.artifact.kind == "dataset":
-        require_images(found.artifact)
         references.refuse_latents(pixels := references.pixels_of(store, found.artifact))
         return Input(asked, pixels)
     return found

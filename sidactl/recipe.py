@@ -295,12 +295,19 @@ class HeunSpec(Plain):
 
     num_steps: int = 18
     sigma_min: float = 0.002
+    """of Heun's sampler: lowest noise level before 0"""
     sigma_max: float = 80.0
+    """of Heun's sampler: noise level that it starts from"""
     rho: float = 7.0
+    """of Heun's sampler: how much closer together its noise levels are at the low end; 1 = evenly spaced"""
     S_churn: float = 0.0
+    """of Heun's sampler: how much noise is added anew in all steps together; 0 = none"""
     S_min: float = 0.0
+    """of Heun's sampler: lowest noise level at which noise is added anew"""
     S_max: float = math.inf
+    """of Heun's sampler: highest noise level at which noise is added anew"""
     S_noise: float = 1.0
+    """of Heun's sampler: standard deviation of the noise that is added anew"""
     convention: Literal["edm", "edm2"] = "edm"
     """edm: float64, and with churn noise is drawn in every step; edm2: float32, drawn where it is used"""
 

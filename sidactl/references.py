@@ -179,13 +179,12 @@ def of_run(store: Store, teacher: Artifact, data: Artifact, *, recheck: bool = F
 
 
 def dataset_name(store: Store, subject: Artifact) -> str:
-    """The name of the dataset that an artifact is of, as far as it is known."""
+    """The name of the dataset that an artifact is of, as far as it is known; classes alone stand for their net's."""
     if subject.kind == "dataset":
         return str(subject.params["name"])
-    if "dataset" in subject.inputs:
-        data = store.get(subject.inputs["dataset"])
-        if data.results["kind"] != "labels" or "dataset" not in subject.params:
-            return str(data.params["name"])
+    data = store.get(subject.inputs["dataset"]) if "dataset" in subject.inputs else None
+    if data and data.results.get("kind") != "labels":
+        return str(data.params["name"])
     return str(subject.params.get("dataset"))
 
 

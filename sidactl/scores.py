@@ -33,7 +33,7 @@ from sidactl.artifacts import (
 )
 from sidactl.errors import EXIT_FAILED, MissingError, SidaError
 from sidactl.inputs import Count, Ref, count_of, optional_ref, ref_text, run_of, seeds_of, whole
-from sidactl.recipe import HeunSpec, OneStepSpec, Setting
+from sidactl.recipe import HeunSpec, OneStepSpec, Setting, flag_of
 from sidactl.references import ENOUGH, RANDOM_FEATURES, Moments, Need, detector_name, images_per_batch
 from sidactl.store import Artifact, Store, UnwritableError
 
@@ -57,6 +57,7 @@ SCORE_NAMES = {
 """what a Fréchet distance is called by its detector, with the published weights where it has some"""
 Convention = Literal["edm", "sid", "guided-diffusion"]
 CONVENTIONS: tuple[Convention, ...] = ("edm", "sid", "guided-diffusion")
+HEUN_FIELDS = ("sigma_min", "sigma_max", "rho", "S_churn", "S_min", "S_max", "S_noise")
 Labels = Literal["uniform", "dataset"]
 LABELS: tuple[Labels, ...] = ("uniform", "dataset")
 MAX_REAL_IMAGES = 200_000
@@ -93,6 +94,7 @@ class ScoreOptions(TypedDict, total=False):
         next go on from it.
     subset_seed: what draws `num` images of samples, a folder or a dataset that hold more; 0 by default.
     labels: classes drawn uniformly for each seed, as EDM does, or by their share of the dataset, as SiD does.
+    steps, sampler, heun: how a generator or teacher is sampled where it is not by its own sampler, as in `sample`.
     setting: of the arithmetic of a generator or teacher, float32 by default; that of detectors is always float32.
     detector: inception, dinov2, tiny-digits, random-features (built in, for any images), or a file: Inception in
         TorchScript, or a state dict of Inception's.
@@ -113,6 +115,9 @@ class ScoreOptions(TypedDict, total=False):
     first_seed: SupportsIndex
     subset_seed: SupportsIndex | None
     labels: str
+    steps: SupportsIndex | None
+    sampler: str | None
+    heun: Mapping[str, float] | None
     setting: Setting
     detector: str | os.PathLike[str] | None
     trust_code: bool
@@ -266,7 +271,7 @@ def _plain_options(ref: Ref, options: ScoreOptions) -> Mapping[str, Any]:
         plain[name] = optional_ref(plain.get(name), f"the {name}")
     if plain.get("num") is not None:
         plain["num"] = count_of(plain["num"], "num")
-    for name in ("trials", "first_seed", "subset_seed", "neighbours", "num_splits"):
+    for name in ("steps", "trials", "first_seed", "subset_seed", "neighbours", "num_splits"):
         if plain.get(name) is not None:
             plain[name] = whole(plain[name], name)
     return plain
@@ -325,13 +330,22 @@ class _Question:
         subject = resolve(store, ref, SCORED, any_size=True, recheck=force)
         require_images(subject)
         seeds: list[list[int]] = []
+        how_sampled = [options.get(name) for name in ("sampler", "steps", "heun")]
         if subject.kind in NETS:
             num, first = num or 50_000, options.get("first_seed", 0)
             seeds_of(range(first, first + trials * num), "seeds of all trials")
             seeds = [[first + t * num, first + (t + 1) * num] for t in range(trials)]
             if options.get("subset_seed") is not None:
                 raise SidaError("a subset is of images that there are, got a net that draws them", "Pass --first-seed.")
+            sampler = chosen_sampler(subject, *how_sampled)
+            if sampler != sampler_of(subject):
+                settings["sampler"] = sampler.to_json()
         else:
+            if any(option not in (None, {}) for option in how_sampled):
+                raise SidaError(
+                    "a sampler is of a net that draws images, got fixed ones",
+                    "Score the network itself, or leave out --steps, --sampler and the settings of Heun's.",
+                )
             num = _fixed_count(subject, num, trials, setting)
             settings |= _subset(subject, num, options.get("subset_seed"))
         chosen = list(metrics or _applicable(store, subject, options))
@@ -665,7 +679,7 @@ def _features(asked: _Question, trial: int, loaded: Mapping[str, "Detector"], ke
         "seeds": asked.seeds[trial] if asked.seeds else None,
         "labels": asked.settings["labels"],
         **asked.setting.of_images(),
-        **{name: asked.settings[name] for name in ("subset_seed",) if name in asked.settings},
+        **{name: asked.settings[name] for name in ("subset_seed", "sampler") if name in asked.settings},
     }
     keys = {
         name: store.key("features", params | {"detector": d.identity}, {"subject": asked.subject.oid})
@@ -732,7 +746,7 @@ def _images(asked: _Question, seeds: range | None, device: "torch.device") -> tu
         assert isinstance(held, list)
         counts = held
     size = images_per_batch(net.spec.img_channels, net.spec.img_resolution)
-    sampler = sampler_of(asked.subject)
+    sampler = _sampler_from(asked.settings["sampler"]) if "sampler" in asked.settings else sampler_of(asked.subject)
     samples = sampling.generate(net, seeds, sampler, device=device, class_counts=counts, batch_size=size)
     return len(samples), (batch.images for batch in samples.shared())
 
@@ -939,5 +953,40 @@ def _subset(subject: Artifact, num: int, seed: int | None) -> dict[str, int]:
 
 def sampler_of(subject: Artifact) -> OneStepSpec | HeunSpec:
     """The sampler that a teacher or generator artifact names as its own."""
-    settings = mapping(subject.params["sampler"])
+    return _sampler_from(mapping(subject.params["sampler"]))
+
+
+def _sampler_from(settings: Mapping[str, Any]) -> OneStepSpec | HeunSpec:
     return HeunSpec.from_json(settings) if "S_churn" in settings else OneStepSpec.from_json(settings)
+
+
+def chosen_sampler(
+    subject: Artifact, kind: str | None = None, steps: int | None = None, heun: Mapping[str, float] | None = None
+) -> OneStepSpec | HeunSpec:
+    """A net's own sampler, or the one of this kind, with so many steps and these fields of HeunSpec.
+
+    Raises SidaError for what does not fit the net, is out of its bounds, or would count for nothing.
+    """
+    own, heun = sampler_of(subject), dict(heun or {})
+    if kind not in (None, "one-step", "heun"):
+        raise SidaError(f"the sampler must be one-step or heun, got {kind!r}", "Pass --sampler heun for a teacher.")
+    chosen: OneStepSpec | HeunSpec = own
+    if kind == "heun" and isinstance(own, OneStepSpec):
+        raise SidaError(
+            "the heun sampler needs a teacher, got a one-step generator", "Leave out --sampler, or pass --steps."
+        )
+    if kind == "one-step" and isinstance(own, HeunSpec):
+        chosen = OneStepSpec()
+    if steps is not None and steps < 1:
+        raise SidaError(f"the number of steps must be >= 1, got {steps}", "Pass --steps 1 or more.")
+    if unknown := sorted(set(heun) - set(HEUN_FIELDS)):
+        raise SidaError(f"unknown setting {unknown[0]!r} of Heun's sampler", f"It has {', '.join(HEUN_FIELDS)}.")
+    if heun and isinstance(chosen, OneStepSpec):
+        flag = flag_of(next(iter(heun)))
+        raise SidaError(f"{flag} is of the heun sampler of a teacher, got one-step", f"Leave out {flag}.")
+    changes = heun if steps is None else {**heun, "num_steps": steps}
+    chosen = replace(chosen, **changes)  # type: ignore[arg-type]  # checked by the class
+    idle = next((name for name in ("S_min", "S_max", "S_noise") if name in heun), None)
+    if idle and isinstance(chosen, HeunSpec) and chosen.S_churn == 0:
+        raise SidaError(f"{flag_of(idle)} counts with churn alone, got --s-churn 0", "Pass --s-churn, such as 40.")
+    return chosen

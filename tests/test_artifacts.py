@@ -45,6 +45,7 @@ from sidactl.recipe import HeunSpec, NetSpec, OneStepSpec
 from sidactl.store import KINDS, Artifact, LiveDir, Store
 from tests.golden import golden
 from tests.playback import SmallVae
+from tests.test_data import cifar_archive, cifar_batch
 from tests.web import Site, serving
 
 EDM = ["edm_ddpmpp_uncond", "edm_ddpmpp_cond_aug9", "edm_ddpmpp_gray_traj", "edm_ncsnpp_uncond", "edm_adm_cond"]
@@ -343,6 +344,11 @@ def test_offline_names_what_is_missing(run: Path) -> None:
         ("edm-cifar-cond", "unknown teacher 'edm-cifar-cond'. Did you mean 'edm-cifar10-cond'?"),
         ("sid2a/edm2-xsl", "unknown teacher 'sid2a/edm2-xsl'. Did you mean 'sid2a/edm2-xs'?"),
         ("nothing like it", "unknown teacher 'nothing like it'. See sidactl ls --catalog."),
+        (
+            "sid/cifar10-uncond-alpha1",
+            "no file of sid/cifar10-uncond-alpha1 is published, its scores alone are. "
+            "Distill it: sidactl distill --teacher edm-cifar10-uncond --mode sid --alpha 1",
+        ),
         ("gone.pkl", "gone.pkl: no such file. Check the path."),
         (
             "http://host/net.pth?download=true",
@@ -553,7 +559,8 @@ def test_a_folder_called_as_an_entry_of_the_catalog_is_refused_where_it_could_be
     assert resolve(store, "dataset/tiny-digits", kinds).results["num_images"] == 1797
     assert prepare_data("dataset/tiny-digits", run=run).results["num_images"] == 1797
     assert prepare_data("./tiny-digits", run=run).results["num_images"] == 3
-    assert prepare_data("cifar10", run=run).results["num_images"] == 3  # the files that the catalog asks for
+    with pytest.raises(SidaError, match=r"Write \./cifar10 for the folder, or dataset/cifar10"):
+        prepare_data("cifar10", run=run)
     own = store.put("generator", {}, params={"net": {}, "dataset": "tiny-digits"})
     assert references.dataset_of(store, own).results["num_images"] == 1797
     with pytest.raises(SidaError) as caught:
@@ -581,15 +588,159 @@ def test_a_folder_whose_name_reads_as_an_oid_is_refused_only_where_there_is_such
 
 def test_dataset_of_the_catalog_tells_where_to_get_it_until_it_is_prepared(run: Path, tmp_path: Path) -> None:
     with pytest.raises(SidaError) as caught:
-        resolve(Store(run), "cifar10", ["dataset"])
+        resolve(Store(run), "ffhq64", ["dataset"])
     assert str(caught.value) == (
-        "dataset cifar10 must be prepared from its files. Get them from https://www.cs.toronto.edu/~kriz/cifar.html, "
-        "then run sidactl prepare-data PATH --preset cifar10 --name cifar10."
+        "dataset ffhq64 must be prepared from its files. Get them from https://github.com/NVlabs/ffhq-dataset, "
+        "then run sidactl prepare-data PATH --preset ffhq64 --name ffhq64."
     )
     pictures(tmp_path / "images")
-    made = prepare_data("images", preset="cifar10", name="cifar10", run=run)
-    assert made.params["licence"] == catalog.DATASETS["cifar10"].licence
-    assert resolve(Store(run), "cifar10", ["dataset"]) == made
+    made = prepare_data("images", preset="ffhq64", name="ffhq64", run=run)
+    assert made.params["licence"] == catalog.DATASETS["ffhq64"].licence
+    assert resolve(Store(run), "ffhq64", ["dataset"]) == made
+
+
+# ---- datasets that are downloaded ----
+
+CIFAR_FILE = "cifar-10-python.tar.gz"
+
+
+@pytest.fixture
+def cifar(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An archive of 15 images, also on the site; the catalog's cifar10 is this one."""
+    planes = np.random.default_rng(0).integers(0, 256, 3 * 3072, dtype=np.uint8)
+    path = cifar_archive(tmp_path / CIFAR_FILE, cifar_batch([0, 9, 3], planes.tobytes()))
+    data = site.files[f"/{CIFAR_FILE}"] = path.read_bytes()
+    source = catalog.Download(
+        url=f"{site.url}/{CIFAR_FILE}", sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data)
+    )
+    entry = dataclasses.replace(catalog.DATASETS["cifar10"], source=source, num_images=15)
+    monkeypatch.setattr(catalog, "DATASETS", {**catalog.DATASETS, "cifar10": entry})
+    return path
+
+
+def test_cifar10_is_downloaded_and_prepared_as_its_archive_would_be(
+    site: Site, cifar: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = prepare_data("cifar10", run=run)
+    size = f"{cifar.stat().st_size / 1e6:,.1f} MB"
+    assert capsys.readouterr().err.splitlines()[0] == (
+        f"downloading cifar10: {size} from {site.url}/{CIFAR_FILE}, licence: {catalog.DATASETS['cifar10'].licence}"
+    )
+    assert (made.results["num_images"], made.results["label_dim"]) == (15, 10)
+    local = prepare_data(str(cifar), preset="cifar10", name="cifar10", run=run.parent / "other")
+    assert made == local
+    assert Store(run).refs() == {"dataset/cifar10": made.oid}
+    assert not [*run.glob("live/*"), *run.glob("tmp/*")]
+    assert prepare_data("cifar10", run=run, offline=True) == made
+    assert prepare_data("dataset/cifar10", preset="cifar10", run=run, offline=True) == made
+    assert prepare_data(str(cifar), preset="cifar10", name="cifar10", run=run, offline=True) == made
+    assert prepare_data("cifar10", run=run.parent / "other", offline=True) == made
+    assert len(site.requests) == 1
+    assert prepare_data("cifar10", run=run, force=True) == made
+    assert len(site.requests) == 2
+
+
+def test_cifar10_with_options_of_its_own_is_not_called_cifar10(cifar: Path, run: Path) -> None:
+    few = prepare_data("cifar10", max_images=4, run=run)
+    assert (few.results["num_images"], few.params["preset"], few.params["name"]) == (4, "cifar10", CIFAR_FILE)
+    assert few == prepare_data(str(cifar), preset="cifar10", max_images=4, run=run.parent / "other")
+    small = prepare_data("cifar10", resolution="16x16", name="small", run=run)
+    assert (small.results["resolution"], small.params["preset"]) == (16, None)
+    assert Store(run).refs() == {"dataset/small": small.oid}
+
+
+@pytest.mark.usefixtures("cifar")
+def test_a_download_of_a_dataset_goes_on_and_an_interrupted_preparation_keeps_it(site: Site, run: Path) -> None:
+    whole = len(site.files[f"/{CIFAR_FILE}"])
+    site.cuts.append(whole // 2)
+    with pytest.raises(SidaError, match=r"^cifar10 ended after .* Repeat the same command to go on\.$"):
+        prepare_data("cifar10", run=run)
+    with pytest.raises(Stop):
+        prepare_data("cifar10", run=run, tick=stop_at(7, []))
+    assert [request[1] for request in site.requests] == ["", f"bytes={whole // 2}-"]
+    seen: list[int] = []
+    prepare_data("cifar10", run=run, offline=True, tick=stop_at(0, seen), mirror=str(run))
+    assert (seen[0], seen[-1], len(site.requests)) == (8, 15, 2)
+    assert not [*run.glob("live/*"), *run.glob("tmp/*")]
+
+
+@pytest.mark.usefixtures("cifar")
+def test_a_dataset_that_is_downloaded_keeps_to_digest_offline_and_mirror(
+    site: Site, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for offline in ({"offline": True}, {}):
+        with pytest.raises(SidaError) as caught:
+            prepare_data("cifar10", run=run, **offline)
+        assert str(caught.value) == (
+            f"cifar10 must be downloaded from {site.url}/{CIFAR_FILE}, which offline forbids. "
+            "Allow it, or set SIDACTL_MIRROR to a folder that holds the file."
+        )
+        monkeypatch.setenv("SIDACTL_OFFLINE", "1")
+    (tmp_path / "mirror").mkdir()
+    (tmp_path / "mirror" / CIFAR_FILE).write_bytes(bytes(len(site.files[f"/{CIFAR_FILE}"])))
+    with pytest.raises(SidaError, match=r"^cifar10 must have SHA-256 [0-9a-f]{64}, got [0-9a-f]{64}\. The file was re"):
+        prepare_data("cifar10", mirror=str(tmp_path / "mirror"), run=run)
+    (tmp_path / "mirror" / CIFAR_FILE).write_bytes(site.files[f"/{CIFAR_FILE}"])
+    monkeypatch.setenv("SIDACTL_MIRROR", str(tmp_path / "mirror"))
+    assert resolve(Store(run), "cifar10", ["dataset"]).results["num_images"] == 15
+    assert site.requests == []
+
+
+def test_another_archive_of_the_same_name_is_told_and_taken(
+    cifar: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare_data(str(cifar), run=run)
+    assert "warning" not in capsys.readouterr().err
+    cifar_archive(cifar, cifar_batch([5], bytes(3072)))
+    assert prepare_data(str(cifar), run=run).results["num_images"] == 5
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: {cifar} is not the {CIFAR_FILE} that was published, by its SHA-256; "
+        "sidactl prepare-data cifar10 downloads that one"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("preset", "published"),
+    [
+        ("cifar10", "50,000"),
+        ("imagenet64", "1,281,167"),
+        ("imagenet512", "1,281,167"),
+        ("ffhq64", "70,000"),
+        ("afhqv2-64", "15,803"),
+        ("fashion32", "60,000"),
+    ],
+)
+def test_a_preset_that_gives_another_number_of_images_than_published_is_told(
+    preset: str, published: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images").mkdir()
+    for index in range(3):
+        Image.new("RGB", (520, 520) if preset == "imagenet512" else (28, 28)).save(tmp_path / f"images/{index}.png")
+    told = f"warning: {preset} has {published} images, this source gave 3"
+    for option in ({"preset": preset}, {"preset": preset}, {"preset": preset, "force": True}):
+        prepare_data("images", run=run, **option)
+        assert capsys.readouterr().err.splitlines()[-1] == told
+    for options in ({"preset": preset, "max_images": 2}, {"resolution": "32x32"}):
+        prepare_data("images", run=run, **options)
+        assert "warning" not in capsys.readouterr().err
+
+
+def test_a_preset_that_gives_the_published_number_of_images_is_not_told_of(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = dataclasses.replace(catalog.DATASETS["ffhq64"], num_images=3)
+    monkeypatch.setattr(catalog, "DATASETS", {**catalog.DATASETS, "ffhq64": entry})
+    pictures(tmp_path / "images")
+    prepare_data("images", preset="ffhq64", run=run)
+    assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("vae", "cifar")
+def test_latents_of_a_dataset_that_is_downloaded(site: Site, run: Path) -> None:
+    latents = prepare_data("cifar10", latents=True, mirror=site.url, run=run)
+    assert latents.inputs["dataset"] == Store(run).refs()["dataset/cifar10"]
+    assert prepare_data("cifar10", latents=True, offline=True, run=run) == latents
+    assert len(site.requests) == 1
 
 
 def nothing_left(run: Path) -> bool:
@@ -996,6 +1147,48 @@ def test_classes_without_images_come_from_a_dataset_json_or_a_number(run: Path, 
     assert uniform.params["name"] == "classes-1000"
     assert uniform.results["class_counts"] == [1] * 1000
     assert torch.equal(image_source(Store(run), uniform).one_hot(range(1000)), torch.eye(1000))
+
+
+def test_classes_without_images_come_from_a_url(site: Site, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    site.files["/labels/dataset.json"] = data = b'{"labels": [["x.png", 2], ["y.png", 0]]}'
+    url = f"{site.url}/labels/dataset.json"
+    made = prepare_data(url, labels_only=True, run=run)
+    assert capsys.readouterr().err.startswith(f"downloading {url}: 0.0 MB from {url}\n")
+    assert made.results["class_counts"] == [1, 0, 1]
+    assert made.params == {
+        "name": "dataset.json",
+        "licence": None,
+        "source_url": url,
+        "source_sha256": hashlib.sha256(data).hexdigest(),
+    }
+    assert prepare_data(url, labels_only=True, offline=True, run=run) == made
+    assert len(site.requests) == 1
+    assert not list(run.glob("tmp/*"))
+    with pytest.raises(SidaError, match=r"^labels without images take no options of images"):
+        prepare_data(url, labels_only=True, max_images=1, run=run)
+
+
+def test_published_classes_are_fetched_by_name_and_are_those_of_their_dataset(
+    site: Site, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.files["/dataset.json"] = b'{"labels": [["x.png", 999], ["y.png", 0]]}'
+    source = catalog.Download(url=f"{site.url}/dataset.json")
+    entry = dataclasses.replace(catalog.DATASETS["imagenet512-labels"], source=source, num_images=2)
+    monkeypatch.setattr(catalog, "DATASETS", {**catalog.DATASETS, entry.name: entry})
+    made = prepare_data("imagenet512-labels", labels_only=True, name="mine", run=run)
+    assert (made.params["name"], made.results["label_dim"]) == ("imagenet512", 1000)
+    assert Store(run).refs() == {"dataset/imagenet512-labels": made.oid, "dataset/mine": made.oid}
+    for asks in (
+        lambda: prepare_data("imagenet512-labels", run=run),
+        lambda: prepare_data(source.url, labels_only=True, run=run),
+        lambda: resolve(Store(run), "imagenet512-labels", ["dataset"]),
+    ):
+        assert asks() == made
+    assert len(site.requests) == 1
+    with pytest.raises(SidaError, match=r"^dataset imagenet512 must be prepared from its files\. "):
+        resolve(Store(run), "imagenet512", ["dataset"])
+    elsewhere = resolve(Store(run.parent / "other"), "imagenet512-labels", ["dataset"])
+    assert elsewhere == made
 
 
 def test_image_source_of_images_is_the_dataset(run: Path) -> None:

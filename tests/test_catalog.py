@@ -94,18 +94,19 @@ def test_teacher_is_sampled_as_published(name: str, sampler: HeunSpec, nfe: int)
 
 # ---- recipes ----
 
-# batch size, images per GPU and step, learning rate, EMA half-life, millions of images of sid, sida, sid2a
+# batch size, images per GPU and step, learning rate, EMA half-life, millions of images of sid, sida, sid2a: those of
+# the published scripts, but where the published best snapshot came later (170, 180, 250, 230, 210, 240 and 80)
 RUNS: dict[str, tuple[int, int, float, float, tuple[int, int, int]]] = {
     "edm-cifar10-uncond": (256, 32, 1e-5, 0.5, (500, 300, 100)),
     "edm-cifar10-cond": (256, 32, 1e-5, 0.5, (800, 300, 100)),
     "edm-imagenet64": (8192, 32, 4e-6, 2, (1000, 300, 100)),
-    "edm-ffhq64": (512, 64, 1e-5, 0.5, (500, 200, 100)),
-    "edm-afhqv2": (512, 64, 5e-6, 0.5, (500, 200, 100)),
-    "edm2-xs": (2048, 64, 5e-5, 2, (200, 200, 30)),
+    "edm-ffhq64": (512, 64, 1e-5, 0.5, (500, 200, 170)),
+    "edm-afhqv2": (512, 64, 5e-6, 0.5, (500, 200, 180)),
+    "edm2-xs": (2048, 64, 5e-5, 2, (250, 200, 30)),
     "edm2-s": (2048, 64, 5e-5, 2, (200, 200, 80)),
-    "edm2-m": (2048, 32, 5e-5, 2, (200, 200, 200)),
-    "edm2-l": (2048, 32, 5e-5, 2, (200, 200, 55)),
-    "edm2-xl": (2048, 16, 5e-5, 2, (200, 200, 50)),
+    "edm2-m": (2048, 32, 5e-5, 2, (230, 200, 200)),
+    "edm2-l": (2048, 32, 5e-5, 2, (210, 200, 55)),
+    "edm2-xl": (2048, 16, 5e-5, 2, (240, 200, 80)),
     "edm2-xxl": (2048, 2, 5e-5, 2, (100, 100, 30)),
 }
 
@@ -153,6 +154,18 @@ def test_recipes_are_those_of_the_published_runs(name: str) -> None:
             )
 
 
+def test_every_recipe_lasts_until_its_published_snapshot() -> None:
+    late = {}
+    for entry in GENERATORS.values():
+        if entry.source:
+            nimg = 1000 * int(entry.source.url.removesuffix(".pkl").rpartition("-")[2])
+            recipe = TEACHERS[entry.teacher].recipes[entry.mode]
+            assert nimg <= recipe.duration_nimg, entry.name
+            late[entry.name] = recipe.duration_nimg - nimg
+    assert late["sid2a/afhqv2"] == 4_896_000
+    assert late["sid/edm2-xs"] == 640_000
+
+
 @pytest.mark.parametrize(
     ("name", "dropout", "augment_p"),
     [
@@ -182,9 +195,9 @@ def test_img64_recipes_take_the_sigmas_of_their_teachers() -> None:
             assert (recipe.P_mean, recipe.P_std) == (layout["loss"]["P_mean"], layout["loss"]["P_std"])
 
 
-def test_every_teacher_but_the_guide_has_three_recipes_that_survive_json() -> None:
+def test_every_teacher_but_those_of_guided_sampling_has_three_recipes_that_survive_json() -> None:
     for entry in TEACHERS.values():
-        assert list(entry.recipes) == ([] if entry.name == "edm2-xs-uncond" else list(MODES))
+        assert list(entry.recipes) == ([] if entry.name in ("edm2-xs-uncond", "edm2-s-guided") else list(MODES))
         for mode, recipe in entry.recipes.items():
             assert recipe.mode == mode
             assert recipe.teacher == entry.name
@@ -209,7 +222,7 @@ def test_a_large_teacher_of_ones_own_is_distilled_as_published_ones_are_for_a_te
         published,
         teacher="mine",
         dataset="",
-        num_accumulation_rounds=published.batch_size // 32,
+        num_accumulation_rounds=published.batch_size // (64 if form == "edm2" else 32),
         evaluate_every_nimg=500_000,
         checkpoint_every_nimg=500_000,
         evaluate_early_nimg=(),
@@ -242,13 +255,50 @@ def test_the_recipe_of_a_teacher_of_ones_own_grows_with_its_network_and_trains_a
             assert shorter.evaluate_every_nimg <= duration
 
 
-def test_guide_has_no_recipe() -> None:
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name.startswith("edm2")])
+def test_an_edm2_teacher_of_ones_own_of_published_size_takes_as_many_images_at_once(name: str) -> None:
+    layout = json.loads(golden(f"layouts/{LAYOUTS[name]}").read_text())
+    spec = teachers.spec_of(Record(layout["class_name"], init_kwargs=layout["init_kwargs"]))
+    for mode in MODES:
+        recipe = catalog.recipe_for("mine", mode, spec, layout["num_parameters"])
+        published = TEACHERS[name].recipes[mode]
+        assert (recipe.batch_size, recipe.num_accumulation_rounds) == (2048, published.num_accumulation_rounds)
+
+
+@pytest.mark.parametrize(
+    ("millions", "resolution", "at_once"),
+    [
+        (6, 64, 64),
+        (124, 64, 64),
+        (285, 64, 64),
+        (300, 64, 32),
+        (1_100, 64, 16),
+        (1_500, 64, 2),
+        (9_000, 64, 2),
+        (124, 128, 32),
+        (1_500, 128, 2),
+    ],
+)
+def test_a_larger_edm2_teacher_of_ones_own_takes_fewer_images_at_once(
+    millions: int, resolution: int, at_once: int
+) -> None:
+    net = dataclasses.replace(TEACHERS["edm2-xs"].net, img_resolution=resolution)
+    recipe = catalog.recipe_for("mine", "sida", net, millions * 1_000_000)
+    assert recipe.batch_size // recipe.num_accumulation_rounds == at_once
+
+
+@pytest.mark.parametrize("name", ["edm2-xs-uncond", "edm2-s-guided"])
+def test_teachers_of_guided_sampling_have_no_recipe(name: str) -> None:
     with pytest.raises(SidaError) as caught:
-        catalog.recipe_for("edm2-xs-uncond", "sida")
-    assert str(caught.value) == (
-        "edm2-xs-uncond guides the sampling of other teachers and has no recipe. "
-        "Distill one with classes, such as edm2-xs."
-    )
+        catalog.recipe_for(name, "sida")
+    assert str(caught.value) == f"{name} is for guided sampling and has no recipe. Distill another, such as edm2-xs."
+
+
+def test_the_guided_teacher_is_that_of_its_size_in_another_average_and_fits_its_guide() -> None:
+    guided, guide = TEACHERS["edm2-s-guided"], TEACHERS["edm2-xs-uncond"]
+    assert (guided.net, guided.sampler) == (TEACHERS["edm2-s"].net, TEACHERS["edm2-s"].sampler)
+    assert (guide.net.img_channels, guide.net.img_resolution, guide.net.label_dim) == (4, 64, 0)
+    assert "--guide edm2-xs-uncond --guidance 1.4" in guided.about
 
 
 # ---- files ----
@@ -262,6 +312,10 @@ def test_guide_has_no_recipe() -> None:
         (
             "edm2-l",
             "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/edm2-img512-l-1879048-0.085.pkl",
+        ),
+        (
+            "edm2-s-guided",
+            "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/edm2-img512-s-2147483-0.025.pkl",
         ),
         (
             "edm2-l-dino",
@@ -312,13 +366,27 @@ def test_network_comes_from_its_publisher(name: str, url: str) -> None:
     assert source.url == url
 
 
+NO_FILE = [
+    "sid/cifar10-uncond-alpha1",
+    "sid/cifar10-cond-alpha1",
+    "sid/imagenet64-alpha1",
+    "sid/ffhq64-alpha1",
+    "sid/afhqv2-alpha1.2",
+]
+
+
+def test_generators_of_which_scores_alone_are_published_say_so() -> None:
+    assert [entry.name for entry in GENERATORS.values() if not entry.source] == NO_FILE
+    assert GENERATORS["sid/afhqv2-alpha1.2"].about == "SiD of edm-afhqv2, alpha 1.2, no file is published"
+
+
 def test_every_network_and_statistic_has_its_own_file_over_https() -> None:
     groups = (TEACHERS, GENERATORS, DETECTORS, REFERENCES)
     urls = [e.source.url for group in groups for e in group.values() if e.source]
     assert len(set(urls)) == len(urls)
     assert all(url.startswith("https://") for url in urls)
     builtin = [e.name for group in groups for e in group.values() if not e.source]
-    assert builtin == ["tiny-digits", "tiny-digits", "random-features"]
+    assert builtin == ["tiny-digits", *NO_FILE, "tiny-digits", "random-features"]
 
 
 def test_known_digests_are_pinned_and_an_uncertain_one_is_marked() -> None:
@@ -349,6 +417,14 @@ def test_known_digests_are_pinned_and_an_uncertain_one_is_marked() -> None:
         ("edm2-s", "FID", (2.56, None)),
         ("edm2-s-dino", "FD-DINOv2", (68.64, None)),
         ("edm2-img64-m", "FID", (1.43, None)),
+        ("edm2-s-guided", "FID guided", (2.23, None)),
+        ("edm2-xs", "FID guided", (2.91, None)),
+        ("edm2-xxl", "FID guided", (1.81, None)),
+        ("edm2-m-dino", "FD-DINOv2 guided", (41.98, None)),
+        ("edm2-s-dino", "FD-DINOv2 guided", (52.32, None)),
+        ("edm-imagenet64", "FID at 79 evaluations", (2.64, None)),
+        ("edm-imagenet64", "precision at 79 evaluations", (0.71, None)),
+        ("edm-imagenet64", "recall at 79 evaluations", (0.67, None)),
         ("sid/cifar10-uncond", "FID", (1.923, 0.017)),
         ("sida/cifar10-uncond", "IS", (10.323, 0.048)),
         ("sid2a/cifar10-cond-alpha1.2", "FID", (1.396, 0.014)),
@@ -359,20 +435,37 @@ def test_known_digests_are_pinned_and_an_uncertain_one_is_marked() -> None:
         ("sid/edm2-xs", "FID", (3.353, 0.041)),
         ("sida/edm2-xl", "FD-DINOv2", (46.47, 0.27)),
         ("sid2a/edm2-s", "FID", (1.669, 0.019)),
-        ("sid2a/edm2-xxl", "FID", (1.366, None)),
+        ("sid2a/edm2-l", "FID in the paper", (1.465, 0.028)),
+        ("sid/cifar10-uncond-alpha1", "FID", (2.028, 0.020)),
+        ("sid/cifar10-uncond-alpha1", "IS", (10.017, 0.047)),
+        ("sid/cifar10-cond-alpha1", "FID", (1.932, 0.019)),
+        ("sid/imagenet64-alpha1", "FID", (2.022, 0.031)),
+        ("sid/imagenet64-alpha1", "precision", (0.73, None)),
+        ("sid/ffhq64-alpha1", "FID", (1.710, 0.018)),
+        ("sid/afhqv2-alpha1.2", "FID", (1.711, 0.020)),
     ],
 )
 def test_published_score(name: str, number: str, published: tuple[float, float | None]) -> None:
     assert {**TEACHERS, **GENERATORS}[name].scores[number] == Published(*published)
 
 
+def test_scores_of_the_publishers_page_are_told_from_those_of_the_paper() -> None:
+    entries = (*TEACHERS.values(), *GENERATORS.values())
+    assert {
+        (entry.name, name): number.value
+        for entry in entries
+        for name, number in entry.scores.items()
+        if number.source == "page"
+    } == {("sid2a/edm2-l", "FID"): 1.413, ("sid2a/edm2-xl", "FID"): 1.379, ("sid2a/edm2-xxl", "FID"): 1.366}
+
+
 # ---- the whole ----
 
 
 def test_all_published_networks_are_there() -> None:
-    assert Counter(e.net.architecture for e in TEACHERS.values()) == {"SongUNet": 5, "DhariwalUNet": 1, "EDM2": 17}
+    assert Counter(e.net.architecture for e in TEACHERS.values()) == {"SongUNet": 5, "DhariwalUNet": 1, "EDM2": 18}
     assert Counter((e.mode, e.net.architecture == "EDM2") for e in GENERATORS.values()) == {
-        ("sid", False): 5,
+        ("sid", False): 10,
         ("sida", False): 5,
         ("sid2a", False): 10,
         ("sid", True): 6,
@@ -393,7 +486,13 @@ def test_entries_name_datasets_and_detectors_that_exist() -> None:
 def test_datasets_are_the_built_in_one_and_the_presets() -> None:
     from sidactl.prepare import PRESETS
 
-    assert list(DATASETS) == ["tiny-digits", *PRESETS]
+    assert [name for name, entry in DATASETS.items() if not entry.labels_of] == ["tiny-digits", *PRESETS]
+    labels = DATASETS["imagenet512-labels"]
+    assert labels.source
+    assert labels.source.url == (
+        "https://huggingface.co/UT-Austin-PML/SiDA/resolve/main/EDM2_distillation/dataset.json"
+    )
+    assert labels.labels_of in PRESETS
 
 
 def test_rows_tell_name_kind_licence_size_and_score_of_every_entry() -> None:
@@ -404,7 +503,7 @@ def test_rows_tell_name_kind_licence_size_and_score_of_every_entry() -> None:
     by_name = {(row.kind, row.name): row for row in rows}
     assert by_name["teacher", "edm2-s"].licence == "CC BY-NC-SA 4.0"
     assert by_name["detector", "dinov2"].size_bytes == 1_217_586_395
-    assert by_name["generator", "sid2a/edm2-xs"].scores["FID"] == (2.156, 0.028)
+    assert by_name["generator", "sid2a/edm2-xs"].scores["FID"] == (2.156, 0.028, "paper")
     assert by_name["generator", "sid2a/edm2-xs"].about == "SiD2A of edm2-xs, alpha 1, 28.7M images"
 
 

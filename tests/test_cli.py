@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from sidactl import __version__, prepare, ui
+from sidactl.recipe import HeunSpec
 from sidactl.store import Store
 from tests.golden import golden
 from tests.web import serving
@@ -457,6 +458,21 @@ def test_sample_guided_by_a_second_teacher_is_another_question(distilled: tuple[
     assert_one_line(
         sidactl(*words, "--guide", "weak", "--guidance", "nan", run=run, check=None),
         "guidance must be finite, got nan. Pass another --guidance.",
+    )
+
+
+def test_heuns_settings_are_flags_of_sampling_and_scores(distilled: tuple[Path, str]) -> None:
+    run, _ = distilled
+    flags = ["--steps", "2", "--sigma-max", "40", "--s-churn", "3", "--s-noise", "1.01"]
+    made = json.loads(sidactl("sample", "tiny-digits", "--num", "2", "--json", *flags, run=run).stdout)
+    assert made["params"]["sampler"] == HeunSpec(num_steps=2, sigma_max=40, S_churn=3, S_noise=1.01).to_json()
+    done = sidactl("fid", "tiny-digits", "--num", "2", *flags, run=run)
+    told = "drawn by heun --steps 2 --sigma-max 40.0 --s-churn 3.0 --s-noise 1.01, tiny-digits@"
+    assert told in done.stderr
+    assert told in sidactl("show", "teacher/tiny-digits", run=run).stdout
+    assert_one_line(
+        sidactl("fid", "tiny-digits", "--rho", "steep", run=run, check=None),
+        "--rho must be a number, got 'steep'. Pass another value.",
     )
 
 

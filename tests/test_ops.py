@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -24,7 +24,7 @@ from sidactl import catalog, cli, engine, inventory, loop, metrics, ops, preflig
 from sidactl.artifacts import mapping
 from sidactl.diffusion import Preconditioned
 from sidactl.errors import SidaError
-from sidactl.recipe import Execution, OneStepSpec, Setting
+from sidactl.recipe import Execution, HeunSpec, Mode, OneStepSpec, Setting
 from sidactl.store import Artifact, Store, UnwritableError, digest
 from tests.conftest import SHORT, Finished, read_only, short_distill
 
@@ -152,12 +152,19 @@ def test_a_finished_run_leaves_its_events(finished: Finished) -> None:
     assert [(line["event"], line["nimg"]) for line in kept] == [(e.kind, e.nimg) for e in finished.events[1:]]
 
 
-@pytest.mark.parametrize(("alpha", "scores"), [(1.0, {"FID": (1.516, 0.010)}), (0.7, {})])
+@pytest.mark.parametrize(
+    ("mode", "alpha", "scores"),
+    [
+        ("sida", 1.0, {"FID": (1.516, 0.010, "paper")}),
+        ("sida", 0.7, {}),
+        ("sid", 1.0, {"FID": (2.028, 0.020, "paper")}),  # of which no file is published
+    ],
+)
 def test_the_papers_scores_are_shown_beside_a_generator_trained_as_theirs(
-    alpha: float, scores: dict[str, tuple[float, float]], tmp_path: Path
+    mode: Mode, alpha: float, scores: dict[str, tuple[float, float, str]], tmp_path: Path
 ) -> None:
-    recipe = catalog.recipe_for("edm-cifar10-uncond", "sida")
-    params = {"name": "edm-cifar10-uncond-sida", "recipe": replace(recipe, alpha=alpha).to_json()}
+    recipe = catalog.recipe_for("edm-cifar10-uncond", mode)
+    params = {"name": f"edm-cifar10-uncond-{mode}", "recipe": replace(recipe, alpha=alpha).to_json()}
     made = Store(tmp_path).put("generator", {"model.safetensors": b""}, params=params)
     published = inventory.show(made.oid, run=tmp_path).published
     assert {name: tuple(number) for name, number in published.items() if name == "FID"} == scores
@@ -1022,6 +1029,10 @@ def test_words_that_name_nothing_are_refused_by_a_plan_as_by_a_run(finished: Fin
         ({"dataset": "generator/best"}, "'generator/best' must be of kind dataset, got generator. See what"),
         ({"device": "abacus"}, "device must be cpu, cuda or cuda:N, got 'abacus'. Pass --device cpu."),
         (
+            {"mode": "sid2a", "generator": "sid/cifar10-uncond-alpha1"},
+            "no file of sid/cifar10-uncond-alpha1 is published, its scores alone are. Distill it: sidactl distill ",
+        ),
+        (
             {"mode": "sid2a", "generator": "sid/cifar10-uncond"},
             "the generator must be of the teacher's dataset 'tiny-digits', got one of 'cifar10'. ",
         ),
@@ -1049,13 +1060,42 @@ def test_a_plan_names_what_is_fetched_first_and_what_only_the_user_can_get(
         "scored against the published statistics cifar10, as the published runs were; --ref takes others",
     ]
     sida = planned(tmp_path / "run", teacher="edm-cifar10-uncond")
-    assert [error.message for error in sida.missing] == ["dataset cifar10 must be prepared from its files"]
-    with pytest.raises(SidaError, match=r"^dataset cifar10 must be prepared from its files\. "):
-        ops.distill(teacher="edm-cifar10-uncond", mode="sida", run=tmp_path / "run")
+    assert [astuple(need) for need in sida.needs][1] == (
+        "dataset cifar10",
+        "downloaded and prepared",
+        "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+        170_498_071,
+    )
+    assert sida.missing == []
+    asked = planned(tmp_path / "run", teacher="edm-cifar10-uncond", mode="sid", dataset="cifar10")
+    assert [need.what for need in asked.needs][1] == "dataset cifar10"
+    faces = planned(tmp_path / "run", teacher="edm-ffhq64")
+    assert [error.message for error in faces.missing] == ["dataset ffhq64 must be prepared from its files"]
+    with pytest.raises(SidaError, match=r"^dataset ffhq64 must be prepared from its files\. "):
+        ops.distill(teacher="edm-ffhq64", mode="sida", run=tmp_path / "run")
+    with pytest.raises(SidaError, match=r"^the dataset must fit the teacher .* = 64, 3, 0\), got 32, 3, 10\. "):
+        planned(tmp_path / "run", teacher="edm-ffhq64", dataset="cifar10")
     monkeypatch.setenv("SIDACTL_OFFLINE", "1")
     with pytest.raises(SidaError, match=r"^teacher edm-cifar10-uncond must be downloaded from .*, which offline forb"):
         planned(tmp_path / "run", teacher="edm-cifar10-uncond", mode="sid")
     assert not (tmp_path / "run").exists()
+
+
+def test_published_labels_are_fetched_first_for_mode_sid_alone(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    labels = {"teacher": "edm2-xs", "dataset": "imagenet512-labels"}
+    plan = planned(tmp_path / "run", mode="sid", **labels)
+    assert [need.what for need in plan.needs][:3] == [
+        "teacher edm2-xs",
+        "dataset imagenet512-labels",
+        "statistics imagenet512",
+    ]
+    assert plan.notes == []
+    with pytest.raises(SidaError) as caught:
+        planned(tmp_path / "run", mode="sida", **labels)
+    assert str(caught.value) == (
+        "images are needed, imagenet512-labels is of classes alone. Give a dataset with images."
+    )
 
 
 def test_a_disk_without_room_for_the_checkpoints_is_told_before_the_run(
@@ -1243,6 +1283,24 @@ def test_steps_and_sampler_are_those_of_the_net_unless_asked_for(finished: Finis
     assert nfe("generator/best", steps=3) == 3
 
 
+def test_settings_of_heuns_sampler_take_the_place_of_the_teachers_own(finished: Finished) -> None:
+    heun: dict[str, float] = {"sigma_min": 0.01, "sigma_max": 40, "rho": 5, "S_churn": 3, "S_min": 0.1, "S_max": 20}
+
+    def drawn(**options: Any) -> ops.Sampled:
+        return ops.sample("tiny-digits", num=2, run=finished.root, **options)
+
+    made = drawn(steps=4, heun=heun | {"S_noise": 1.01})
+    spec = HeunSpec(
+        num_steps=4, sigma_min=0.01, sigma_max=40.0, rho=5.0, S_churn=3.0, S_min=0.1, S_max=20.0, S_noise=1.01
+    )
+    assert made.artifact.params["sampler"] == spec.to_json()
+    net = ops.load("tiny-digits", finished.root)
+    (batch,) = sampling.generate(net, range(2), spec, device=torch.device("cpu"))
+    assert np.array_equal(made.images, batch.images.permute(0, 2, 3, 1).numpy())
+    assert drawn(steps=4).oid != made.oid
+    assert drawn(steps=4, heun={"rho": 7}).oid == drawn(steps=4).oid  # the teacher's own
+
+
 def test_another_precision_is_another_question_and_another_form_is_not(
     finished: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1304,6 +1362,37 @@ def test_another_precision_is_another_question_and_another_form_is_not(
             "tiny-digits",
             {"sampler": "ddim"},
             "the sampler must be one-step or heun, got 'ddim'. Pass --sampler heun for a teacher.",
+        ),
+        (
+            "generator/best",
+            {"heun": {"S_churn": 1}},
+            "--s-churn is of the heun sampler of a teacher, got one-step. Leave out --s-churn.",
+        ),
+        (
+            "tiny-digits",
+            {"heun": {"rho": 5}, "sampler": "one-step"},
+            "--rho is of the heun sampler of a teacher, got one-step. Leave out --rho.",
+        ),
+        (
+            "tiny-digits",
+            {"heun": {"S_noise": 1.1}},
+            "--s-noise counts with churn alone, got --s-churn 0. Pass --s-churn, such as 40.",
+        ),
+        (
+            "tiny-digits",
+            {"heun": {"sigma_min": 90}},
+            "sigma_min must be below sigma_max, 80, got 90.0. Pass another --sigma-min.",
+        ),
+        (
+            "tiny-digits",
+            {"heun": {"S_churn": -1.0}},
+            "S_churn must be at least 0 and finite, got -1.0. Pass another --s-churn.",
+        ),
+        (
+            "tiny-digits",
+            {"heun": {"num_steps": 4}},
+            "unknown setting 'num_steps' of Heun's sampler. "
+            "It has sigma_min, sigma_max, rho, S_churn, S_min, S_max, S_noise.",
         ),
         ("generator/none", {}, "no ref 'generator/none' in {root}. See what there is with: sidactl ls"),
         (
@@ -1400,7 +1489,10 @@ def test_mode_sid_falls_back_on_classes_where_the_dataset_is_not_there(edm2: tup
     made = ops.distill(teacher=far, mode="sid", watch=events.append, **options, **SHORT_SID)
     assert made.params["dataset"] == "imagenet512"
     assert store.get(made.inputs["dataset"]).results["kind"] == "labels"
-    assert messages(events)[0] == "dataset imagenet512: mode sid needs no images, training on classes alone"
+    assert messages(events)[0] == (
+        "dataset imagenet512: mode sid needs no images, training on classes alone, each as often; "
+        "--dataset imagenet512-labels downloads the published ones"
+    )
     with pytest.raises(SidaError, match=r"^dataset imagenet512 must be prepared from its files\. "):
         ops.distill(teacher=far, mode="sida", **options, **SHORT)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sidactl import artifacts, catalog, detectors, ops, references, scores
+from sidactl.artifacts import prepare_data
 from sidactl.errors import SidaError
 from sidactl.nets import inception
 from sidactl.store import Store
@@ -342,16 +343,19 @@ def test_the_default_reference_of_a_published_dataset_is_its_published_statistic
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = golden_metrics("stats_formats/ref_edm.npz").read_bytes()
-    published(tmp_path, monkeypatch, cifar10=data)
+    published(tmp_path, monkeypatch, ffhq64=data)
     store = Store.open(tmp_path / "run")
     net = catalog.TEACHERS["tiny-digits"].net.to_json()
-    params = {"name": "mine", "net": net, "dataset": "cifar10"}
+    params = {"name": "mine", "net": net, "dataset": "ffhq64"}
     subject = store.put("generator", {"model.safetensors": b""}, params=params)
     found = references.find(store, None, subject, "moments")
-    assert (found.kind, found.params["name"]) == ("stats", "cifar10")
-    assert references.find(store, "cifar10", subject, "moments").oid == found.oid
+    assert (found.kind, found.params["name"]) == ("stats", "ffhq64")
+    assert references.find(store, "ffhq64", subject, "moments").oid == found.oid
     assert references.detector_name(found) == "inception"
-    with pytest.raises(SidaError, match=r"^dataset cifar10 must be prepared from its files\. "):
+    classes = prepare_data(None, classes=10, run=store.root)  # as mode sid trains on where images are not there
+    free = store.put("generator", {"model.safetensors": b""}, inputs={"dataset": classes.oid}, params=params)
+    assert references.find(store, None, free, "moments").oid == found.oid
+    with pytest.raises(SidaError, match=r"^dataset ffhq64 must be prepared from its files\. "):
         references.find(store, None, subject, "images")
 
 

@@ -181,9 +181,34 @@ def test_a_score_in_another_precision_says_so_and_is_that_of_such_samples(finish
     assert usual.value != score.value
 
 
+def test_a_score_by_another_sampler_says_so_and_is_that_of_such_samples(finished: Finished) -> None:
+    churned: dict[str, Any] = {"steps": 3, "heun": {"S_churn": 2, "sigma_max": 40}}
+    drawn = ops.sample("tiny-digits", num=50, run=finished.root, **churned)
+    score = scores.fid("tiny-digits", num=50, run=finished.root, **churned)
+    assert score.value == pytest.approx(scores.fid(drawn, run=finished.root).value, rel=1e-9)
+    assert score.to_json()["settings"]["sampler"] == drawn.artifact.params["sampler"]
+    usual = scores.fid("tiny-digits", num=50, run=finished.root)
+    assert "sampler" not in usual.settings
+    assert usual.value != score.value
+    assert scores.fid("tiny-digits", num=50, steps=18, run=finished.root).oid == usual.oid  # the teacher's own
+    one = scores.fid("tiny-digits", num=50, sampler="one-step", run=finished.root)
+    assert one.settings["sampler"] == {"num_steps": 1, "sigma_init": 2.5}
+
+
 @pytest.mark.parametrize(
     ("ref", "options", "message"),
     [
+        (
+            "samples",
+            {"steps": 0},
+            "a sampler is of a net that draws images, got fixed ones. "
+            "Score the network itself, or leave out --steps, --sampler and the settings of Heun's.",
+        ),
+        (
+            "generator/best",
+            {"num": 10, "heun": {"rho": 5}},
+            "--rho is of the heun sampler of a teacher, got one-step. Leave out --rho.",
+        ),
         (
             "samples",
             {"setting": Setting(precision="bf16", compile=True)},

@@ -368,10 +368,11 @@ def test_show_tells_what_the_catalog_knows_of_a_name_that_is_not_fetched(stored:
             "imagenet64-edm2",
             "imagenet64-edm2 is a reference, not a network. Pass --ref imagenet64-edm2 to a score, which fetches it.",
         ),
+        ("cifar10", "cifar10 is a dataset, not a network. Use sidactl prepare-data cifar10."),
         (
-            "cifar10",
-            "cifar10 is a dataset, not a network. "
-            "Get it from https://www.cs.toronto.edu/~kriz/cifar.html, then use sidactl prepare-data.",
+            "ffhq64",
+            "ffhq64 is a dataset, not a network. "
+            "Get it from https://github.com/NVlabs/ffhq-dataset, then use sidactl prepare-data.",
         ),
     ],
 )
