@@ -49,6 +49,7 @@ _SYSTEM_NAMES = frozenset(("__macosx", "thumbs.db", "desktop.ini", "@eadir", "$r
 _MEMBER_HEAD_BYTES = 256
 """of a member's name and extra field, which are read with what stands before or after them"""
 _ROWS_AT_ONCE = 4096
+_FEW_ALIKE = 100
 _DIRECTORY_BYTES_AT_ONCE = 1 << 20
 _ENTRY = struct.Struct("<4s4xHH4xIIIHHH8xI")
 LAYOUT = re.compile(r"\d{5}/(img\d{8}\.png|img-mean-std-\d{8}\.npy)")
@@ -163,13 +164,18 @@ def _directory(data: mmap.mmap) -> Iterator[tuple[_Member, range]]:
     These are alike, see `_num_alike`. Raises BadZipFile.
     """
     span = _span(data)
-    position, count = span.start, 0
+    position, count, pause, to_wait = span.start, 0, 0, 0
     while position < span.end:
         start = position
         member, position = _member(data, start, span.end, start, span.shift)
         num_bytes, num_alike = position - start, 1
-        if LAYOUT.fullmatch(member.name):
+        if to_wait:
+            to_wait -= 1
+        elif LAYOUT.fullmatch(member.name):
             num_alike = _num_alike(data[start : min(start + num_bytes * _ROWS_AT_ONCE, span.end)], num_bytes)
+            # To look in vain costs as much as a hundred entries: where there is no order, it is done ever more rarely.
+            pause = 0 if num_alike > _FEW_ALIKE else min(2 * pause + 1, _ROWS_AT_ONCE)
+            to_wait = pause
         position = start + num_bytes * num_alike
         count += num_alike
         yield member, range(start, position, num_bytes)
