@@ -25,7 +25,7 @@ from sidactl.inputs import Count, Ref, Size, count_of, optional_ref, ref_text, r
 from sidactl.live import Question, begin, option_words
 from sidactl.outputs import manifest_of
 from sidactl.recipe import HeunSpec, NetSpec, OneStepSpec
-from sidactl.store import KINDS, Artifact, LiveDir, Store, canonical_json
+from sidactl.store import KINDS, SETTLED_NS, Artifact, LiveDir, Store, canonical_json
 
 if TYPE_CHECKING:
     import torch
@@ -46,8 +46,6 @@ NET_FILES = (".pkl", ".safetensors")
 DATA_FILES = (".zip", ".npz")
 _MAX_NAME = 64
 """characters of a name from outside that go into that of a temporary file: file systems take 255 bytes"""
-SETTLED_NS = 2 * 10**9
-"""how long a file must have been left alone before it was read for its times to tell whether it was changed since"""
 
 
 _IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")

@@ -274,7 +274,7 @@ def prepare_latents(
         for encoded in encoded_batches(dataset, codec, first, device):
             for index, latents in enumerate(encoded, start=done):
                 label = None if dataset.labels is None else int(dataset.labels[index])
-                where = f"latents of {dataset.names[index]}"
+                where = f"latents of {dataset.name(index)}"
                 member = _Member(encode_npy(latents), decode_latents(encode_npy(latents), where).shape)
                 zipped.add(where, f"{index:08d}"[:5] + f"/img-mean-std-{index:08d}.npy", member, label)
             # Whole batches only, so that what goes on later makes the same ones.

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from sidactl.data import (
     LABEL_FILE,
+    LAYOUT,
     MAX_LABEL,
     MAX_MEMBER_BYTES,
     ZipArchive,
@@ -79,7 +80,6 @@ class Source(NamedTuple):
 
 _CIFAR_HINT = "Download cifar-10-python.tar.gz again."
 _AGAIN = "Download it again."
-_LAYOUT = re.compile(r"\d{5}/(img\d{8}\.png|img-mean-std-\d{8}\.npy)")
 _BY_THOUSANDS = re.compile(r"(\d{5})/img\1\d{3}\.png")
 _IDX_TRAINING = re.compile(r"train-images[-.]idx3-ubyte(\.gz)?")
 _WNID = r"n\d{8}"
@@ -448,7 +448,8 @@ def _raise(error: OSError) -> None:
 def _zip(path: Path, keep_layout: bool, rules: _Rules) -> Source:
     archive = ZipArchive(path)
     listing = _Listing(path, is_item)
-    part = _imagenet_part(sorted(filter(is_item, archive.names)) or [""])
+    by_name = archive.by_name
+    part = _imagenet_part([*archive.names_of(by_name[archive.is_item[by_name]])] or [""])
     if part is not None:
         rules.say(f"{path} is ImageNet: its training images in {part} alone are taken")
     for name in archive.names:
@@ -458,10 +459,12 @@ def _zip(path: Path, keep_layout: bool, rules: _Rules) -> Source:
     listing.finish(rules.say)
     names, base, labels, class_names = _classified(listing, rules, archive.read, in_folders=False)
     # What is read is checked as it is; what is not might be an image, were it not for a damaged name.
-    archive.check(archive.names if rules.is_partial else set(archive.names) - set(names))
+    row_of = {name: row for row, name in enumerate(archive.names)}
+    rows = np.fromiter((row_of[name] for name in names), np.int64, len(names))
+    archive.check(range(len(archive)) if rules.is_partial else np.delete(np.arange(len(archive)), rows))
     if re.search(r"(^|/)\d{5}/$", base):  # all images in the first folder of a layout
         base = base[:-6]
-    kept = keep_layout and all(_LAYOUT.fullmatch(name, len(base)) for name in names)
+    kept = keep_layout and all(LAYOUT.fullmatch(name, len(base)) for name in names)
     if not kept and names[0].endswith(".npy"):
         raise SidaError(
             f"latents in {path} can only be taken as they are, got other options or names of another layout",
@@ -469,9 +472,9 @@ def _zip(path: Path, keep_layout: bool, rules: _Rules) -> Source:
         )
 
     def items() -> Iterator[Item]:
-        for index, name in enumerate(names):
+        for index, (name, row) in enumerate(zip(names, rows, strict=True)):
             label = None if labels is None else int(labels[index])
-            load = partial(archive.read, name)
+            load = partial(archive.read_row, int(row))
             yield Item(printable(f"{name} in {path}"), label, load, name[len(base) :] if kept else None)
 
     return Source(len(names), items(), from_files=True, labels=labels, class_names=class_names)

@@ -6,7 +6,7 @@
 - `asked/<key>`: the oid of the answer
 - `live/<key>/`: the only mutable place, one process at a time
 - `tmp/`: every write starts here, is flushed, then moved into its place
-- `digests/<name>`: what files outside were last seen to hold; only a shortcut, and no error where it cannot be kept
+- `digests/<name>`: what files outside, and large objects, last held; a shortcut, and no error where it cannot be kept
 - `log.jsonl`: when which question was answered: what must never enter a hash
 - `logs/<key>/`: losses and scores of finished runs, and what loggers write
 """
@@ -44,6 +44,10 @@ T = TypeVar("T")
 
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
 _CHUNK_BYTES = 1 << 20
+_LARGE_BYTES = 1 << 30
+"""of a file that is not read to its end at every start, but once, and again when it was touched"""
+SETTLED_NS = 2 * 10**9
+"""how long a file must have been left alone before it was read for its times to tell whether it was changed since"""
 _MAX_NAME_BYTES = 255
 """of a file's name, on every file system there is"""
 _OID_FILE_BYTES = 256
@@ -691,26 +695,48 @@ class Store:
         """Whether every file of it is there and unharmed; reads them all."""
         try:
             for name in artifact.files:
-                self.path(artifact, name)
+                self.path(artifact, name, anew=True)
         except BrokenError:
             return False
         return True
 
-    def path(self, artifact: Artifact, name: str) -> Path:
-        """Where a file's object lies (read-only); verified, once per Store for as long as it does not change."""
+    def path(self, artifact: Artifact, name: str, *, anew: bool = False) -> Path:
+        """Where a file's object lies (read-only); verified, once per Store for as long as it does not change.
+
+        One of a gigabyte or more is verified once for all processes, by one of them, for as long as it is not touched,
+        unless `anew`.
+        """
         if name not in artifact.files:
             hint = f"It has: {', '.join(sorted(artifact.files)) or 'no files'}."
             raise SidaError(f"artifact {artifact.oid[:12]} ({artifact.kind}) has no file '{name}'", hint)
         entry = artifact.files[name]
-        stat = self._read(os.stat, self._object(entry.sha256))
-        if stat is None:
+        about = self._read(os.stat, self._object(entry.sha256))
+        if about is None:
             raise self._broken(artifact, name, f"missing from {self.root}")
-        version = (entry.sha256, stat.st_mtime_ns, stat.st_size)
+        version = (entry.sha256, about.st_mtime_ns, about.st_size)
         if version not in self._verified:
-            if stat.st_size != entry.size_bytes or self._sha256(entry.sha256) != entry.sha256:
+            if about.st_size != entry.size_bytes or not self._is_sound(entry, about, anew):
                 raise self._broken(artifact, name, _DAMAGED)
-            self._verified.add(version)
+            if anew or about.st_size < _LARGE_BYTES:
+                self._verified.add(version)
         return self._object(entry.sha256)
+
+    def _is_sound(self, entry: FileEntry, about: os.stat_result, anew: bool) -> bool:
+        """Whether an object has its digest: of a large one as it was last read, where it is as it was then."""
+        if about.st_size < _LARGE_BYTES:
+            return self._sha256(entry.sha256) == entry.sha256
+        note = self.key("object", {"sha256": entry.sha256}, {})
+        seen = f"{about.st_ino} {about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}"
+        with _disk(self.root, "read"), self._object(entry.sha256).open("rb") as file:
+            with suppress(OSError):  # no locks here: then each process reads it
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not anew and self._text(f"digests/{note}") == seen:
+                return True
+            began_ns = time.time_ns()
+            is_sound = self._sha256(entry.sha256) == entry.sha256
+            if is_sound and max(about.st_mtime_ns, about.st_ctime_ns) < began_ns - SETTLED_NS:
+                self.note_digest(note, seen)
+            return is_sound
 
     def _broken(self, artifact: Artifact, name: str, problem: str) -> BrokenError:
         sha256 = artifact.files[name].sha256

@@ -7,10 +7,14 @@ import json
 import os
 import pickle
 import random
+import re
+import shutil
 import struct
 import subprocess
 import sys
 import tarfile
+import tempfile
+import tracemalloc
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -25,6 +29,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sidactl import data as data_module
 from sidactl import prepare as prepare_module
 from sidactl.codec import LatentCodec
 from sidactl.data import DataOrder, Dataset, ZipArchive, drawn_subset, tiny_digits_arrays
@@ -32,6 +37,7 @@ from sidactl.errors import SidaError
 from sidactl.prepare import PRESETS, ZipWriter, contact_sheet, encode_png, prepare, prepare_latents
 from tests.golden import golden_metrics
 from tests.playback import SmallVae
+from tests.standins import sparse_latents
 
 EXPECTED = "datasets/expected.json"
 DECODED = "datasets/decoded.npz"
@@ -549,6 +555,116 @@ def test_zip_with_a_damaged_directory_is_refused_in_one_line(tmp_path: Path) -> 
     assert len(set(told)) > 10
 
 
+def members_of(path: Path) -> object:
+    """What the directory of a zip says of all members, or how it is refused."""
+    try:
+        archive = ZipArchive(path)
+        return [archive.member(row) for row in archive.by_name], archive.is_item.tolist(), archive.names
+    except SidaError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("limit", [(1 << 31) - 1, 500])
+def test_entries_that_are_read_at_once_are_as_if_read_one_by_one(
+    limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", limit)
+    path = make_zip(tmp_path / "d.zip", labelled(layout(40), *range(40)))
+    good = path.read_bytes()
+    start = good.index(b"PK\x01\x02")
+    rng, kinds = np.random.default_rng(1), set()
+    for trial in range(300):
+        data = bytearray(good)
+        for position in rng.integers(start, len(data), trial % 3):
+            data[position] = rng.choice([0, 255, ord("0"), ord("9"), ord("/"), data[position] ^ 1])
+        path.write_bytes(data)
+        at_once = members_of(path)
+        with monkeypatch.context() as patched:
+            patched.setattr(data_module, "_num_alike", lambda data, num_bytes: 1)
+            patched.setattr(data_module, "_names_at_once", lambda data, entries: [])
+            assert members_of(path) == at_once
+        kinds.add(re.sub(r"\d+|'[^']*'", "", at_once) if isinstance(at_once, str) else "read")
+    assert len(kinds) > 5
+
+
+def test_entries_out_of_order_are_not_compared_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"00000/img{index * 769 % 2000:08d}.png" for index in range(2000)]
+    path = make_zip(tmp_path / "d.zip", [(name, b"") for name in names])
+    looked: list[int] = []
+    num_alike = data_module._num_alike
+    monkeypatch.setattr(data_module, "_num_alike", lambda *a: looked.append(1) or num_alike(*a))
+    assert ZipArchive(path).names == tuple(names)
+    assert len(looked) < 20
+
+
+def test_names_in_any_order_are_sorted_and_found(tmp_path: Path) -> None:
+    names = [f"{index % 7}/{index * 37 % 100:03d}.png" for index in range(100)]
+    dataset = Dataset(make_zip(tmp_path / "d.zip", [(name, encode_png(noise(4, 4, 3))) for name in ("readme", *names)]))
+    assert dataset.names == sorted(names)
+    assert [dataset.name(index) for index in range(100)] == sorted(names)
+    archive = ZipArchive(tmp_path / "d.zip")
+    assert [archive.row_of(name) for name in ("readme", *names)] == list(range(101))
+    assert "3/999.png" not in archive
+    assert "" not in archive
+    with pytest.raises(KeyError):
+        archive.read("zzz")
+
+
+# Size.
+
+
+def test_dataset_keeps_a_few_bytes_of_a_member(tmp_path: Path) -> None:
+    num = 20_000
+    sparse_latents(tmp_path / "d.zip", num, size=8)
+    Dataset(make_zip(tmp_path / "warm.zip", labelled(layout(2), 0, 1)), cache_bytes=0)
+    tracemalloc.start()
+    try:
+        dataset = Dataset(tmp_path / "d.zip", cache_bytes=0)
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # Where its entry is, its place by name and its label are 8 bytes each, 1 is whether it is an image; lists grow by
+    # an eighth ahead. The rest is for what does not depend on the number.
+    assert kept < 27 * num + 100_000
+    # What dataset.json says of it is 47 bytes, which stay for a moment as they were read, and the part of it alone.
+    assert peak < 27 * num + 2.5 * 47 * num + 2_000_000
+    assert dataset.class_counts() == [20] * 1000
+    assert not dataset.images([0, 19_999]).any()
+
+
+@pytest.mark.slow
+def test_dataset_of_imagenet_512_in_latents_stays_small(tmp_path: Path) -> None:
+    num = 1_281_167
+    # Some disks take minutes to free a million blocks.
+    memory, free = Path("/dev/shm"), os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    has_room = memory.is_dir() and min(free, shutil.disk_usage(memory).free) > 10e9
+    with tempfile.TemporaryDirectory(dir=memory if has_room else tmp_path) as folder:
+        hole, path = Path(folder, "hole"), Path(folder, "d.zip")
+        hole.touch()
+        os.truncate(hole, 1 << 20)
+        if hole.stat().st_blocks:
+            pytest.skip(f"the file system of {folder} keeps no holes in files: 168 GB would be written")
+        sparse_latents(path, num)
+        size = path.stat()
+        assert size.st_size > 168e9
+        assert size.st_blocks * 512 < size.st_size / 20
+        check_that_it_stays_small(path, num)
+
+
+def check_that_it_stays_small(path: Path, num: int) -> None:
+    script = (
+        "import pathlib, sys, resource; from sidactl.data import Dataset, DataOrder\n"
+        "rss = lambda: int(pathlib.Path('/proc/self/statm').read_text().split()[1]) * resource.getpagesize()\n"
+        "before = rss(); dataset = Dataset(pathlib.Path(sys.argv[1])); order = DataOrder(dataset.num_images, 0)\n"
+        "for start in range(0, 4096, 32): assert not dataset.images(order.indices(start, 32)).any()\n"
+        "print(dataset.num_images, int(dataset.one_hot([1281166]).argmax()), rss() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, path], check=True, capture_output=True)
+    num_images, label, grown = map(int, done.stdout.split())
+    assert (num_images, label) == (num, 999)
+    assert grown < 100 << 20  # for eight processes less than a gigabyte on top of what torch takes
+
+
 # Latents.
 
 
@@ -1020,6 +1136,43 @@ def test_dataset_names_what_is_wrong(tmp_path: Path) -> None:
         f"00000/img-mean-std-00000000.npy in {path} must hold finite float32 latents [8, h, w], got float32 [8, 4, 4]. "
         "Encode the dataset again."
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "outcome"),
+    [
+        ('{"labels": [["a.png", 3], ["b.png", 0]]}', ([3, 0], None, 4)),
+        (' {"labels":[["a.png",3],["b.png",0]], "other": 1}', ([3, 0], None, 4)),
+        ('{"labels": [["a.png", 1], ["b.png", 0]], "class_names": ["x", "y", "z"]}', ([1, 0], ["x", "y", "z"], 3)),
+        ('{"labels": [["b.png", 0], ["a.png", 3]]}', ([3, 0], None, 4)),
+        ('{"labels": [["\\u0061.png", 3], ["b.png", 0]]}', ([3, 0], None, 4)),
+        ('{"labels": [["a.png", 1], ["b.png", 0]], "labels": null}', 'D must be JSON, got the key "labels" twice'),
+        ('{"labels": [["a.png", 1], ["b.png", 0]], "class_names": ["x"]}',
+         "class_names in D must be a list with a name for each class"),
+        ('{"labels": [["a.png", 1], ["b.png", 0]], }',
+         "D must be JSON, got Expecting property name enclosed in double quotes: line 1 column 42 (char 41)"),
+        ('{"labels": [["a.png", 1], ["b.png", 0]',
+         "D must be JSON, got Expecting ',' delimiter: line 1 column 39 (char 38)"),
+        ('{"labels": [["a.png", 1]]}', "D must label every image, got none for b.png"),
+        ('{"labels": [["a.png", 1], ["b.png", 01]]}',
+         "D must be JSON, got Expecting ',' delimiter: line 1 column 38 (char 37)"),
+        ('{"labels": [["a.png", 1], ["b.png", 0], ["c.png", 0]]}',
+         "D names 1 images that are not there, the first c.png"),
+        ('{"labels": [["a.png", 1], ["b.png", 0], ["a.png", 2]]}',
+         "D must give each image one class, got 1 and 2 for a.png"),
+        ('{"labels": [["a.png", 1], ["b.png", 1000000]]}',
+         "label of b.png in D must be an integer from 0 to 999999, got 1000000"),
+    ],
+)  # fmt: skip
+def test_labels_in_any_spelling(text: str, outcome: Any, tmp_path: Path) -> None:
+    images = [(name, encode_png(noise(4, 4, 3))) for name in ("a.png", "b.png")]
+    path = make_zip(tmp_path / "d.zip", [*images, ("dataset.json", text.encode())])
+    if isinstance(outcome, str):
+        assert load(path).startswith(outcome.replace("D", f"dataset.json in {path}", 1) + ". ")
+        return
+    dataset = Dataset(path)
+    assert dataset.labels is not None
+    assert (dataset.labels.tolist(), dataset.class_names, dataset.label_dim) == outcome
 
 
 def test_latents_with_pickled_objects_are_refused_unopened(tmp_path: Path) -> None:

@@ -342,6 +342,36 @@ def test_path_hashes_a_file_once_until_it_changes(store: Store, monkeypatch: pyt
         store.path(artifact, "a")
 
 
+def test_a_large_file_is_hashed_once_for_all_processes_until_it_is_touched(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "_LARGE_BYTES", 4)
+    artifact = store.put("run", {"a": b"hello"})
+    path = object_path(store, artifact.files["a"].sha256)
+    hashed: list[Path] = []
+    hash_file = store_module._hash_file
+    monkeypatch.setattr(store_module, "_hash_file", lambda path: hashed.append(path) or hash_file(path))
+    for expected in (1, 2):  # it was written a moment ago
+        assert Store(store.root).path(artifact, "a") == path
+        assert hashed == [path] * expected
+    monkeypatch.setattr(store_module, "SETTLED_NS", -(10**12))
+    for expected in (3, 3, 3):
+        assert Store(store.root).path(artifact, "a") == path
+        assert len(hashed) == expected
+    assert Store(store.root).is_whole(artifact)
+    assert len(hashed) == 4
+    path.chmod(0o644)
+    path.chmod(0o444)
+    Store(store.root).path(artifact, "a")
+    assert len(hashed) == 5
+    overwrite(store, artifact.files["a"].sha256, b"jello")
+    for _ in range(2):
+        with pytest.raises(SidaError, match="is damaged"):
+            Store(store.root).path(artifact, "a")
+    assert not Store(store.root).is_whole(artifact)
+    assert [what for what, _ in store.verify()] == [artifact.files["a"].sha256]
+
+
 def test_a_file_that_looks_like_a_manifest_is_none(store: Store) -> None:
     lookalikes = [b'{"files":{}}', b'{"files":{"a":1},"kind":"run"}', b'{"files":{', b'{"files":{"a":{"sha256":1}}}']
     artifact = store.put("run", {f"file{index}": data for index, data in enumerate(lookalikes)})
