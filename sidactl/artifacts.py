@@ -159,9 +159,10 @@ def dataset_called(store: Store, name: str, *, recheck: bool = False, may_downlo
 
 def not_prepared(entry: catalog.Dataset) -> MissingError:
     """What a dataset of the catalog is refused with that is not in the run directory and cannot be downloaded."""
+    words = f"--preset {entry.name}{' --latents' if entry.is_latent else ''} --name {entry.name}"
     return MissingError(
         f"dataset {entry.name} must be prepared from its files",
-        f"Get them from {entry.where}, then run sidactl prepare-data PATH --preset {entry.name} --name {entry.name}.",
+        f"Get them from {entry.where}, then run sidactl prepare-data PATH {words}.",
     )
 
 

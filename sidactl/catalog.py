@@ -62,6 +62,8 @@ class Dataset(Entry):
     """resolution, channels and classes of one that is built in or downloaded"""
     labels_of: str | None = None
     """the dataset whose classes these are, without images"""
+    is_latent: bool = False
+    """whether its networks see latents"""
     num_images: int | None = None
     """what a source of it holds, as far as it is known"""
     where: str | None = None
@@ -652,6 +654,7 @@ DATASETS: Mapping[str, Dataset] = {
             name="imagenet512",
             about="1,281,167 images in 1,000 classes, cut to 512x512: ILSVRC/Data/CLS-LOC/train",
             num_images=1_281_167,
+            is_latent=True,
             licence="for research and teaching, on the terms of image-net.org",
             where="https://image-net.org/download.php",
         ),

@@ -32,8 +32,6 @@ from tests.test_pickles import Persistent, install_published_modules
 
 NETS = ("edm-cifar10-uncond", "edm-imagenet64", "edm2-s", "edm2-xs")
 GENERATORS = ("sid/cifar10-uncond", "sid/edm2-s")
-NUM_CIFAR10 = 20
-"""images of the stand-in of CIFAR-10, which says 50,000"""
 FEW = ["--batch-size", "4", "--num-accumulation-rounds", "2", "--duration", "24", "--generator-from", "4"]
 FEW += ["--evaluate-every", "16", "--evaluate-num", "3", "--checkpoint-every", "16", "--precision", "fp32"]
 """flags of a distillation that takes seconds"""
@@ -73,20 +71,21 @@ def small(spec: NetSpec) -> NetSpec:
     )
 
 
-def small_catalog(patch: pytest.MonkeyPatch, inception_digest: str) -> None:
-    """Lets the catalog expect what `write_mirror` writes."""
+def small_catalog(patch: pytest.MonkeyPatch, mirror: Path) -> None:
+    """Lets the catalog expect what `write_mirror` wrote."""
     teachers = {name: replace(entry, net=small(entry.net)) for name, entry in catalog.TEACHERS.items() if name in NETS}
     # Published with 35 to 511 evaluations of a network.
     teachers = {name: replace(entry, sampler=replace(entry.sampler, num_steps=3)) for name, entry in teachers.items()}
     generators = {
         name: replace(entry, net=small(entry.net)) for name, entry in catalog.GENERATORS.items() if name in GENERATORS
     }
-    of_inception = catalog.DETECTORS["inception"]
-    assert of_inception.source
-    source = replace(of_inception.source, sha256=inception_digest, size_bytes=None)
+    inception_entry, cifar_entry = (
+        _as_written(e, mirror) for e in (catalog.DETECTORS["inception"], catalog.DATASETS["cifar10"])
+    )
     patch.setattr(catalog, "TEACHERS", {**catalog.TEACHERS, **teachers})
     patch.setattr(catalog, "GENERATORS", {**catalog.GENERATORS, **generators})
-    patch.setattr(catalog, "DETECTORS", {**catalog.DETECTORS, "inception": replace(of_inception, source=source)})
+    patch.setattr(catalog, "DETECTORS", {**catalog.DETECTORS, "inception": inception_entry})
+    patch.setattr(catalog, "DATASETS", {**catalog.DATASETS, "cifar10": cifar_entry})
     patch.setattr(inception, "FIDInception", SmallInception)
     patch.setattr(inception, "NUM_FEATURES", SmallInception.NUM_FEATURES)
     patch.setattr(preflight, "_NUM_FEATURES", {**preflight._NUM_FEATURES, "inception": SmallInception.NUM_FEATURES})
@@ -94,8 +93,15 @@ def small_catalog(patch: pytest.MonkeyPatch, inception_digest: str) -> None:
     patch.setattr(codec, "stable_diffusion_vae", lambda **options: SmallVae())
 
 
-def write_mirror(folder: Path) -> str:
-    """Every stand-in, by the last part of its address. Returns the digest of Inception's."""
+def _as_written(entry: Any, mirror: Path) -> Any:
+    """The entry with the digest and size of its stand-in."""
+    content = (mirror / _file_of(entry)).read_bytes()
+    source = replace(entry.source, sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content))
+    return replace(entry, source=source)
+
+
+def write_mirror(folder: Path) -> None:
+    """Every stand-in, by the last part of its address."""
     folder.mkdir(parents=True)
     with pytest.MonkeyPatch.context() as patch:
         install_published_modules(patch.setitem)
@@ -111,9 +117,7 @@ def write_mirror(folder: Path) -> str:
             held = {"fid": {"mu": mean, "sigma": covariance}}
             (folder / _file_of(entry)).write_bytes(pickle.dumps(held, protocol=4))
     (folder / "cifar-10-python.tar.gz").write_bytes(tarred(cifar([0, 1, 2, 3])))
-    weights = folder / _file_of(catalog.DETECTORS["inception"])
-    torch.save(_drawn(SmallInception()).state_dict(), weights)
-    return hashlib.sha256(weights.read_bytes()).hexdigest()
+    torch.save(_drawn(SmallInception()).state_dict(), folder / _file_of(catalog.DETECTORS["inception"]))
 
 
 def write_imagenet(folder: Path) -> Path:
