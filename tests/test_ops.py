@@ -1090,7 +1090,8 @@ def test_published_labels_are_fetched_first_for_mode_sid_alone(tmp_path: Path) -
         "dataset imagenet512-labels",
         "statistics imagenet512",
     ]
-    assert plan.notes == []
+    told = "scored against the published statistics imagenet512, as the published runs were; --ref takes others"
+    assert plan.notes == [told]
     with pytest.raises(SidaError) as caught:
         planned(tmp_path / "run", mode="sida", **labels)
     assert str(caught.value) == (
