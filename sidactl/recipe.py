@@ -394,7 +394,7 @@ class Recipe(Plain):
     tmax: int = 800
     """largest time, in thousandths of the noise schedule, at which the generator's output is diffused"""
     lambda_sid: float = 100.0
-    """scale of the SiD term"""
+    """scale of the SiD term; 0 leaves the adversarial one alone"""
     P_mean: float = -1.2
     """mean of ln sigma in the fake-score loss"""
     P_std: float = 1.2
@@ -453,8 +453,10 @@ class Recipe(Plain):
         _at_least(self, 0, "ema_halflife_nimg", "generator_from_nimg")
         if self.teacher_precision == "tf32":  # a setting of the device, not of one net
             raise _refusal("teacher_precision", "fp32, fp16 or bf16", self.teacher_precision)
-        _positive(self, "fake_score_lr", "generator_lr", "lambda_sid", "sigma_init", "P_std", "adam_eps")
-        _not_negative(self, "ema_rampup_ratio")
+        _positive(self, "fake_score_lr", "generator_lr", "sigma_init", "P_std", "adam_eps")
+        _not_negative(self, "ema_rampup_ratio", "lambda_sid")
+        if not self.lambda_sid and not (self.adversarial and self.adversarial.lambda_adv):
+            raise _refusal("lambda_sid", "positive where no adversarial term trains the generator", self.lambda_sid)
         _below_one(self, "fake_score_beta1", "generator_beta1", "beta2", "dropout")
         _share(self, "augment_p")
         _within(self, ["tmax"], "in (0, 1000]", lambda got: 0 < got <= 1000)

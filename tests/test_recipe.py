@@ -87,6 +87,17 @@ def test_an_unknown_field_is_refused_with_those_that_there_are() -> None:
     assert names == sorted(names)
 
 
+def test_without_the_sid_term_the_adversarial_one_must_train_the_generator() -> None:
+    assert override(SIDA, {"lambda_sid": 0.0}).lambda_sid == 0
+    for recipe, changes in ((SID, {"lambda_sid": 0.0}), (SIDA, {"lambda_sid": 0.0, "lambda_adv": 0.0})):
+        with pytest.raises(SidaError) as caught:
+            override(recipe, changes)
+        assert str(caught.value) == (
+            "lambda_sid must be positive where no adversarial term trains the generator, got 0.0. "
+            "Pass another --lambda-sid."
+        )
+
+
 def test_an_adversarial_field_is_refused_in_mode_sid() -> None:
     with pytest.raises(SidaError) as caught:
         override(SID, {"lambda_adv": 0.1})
@@ -108,7 +119,7 @@ BAD: list[tuple[str, Any, str, str]] = [
     ("evaluate_num", 1, "at least 2", "--evaluate-num"),
     ("fake_score_lr", 0.0, "positive and finite", "--fake-score-lr"),
     ("generator_lr", math.inf, "positive and finite", "--generator-lr"),
-    ("lambda_sid", math.nan, "positive and finite", "--lambda-sid"),
+    ("lambda_sid", math.nan, "at least 0 and finite", "--lambda-sid"),
     ("sigma_init", -2.5, "positive and finite", "--sigma-init"),
     ("P_std", 0.0, "positive and finite", "--p-std"),
     ("fake_score_beta1", 1.0, "in [0, 1)", "--fake-score-beta1"),
@@ -327,5 +338,5 @@ def test_a_number_is_the_same_in_every_type() -> None:
         "dropout": (0, -0.0),
     }.items():
         assert len({json.dumps(override(SIDA, {name: value}).to_json()) for value in values}) == 1
-    with pytest.raises(SidaError, match="lambda_sid must be positive and finite, got inf"):
+    with pytest.raises(SidaError, match="lambda_sid must be at least 0 and finite, got inf"):
         override(SIDA, {"lambda_sid": 10**400})
