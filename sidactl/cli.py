@@ -637,7 +637,8 @@ def distill(
         "reference": reference,
     }
     planned |= {"score": not no_score, "detector": detector, "allow_untrained": allow_untrained, "device": device}
-    others = {"teacher_score": teacher_score, "name": name, "run": run, "force": force}
+    planned["teacher_score"] = teacher_score
+    others = {"name": name, "run": run, "force": force}
     _distill(planned, others, overrides, log, as_json, dry_run)
 
 
@@ -674,7 +675,8 @@ def finetune_sid2a(
         "reference": reference,
     }
     planned |= {"score": not no_score, "detector": detector, "allow_untrained": allow_untrained, "device": device}
-    others = {"teacher_score": teacher_score, "name": name, "run": run, "force": force}
+    planned["teacher_score"] = teacher_score
+    others = {"name": name, "run": run, "force": force}
     _distill(planned, others, overrides, log, as_json, dry_run)
 
 
@@ -696,7 +698,7 @@ def _distill(
         from sidactl import logs
 
         logs.check(log or ())
-        _print_plan(planned, others["run"], overrides, execution, teacher_score=others["teacher_score"])
+        _print_plan(planned, others["run"], overrides, execution)
         return
     with _watching(log) as watch:
         artifact = ops.distill(**planned, **others, execution=execution, say=ui.note, watch=watch, **overrides)
@@ -708,8 +710,6 @@ def _print_plan(
     run: Path | None,
     overrides: Mapping[str, Any],
     execution: Execution,
-    *,
-    teacher_score: str | None,
 ) -> None:
     from sidactl import ops, preflight
     from sidactl.store import Store
@@ -746,7 +746,7 @@ def _print_plan(
         "reference": planned.scoring.reference.text,
         "evaluations": planned.num_evaluations,
         "images": recipe.evaluate_num,
-        "teacher_score": teacher_score or planned.teacher_score,
+        "teacher_score": arguments["teacher_score"] or planned.teacher_score,
     }
     ui.print_json(
         {

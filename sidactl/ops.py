@@ -296,6 +296,7 @@ def plan(
     reference: str | None = None,
     score: bool = True,
     detector: str | None = None,
+    teacher_score: TeacherScore | None = None,
     allow_untrained: bool = False,
     device: str | None = None,
 ) -> Plan:
@@ -314,6 +315,9 @@ def plan(
     for flag, given in (("--ref", reference), ("--detector", detector)):
         if given is not None and not score:
             raise SidaError(f"{flag} is for scoring, got {given} and --no-score", "Leave out one of the two.")
+    if teacher_score not in (None, *TEACHER_SCORES):
+        what = f"the teacher's score must be one of {', '.join(TEACHER_SCORES)}, got {teacher_score!r}"
+        raise SidaError(what, "Pass --teacher-score measure.")
     preflight.check_device(device)
     chosen: Mode = next(m for m in MODES if m == mode)
     taught = _teacher_of(store, teacher)
@@ -384,7 +388,10 @@ def plan(
         for shard in (False, True)
     }
     cost = catalog.COSTS.get((recipe.teacher, recipe.mode))
-    return Plan(recipe, default, inputs, memory, cost, scoring, needs, missing, warnings, notes, free_bytes)
+    made = Plan(recipe, default, inputs, memory, cost, scoring, needs, missing, warnings, notes, free_bytes)
+    if scoring and teacher_score == "published" != made.teacher_score:
+        raise _not_published(recipe, scoring.score_name)
+    return made
 
 
 def _suited(recipe: Recipe, teacher: preflight.Input, overrides: Mapping[str, Any]) -> Recipe:
@@ -530,9 +537,6 @@ def distill(
     settings = {f.name for f in dataclasses.fields(Execution)} & set(recipe_overrides)
     chosen = {name: recipe_overrides.pop(name) for name in settings}
     execution = dataclasses.replace(execution or Execution(), **chosen)
-    if teacher_score not in (None, *TEACHER_SCORES):
-        what = f"the teacher's score must be one of {', '.join(TEACHER_SCORES)}, got {teacher_score!r}"
-        raise SidaError(what, "Pass --teacher-score measure.")
     store = Store.open(run)
     if name:
         store.check_name("generator", name)
@@ -548,6 +552,7 @@ def distill(
             reference=reference,
             score=score,
             detector=detector,
+            teacher_score=teacher_score,
             allow_untrained=allow_untrained,
             device=device,
             recheck=force,
@@ -810,10 +815,7 @@ def _distill(
         if teacher_score is None:
             teacher_score = "measure" if published is None else "published"
         elif teacher_score == "published" and published is None:
-            raise SidaError(
-                f"no {distance_name(detector)} of {recipe.teacher} against this reference is published",
-                "Pass --teacher-score measure, or none.",
-            )
+            raise _not_published(recipe, distance_name(detector))
         if teacher_score == "measure" and not _is_scored(store, wanted):
             notes.append(
                 f"at the end the teacher is scored, too, on {recipe.evaluate_num:,} images of "
@@ -917,6 +919,11 @@ def _published_score(recipe: Recipe, reference: catalog.Reference | None, by: st
     entry = catalog.TEACHERS.get(recipe.teacher)
     found = entry.scores.get(by) if entry and reference else None
     return found.value if found else None
+
+
+def _not_published(recipe: Recipe, score: str) -> SidaError:
+    what = f"no {score} of {recipe.teacher} against this reference is published"
+    return SidaError(what, "Pass --teacher-score measure, or none.")
 
 
 def _try_scoring(

@@ -1027,6 +1027,8 @@ def test_words_that_name_nothing_are_refused_by_a_plan_as_by_a_run(finished: Fin
             "nowhere.zip: no such file or folder. Check the path, or see sidactl ls for names.",
         ),
         ({"dataset": "generator/best"}, "'generator/best' must be of kind dataset, got generator. See what"),
+        ({"teacher_score": "foo"}, "the teacher's score must be one of published, measure, none, got 'foo'. "),
+        ({"teacher_score": "published"}, "no FD tiny-digits of tiny-digits against this reference is published. "),
         ({"device": "abacus"}, "device must be cpu, cuda or cuda:N, got 'abacus'. Pass --device cpu."),
         (
             {"mode": "sid2a", "generator": "sid/cifar10-uncond-alpha1"},
