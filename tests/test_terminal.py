@@ -40,7 +40,10 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "fid": (["fid", "tiny-digits", "--num", "70"], NUMBER),
     "prec-recall": (["prec-recall", "tiny-digits", "--num", "70"], f"{NUMBER} {NUMBER}"),
     "inception-score": (["inception-score", "tiny-digits", "--num", "70"], NUMBER),
-    "evaluate": (["evaluate", "tiny-digits", "--num", "70"], r"FD tiny-digits \S+; 1 x 70 images, tiny-digits@\S+"),
+    "evaluate": (
+        ["evaluate", "tiny-digits", "--num", "70"],
+        r"FD tiny-digits \S+; 1 x 70 images, tiny-digits@\S+, against dataset tiny-digits",
+    ),
 }
 """every command with a display, and the result that it must leave in a line of its own"""
 
