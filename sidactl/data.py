@@ -300,12 +300,13 @@ class ZipArchive:
             raise SidaError(f"names in {self.path} must be unique, got {name!r} twice", "Make the zip again.")
         if member.flags & 1 or member.method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise SidaError(
-                f"{name} in {self.path} must be stored or deflated, got an encrypted or otherwise packed member",
+                f"{printable(name)} in {self.path} must be stored or deflated, got an encrypted or otherwise packed "
+                "member",
                 "Make the zip again without encryption.",
             )
         if member.size > MAX_MEMBER_BYTES:
             raise SidaError(
-                f"{name} in {self.path} must be at most {MAX_MEMBER_BYTES} bytes, got {member.size}",
+                f"{printable(name)} in {self.path} must be at most {MAX_MEMBER_BYTES} bytes, got {member.size}",
                 "Split it, or leave it out.",
             )
 
@@ -407,7 +408,7 @@ class ZipArchive:
         return int(30 + name_length + extra_length)
 
     def _damaged(self, name: str) -> SidaError:
-        return SidaError(f"{name} in {self.path} is damaged", "Copy or download the zip again.")
+        return SidaError(f"{printable(name)} in {self.path} is damaged", "Copy or download the zip again.")
 
     def read(self, name: str) -> bytes:
         """The bytes of the member of that name, as `read_member`; KeyError where there is none."""
@@ -516,10 +517,11 @@ def parse_labels(text: bytes, where: str) -> LabelFile:
     for entry in entries if isinstance(document, dict) and isinstance(entries, list) else [entries]:
         if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)):
             raise SidaError(f"{where} must hold pairs of name and class, got {json.dumps(entry)[:60]}", hint)
-        name, label = entry[0], check_label(entry[1], f"{entry[0]} in {where}")
+        name, label = entry[0], check_label(entry[1], f"{printable(entry[0])} in {where}")
         if labels.setdefault(name, label) != label:
             raise SidaError(
-                f"{where} must give each image one class, got {labels[name]} and {label} for {name}", "Correct it."
+                f"{where} must give each image one class, got {labels[name]} and {label} for {printable(name)}",
+                "Correct it.",
             )
     names = document.get("class_names")
     if names is not None and not (
@@ -719,12 +721,12 @@ class Dataset:
     def _decode(self, index: int) -> NDArray[Any]:
         member = self._archive.member(self._rows[index])
         decode = decode_latents if self.is_latents else decode_pixels
-        return decode(self._archive.read_member(member), f"{member.name} in {self.path}")
+        return decode(self._archive.read_member(member), f"{printable(member.name)} in {self.path}")
 
     def _item(self, index: int) -> NDArray[Any]:
         item = self._decode(index)
         if item.shape != self._shape:
-            got = f"{list(item.shape)} for {self.name(index)}"
+            got = f"{list(item.shape)} for {printable(self.name(index))}"
             raise SidaError(
                 f"images in {self.path} must all be {list(self._shape)}, got {got}", "Convert it with prepare-data."
             )

@@ -1100,6 +1100,13 @@ def load(path: Path) -> str:
     return str(caught.value)
 
 
+def test_damaged_names_are_told_in_letters_that_are_seen(tmp_path: Path) -> None:
+    path = make_zip(tmp_path / "d.zip", [*layout(2), ("dataset.json", b'{"labels": []}')])
+    data = path.read_bytes()
+    path.write_bytes(data[: data.rindex(b"dataset.json")] + data[data.rindex(b"dataset.json") :].replace(b"s", b"\x7f"))
+    assert load(path) == f"data\\x7fet.j\\x7fon in {path} is damaged. Copy or download the zip again."
+
+
 def test_dataset_names_what_is_wrong(tmp_path: Path) -> None:
     path = tmp_path / "d.zip"
     assert load(path) == f"dataset {path} does not exist. Check the path."
