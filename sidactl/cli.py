@@ -32,7 +32,6 @@ from sidactl.recipe import (
     Execution,
     HeunSpec,
     NetSpec,
-    OneStepSpec,
     Recipe,
     Setting,
     TeacherRecipe,
@@ -482,7 +481,7 @@ def _parser(field: dataclasses.Field[Any]) -> Callable[[str], Any]:
                 raise SidaError(f"{flag} must be true or false, got {text!r}", f"Pass {flag} true.")
             return text.lower() == "true"
         if inputs.is_count(field) and "tuple" in str(field.type):
-            return tuple(inputs.parse_count(part, flag) for part in text.split(",")) if text != "none" else ()
+            return inputs.counts_of(text, flag) if text != "none" else ()
         if inputs.is_count(field):
             return inputs.parse_count(text, flag)
         if "Literal" in str(field.type) or field.type is str:
@@ -1494,7 +1493,9 @@ def _score_lines(score: "Score", against: Mapping[str, str]) -> list[str]:
 
 def _told_sampler(sampler: Mapping[str, Any]) -> str:
     """A sampler that is not the net's own, by the flags that differ from its kind's defaults."""
-    spec: HeunSpec | OneStepSpec = (HeunSpec if "S_churn" in sampler else OneStepSpec).from_json(sampler)
+    from sidactl.scores import sampler_from
+
+    spec = sampler_from(sampler)
     usual = type(spec)(num_steps=spec.num_steps)
     apart = [f.name for f in dataclasses.fields(spec) if getattr(spec, f.name) != getattr(usual, f.name)]
     words = [f"{flag_of(name)} {getattr(spec, name)}" for name in ("num_steps", *apart) if name != "convention"]

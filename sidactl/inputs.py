@@ -84,6 +84,12 @@ def count_of(value: Count, what: str, counted: str = "images") -> int:
     return parse_count(value, what, counted) if isinstance(value, str) else whole(value, what)
 
 
+def counts_of(value: Any, what: str) -> tuple[int, ...]:
+    """Several numbers of images, from "100k,200k" or whatever can be gone through."""
+    listed = value.split(",") if isinstance(value, str) else value.tolist() if hasattr(value, "tolist") else value
+    return tuple(count_of(part, what) for part in listed)
+
+
 def seeds_of(value: Seeds, what: str = "seeds") -> Sequence[int]:
     """The seeds as ints, in the order given; a range where they come as one, or as an array of consecutive ones.
 
@@ -165,8 +171,7 @@ def _field_value(field: "dataclasses.Field[Any]", value: Any) -> Any:
     if value is None or type(value) in (bool, int, float):
         return value
     if is_count(field) and kinds.startswith("tuple"):
-        listed = value.split(",") if isinstance(value, str) else value.tolist() if hasattr(value, "tolist") else value
-        return tuple(count_of(part, word_of(field.name)) for part in listed)
+        return counts_of(value, word_of(field.name))
     if is_count(field):
         return count_of(value, word_of(field.name))
     if field.type in (int, int | None):

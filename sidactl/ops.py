@@ -846,27 +846,30 @@ def _distill(
     net = engine.gathered(training.ema, chosen_device)
     is_first = engine.rank_and_size()[0] == 0
     untrained, made = recipe.untrained(), dict[str, Artifact]()
+    files: dict[str, dict[str, bytes]] = {}
+    for which in ("last", "best") if is_first else ():
+        if which == "best" and history.best:
+            teachers.load_weights(net, safetensors.torch.load(loop.best_weights(history, live)))
+        files[which] = {"model.safetensors": loop.weights(net)}
+        # Of a run that was scored the last may draw what is no image; the best is there all the same.
+        with suppress(*([sampling.NotFiniteError] if compared else [])):
+            files[which]["grid.png"] = _preview(net, sampler)
 
     def keep(of_teacher: float | None, *, is_published: bool = False) -> None:
         """Stores the last and the best generator, beside this score of the teacher."""
+        if detector:
+            curve = pictures.curve(
+                history.scores,
+                teacher_score=of_teacher,
+                title=f"{recipe.mode} of {recipe.teacher}, one step",
+                ylabel=distance_name(detector),
+            )
+            for kept in files.values():
+                kept["curve.png"] = curve
         for which, (nimg, score) in (("last", last), ("best", best)):
-            if history.best:
-                kept = loop.best_weights(history, live) if which == "best" else weights
-                teachers.load_weights(net, safetensors.torch.load(kept))
-            pictured: dict[str, bytes] = {}
-            # Of a run that was scored the last may draw what is no image; the best is there all the same.
-            with suppress(*([sampling.NotFiniteError] if compared else [])):
-                pictured["grid.png"] = _preview(net, sampler)
-            if detector:
-                pictured["curve.png"] = pictures.curve(
-                    history.scores,
-                    teacher_score=of_teacher,
-                    title=f"{recipe.mode} of {recipe.teacher}, one step",
-                    ylabel=distance_name(detector),
-                )
             made[which] = store.put(
                 "generator",
-                {"model.safetensors": loop.weights(net), **pictured},
+                files[which],
                 inputs={role: artifact.oid for role, artifact in inputs.items()},
                 params={
                     "name": f"{recipe.teacher}-{recipe.mode}",
@@ -887,7 +890,6 @@ def _distill(
                 },
             )
 
-    weights = loop.weights(net) if is_first else b""
     if detector and teacher_score == "measure":
         if is_first and not _is_scored(store, wanted):  # hours may pass, and the generator is wanted before
             keep(None)

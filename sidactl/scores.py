@@ -746,7 +746,7 @@ def _images(asked: _Question, seeds: range | None, device: "torch.device") -> tu
         assert isinstance(held, list)
         counts = held
     size = images_per_batch(net.spec.img_channels, net.spec.img_resolution)
-    sampler = _sampler_from(asked.settings["sampler"]) if "sampler" in asked.settings else sampler_of(asked.subject)
+    sampler = sampler_from(asked.settings["sampler"]) if "sampler" in asked.settings else sampler_of(asked.subject)
     samples = sampling.generate(net, seeds, sampler, device=device, class_counts=counts, batch_size=size)
     return len(samples), (batch.images for batch in samples.shared())
 
@@ -953,10 +953,11 @@ def _subset(subject: Artifact, num: int, seed: int | None) -> dict[str, int]:
 
 def sampler_of(subject: Artifact) -> OneStepSpec | HeunSpec:
     """The sampler that a teacher or generator artifact names as its own."""
-    return _sampler_from(mapping(subject.params["sampler"]))
+    return sampler_from(mapping(subject.params["sampler"]))
 
 
-def _sampler_from(settings: Mapping[str, Any]) -> OneStepSpec | HeunSpec:
+def sampler_from(settings: Mapping[str, Any]) -> OneStepSpec | HeunSpec:
+    """The sampler of either kind that its `to_json` wrote."""
     return HeunSpec.from_json(settings) if "S_churn" in settings else OneStepSpec.from_json(settings)
 
 
