@@ -11,7 +11,7 @@ import re
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -25,7 +25,7 @@ from sidactl.inputs import Count, Ref, Size, count_of, optional_ref, ref_text, r
 from sidactl.live import Question, begin, option_words
 from sidactl.outputs import manifest_of
 from sidactl.recipe import HeunSpec, NetSpec, OneStepSpec
-from sidactl.store import KINDS, SETTLED_NS, Artifact, LiveDir, Store, canonical_json
+from sidactl.store import KINDS, SETTLED_NS, Artifact, LiveDir, Store, UnwritableError, canonical_json
 
 if TYPE_CHECKING:
     import torch
@@ -1169,15 +1169,59 @@ def is_alone() -> bool:
     return os.environ.get("WORLD_SIZE", "1") == "1"
 
 
-def agreed_answer(store: Store, key: str) -> Artifact | None:
-    """The answer that there is, as the first of several processes sees it: one that looks later may see another."""
-    known = store.asked(key)
+@contextmanager
+def first_alone() -> Iterator[None]:
+    """See `engine.first_alone`; a process that is alone anyway does not import torch for it."""
     if is_alone():
-        return known
+        yield
+        return
     from sidactl import engine
 
-    oid = engine.agreed(lambda: known.oid if known else "")
+    with engine.first_alone():
+        yield
+
+
+def agreed_answer(store: Store, key: str) -> Artifact | None:
+    """The answer that there is, as the first of several processes sees it: one that looks later may see another."""
+    return on_all(store, store.asked(key))
+
+
+def on_all(store: Store, artifact: Artifact | None) -> Artifact | None:
+    """The artifact that the first of several processes has, on all of them."""
+    if is_alone():
+        return artifact
+    from sidactl import engine
+
+    oid = engine.agreed(lambda: artifact.oid if artifact else "")
     return store.get(oid) if oid else None
+
+
+@contextmanager
+def answering(
+    store: Store, key: str, question: Question, *, force: bool = False, recheck: bool = False
+) -> Iterator[Artifact | LiveDir | None]:
+    """What all processes find together: an answer, or the place to work on it, of which the first is the writer.
+
+    None where the run directory takes nothing.
+    """
+    if not is_alone():
+        from sidactl import engine
+
+        if engine.rank_and_size()[0] > 0:
+            kind, _, told = engine.agreed(str).partition(" ")
+            yield store.get(told) if kind == "answer" else LiveDir(Path(told), is_writer=False) if told else None
+            return
+    with ExitStack() as stack:
+        place = None
+        with suppress(UnwritableError):
+            store.check_writable()
+            place = stack.enter_context(_answering(store, key, question.title, force, recheck, question))
+        if not is_alone():
+            from sidactl import engine
+
+            told = f"answer {place.oid}" if isinstance(place, Artifact) else f"place {place.path if place else ''}"
+            engine.agreed(lambda: told)
+        yield place
 
 
 def asked(store: Store, key: str, whole: bool = False) -> Artifact | None:

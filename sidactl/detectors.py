@@ -5,7 +5,7 @@ import math
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,6 @@ from torch.nn import functional as F
 from sidactl.catalog import ASSETS, digest_of_code
 from sidactl.engine import fitting_threads, keep_memory
 from sidactl.errors import SidaError
-from sidactl.metrics import FeatureStats
 from sidactl.nets import check_values, inception, vit
 
 Resize = Literal["torch", "pil"]
@@ -337,21 +336,3 @@ def weights_digest(state_dict: Mapping[str, Tensor]) -> str:
             values = state_dict[name].detach().cpu().contiguous().reshape(-1)
             total.update(name.encode() + values.view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
-
-
-def features_of(detector: Detector, batches: Iterable[Tensor]) -> Tensor:
-    """Features of all images, float32 [N, F]; SidaError where they are not finite."""
-    features = torch.cat([detector(images) for images in batches])
-    if not bool(features.isfinite().all()):
-        raise SidaError(
-            f"features by {detector.short_identity} must be finite, some are not", "Look at the images it was given."
-        )
-    return features
-
-
-def stats_of(detector: Detector, batches: Iterable[Tensor]) -> FeatureStats:
-    """Mean and covariance of the features of all images, in one pass and bounded memory."""
-    stats = FeatureStats()
-    for images in batches:
-        stats.add(detector(images))
-    return stats

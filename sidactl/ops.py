@@ -30,6 +30,7 @@ from sidactl.artifacts import (
     at_work,
     dataset_called,
     fetch_detector,
+    first_alone,
     image_source,
     is_alone,
     load_dataset,
@@ -48,6 +49,7 @@ from sidactl.artifacts import fetch_teacher as fetch_teacher
 from sidactl.artifacts import load as load
 from sidactl.artifacts import prepare_data as prepare_data
 from sidactl.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, MissingError, SidaError
+from sidactl.features import images_per_batch, stats_of
 from sidactl.inputs import Count, Ref, Seeds, count_of, field_values, optional_ref, ref_text, run_of, seeds_of, whole
 from sidactl.live import Question, option_words
 from sidactl.recipe import (
@@ -65,7 +67,7 @@ from sidactl.recipe import (
     override,
     passes_of,
 )
-from sidactl.references import class_of, detector_name, images_per_batch
+from sidactl.references import class_of, detector_name
 from sidactl.scores import (
     ScoreOptions,
     chosen_sampler,
@@ -126,7 +128,9 @@ def dataset_stats(
     if force and called in catalog.DETECTORS:
         fetch_detector(called, run=store.root, recheck=True)
     chosen = load_detector(store, called, pick_device(device))
-    made = references.reference_stats(store, data, chosen, tick, recheck=force)
+    store.check_writable()
+    _, made = stats_of(store, data, chosen, tick, recheck=force)
+    assert made
     return named(store, made, [f"{name}-{chosen.name}" for name in names])
 
 
@@ -540,7 +544,7 @@ def distill(
     store = Store.open(run)
     if name:
         store.check_name("generator", name)
-    with _first_alone():
+    with first_alone():
         asked_for = _resolved(
             store,
             teacher=teacher,
@@ -570,7 +574,7 @@ def distill(
         words += option_words(recipe_overrides, Recipe, Adversarial)
         with _together(store, keys["best"], asked_for.question(words)) as live:
             _distill(store, live, keys, asked_for, device, watch, teacher_score=teacher_score, force=force, say=say)
-    with _first_alone():
+    with first_alone():
         found = store.asked(keys["best"])
         assert found
         return named(store, found, [name] if name else [], say)
@@ -625,18 +629,6 @@ def _is_better(new: Artifact, old: Artifact) -> bool | None:
 def _told_score(generator: Artifact) -> str:
     score = generator.results.get("selection_score")
     return f"{score:.4g}" if isinstance(score, int | float) else "(not scored)"
-
-
-@contextmanager
-def _first_alone() -> Iterator[None]:
-    """See `engine.first_alone`; a process that is alone anyway does not import torch for it."""
-    if is_alone():
-        yield
-        return
-    from sidactl import engine
-
-    with engine.first_alone():
-        yield
 
 
 @contextmanager
@@ -929,15 +921,15 @@ def _not_published(recipe: Recipe, score: str) -> SidaError:
 
 
 def _try_scoring(
-    detector: "Detector", reference: references.Moments, net: "Preconditioned", sampler: OneStepSpec
+    detector: "Detector", reference: references.Moments | None, net: "Preconditioned", sampler: OneStepSpec
 ) -> None:
     """Draws two images and has them measured, so that what does not fit is told before the first step."""
     from sidactl import sampling
 
     seeds = range(SELECTION_SEED, SELECTION_SEED + 2)
     (batch,) = sampling.generate(net, seeds, sampler, device=detector.device)
-    found, wanted = detector(batch.images).shape[1], len(reference.mean)
-    if found != wanted:
+    found, wanted = detector(batch.images).shape[1], len(reference.mean) if reference else 0
+    if reference and found != wanted:
         raise SidaError(
             f"the reference has {wanted:,} features, detector {detector.name} gives {found:,}",
             "Pass another --ref, or --detector.",
@@ -967,7 +959,7 @@ def _fitted(training: "Distillation", execution: Execution, live: LiveDir, devic
 
 def _evaluation(
     detector: "Detector",
-    reference: references.Moments,
+    reference: references.Moments | None,
     sampler: OneStepSpec,
     num_images: int,
     tick: Tick | None = None,
@@ -1014,6 +1006,7 @@ def _evaluation(
             return loop.Evaluation(math.nan, None, f"no score after these updates: {told}")
 
         def score() -> str:
+            assert reference
             return repr(metrics.frechet_distance(generated.mean, generated.covariance(), *reference))
 
         value = float(engine.agreed(score))
@@ -1307,7 +1300,7 @@ def sample(
     store = Store.open(run_of(ref, run))
     if name:
         store.check_name("samples", name)
-    with _first_alone():
+    with first_alone():
         subject = resolve(store, ref_text(ref), NETS, recheck=force)
     chosen = chosen_sampler(subject, sampler, steps, heun)
     if isinstance(class_index, str):

@@ -2,21 +2,18 @@
 
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from sidactl import catalog
+from sidactl import catalog, features
 from sidactl.artifacts import (
     NETS,
-    Tick,
     answered,
     check_unchanged,
     dataset_called,
     fetched_file,
     is_ref,
-    load_dataset,
     mapping,
     means_path,
     named,
@@ -27,25 +24,18 @@ from sidactl.artifacts import (
     source_identity,
 )
 from sidactl.errors import MissingError, SidaError
-from sidactl.store import Artifact, Store, UnwritableError
+from sidactl.store import Artifact, Store
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from numpy.typing import NDArray
 
-    from sidactl.data import Dataset
     from sidactl.detectors import Detector
-    from sidactl.metrics import FeatureStats
-
-    Images = Iterator[torch.Tensor]
 
 Need = Literal["moments", "images"]
 """what a metric compares with: mean and covariance of features, or the features of single images"""
 ENOUGH = 1.1
 """images per feature below which a Fréchet distance is warned of: the covariance has not its full rank"""
-MAX_BATCH_SIZE, BATCH_VALUES = 250, 1 << 20
-"""images per batch: few enough that all their pixels are at most BATCH_VALUES values"""
 RANDOM_FEATURES = "random-features"
 _PUBLISHED_NAMES = {"inception": "fid", "dinov2": "fd_dinov2"}
 """what EDM2's reference files call the statistics by a detector"""
@@ -389,29 +379,19 @@ def _moments(mu: Any, sigma: Any, where: str) -> Moments:
 
 def moments(
     store: Store, reference: Artifact, detector: "Detector", watcher: object = None, *, recheck: bool = False
-) -> Moments:
+) -> Moments | None:
     """Mean and covariance of the reference's features by this detector; computed with `part_of(watcher)` where need be.
 
-    recheck: as in `artifacts.resolve`.
+    All processes ask together; where the run directory takes nothing the first alone has those of a dataset, the others
+    None. recheck: as in `artifacts.resolve`.
 
     Raises SidaError where statistics were made by another detector, by other weights, or with another resize.
     """
-    import numpy as np
-
-    from sidactl.metrics import FeatureStats
-
-    def arrays(stats: Artifact, file: str) -> "dict[str, NDArray[np.float64]]":
-        with np.load(io.BytesIO(store.read(stats, file)), allow_pickle=False) as held:
-            return dict(held)
-
     if reference.kind == "dataset":
-        known = store.asked(_stats_key(store, reference, detector), whole=recheck)
-        if known is None:
-            computed = _stats_of(store, reference, detector, part_of(watcher, reference_part(reference)))
-            with suppress(UnwritableError):  # whoever asks is told by what becomes of the score
-                _keep_stats(store, reference, detector, computed)
-            return Moments(computed.mean, computed.covariance())
-        reference = known
+        stats, kept = features.stats_of(
+            store, reference, detector, part_of(watcher, reference_part(reference)), recheck=recheck
+        )
+        return Moments(stats.mean, stats.covariance()) if kept or stats.num_items else None
     if "detector" in reference.params:
         if reference.params["detector"] != detector.identity:
             raise SidaError(
@@ -419,7 +399,7 @@ def moments(
                 f"the images are measured by {detector.identity}",
                 "Score with that --detector, or against the dataset itself.",
             )
-        stats = FeatureStats.from_arrays(arrays(reference, "stats.npz"))
+        stats = features.read_stats(store, reference)
         return Moments(stats.mean, stats.covariance())
     file = f"{detector.name}.npz"
     if file not in reference.files:
@@ -432,7 +412,10 @@ def moments(
         raise SidaError(
             "published statistics by dinov2 hold for --resize torch, got pil", "Score against the dataset itself."
         )
-    published = arrays(reference, file)
+    import numpy as np
+
+    with np.load(io.BytesIO(store.read(reference, file)), allow_pickle=False) as held:
+        published = dict(held)
     if len(published["mu"]) != detector.num_features:
         raise SidaError(
             f"{reference.params['name']} holds {len(published['mu'])} features, {detector.name} gives "
@@ -445,64 +428,6 @@ def moments(
 def reference_part(data: Artifact) -> str:
     """What the work on a reference's images is called where its progress is shown."""
     return f"features of {data.params.get('name') or data.oid[:12]}"
-
-
-def reference_stats(
-    store: Store, data: Artifact, detector: "Detector", tick: Tick | None = None, *, recheck: bool = False
-) -> Artifact:
-    """Feature statistics of all images of a dataset, a stats artifact; computed once. recheck: as in `resolve`."""
-    if known := store.asked(_stats_key(store, data, detector), whole=recheck):
-        return known
-    return _keep_stats(store, data, detector, _stats_of(store, data, detector, tick))
-
-
-def _stats_key(store: Store, data: Artifact, detector: "Detector") -> str:
-    return store.key("stats", {"detector": detector.identity}, {"dataset": data.oid})
-
-
-def _stats_of(store: Store, data: Artifact, detector: "Detector", tick: Tick | None) -> "FeatureStats":
-    from sidactl import detectors
-
-    return detectors.stats_of(detector, dataset_images(load_dataset(store, data), tick=tick))
-
-
-def _keep_stats(store: Store, data: Artifact, detector: "Detector", stats: "FeatureStats") -> Artifact:
-    import numpy as np
-
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **stats.arrays())
-    params = {"detector": detector.identity}
-    artifact = store.put("stats", {"stats.npz": buffer.getvalue()}, inputs={"dataset": data.oid}, params=params)
-    return answered(store, _stats_key(store, data, detector), artifact, "stats")
-
-
-def dataset_images(
-    dataset: "Dataset", positions: "Sequence[int] | NDArray[np.int64] | None" = None, *, tick: Tick | None = None
-) -> "Images":
-    """Batches of the images at these positions, in order; of all by default."""
-    batches = position_batches(dataset, positions)
-    done, total = 0, sum(map(len, batches))
-    for batch in batches:
-        if tick:
-            tick(done, total)
-        yield dataset.images(batch)
-        done += len(batch)
-    if tick:
-        tick(done, total)
-
-
-def position_batches(
-    dataset: "Dataset", positions: "Sequence[int] | NDArray[np.int64] | None" = None
-) -> "Sequence[Sequence[int] | NDArray[np.int64]]":
-    """The positions (all by default), as many at a time as are held at once."""
-    chosen = range(dataset.num_images) if positions is None else positions
-    size = images_per_batch(dataset.num_channels, dataset.resolution, dataset.width)
-    return [chosen[start : start + size] for start in range(0, len(chosen), size)]
-
-
-def images_per_batch(num_channels: int, resolution: int, width: int | None = None) -> int:
-    """How many images of this height (and width, where it is another) are held at once."""
-    return max(1, min(MAX_BATCH_SIZE, BATCH_VALUES // (num_channels * resolution * (width or resolution))))
 
 
 def is_detector_file(detector: str) -> bool:

@@ -71,9 +71,9 @@ class Samples:
     def __iter__(self) -> Iterator[SampleBatch]:
         return batches_of(self.net, self._batch, self._starts)
 
-    def shared(self) -> Iterator[SampleBatch]:
-        """This process's share of the batches, see `engine.share`; an image depends on its seed all the same."""
-        return batches_of(self.net, self._batch, share(self._starts))
+    def shared(self, first: int = 0) -> Iterator[SampleBatch]:
+        """This process's share of the batches from this one on, see `engine.share`; an image depends on its seed."""
+        return batches_of(self.net, self._batch, share(self._starts[first:]))
 
     @property
     def _starts(self) -> range:

@@ -1,6 +1,5 @@
 """Scores of images against a reference, by trials over fresh seed ranges, kept as score artifacts."""
 
-import hashlib
 import json
 import os
 import statistics
@@ -10,17 +9,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypedDict, Unpack
 
-from sidactl import __version__, catalog, download, references
+from sidactl import __version__, catalog, download, features, references
 from sidactl.artifacts import (
     NETS,
     RunDir,
     Tick,
     agreed_answer,
     answered,
+    answering,
     changed,
     check_unchanged,
     fetch_detector,
     file_digest,
+    first_alone,
     load_dataset,
     load_net,
     mapping,
@@ -33,9 +34,10 @@ from sidactl.artifacts import (
 )
 from sidactl.errors import EXIT_FAILED, MissingError, SidaError
 from sidactl.inputs import Count, Ref, count_of, optional_ref, ref_text, run_of, seeds_of, whole
+from sidactl.live import Question, option_words
 from sidactl.recipe import HeunSpec, OneStepSpec, Setting, flag_of
-from sidactl.references import ENOUGH, RANDOM_FEATURES, Moments, Need, detector_name, images_per_batch
-from sidactl.store import Artifact, Store, UnwritableError
+from sidactl.references import ENOUGH, RANDOM_FEATURES, Moments, Need, detector_name
+from sidactl.store import Artifact, LiveDir, Store, UnwritableError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,7 +47,6 @@ if TYPE_CHECKING:
 
     from sidactl.data import Dataset
     from sidactl.detectors import Detector, Resize
-    from sidactl.metrics import FeatureStats
 
 SCORED = (*NETS, "samples", "dataset")
 SCORE_NAMES = {
@@ -60,8 +61,6 @@ CONVENTIONS: tuple[Convention, ...] = ("edm", "sid", "guided-diffusion")
 HEUN_FIELDS = ("sigma_min", "sigma_max", "rho", "S_churn", "S_min", "S_max", "S_noise")
 Labels = Literal["uniform", "dataset"]
 LABELS: tuple[Labels, ...] = ("uniform", "dataset")
-MAX_REAL_IMAGES = 200_000
-"""so many images of a dataset, drawn by a fixed seed, stand for it in precision, recall and KID, as in SiD"""
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,23 @@ METRICS: Mapping[str, Metric] = {
     "kid": Metric(need="images", has_order=True),
     "inception-score": Metric(need=None, has_order=True),
 }
+
+
+_TOLD: Mapping[str, Any] = {
+    "num": None,
+    "trials": 1,
+    "first_seed": 0,
+    "subset_seed": None,
+    "labels": "uniform",
+    "steps": None,
+    "sampler": None,
+    "detector": None,
+    "resize": "torch",
+    "convention": "edm",
+    "neighbours": 3,
+    "num_splits": 10,
+}
+"""options that a command which goes on repeats, where they are not these"""
 
 
 class ScoreOptions(TypedDict, total=False):
@@ -223,7 +239,9 @@ def evaluate(ref: Ref, metrics: Sequence[str] | None = None, **options: Unpack[S
 
     Source: those of `fid`, `prec_recall` and `inception_score`; KID is Bińkowski et al. (1801.01401), section 4.
     """
-    asked = _Question.parse(ref_text(ref), metrics, _plain_options(ref, options))
+    plain = _plain_options(ref, options)
+    with first_alone():  # it downloads what the others find then
+        asked = _Question.parse(ref_text(ref), metrics, plain)
     if known := None if asked.force else agreed_answer(asked.store, asked.key):
         tell_old(asked.store, asked.key, asked.say)
         return score_of(known)
@@ -237,8 +255,11 @@ def evaluate(ref: Ref, metrics: Sequence[str] | None = None, **options: Unpack[S
         problem = error.message
         if asked.say:
             asked.say(f"warning: {problem}: the score will be told, but not kept")
-    measured = _measure(asked)
-    told = json.loads(engine.agreed(lambda: json.dumps(_keep(asked, measured, problem))))
+    with answering(asked.store, asked.key, asked.question(ref_text(ref), plain), force=asked.force) as place:
+        if isinstance(place, Artifact):  # by a process that this one waited for
+            return score_of(place)
+        measured = _measure(asked, place)
+        told = json.loads(engine.agreed(lambda: json.dumps(_keep(asked, measured, problem))))
     return Score(**told)
 
 
@@ -300,6 +321,16 @@ class _Question:
     force: bool
     say: download.Say | None
     tick: Tick | None
+
+    def question(self, ref: str, options: Mapping[str, Any]) -> Question:
+        """What `ls --live` shows, and the command that goes on."""
+        command = self.metrics[0] if len(self.metrics) == 1 else "evaluate"
+        given = {name: options.get(name) for name in _TOLD if options.get(name) != _TOLD[name]}
+        words = option_words({"ref": options.get("reference"), "trust_code": self.trust_code, **given})
+        words += option_words(self.setting.of_images()) + option_words(dict(options.get("heun") or {}))
+        params = {"num": self.num, "seeds": self.seeds, "metrics": self.metrics, **self.settings}
+        inputs = {"subject": self.subject.oid, **{name: artifact.oid for name, artifact in self.references.items()}}
+        return Question(command=command, subject=ref, words=[command, ref, *words], params=params, inputs=inputs)
 
     @classmethod
     def parse(cls, ref: str, metrics: Sequence[str] | None, options: Mapping[str, Any]) -> "_Question":
@@ -535,7 +566,7 @@ class _Measured:
     warnings: Sequence[str]
 
 
-def _measure(asked: _Question) -> _Measured:
+def _measure(asked: _Question, place: LiveDir | None) -> _Measured:
     """Runs all trials; every process computes its share of the images, rank 0 the numbers."""
     from sidactl import engine
 
@@ -543,7 +574,7 @@ def _measure(asked: _Question) -> _Measured:
     resize = asked.settings["resize"]
     loaded = {
         name: load_detector(asked.store, name, device, resize, trust_code=asked.trust_code)
-        for name in set(asked.detectors.values())
+        for name in sorted(set(asked.detectors.values()))  # in one order in all processes
     }
     by_metric = {metric: loaded[name] for metric, name in asked.detectors.items()}
     keeps = {asked.detectors[m] for m in asked.metrics if METRICS[m].need != "moments"}
@@ -554,9 +585,9 @@ def _measure(asked: _Question) -> _Measured:
             warnings += _too_few(asked.num, references.num_images(asked.store, asked.references[metric]), detector)
         elif METRICS[metric].need == "images":
             held = references.num_images(asked.store, asked.references[metric])
-            if held and held > MAX_REAL_IMAGES:
+            if held and held > features.MAX_REAL_IMAGES:
                 warnings.append(
-                    f"{MAX_REAL_IMAGES:,} of {held:,} reference images, drawn by seed 0, stand for all of them"
+                    f"{features.MAX_REAL_IMAGES:,} of {held:,} reference images, drawn by seed 0, stand for all of them"
                 )
     warnings += _of_other_shape(asked.store, asked.subject, asked.references.values())
     for metric, reference in asked.references.items():
@@ -567,15 +598,15 @@ def _measure(asked: _Question) -> _Measured:
                 f"{by.short_identity}: unless its weights are the same, this number means nothing"
             )
     is_first = engine.rank_and_size()[0] == 0
-    against = {m: _against(asked, m, by_metric[m]) for m in asked.metrics} if is_first else {}
+    against = {m: _against(asked, m, by_metric[m]) for m in asked.metrics}
     values: dict[str, list[float]] = {}
     made_by: dict[str, str] = {}
     made_against: dict[str, str] = {}
     for trial in range(max(1, len(asked.seeds))):
-        seen = _features(asked, trial, loaded, keeps)
+        seen = _features(asked, trial, loaded, keeps, place)
         for metric in asked.metrics if is_first else ():
             detector = by_metric[metric]
-            numbers = _numbers(asked, metric, detector, seen[asked.detectors[metric]], against[metric])
+            numbers = _numbers(asked, metric, detector, seen, against[metric])
             for name, value in numbers.items():
                 values.setdefault(name, []).append(value)
                 made_by[name] = detector.identity
@@ -636,119 +667,70 @@ def _too_few(num: int, num_reference: int | None, detector: "Detector") -> Itera
         )
 
 
-@dataclass
-class _Seen:
-    """What is kept of a trial's images under one detector: moments, and where they are needed the features."""
-
-    stats: "FeatureStats"
-    features: "_Features | None"
-
-
-@dataclass(frozen=True)
-class _Features:
-    """Features [N, F] of images, and for each image a number that stands for its pixels, int64 [N]."""
-
-    rows: "Tensor"
-    digests: "Tensor"
-
-    def by_content(self) -> "Tensor":
-        """The rows in an order as good as drawn, which is the same in whatever order the images come."""
-        return self.rows[self.digests.argsort(stable=True)]
-
-
-def _digests(images: "Tensor") -> "Tensor":
-    """Int64 [N] for uint8 images [N, C, H, W]; grey images have those of their RGB copies."""
-    import torch
-
-    rgb = images.expand(-1, 3, -1, -1)
-    size = str(list(rgb.shape[1:])).encode()
-    found = [hashlib.sha256(size + image.contiguous().numpy().tobytes()).digest()[:8] for image in rgb]
-    return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in found])
-
-
-def _features(asked: _Question, trial: int, loaded: Mapping[str, "Detector"], keeps: set[str]) -> Mapping[str, _Seen]:
+def _features(
+    asked: _Question, trial: int, loaded: Mapping[str, "Detector"], keeps: set[str], place: LiveDir | None
+) -> features.Collected:
     """One trial's features by detector; kept as features artifacts where they are kept in memory, and read again."""
-    import torch
-
-    from sidactl import engine
     from sidactl.metrics import FeatureStats
 
-    store, seeds = asked.store, range(*asked.seeds[trial]) if asked.seeds else None
+    store, seeds = asked.store, asked.seeds[trial] if asked.seeds else None
     params = {
         "num": asked.num,
-        "seeds": asked.seeds[trial] if asked.seeds else None,
+        "seeds": seeds,
         "labels": asked.settings["labels"],
         **asked.setting.of_images(),
         **{name: asked.settings[name] for name in ("subset_seed", "sampler") if name in asked.settings},
     }
-    keys = {
-        name: store.key("features", params | {"detector": d.identity}, {"subject": asked.subject.oid})
-        for name, d in loaded.items()
-    }
-    known = None if asked.force else _known_features(store, keys)
-    seen = {name: _Seen(FeatureStats(), known[name] if known else None) for name in loaded}
-    done, total = trial * asked.num, asked.num * max(1, len(asked.seeds))
-    if asked.tick:
-        asked.tick(done, total)
-    if known:
-        for name, features in known.items():
-            seen[name].stats.add(features.rows)
-        if asked.tick:
-            asked.tick(done + asked.num, total)
-        return seen
-    num_batches, images = _images(asked, seeds, next(iter(loaded.values())).device)
-    computed = (
-        ({name: d(batch) for name, d in loaded.items()}, _digests(batch) if keeps else None) for batch in images
+    by = {name: params | {"detector": detector.identity} for name, detector in loaded.items()}
+    keys = {name: store.key("features", params, {"subject": asked.subject.oid}) for name, params in by.items()}
+    before, total = trial * asked.num, asked.num * max(1, len(asked.seeds))
+    tick = asked.tick or (lambda done, total: None)
+    known = {} if asked.force else {name: agreed_answer(store, key) for name, key in keys.items()}
+    held = {name: features.read(store, artifact) for name, artifact in known.items() if artifact}
+    found = {name: kept for name, kept in held.items() if kept}
+    if len(found) == len(loaded):
+        stats = {name: FeatureStats() for name in found}
+        for name, kept in found.items():
+            stats[name].add(kept.rows)
+        for done in (before, before + asked.num):
+            tick(done, total)
+        return features.Collected(stats, found)
+    collected = features.collect(
+        _work(asked, range(*seeds) if seeds else None, loaded, keeps),
+        place,
+        name=f"trial-{trial}",
+        before=before,
+        tick=lambda done: tick(before + done, total),
     )
-    parts: dict[str, list[Tensor]] = {name: [] for name in loaded}
-    digests: list[Tensor] = []
-    count = 0
-    for by_name, marks in engine.joined(computed, num_batches):
-        for name, rows in by_name.items():
-            _refuse_bad(rows, count, seeds, loaded[name])
-            seen[name].stats.add(rows)
-            if name in keeps:
-                parts[name].append(rows)
-        if marks is not None:
-            digests.append(marks)
-        count += len(rows)
-        if asked.tick:
-            asked.tick(done + count, total)
-    for name in loaded:
-        if parts[name]:
-            seen[name].features = features = _Features(torch.cat(parts[name]), torch.cat(digests))
-            _keep_features(store, keys[name], asked.subject, params, loaded[name], features)
-    return seen
+    for name, kept in collected.features.items():
+        features.keep(store, keys[name], asked.subject, by[name], kept)
+    return collected
 
 
-def _refuse_bad(rows: "Tensor", offset: int, seeds: range | None, detector: "Detector") -> None:
-    bad = (~rows.isfinite().all(1)).nonzero()
-    if len(bad):
-        index = offset + int(bad[0])
-        which = f"the image of seed {seeds[index]}" if seeds else f"image {index}"
-        raise SidaError(f"features by {detector.name} must be finite, those of {which} are not", "Look at that image.")
-
-
-def _images(asked: _Question, seeds: range | None, device: "torch.device") -> tuple[int, Iterator["Tensor"]]:
-    """How many batches there are, and this process's share of them."""
+def _work(asked: _Question, seeds: range | None, loaded: Mapping[str, "Detector"], keeps: set[str]) -> features.Work:
+    """The images to go through."""
     from sidactl import engine
 
     if seeds is None:
         dataset = load_dataset(asked.store, asked.subject)
-        batches = references.position_batches(dataset, _positions(asked, dataset))
-        return len(batches), map(dataset.images, engine.share(batches))
+        return features.of_images(dataset, loaded, _positions(asked, dataset), keeps)
     from sidactl import sampling
 
+    device = next(iter(loaded.values())).device
     net = engine.set_up(load_net(asked.store, asked.subject, device), asked.setting)
     counts: Sequence[int] | None = None
     if asked.settings["labels"] == "dataset" and net.spec.label_dim:
         held = references.dataset_of(asked.store, asked.subject).results["class_counts"]
         assert isinstance(held, list)
         counts = held
-    size = images_per_batch(net.spec.img_channels, net.spec.img_resolution)
+    size = features.images_per_batch(net.spec.img_channels, net.spec.img_resolution)
     sampler = sampler_from(asked.settings["sampler"]) if "sampler" in asked.settings else sampler_of(asked.subject)
     samples = sampling.generate(net, seeds, sampler, device=device, class_counts=counts, batch_size=size)
-    return len(samples), (batch.images for batch in samples.shared())
+
+    def shared(first: int) -> "Iterator[Tensor]":
+        return (batch.images for batch in samples.shared(first))
+
+    return features.Work(len(samples), shared, loaded, keeps, lambda index: f"the image of seed {seeds[index]}")
 
 
 def _positions(asked: _Question, dataset: "Dataset") -> "Sequence[int] | NDArray[np.int64]":
@@ -760,72 +742,24 @@ def _positions(asked: _Question, dataset: "Dataset") -> "Sequence[int] | NDArray
     return data.drawn_subset(dataset.num_images, asked.num, asked.settings["subset_seed"])
 
 
-def _keep_features(
-    store: Store, key: str, subject: Artifact, params: Mapping[str, Any], detector: "Detector", features: _Features
-) -> None:
-    import safetensors.torch
-
-    tensors = {"features": features.rows.contiguous(), "digests": features.digests}
-    files = {"features.safetensors": safetensors.torch.save(tensors)}
-    params = dict(params) | {"detector": detector.identity}
-    with suppress(UnwritableError):  # they only save time; what becomes of the score is told
-        artifact = store.put("features", files, inputs={"subject": subject.oid}, params=params)
-        answered(store, key, artifact, "features")
-
-
-def _known_features(store: Store, keys: Mapping[str, str], *, whole: bool = False) -> dict[str, _Features] | None:
-    """The features that were kept under these keys, by the same names; None where any of them is not there.
-
-    whole: as in `Store.asked`.
-    """
-    import safetensors.torch
-
-    known = {name: artifact for name, key in keys.items() if (artifact := store.asked(key, whole=whole))}
-    if len(known) < len(keys):
+def _against(asked: _Question, metric: str, detector: "Detector") -> "Moments | features.Features | None":
+    """What a metric compares with: moments, features of real images, or nothing; see `references.moments`."""
+    need, recheck = METRICS[metric].need, asked.force
+    if need is None:
         return None
-    found = {}
-    for name, artifact in known.items():
-        held = safetensors.torch.load(store.read(artifact, "features.safetensors"))
-        if "digests" not in held:  # kept by an older version
-            return None
-        found[name] = _Features(held["features"], held["digests"])
-    return found
-
-
-def _against(asked: _Question, metric: str, detector: "Detector") -> "Moments | _Features | None":
-    """What a metric compares with: moments, features of real images, or nothing."""
-    if METRICS[metric].need == "moments":
-        reference = asked.references[metric]
-        return references.moments(asked.store, reference, detector, asked.tick, recheck=asked.force)
-    if METRICS[metric].need is None:
-        return None
-    return _real_features(asked.store, asked.references[metric], detector, asked.tick, recheck=asked.force)
-
-
-def _real_features(store: Store, data: Artifact, detector: "Detector", watcher: object, *, recheck: bool) -> _Features:
-    import numpy as np
-    import torch
-
-    from sidactl.data import drawn_subset
-
-    params: dict[str, Any] = {"detector": detector.identity, "at_most": MAX_REAL_IMAGES}
-    key = store.key("features", params, {"subject": data.oid})
-    if known := _known_features(store, {detector.name: key}, whole=recheck):
-        return known[detector.name]
-    dataset = load_dataset(store, data)
-    chosen = np.arange(dataset.num_images)
-    if len(chosen) > MAX_REAL_IMAGES:
-        chosen = drawn_subset(dataset.num_images, MAX_REAL_IMAGES, seed=0)
-    tick = part_of(watcher, references.reference_part(data))
-    images = references.dataset_images(dataset, chosen, tick=tick)
-    rows, digests = zip(*((detector(batch), _digests(batch)) for batch in images), strict=True)
-    features = _Features(torch.cat(rows), torch.cat(digests))
-    _keep_features(store, key, data, params, detector, features)
-    return features
+    reference = asked.references[metric]
+    if need == "moments":
+        return references.moments(asked.store, reference, detector, asked.tick, recheck=recheck)
+    tick = part_of(asked.tick, references.reference_part(reference))
+    return features.real_features(asked.store, reference, detector, tick, recheck=recheck)
 
 
 def _numbers(
-    asked: _Question, metric: str, detector: "Detector", seen: _Seen, against: "Moments | _Features | None"
+    asked: _Question,
+    metric: str,
+    detector: "Detector",
+    seen: features.Collected,
+    against: "Moments | features.Features | None",
 ) -> Mapping[str, float]:
     from sidactl import metrics
 
@@ -833,11 +767,12 @@ def _numbers(
     suffix = "" if label == "inception" else f" {label}"
     convention = asked.settings["convention"]
     if isinstance(against, Moments):
-        covariance = seen.stats.covariance(ddof=0 if convention == "sid" else 1)
-        return {distance_name(detector): metrics.frechet_distance(seen.stats.mean, covariance, *against)}
-    assert seen.features is not None
+        stats = seen.stats[asked.detectors[metric]]
+        covariance = stats.covariance(ddof=0 if convention == "sid" else 1)
+        return {distance_name(detector): metrics.frechet_distance(stats.mean, covariance, *against)}
+    kept = seen.features[asked.detectors[metric]]
     is_by_content = "order" in asked.settings
-    ours = seen.features.by_content() if is_by_content else seen.features.rows
+    ours = kept.by_content() if is_by_content else kept.rows
     if against is None:
         score, _ = metrics.inception_score(detector.logits(ours), asked.settings["num_splits"])
         return {f"IS{suffix}": score}

@@ -5,7 +5,7 @@ import hashlib
 import io
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +14,17 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from sidactl import catalog, detectors, inventory, ops, scores
+from sidactl import catalog, detectors, features, inventory, ops, scores
 from sidactl.artifacts import prepare_data, read_state_dict
 from sidactl.errors import SidaError
 from sidactl.metrics import frechet_distance
 from sidactl.nets import inception
 from sidactl.store import Store
+
+
+def collected(detector: detectors.Detector, batches: Sequence[Tensor]) -> features.Collected:
+    """What is collected of these batches, under the name "d"."""
+    return features.collect(features.Work(len(batches), lambda first: iter(batches[first:]), {"d": detector}, ["d"]))
 
 
 @pytest.fixture(scope="module")
@@ -56,29 +61,29 @@ def test_statistics_do_not_depend_on_batches_and_are_those_of_the_features(
     detector: detectors.Detector, digits: tuple[Tensor, Tensor]
 ) -> None:
     images = digits[0][:300]
-    features = detectors.features_of(detector, [images]).double().numpy()
+    rows = detector(images).double().numpy()
     for size in (7, 300):
-        stats = detectors.stats_of(detector, images.split(size))
+        stats = collected(detector, images.split(size)).stats["d"]
         assert stats.num_items == 300
-        np.testing.assert_allclose(stats.mean, features.mean(0), rtol=1e-5, atol=1e-7)
-        np.testing.assert_allclose(stats.covariance(), np.cov(features, rowvar=False), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(stats.mean, rows.mean(0), rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(stats.covariance(), np.cov(rows, rowvar=False), rtol=1e-4, atol=1e-6)
 
 
 def test_features_are_the_same_bits_beside_whatever_other_images(
     detector: detectors.Detector, digits: tuple[Tensor, Tensor]
 ) -> None:
     images = digits[0][:70]
-    features = detector(images)
+    rows = detector(images)
     for size in (1, 2, 3, 23):
-        assert torch.equal(detectors.features_of(detector, images.split(size)), features)
-    assert torch.equal(detector(images.flip(0)).flip(0), features)
+        assert torch.equal(collected(detector, images.split(size)).features["d"].rows, rows)
+    assert torch.equal(detector(images.flip(0)).flip(0), rows)
 
 
 def test_noise_lies_further_from_the_digits_than_the_digits_from_each_other(
     detector: detectors.Detector, digits: tuple[Tensor, Tensor]
 ) -> None:
     def moments(images: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        stats = detectors.stats_of(detector, [images])
+        stats = collected(detector, [images]).stats["d"]
         return stats.mean, stats.covariance()
 
     noise = torch.randint(256, (600, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -154,7 +159,7 @@ def test_the_seeded_detector_ranks_images_as_eyes_do(
         }
 
         def moments(pixels: Tensor) -> tuple[np.ndarray, np.ndarray]:
-            stats = detectors.stats_of(random_features, [pixels.to(torch.uint8)])
+            stats = collected(random_features, [pixels.to(torch.uint8)]).stats["d"]
             return stats.mean, stats.covariance()
 
         same = frechet_distance(*moments(half), *moments(other))
@@ -296,7 +301,7 @@ class NotFinite(torch.nn.Module):
         ),
         (Pair(), r".*net\.pt must give features \[2, F\] of 2 images, got a tuple\. Give another\."),
         (Late(), r"detector .*net\.pt failed on 64 images \(.*too late\)\. Give another\."),
-        (NotFinite(), r"features must be finite, row 0 is not"),
+        (NotFinite(), r"features by inception must be finite, those of image 0 are not\. Look at that image\."),
     ],
 )
 def test_what_a_detector_must_not_give_ends_the_score_in_one_line(
@@ -317,8 +322,8 @@ def test_features_of_references_that_are_not_finite_are_refused() -> None:
     bad = detectors.Detector(
         "x", 2, "x@1-fp32", torch.device("cpu"), lambda images: torch.full((len(images), 2), torch.inf)
     )
-    with pytest.raises(SidaError, match=r"^features by x@1 must be finite, some are not\."):
-        detectors.features_of(bad, [torch.zeros(3, 1, 8, 8, dtype=torch.uint8)])
+    with pytest.raises(SidaError, match=r"^features by x must be finite, those of image 0 are not\."):
+        collected(bad, [torch.zeros(3, 1, 8, 8, dtype=torch.uint8)])
 
 
 def test_a_flipped_bit_in_a_file_of_weights_is_found_before_it_is_used(scripted: Path, tmp_path: Path) -> None:

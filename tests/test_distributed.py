@@ -90,6 +90,18 @@ def test_samples_and_scores_of_two_processes_are_those_of_one(alone: tuple[Path,
         assert told(2, run, *arguments, "--force") == told(1, run, *arguments, "--force")
 
 
+def test_two_processes_share_the_images_of_a_reference_to_the_same_bits(tmp_path: Path) -> None:
+    words = ["evaluate", "tiny-digits", "--ref", "dataset/tiny-digits", "--detector", "random-features", "--num", "90"]
+    made = []
+    for num_processes in (1, 2):
+        run = tmp_path / str(num_processes)
+        told(num_processes, run, *words, "--steps", "2")
+        made.append(sorted((a.kind, a.oid) for a in Store.open(run).artifacts() if a.kind != "score"))
+        assert not any((run / "live").iterdir())
+    assert made[0] == made[1]
+    assert {"stats", "features"} <= {kind for kind, _ in made[0]}
+
+
 def interrupted(num_processes: int, run: Path, options: Sequence[str]) -> None:
     """Distills until a checkpoint is there; then every process is asked to stop, as a cluster does."""
     process = start(num_processes, run, ["distill", *SHORT, *options])

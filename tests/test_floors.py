@@ -23,7 +23,7 @@ FLOORS = [
         "sampling",
         "detectors",
     ],
-    ["artifacts", "references", "preflight", "scores", "ops", "inventory", "bench"],
+    ["artifacts", "features", "references", "preflight", "scores", "ops", "inventory", "bench"],
     ["ui", "logs", "cli"],
 ]
 ORDER = [module for floor in FLOORS for module in floor]
@@ -77,7 +77,7 @@ def test_module_has_a_floor_and_opens_with_a_sentence(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [*STANDARD_LIBRARY_ONLY, "artifacts", "preflight", "scores", "ops", "inventory", "ui", "cli"]
+    "module", [*STANDARD_LIBRARY_ONLY, "artifacts", "features", "preflight", "scores", "ops", "inventory", "ui", "cli"]
 )
 def test_what_answers_quickly_imports_nothing_heavy_at_its_top(module: str) -> None:
     top = {name.split(".")[0] for name in imports(PACKAGE / f"{module}.py", top_level=True)}

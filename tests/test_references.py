@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from sidactl import artifacts, catalog, detectors, ops, references, scores
+from sidactl import artifacts, catalog, detectors, features, ops, references, scores
 from sidactl.artifacts import prepare_data
 from sidactl.errors import SidaError
 from sidactl.nets import inception
@@ -34,7 +34,7 @@ def by_rows(name: str, rows: np.ndarray[Any, Any], identity: str = "") -> detect
 
 
 @pytest.fixture(scope="module")
-def features() -> dict[str, np.ndarray[Any, Any]]:
+def golden() -> dict[str, np.ndarray[Any, Any]]:
     with np.load(golden_metrics("stats_formats/features.npz")) as arrays:
         return dict(arrays)
 
@@ -50,8 +50,8 @@ def fifty(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def by_golden_features(features: dict[str, np.ndarray[Any, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = {"inception": features["gen_fid"], "dinov2": features["gen_fd_dinov2"]}
+def by_golden_features(golden: dict[str, np.ndarray[Any, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {"inception": golden["gen_fid"], "dinov2": golden["gen_fd_dinov2"]}
     monkeypatch.setattr(scores, "_weights_digest", lambda store, name: name)
     monkeypatch.setattr(
         scores,
@@ -258,10 +258,12 @@ def test_statistics_under_another_identity_do_not_compare(fifty: Path, tmp_path:
     data = artifacts.resolve(store, str(fifty), ["dataset"])
     rng = np.random.default_rng(0)
     first, second = (by_rows("inception", rng.standard_normal((50, 4)), f"inception@{i}") for i in "ab")
-    references.reference_stats(store, data, first)
+    features.stats_of(store, data, first)
     stats = next(a for a in store.artifacts() if a.kind == "stats")
     assert references.detector_name(stats) == "inception"
-    assert references.moments(store, stats, first).mean.shape == (4,)
+    held = references.moments(store, stats, first)
+    assert held
+    assert held.mean.shape == (4,)
     with pytest.raises(SidaError) as caught:
         references.moments(store, stats, second)
     assert str(caught.value) == (
@@ -271,9 +273,9 @@ def test_statistics_under_another_identity_do_not_compare(fifty: Path, tmp_path:
 
 
 def test_features_that_are_not_finite_name_the_image(
-    fifty: Path, tmp_path: Path, features: dict[str, np.ndarray[Any, Any]], monkeypatch: pytest.MonkeyPatch
+    fifty: Path, tmp_path: Path, golden: dict[str, np.ndarray[Any, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = features["gen_fid"].copy()
+    rows = golden["gen_fid"].copy()
     rows[37] = np.nan
     monkeypatch.setattr(scores, "_weights_digest", lambda store, name: name)
     monkeypatch.setattr(scores, "load_detector", lambda *arguments, **options: by_rows("inception", rows))

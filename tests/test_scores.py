@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from sidactl import cli, detectors, inventory, metrics, ops, prepare, references, scores
+from sidactl import cli, detectors, features, inventory, metrics, ops, prepare, references, scores
 from sidactl.artifacts import load_dataset, load_net, resolve
 from sidactl.errors import SidaError
 from sidactl.recipe import OneStepSpec, Setting
@@ -37,10 +37,11 @@ def diverse(finished: Finished) -> str:
     return ops.sample("tiny-digits", seeds=range(200), steps=10, run=finished.root).artifact.oid
 
 
-def features(finished: Finished, ref: str) -> NDArray[np.float64]:
+def features_of(finished: Finished, ref: str) -> NDArray[np.float64]:
     store = Store.open(finished.root)
     dataset = load_dataset(store, store.resolve(ref))
-    return detectors.features_of(detectors.load("tiny-digits"), references.dataset_images(dataset)).double().numpy()
+    work = features.of_images(dataset, {"d": detectors.load("tiny-digits")}, keeps=["d"])
+    return features.collect(work).features["d"].rows.double().numpy()
 
 
 def test_a_dataset_against_itself_scores_zero(finished: Finished) -> None:
@@ -51,7 +52,7 @@ def test_a_dataset_against_itself_scores_zero(finished: Finished) -> None:
 
 def test_fid_is_the_frechet_distance_of_the_moments_of_both_sets(finished: Finished, collapsed: str) -> None:
     score = scores.fid(collapsed, run=finished.root)
-    ours, theirs = features(finished, collapsed), features(finished, "dataset/tiny-digits")
+    ours, theirs = features_of(finished, collapsed), features_of(finished, "dataset/tiny-digits")
     expected = metrics.frechet_distance(
         ours.mean(0), np.cov(ours, rowvar=False), theirs.mean(0), np.cov(theirs, rowvar=False)
     )
@@ -121,7 +122,7 @@ def test_a_score_does_not_depend_on_the_batch_size(finished: Finished, monkeypat
         return [float(np.ravel(value)[0]) for value in found]
 
     whole = measured()
-    monkeypatch.setattr(references, "MAX_BATCH_SIZE", 17)
+    monkeypatch.setattr(features, "MAX_BATCH_SIZE", 17)
     assert measured() == pytest.approx(whole, rel=1e-6)
 
 
@@ -141,7 +142,7 @@ def test_a_collapsed_generator_has_high_precision_and_low_recall_in_this_order(
 
 
 def test_precision_and_recall_are_those_of_the_features(finished: Finished, diverse: str) -> None:
-    real, ours = features(finished, "dataset/tiny-digits"), features(finished, diverse)
+    real, ours = features_of(finished, "dataset/tiny-digits"), features_of(finished, diverse)
     for neighbours in (1, 3):
         score = scores.prec_recall(diverse, neighbours=neighbours, run=finished.root)
         expected = metrics.precision_recall(real, ours, neighbours, precision="float64")
@@ -165,7 +166,8 @@ def test_statistics_of_a_dataset_are_taken_once(finished: Finished) -> None:
     stats = [a for a in store.artifacts(kind="stats") if a.inputs == {"dataset": data.oid}]
     assert len([a for a in stats if str(a.params["detector"]).startswith("tiny-digits@")]) == 1
     kept = references.moments(store, data, detectors.load("tiny-digits"))
-    expected = features(finished, "dataset/tiny-digits")
+    assert kept
+    expected = features_of(finished, "dataset/tiny-digits")
     np.testing.assert_allclose(kept.mean, expected.mean(0), rtol=1e-9)
     np.testing.assert_allclose(kept.covariance, np.cov(expected, rowvar=False), rtol=1e-7, atol=1e-12)
 
@@ -353,7 +355,7 @@ def test_fewer_images_than_there_are_are_drawn_by_seed(finished: Finished) -> No
     store = Store.open(finished.root)
     dataset = load_dataset(store, store.resolve("dataset/tiny-digits"))
     assert dataset.labels is not None
-    found = features(finished, "dataset/tiny-digits")
+    found = features_of(finished, "dataset/tiny-digits")
     real = found.mean(0), np.cov(found, rowvar=False)
     options: dict[str, Any] = {"reference": "dataset/tiny-digits", "num": 120, "run": finished.root}
     for seed in (0, 5):
@@ -407,7 +409,7 @@ def test_the_convention_sid_takes_images_in_the_order_of_their_seeds(finished: F
     drawn = ops.sample("generator/best", seeds=range(60), run=finished.root).artifact.oid
     options: dict[str, Any] = {"convention": "sid", "run": finished.root}
     expected, _ = metrics.inception_score(
-        detectors.load("tiny-digits").logits(torch.tensor(features(finished, drawn)).float())
+        detectors.load("tiny-digits").logits(torch.tensor(features_of(finished, drawn)).float())
     )
     for score in (
         scores.inception_score("generator/best", num=60, **options),
@@ -466,7 +468,7 @@ def _copy(source: str, destination: Path) -> str:
 def test_more_reference_images_than_are_taken_are_told(
     finished: Finished, diverse: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scores, "MAX_REAL_IMAGES", 150)
+    monkeypatch.setattr(features, "MAX_REAL_IMAGES", 150)
     score = scores.prec_recall(diverse, reference="dataset/tiny-digits", num=190, run=finished.root)
     assert score.warnings == ["150 of 1,797 reference images, drawn by seed 0, stand for all of them"]
 
@@ -577,6 +579,7 @@ def test_an_evaluation_while_training_of_images_that_are_not_finite_is_no_number
     store = Store.open(finished.root)
     detector = detectors.load("tiny-digits")
     reference = references.moments(store, store.resolve("dataset/tiny-digits"), detector)
+    assert reference
     evaluate = ops._evaluation(detector, reference, OneStepSpec(), 300)
     sound = evaluate(load_net(store, finished.best, "cpu"), lambda: False)
     assert sound

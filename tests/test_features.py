@@ -1,0 +1,194 @@
+"""Features are collected once, whatever happens meanwhile: what goes on after an interruption ends in the same bits."""
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sidactl import artifacts, detectors, engine, features, live, ops, references, scores
+from sidactl.errors import SidaError
+from sidactl.store import Artifact, LiveDir, Store
+
+
+@pytest.fixture(autouse=True)
+def _save_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "SAVE_EVERY_SEC", 0.0)
+
+
+def batches(num: int = 7) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(256, (5, 1, 8, 8), generator=generator).to(torch.uint8) for _ in range(num)]
+
+
+def work(stop_at: int | None = None, first_seen: list[int] | None = None, num: int = 7) -> features.Work:
+    """Of all batches, by two detectors; the processor is switched off at one of them."""
+
+    def shared(first: int) -> Iterator[Tensor]:
+        if first_seen is not None:
+            first_seen.append(first)
+        for index, images in enumerate(batches(num)[first:], first):
+            if index == stop_at:
+                raise KeyboardInterrupt
+            yield images
+
+    both = {name: detectors.load(name) for name in ("tiny-digits",)}
+    return features.Work(num, shared, {"b": both["tiny-digits"], "a": both["tiny-digits"]}, ["a"])
+
+
+def bits(collected: features.Collected) -> list[bytes]:
+    arrays = [a for name in sorted(collected.stats) for a in collected.stats[name].arrays().values()]
+    kept = [t.numpy() for f in collected.features.values() for t in (f.rows, f.digests)]
+    return [array.tobytes() for array in (*arrays, *kept)]
+
+
+@pytest.mark.parametrize("stops", [[0], [1], [6], [3, 5]])
+def test_what_goes_on_after_an_interruption_has_the_bits_of_what_was_never_interrupted(
+    tmp_path: Path, stops: list[int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[int] = []
+    for stop in stops:
+        with pytest.raises(KeyboardInterrupt):
+            features.collect(work(stop, seen), LiveDir(tmp_path))
+    done = list[int]()
+    found = features.collect(work(None, seen), LiveDir(tmp_path), before=100, tick=done.append)
+    assert seen == [0, *stops]
+    assert bits(found) == bits(features.collect(work()))
+    assert done == [5 * batch for batch in range(stops[-1], 8)]
+    told = [f"going on after {5 * stop} images, which were measured before" for stop in stops if stop]
+    assert capfd.readouterr().err.splitlines() == told
+    assert json.loads((tmp_path / "state.json").read_bytes()) == {"state": {"done": 135}}
+    assert len(list(tmp_path.glob("*-moments-*"))) == 1
+
+
+@pytest.mark.parametrize("harm", ["flip", "remove", "others", "nonsense", "list"])
+def test_what_is_not_as_it_was_saved_is_begun_anew_and_said(
+    tmp_path: Path, harm: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        features.collect(work(4), LiveDir(tmp_path))
+    state, rows = tmp_path / "features.json", next(tmp_path.glob("features-rows-*"))
+    seen, num = list[int](), 7
+    if harm == "flip":
+        data = bytearray(rows.read_bytes())
+        data[-1] ^= 1
+        rows.write_bytes(data)
+    elif harm == "remove":
+        rows.unlink()
+    elif harm == "others":
+        num = 8
+    else:
+        state.write_text("[1]" if harm == "list" else "{")
+    found = features.collect(work(None, seen, num), LiveDir(tmp_path))
+    assert seen == [0]
+    assert capfd.readouterr().err.startswith("what an interrupted score left is not as it was saved (")
+    assert bits(found) == bits(features.collect(work(num=num)))
+
+
+@pytest.fixture
+def net_of_digits(tmp_path: Path) -> Store:
+    ops.fetch_teacher("tiny-digits", run=tmp_path / "run")
+    return Store.open(tmp_path / "run")
+
+
+def interrupt_after(num_batches: int, patch: pytest.MonkeyPatch) -> None:
+    """Ends a score where so many batches are done."""
+    joined = engine.joined
+
+    def some(*of_all: Any, **options: Any) -> Iterator[Any]:
+        nonlocal num_batches
+        for made in joined(*of_all, **options):
+            if num_batches == 0:
+                raise KeyboardInterrupt
+            num_batches -= 1
+            yield made
+
+    patch.setattr(engine, "joined", some)
+
+
+def test_a_score_goes_on_where_it_was_interrupted(
+    net_of_digits: Store, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options: Any = {"num": 40, "trials": 2, "steps": 2, "run": net_of_digits.root, "reference": "dataset/tiny-digits"}
+    monkeypatch.setattr(features, "MAX_BATCH_SIZE", 16)
+    references_batches = -(-1797 // 16)
+    with monkeypatch.context() as patch:
+        interrupt_after(references_batches + 4, patch)  # one batch into the second trial
+        with pytest.raises(KeyboardInterrupt):
+            scores.fid("tiny-digits", **options)
+    (unfinished,) = live.unfinished(net_of_digits)
+    assert unfinished.nimg == 56
+    expected = "sidactl fid tiny-digits --ref dataset/tiny-digits --num 40 --trials 2 --steps 2"
+    assert unfinished.go_on() == expected
+    capfd.readouterr()
+    again = scores.fid("tiny-digits", **options)
+    assert capfd.readouterr().err.splitlines() == [
+        "going on after 40 images, which were measured before",
+        "going on after 16 images, which were measured before",
+    ]
+    assert live.unfinished(net_of_digits) == []
+    assert scores.fid("tiny-digits", **options, force=True) == again
+
+
+def test_features_of_a_reference_go_on_and_answer_the_next_score(
+    net_of_digits: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, detector = artifacts.prepare_data("tiny-digits", run=net_of_digits.root), detectors.load("tiny-digits")
+    monkeypatch.setattr(features, "MAX_BATCH_SIZE", 200)
+    for ask in (features.stats_of, features.real_features):
+        done: list[tuple[int, int]] = []
+        with monkeypatch.context() as patch:
+            interrupt_after(5, patch)
+            with pytest.raises(KeyboardInterrupt):
+                ask(net_of_digits, data, detector)
+        ask(net_of_digits, data, detector, lambda *tick, done=done: done.append(tick))
+        assert done[0] == (1000, 1797)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "joined", None)
+            ask(net_of_digits, data, detector)
+    assert live.unfinished(net_of_digits) == []
+
+
+def test_of_two_processes_that_ask_the_same_the_second_waits_and_has_the_answer(
+    net_of_digits: Store, capfd: pytest.CaptureFixture[str]
+) -> None:
+    key, question = "ab" * 32, live.Question(command="fid", subject="tiny-digits", words=[], params={})
+    made = net_of_digits.resolve("teacher/tiny-digits")
+    begun, found = threading.Event(), list[object]()
+
+    def second() -> None:
+        begun.wait()
+        with artifacts.answering(net_of_digits, key, question) as place:
+            found.append(place)
+
+    other = threading.Thread(target=second)
+    other.start()
+    with artifacts.answering(net_of_digits, key, question) as place:
+        assert isinstance(place, LiveDir)
+        begun.set()
+        while "waiting for another process" not in (told := capfd.readouterr().err):
+            assert not told
+        artifacts.answered(net_of_digits, key, made, "score")
+    other.join()
+    assert isinstance(found[0], Artifact)
+    assert found[0].oid == made.oid
+
+
+def test_a_run_directory_that_takes_nothing_has_no_place(net_of_digits: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = artifacts.prepare_data("tiny-digits", run=net_of_digits.root)
+
+    def full(self: Store) -> None:
+        raise scores.UnwritableError("the disk is full", "Free some.")
+
+    monkeypatch.setattr(Store, "check_writable", full)
+    monkeypatch.setattr(Store, "put", lambda *a, **k: full(net_of_digits))
+    detector = detectors.load("tiny-digits")
+    stats, kept = features.stats_of(net_of_digits, data, detector)
+    assert (stats.num_items, kept) == (1797, None)
+    assert references.moments(net_of_digits, data, detector)
+    with pytest.raises(SidaError, match="the disk is full"):
+        ops.dataset_stats(data.oid, run=net_of_digits.root)
