@@ -325,6 +325,7 @@ def _edm_teachers() -> Iterator[Teacher]:
             evaluate_every_nimg=50 * line_nimg,
             evaluate_early_nimg=tuple(count * line_nimg for count in range(10, 101, 10)),
             evaluate_labels="dataset" if net.label_dim else "uniform",
+            evaluate_also=("inception-score",) if name == "edm-cifar10-uncond" else (),
             checkpoint_every_nimg=50 * line_nimg,
         )
         churn = HeunSpec(num_steps=num_steps, S_churn=40, S_min=0.05, S_max=50, S_noise=1.003)

@@ -464,7 +464,8 @@ def _field_docs(cls: type) -> Mapping[str, str]:
 def _metavar(field: dataclasses.Field[Any]) -> str:
     for kind in (field.type, *get_args(field.type)):
         if get_origin(kind) is Literal:
-            return "|".join(get_args(kind))
+            several = ",..." if get_origin(field.type) is tuple else ""
+            return "|".join(get_args(kind)) + several
     if inputs.is_count(field):
         return "COUNT,..." if "tuple" in str(field.type) else "COUNT"
     return "true|false" if field.type is bool else "VALUE"
@@ -484,6 +485,8 @@ def _parser(field: dataclasses.Field[Any]) -> Callable[[str], Any]:
             return inputs.counts_of(text, flag) if text != "none" else ()
         if inputs.is_count(field):
             return inputs.parse_count(text, flag)
+        if "tuple[typing.Literal" in str(field.type):
+            return inputs.words_of(text)
         if "Literal" in str(field.type) or field.type is str:
             return text
         try:
@@ -808,8 +811,11 @@ def _watching(log: Sequence[str] | None) -> Iterator[_Shown]:
                 skipped = {"skipped updates": values["skipped_steps"]} if values["skipped_steps"] else {}
                 progress.update(event.nimg, {"stage": values["stage"], **losses, **skipped})
             elif event.kind == "evaluation":
-                progress.update(event.nimg, {score_name: f"{values['score']:.4g}"})
-                progress.note(f"{score_name} {values['score']:.4g} after {event.nimg:,} images")
+                scores = {score_name: values["score"], **{name: v for name, v in values.items() if name != "score"}}
+                told = {name: f"{value:.4g}" for name, value in scores.items()}
+                progress.update(event.nimg, told)
+                listed = ", ".join(f"{name} {value}" for name, value in told.items())
+                progress.note(f"{listed} after {event.nimg:,} images")
             elif event.kind == "resumed":
                 progress.note(f"going on from the checkpoint at {event.nimg:,} images")
                 progress.update(event.nimg)
@@ -1446,10 +1452,10 @@ def _print_generator(artifact: "Artifact", as_json: bool) -> None:
         teacher = results["teacher_score"]
         beside = "not scored" if teacher is None else f"{teacher:.4g}"
         beside += " (published)" if "teacher_score_is" in results else ""
-        ui.note(
-            f"best generator: {score_name(str(results['detector']))} {results['selection_score']:.4g} after {seen:,} "
-            f"images, one step; its teacher: {beside}. {look}"
-        )
+        of_best = {name: dict(points).get(seen) for name, points in results.get("also", {}).items()}
+        also = "".join(f", {name} {value:.4g}" for name, value in of_best.items() if value is not None)
+        scored = f"{score_name(str(results['detector']))} {results['selection_score']:.4g}{also}"
+        ui.note(f"best generator: {scored} after {seen:,} images, one step; its teacher: {beside}. {look}")
     _print_artifact(artifact, as_json)
 
 

@@ -78,12 +78,15 @@ def collect(
     name: str = "features",
     before: int = 0,
     tick: Callable[[int], None] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    refuse: Callable[[str], None] | None = None,
 ) -> Collected:
     """Computes features of all batches, every process a share of them; the result depends on the batches alone.
 
     place: where what was computed is saved under `name` from time to time, and gone on from. before: images of other
-    work in the same place, for who looks how far it is. tick: called with the images done so far.
-    Raises SidaError, naming the image, for features that are not finite.
+    work in the same place, for who looks how far it is. tick: called with the images done so far. should_stop: ends it
+    early. refuse: takes what is wrong with features that are not finite, which are left out then.
+    Raises SidaError, naming the image, for such features where nobody takes it.
     """
     from sidactl import engine
 
@@ -97,7 +100,12 @@ def collect(
             rows = {detector: by(images) for detector, by in work.detectors.items()}
             yield rows, _digests(images) if work.keeps else None
 
-    for rows, digests in engine.joined(computed(), work.num_batches - first):
+    for rows, digests in engine.joined(computed(), work.num_batches - first, should_stop=should_stop):
+        if (wrong := state.wrong_in(rows)) and refuse:
+            refuse(wrong)
+            continue
+        if wrong:
+            raise SidaError(wrong, "Look at that image.")
         state.add(rows, digests)
         if tick:
             tick(state.num_images)
@@ -146,13 +154,17 @@ class _State:
         download.to_stderr(f"going on after {state.num_images:,} images, which were measured before")
         return state
 
-    def add(self, rows: "Mapping[str, Tensor]", digests: "Tensor | None") -> None:
+    def wrong_in(self, rows: "Mapping[str, Tensor]") -> str | None:
+        """The first image whose features are not finite, in words."""
         for detector, features in rows.items():
             bad = (~features.isfinite().all(1)).nonzero()
             if len(bad):
-                which = self.work.name_of(self.num_images + int(bad[0]))
-                by = self.work.detectors[detector].name
-                raise SidaError(f"features by {by} must be finite, those of {which} are not", "Look at that image.")
+                by, which = self.work.detectors[detector].name, self.work.name_of(self.num_images + int(bad[0]))
+                return f"features by {by} must be finite, those of {which} are not"
+        return None
+
+    def add(self, rows: "Mapping[str, Tensor]", digests: "Tensor | None") -> None:
+        for detector, features in rows.items():
             self.stats[detector].add(features)
             if detector in self.rows:
                 self.rows[detector].append(features)

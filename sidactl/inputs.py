@@ -90,6 +90,13 @@ def counts_of(value: Any, what: str) -> tuple[int, ...]:
     return tuple(count_of(part, what) for part in listed)
 
 
+def words_of(value: Any) -> tuple[str, ...]:
+    """Several words, from "one,two" or whatever can be gone through; none from "none" or ""."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",")) if value not in ("", "none") else ()
+    return tuple(value)
+
+
 def seeds_of(value: Seeds, what: str = "seeds") -> Sequence[int]:
     """The seeds as ints, in the order given; a range where they come as one, or as an array of consecutive ones.
 
@@ -185,6 +192,8 @@ def _field_value(field: "dataclasses.Field[Any]", value: Any) -> Any:
             raise SidaError(f"{field.name} must be a number, got {_told(value)}", "Pass a float.") from None
     if field.type is bool and type(value).__name__ in ("bool", "bool_"):  # numpy's
         return bool(value)
+    if kinds.startswith("tuple[typing.Literal"):
+        return words_of(value)
     if kinds.startswith("tuple[int"):
         listed = value.tolist() if hasattr(value, "tolist") else value
         return tuple(whole(part, field.name) for part in listed)

@@ -102,6 +102,8 @@ class Evaluation:
     score: float
     preview: bytes | None
     warning: str | None = None
+    also: Mapping[str, float] = field(default_factory=dict)
+    """further scores of the same images, by name, for people to look at"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +139,8 @@ class History:
     """of the file with the best net's weights"""
     made: Mapping[str, int] | None = field(default_factory=dict)
     """updates of each net up to the last evaluation, or when it was due; None where an older checkpoint does not say"""
+    also: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    """further scores by name, as `scores`"""
 
     @property
     def best(self) -> tuple[int, float] | None:
@@ -269,6 +273,8 @@ def _keep(evaluation: Evaluation, training: Training, history: History, live: Li
     """Enters an evaluation into the history; a new best is written beside the old one, which goes with a checkpoint."""
     nimg, score = training.nimg, evaluation.score
     history.scores.append((nimg, score))
+    for name, value in evaluation.also.items():
+        history.also.setdefault(name, []).append((nimg, value))
     history.made = training.skipped.made
     if evaluation.preview:
         live.write(f"preview-{nimg:010d}.png", evaluation.preview)
@@ -276,7 +282,7 @@ def _keep(evaluation: Evaluation, training: Training, history: History, live: Li
         best = weights(training.ema)
         history.best_sha256 = hashlib.sha256(best).hexdigest()
         live.write(_best_name(nimg), best)
-    return Event("evaluation", nimg, {"score": score})
+    return Event("evaluation", nimg, {"score": score, **evaluation.also})
 
 
 def best_weights(history: History, live: LiveDir) -> bytes:
@@ -401,6 +407,7 @@ def save_checkpoint(training: Training, history: History, live: LiveDir) -> None
                 "loss_scales": {name: scale.to_json() for name, scale in training.skipped.loss_scales.items()},
                 "scores": history.scores,
                 "best_sha256": history.best_sha256,
+                **({"also": history.also} if history.also else {}),
             }
             (folder / _STATE).write_text(json.dumps(state))
             (folder / _DIGESTS).write_text("".join(f"{_sha256(p)}  {p.name}\n" for p in sorted(folder.iterdir())))
@@ -498,7 +505,7 @@ def _resume(training: Training, history: History, live: LiveDir) -> list[Event]:
         training.nimg, training.step_index = saved.nimg, saved.step_index
         training.skipped.restore(saved.skipped, saved.in_a_row, saved.made)
         history.scores[:], history.best_sha256 = saved.scores, saved.best_sha256
-        history.made = saved.made_at_evaluation
+        history.made, history.also = saved.made_at_evaluation, saved.also
         for name, scale in training.skipped.loss_scales.items():
             if name in saved.loss_scales:
                 scale.restore(saved.loss_scales[name])
@@ -528,6 +535,7 @@ class _Saved:
     loss_scales: dict[str, dict[str, float]]
     scores: list[tuple[int, float]]
     best_sha256: str | None
+    also: dict[str, list[tuple[int, float]]]
 
     @classmethod
     def of(cls, checkpoint: Path) -> "_Saved":
@@ -545,9 +553,14 @@ class _Saved:
             made=_counts(state["updates"]) if schema > 1 else {},
             made_at_evaluation=None if evaluated is None else _counts(evaluated),
             loss_scales=dict(state["loss_scales"]) if schema > 1 else {},
-            scores=[(int(nimg), float(score)) for nimg, score in state["scores"]],
+            scores=_points(state["scores"]),
             best_sha256=state["best_sha256"] if schema > 1 else state.get("best_sha256"),
+            also={str(name): _points(points) for name, points in state.get("also", {}).items()},
         )
+
+
+def _points(value: Any) -> list[tuple[int, float]]:
+    return [(int(nimg), float(score)) for nimg, score in value]
 
 
 def _counts(value: Mapping[str, int]) -> dict[str, int]:

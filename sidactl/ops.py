@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeAlias
 
-from sidactl import catalog, download, preflight, references
+from sidactl import catalog, download, preflight, references, scores
 from sidactl.artifacts import (
     NET_FILES,
     NETS,
@@ -69,10 +69,12 @@ from sidactl.recipe import (
 )
 from sidactl.references import class_of, detector_name
 from sidactl.scores import (
+    METRICS,
     ScoreOptions,
     chosen_sampler,
     detector_label,
     distance_name,
+    has_classes,
     is_answered,
     load_detector,
     sampler_of,
@@ -120,13 +122,14 @@ def dataset_stats(
     from sidactl.engine import pick_device
 
     store, detector = Store.open(run_of(ref, run)), optional_ref(detector, "the detector")
-    data = resolve(store, ref_text(ref), ["dataset"], recheck=force)
-    require_images(data)
-    names = [name.partition("/")[2] for name in store.names_of(data.oid)]
-    data = references.pixels_of(store, data)
-    called = detector or detector_name(data)
-    if force and called in catalog.DETECTORS:
-        fetch_detector(called, run=store.root, recheck=True)
+    with first_alone():
+        data = resolve(store, ref_text(ref), ["dataset"], recheck=force)
+        require_images(data)
+        names = [name.partition("/")[2] for name in store.names_of(data.oid)]
+        data = references.pixels_of(store, data)
+        called = detector or detector_name(data)
+        if called in catalog.DETECTORS:
+            fetch_detector(called, run=store.root, recheck=force)
     chosen = load_detector(store, called, pick_device(device))
     store.check_writable()
     _, made = stats_of(store, data, chosen, tick, recheck=force)
@@ -371,10 +374,23 @@ def plan(
         to_come = preflight.Input(recipe.dataset, None, catalog.DATASETS.get(recipe.dataset)) if missing else data
         scoring, more, nothing = _planned_scoring(store, recipe, net, taught, to_come, reference, detector)
         needs += [need for need in more if need not in needs]
+        for metric in recipe.evaluate_also if scoring else ():
+            assert scoring
+            try:
+                more = _check_further(store, metric, recipe, net, scoring)
+                needs += [need for need in more if need not in needs]
+            except SidaError as error:
+                if "evaluate_also" in overrides:
+                    raise
+                notes.append(f"{metric} is left out of the evaluations: {error.message}")
+                others = tuple(other for other in recipe.evaluate_also if other != metric)
+                recipe = dataclasses.replace(recipe, evaluate_also=others)
         if scoring and reference is None:
             notes += _of_published(scoring.reference, data)
         if nothing:
             notes.append(f"nothing is scored, and the last generator is the result: {nothing}")
+    if not scoring and overrides.get("evaluate_also"):
+        raise SidaError("--evaluate-also is for runs that are scored, this one is not", "Leave it out.")
     if not score:
         notes.append("nothing is scored, and the last generator is the result")
     free_bytes = preflight.check_disk(store, num_parameters)
@@ -454,6 +470,20 @@ def _planned_scoring(
     if compared.need:
         needs.insert(0, compared.need)
     return Scoring(chosen, compared, chosen == default), needs, None
+
+
+def _check_further(store: Store, metric: str, recipe: Recipe, net: NetSpec, scoring: Scoring) -> list[preflight.Need]:
+    """Refuses a further score of evaluations that this run cannot have; what it needs."""
+    by = METRICS[metric].detector
+    if by:
+        return preflight.check_detector(store, by, net, scoring.reference)
+    if not has_classes(scoring.detector):
+        raise SidaError(
+            f"the inception score needs classes, detector {scoring.detector} gives none", "Pass --detector inception."
+        )
+    if recipe.evaluate_num < (least := _AS_EVALUATE["num_splits"]):
+        raise SidaError(f"the inception score needs at least {least} images", "Pass a larger --evaluate-num.")
+    return []
 
 
 def _needs_reference(recipe: Recipe, asked: str | None, detector: str | None, data: Artifact | None) -> bool:
@@ -802,7 +832,13 @@ def _distill(
         _try_scoring(detector, moments, start or teacher, sampler)
         counts: Any = inputs["dataset"].results["class_counts"] if recipe.evaluate_labels == "dataset" else None
         tick = part_of(watch, "scoring the generator")
-        evaluate = _evaluation(detector, moments, sampler, recipe.evaluate_num, tick, counts or None)
+        eyes = [_Eye("fid", detector, moments)]
+        for metric in recipe.evaluate_also:
+            by = METRICS[metric].detector
+            other = load_detector(store, by, chosen_device) if by not in (None, wanted.detector) else detector
+            needed = references.moments(store, compared, other, watch, recheck=force) if METRICS[metric].need else None
+            eyes.append(_Eye(metric, other, needed))
+        evaluate = _evaluation(eyes, sampler, recipe.evaluate_num, tick, counts or None)
         published = _published_score(recipe, references.published_as(compared), distance_name(detector))
         if teacher_score is None:
             teacher_score = "measure" if published is None else "published"
@@ -838,6 +874,7 @@ def _distill(
     net = engine.gathered(training.ema, chosen_device)
     is_first = engine.rank_and_size()[0] == 0
     untrained, made = recipe.untrained(), dict[str, Artifact]()
+    also = {name: [[nimg, _finite(value)] for nimg, value in points] for name, points in history.also.items()}
     files: dict[str, dict[str, bytes]] = {}
     for which in ("last", "best") if is_first else ():
         if which == "best" and history.best:
@@ -877,6 +914,7 @@ def _distill(
                     **({"teacher_score_is": "published"} if is_published else {}),
                     "detector": detector_label(detector) if detector else None,
                     "scores": [[n, _finite(s)] for n, s in history.scores],
+                    **({"also": also} if also else {}),
                     "skipped_updates": sum(training.skipped.total.values()),
                     **({"untrained": untrained} if untrained else {}),
                 },
@@ -957,63 +995,76 @@ def _fitted(training: "Distillation", execution: Execution, live: LiveDir, devic
     return f"{images} images at a time fit into the memory of {device} (--batch-per-device)"
 
 
+@dataclass(frozen=True)
+class _Eye:
+    """One of the scores that an evaluation gives: by which detector, and against what."""
+
+    metric: str
+    detector: "Detector"
+    against: references.Moments | None
+
+
+_AS_EVALUATE: Mapping[str, Any] = {"convention": "edm", "order": "content", "num_splits": 10}
+"""the settings that `evaluate` has by default"""
+
+
 def _evaluation(
-    detector: "Detector",
-    reference: references.Moments | None,
+    eyes: Sequence[_Eye],
     sampler: OneStepSpec,
     num_images: int,
     tick: Tick | None = None,
     class_counts: Sequence[int] | None = None,
 ) -> "Evaluate":
-    """What scores a net while it trains: its distance from the reference, and a grid of images."""
+    """What scores a net while it trains, by the first of these scores and the others; and a grid of images."""
     import torch
 
-    from sidactl import engine, loop, metrics, sampling
+    from sidactl import engine, features, loop, sampling
 
     seeds = range(SELECTION_SEED, SELECTION_SEED + num_images)
+    device = eyes[0].detector.device
+    detectors = {eye.detector.identity: eye.detector for eye in eyes}
+    keeps = {eye.detector.identity for eye in eyes if METRICS[eye.metric].need is None}
 
     def evaluate(net: "Preconditioned", should_stop: Callable[[], bool]) -> loop.Evaluation | None:
-        net = engine.gathered(net, detector.device)
-        size = images_per_batch(net.spec.img_channels, net.spec.img_resolution)
-        samples = sampling.generate(
-            net, seeds, sampler, device=detector.device, class_counts=class_counts, batch_size=size
-        )
-        generated, done = metrics.FeatureStats(), 0
-        problem: str | None = None
-        unusable: str | None = None
+        net = engine.gathered(net, device)
+        size = features.images_per_batch(net.spec.img_channels, net.spec.img_resolution)
+        samples = sampling.generate(net, seeds, sampler, device=device, class_counts=class_counts, batch_size=size)
+        problems: list[str] = []
 
-        def features() -> "Iterator[torch.Tensor]":
-            nonlocal problem
+        def images(first: int) -> "Iterator[torch.Tensor]":
             try:
-                for batch in samples.shared():
-                    yield detector(batch.images)
+                for batch in samples.shared(first):
+                    yield batch.images
             except sampling.NotFiniteError as error:
-                problem = error.message
-                while True:  # other processes count on this one's share
-                    yield torch.full((1, detector.num_features), math.nan)
+                problems.append(error.message)
+                channels, side = preflight.drawn_by(net.spec)
+                yield torch.zeros(1, channels, side, side, dtype=torch.uint8)  # others count on this one's share
 
-        for rows in engine.joined(features(), len(samples), should_stop=should_stop):
-            if bool(rows.isfinite().all()):
-                generated.add(rows)
-            else:
-                unusable = f"features by {detector.name} are not finite"
-            if tick:
-                done += len(rows)
-                tick(done, num_images)
+        collected = features.collect(
+            features.Work(len(samples), images, detectors, keeps),
+            tick=None if tick is None else lambda done: tick(done, num_images),
+            should_stop=lambda: bool(problems) or should_stop(),
+            refuse=problems.append,
+        )
         if engine.any_process(should_stop()):
             return None
-        if told := engine.first_told(problem) or engine.first_told(unusable):
+        if told := engine.first_told(problems[0] if problems else None):
             return loop.Evaluation(math.nan, None, f"no score after these updates: {told}")
 
-        def score() -> str:
-            assert reference
-            return repr(metrics.frechet_distance(generated.mean, generated.covariance(), *reference))
+        def numbers() -> str:
+            found: dict[str, float] = {}
+            for eye in eyes:
+                stats = collected.stats[eye.detector.identity]
+                kept = collected.features.get(eye.detector.identity)
+                found |= scores.numbers(eye.metric, eye.detector, stats, kept, eye.against, _AS_EVALUATE)
+            return json.dumps(found)
 
-        value = float(engine.agreed(score))
+        found: dict[str, float] = json.loads(engine.agreed(numbers))
+        value = found.pop(distance_name(eyes[0].detector))
         try:
-            return loop.Evaluation(value, _preview(net, sampler))
+            return loop.Evaluation(value, _preview(net, sampler), also=found)
         except sampling.NotFiniteError as error:
-            return loop.Evaluation(value, None, f"no picture: {error.message}")
+            return loop.Evaluation(value, None, f"no picture: {error.message}", also=found)
 
     return evaluate
 

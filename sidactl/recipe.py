@@ -109,11 +109,13 @@ def _called(declared: Any) -> str:
     if origin in (Union, UnionType):
         return " or ".join(_called(option) for option in options)
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", NoneType: "none"}
+    if origin is tuple and typing.get_origin(options[0]) is Literal:
+        return f"some of {', '.join(typing.get_args(options[0]))}"
     return "whole numbers" if origin is tuple else names.get(declared, f"a {declared.__name__}")
 
 
 def _refusal(name: str, what: str, got: object) -> SidaError:
-    told = repr(got) if isinstance(got, str) else got
+    told = repr(got) if isinstance(got, str) else list(got) if isinstance(got, tuple) else got
     return SidaError(f"{name} must be {what}, got {told}", f"Pass another {flag_of(name)}.")
 
 
@@ -127,7 +129,7 @@ def _within(value: Plain, names: Sequence[str], what: str, holds: Callable[[Any]
     for name in names:
         got = getattr(value, name)
         if got is not None and not all(map(holds, got if isinstance(got, tuple) else [got])):
-            raise _refusal(name, what, list(got) if isinstance(got, tuple) else got)
+            raise _refusal(name, what, got)
 
 
 def _at_least(value: Plain, least: int, *names: str) -> None:
@@ -366,7 +368,7 @@ class Recipe(Plain):
     one and starts the generator from a generator.
     """
 
-    _later = frozenset({"evaluate_early_nimg", "evaluate_labels", "patience"})
+    _later = frozenset({"evaluate_early_nimg", "evaluate_labels", "evaluate_also", "patience"})
 
     teacher: str
     mode: Mode
@@ -433,6 +435,8 @@ class Recipe(Plain):
     """further evaluations, at so many images each"""
     evaluate_labels: Literal["uniform", "dataset"] = "uniform"
     """classes of the images of an evaluation, drawn uniformly or by their share of the dataset"""
+    evaluate_also: tuple[Literal["inception-score", "fd-dinov2"], ...] = ()
+    """further scores of an evaluation, inception-score or fd-dinov2; the best generator is by the first score alone"""
     patience: int | None = None
     """the run ends after so many evaluations without a better score; None = at its duration alone"""
     checkpoint_every_nimg: int = 500_000

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
     from sidactl.data import Dataset
     from sidactl.detectors import Detector, Resize
+    from sidactl.metrics import FeatureStats
 
 SCORED = (*NETS, "samples", "dataset")
 SCORE_NAMES = {
@@ -392,7 +393,7 @@ class _Question:
         for artifact in found.values():
             require_images(artifact)
         detectors = {name: _detector_of(name, options, found, store, subject) for name in chosen}
-        if (scorer := detectors.get("inception-score")) and not _has_classes(scorer):
+        if (scorer := detectors.get("inception-score")) and not has_classes(scorer):
             raise SidaError(
                 f"the inception score needs classes, detector {scorer} gives none", "Pass --detector inception."
             )
@@ -440,7 +441,7 @@ def _applicable(store: Store, subject: Artifact, options: Mapping[str, Any]) -> 
         wanted.append("fd-dinov2")
     if has_images:
         wanted += ["prec-recall", "kid"]
-    return wanted + (["inception-score"] if _has_classes(detector) else [])
+    return wanted + (["inception-score"] if has_classes(detector) else [])
 
 
 def _detector_of(
@@ -457,7 +458,7 @@ def _detector_of(
     compared = next((found[name] for name in found if not METRICS[name].detector), None)
     if not compared and options.get("reference"):
         compared = references.find(store, options.get("reference"), subject, "moments")
-    if compared and _has_classes(own := detector_name(compared)):
+    if compared and has_classes(own := detector_name(compared)):
         return own
     if not compared and subject.kind == "dataset":
         return detector_name(subject)
@@ -472,7 +473,7 @@ def _default_detector(subject: Artifact, reference: Artifact, options: Mapping[s
     return detector_name(reference)
 
 
-def _has_classes(detector: str) -> bool:
+def has_classes(detector: str) -> bool:
     """Whether it classifies: only the digits' and Inception do; in TorchScript that, too, gives features alone."""
     return detector not in ("dinov2", "random-features", "inception-torchscript") and not references.is_torchscript(
         detector
@@ -605,9 +606,10 @@ def _measure(asked: _Question, place: LiveDir | None) -> _Measured:
     for trial in range(max(1, len(asked.seeds))):
         seen = _features(asked, trial, loaded, keeps, place)
         for metric in asked.metrics if is_first else ():
-            detector = by_metric[metric]
-            numbers = _numbers(asked, metric, detector, seen, against[metric])
-            for name, value in numbers.items():
+            detector, key = by_metric[metric], asked.detectors[metric]
+            kept = seen.features.get(key)
+            found = numbers(metric, detector, seen.stats[key], kept, against[metric], asked.settings)
+            for name, value in found.items():
                 values.setdefault(name, []).append(value)
                 made_by[name] = detector.identity
                 if metric in asked.references:
@@ -754,34 +756,38 @@ def _against(asked: _Question, metric: str, detector: "Detector") -> "Moments | 
     return features.real_features(asked.store, reference, detector, tick, recheck=recheck)
 
 
-def _numbers(
-    asked: _Question,
+def numbers(
     metric: str,
     detector: "Detector",
-    seen: features.Collected,
+    stats: "FeatureStats",
+    kept: "features.Features | None",
     against: "Moments | features.Features | None",
+    settings: Mapping[str, Any],
 ) -> Mapping[str, float]:
+    """What a metric says of images, by name: from the moments of their features, or the features themselves.
+
+    settings: convention, order, neighbours and num_splits, as far as the metric has them.
+    """
     from sidactl import metrics
 
     label = detector_label(detector)
     suffix = "" if label == "inception" else f" {label}"
-    convention = asked.settings["convention"]
+    convention = settings["convention"]
     if isinstance(against, Moments):
-        stats = seen.stats[asked.detectors[metric]]
         covariance = stats.covariance(ddof=0 if convention == "sid" else 1)
         return {distance_name(detector): metrics.frechet_distance(stats.mean, covariance, *against)}
-    kept = seen.features[asked.detectors[metric]]
-    is_by_content = "order" in asked.settings
+    assert kept
+    is_by_content = "order" in settings
     ours = kept.by_content() if is_by_content else kept.rows
     if against is None:
-        score, _ = metrics.inception_score(detector.logits(ours), asked.settings["num_splits"])
+        score, _ = metrics.inception_score(detector.logits(ours), settings["num_splits"])
         return {f"IS{suffix}": score}
     theirs = against.by_content() if is_by_content else against.rows
     if metric == "kid":
         distance, _ = metrics.kernel_distance(theirs, ours, subset_size=min(1000, len(theirs), len(ours)), seed=0)
         return {f"KID{suffix}": distance}
     real, generated = theirs.to(detector.device), ours.to(detector.device)
-    k = asked.settings["neighbours"]
+    k = settings["neighbours"]
     if convention == "guided-diffusion":
         precision, recall = metrics.guided_diffusion_precision_recall(real, generated, k)
     else:

@@ -1624,3 +1624,62 @@ def test_a_one_step_generator_does_not_guide(finished: Finished) -> None:
     assert str(caught.value) == (
         "'generator/best' must be of kind teacher, got generator. See what there is with: sidactl ls"
     )
+
+
+def test_an_evaluation_gives_further_scores_which_a_resumed_run_keeps(fresh_run: Path, tmp_path: Path) -> None:
+    again = Path(shutil.copytree(fresh_run, tmp_path / "again"))
+    events: list[loop.Event] = []
+    best = short_distill(fresh_run, events.append, evaluate_also="inception-score")
+    name, first_seed = "IS tiny-digits", ops.SELECTION_SEED
+    measured = ops.inception_score(best, num=SHORT["evaluate_num"], first_seed=first_seed, run=fresh_run)
+    also: Any = best.results["also"]
+    assert dict(also[name])[best.results["images_seen"]] == pytest.approx(measured.value, rel=1e-6)
+    assert [nimg for nimg, _ in also[name]] == [32, 64, 96]
+    assert [event.values[name] for event in events if event.kind == "evaluation"] == [v for _, v in also[name]]
+
+    def stop(event: loop.Event) -> None:
+        if event.kind == "checkpoint" and event.nimg == 64:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        short_distill(again, stop, evaluate_also=["inception-score"])
+    assert short_distill(again, evaluate_also=("inception-score",)).oid == best.oid
+
+
+def test_a_further_distance_is_by_its_own_detector(fresh_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # DINOv2 is too large for a test; another distance stands for it.
+    other = {**ops.METRICS, "fd-dinov2": replace(ops.METRICS["fd-dinov2"], detector="random-features")}
+    monkeypatch.setattr(ops, "METRICS", other)
+    best = short_distill(fresh_run, evaluate_also="fd-dinov2")
+    scored: Any = best.results["also"]
+    options: Any = {"num": SHORT["evaluate_num"], "first_seed": ops.SELECTION_SEED, "run": fresh_run}
+    measured = ops.fid(best, detector="random-features", **options)
+    assert dict(scored["random-features FD"])[best.results["images_seen"]] == pytest.approx(measured.value, rel=1e-6)
+    assert ops.fid(best, **options).value == pytest.approx(best.results["selection_score"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            {"evaluate_also": "inception-score", "detector": "random-features"},
+            "the inception score needs classes, detector random-features gives none. Pass --detector inception.",
+        ),
+        (
+            {"evaluate_also": "inception-score", "evaluate_num": 9},
+            "the inception score needs at least 10 images. Pass a larger --evaluate-num.",
+        ),
+        (
+            {"evaluate_also": "inception-score", "score": False},
+            "--evaluate-also is for runs that are scored, this one is not. Leave it out.",
+        ),
+        (
+            {"evaluate_also": "kid"},
+            "evaluate_also must be some of inception-score, fd-dinov2, got ['kid']. Pass another --evaluate-also.",
+        ),
+    ],
+)
+def test_further_scores_that_a_run_cannot_have_are_refused(fresh_run: Path, options: dict[str, Any], told: str) -> None:
+    with pytest.raises(SidaError) as caught:
+        short_distill(fresh_run, **options)
+    assert str(caught.value) == told
