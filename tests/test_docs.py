@@ -43,7 +43,7 @@ def test_the_quickstart_exports_to_where_an_export_may_go_and_again(finished: Fi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [(), ("edm2",)])
+@pytest.mark.parametrize("words", [(), ("modes",), ("edm2",)])
 def test_the_smoke_test_for_ci_passes(words: Sequence[str]) -> None:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     script = ["sh", str(ROOT / "examples/ci_smoke.sh"), *words]
