@@ -386,9 +386,10 @@ def fetch_teacher(
         artifact = store.put(chosen, {"model.safetensors": _weights(foreign)}, params=params)
         if url is None:
             check_unchanged(store, source, what)
-        temporary.unlink(missing_ok=True)  # no sooner: on a full disk it need not be downloaded again
         store.answer(first_key, artifact.oid)
-        return answered(store, key, artifact, "fetch-teacher", refs=refs, say=say)
+        answered(store, key, artifact, "fetch-teacher", refs=refs, say=say)
+        temporary.unlink(missing_ok=True)  # no sooner: what fails before need not download it again
+        return artifact
 
 
 def _as_said(store: Store, artifact: Artifact, kind: NetKind | None, dataset: str | None) -> Artifact:

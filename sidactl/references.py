@@ -290,27 +290,27 @@ def _imported(store: Store, source: str, entry: catalog.Reference | None, rechec
 
     from sidactl import pickles
 
-    with fetched_file(store, source, entry.name if entry else source, entry) as (path, sha256):
+    with fetched_file(store, source, f"statistics {entry.name}" if entry else source, entry) as (path, sha256):
         contents = pickles.read(path) if path.suffix.lower() == ".pkl" else None
         found = {"inception": _read_npz(path)} if contents is None else _read_pickle(path, contents)
-    files: dict[str, Path | bytes] = {}
-    for name, moments in found.items():
-        buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, mu=moments.mean, sigma=moments.covariance)
-        files[f"{name}.npz"] = buffer.getvalue()
-    called = entry.name if entry else Path(source.partition("?")[0]).name
-    params: dict[str, Any] = {
-        "name": called,
-        "source": source,
-        "source_sha256": sha256,
-        "licence": entry.licence if entry else None,
-    }
-    num, num_features = _num_images(contents or {}), max(len(moments.mean) for moments in found.values())
-    if num and num < ENOUGH * num_features:  # alone, so that the oid of those that have enough stays as it was
-        params["num_images"] = num
-    check_unchanged(store, source, identity)
-    artifact = store.put("stats", files, params=params)
-    return answered(store, key, artifact, "import-stats", refs=refs)
+        files: dict[str, Path | bytes] = {}
+        for name, moments in found.items():
+            buffer = io.BytesIO()
+            np.savez(buffer, allow_pickle=False, mu=moments.mean, sigma=moments.covariance)
+            files[f"{name}.npz"] = buffer.getvalue()
+        called = entry.name if entry else Path(source.partition("?")[0]).name
+        params: dict[str, Any] = {
+            "name": called,
+            "source": source,
+            "source_sha256": sha256,
+            "licence": entry.licence if entry else None,
+        }
+        num, num_features = _num_images(contents or {}), max(len(moments.mean) for moments in found.values())
+        if num and num < ENOUGH * num_features:  # alone, so that the oid of those that have enough stays as it was
+            params["num_images"] = num
+        check_unchanged(store, source, identity)
+        artifact = store.put("stats", files, params=params)
+        return answered(store, key, artifact, "import-stats", refs=refs)
 
 
 def _read_npz(path: Path) -> Moments:

@@ -1,7 +1,7 @@
 """Stand-ins of the published files, in small: what a mirror holds, in the real formats, and a catalog that expects it.
 
 Networks keep the resolution and channels of the real ones; their width and depth are the least there are, and of
-ImageNet's classes there are three.
+ImageNet's classes there are three. `python -m tests.standins MIRROR WORDS` is sidactl on them, for several processes.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import struct
+import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -220,3 +221,12 @@ def _tree(module: nn.Module) -> Iterator[tuple[str, Any]]:
     yield "_buffers", dict(module._buffers)
     children = {name: Persistent(type(m).__name__, **dict(_tree(m))) for name, m in module.named_children()}
     yield "_modules", children
+
+
+if __name__ == "__main__":
+    from sidactl import cli
+
+    os.environ["SIDACTL_MIRROR"] = sys.argv[1]
+    with pytest.MonkeyPatch.context() as everywhere:
+        small_catalog(everywhere, Path(sys.argv[1]))
+        cli.main(sys.argv[2:])

@@ -2,14 +2,18 @@
 
 import os
 import re
-from dataclasses import dataclass
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sidactl import cli
-from sidactl.store import Store
+from sidactl import cli, download, features, ops, pictures, references, sampling, scores, trainer
+from sidactl.store import Artifact, LiveDir, Store, digest
 from tests import standins
 
 
@@ -138,3 +142,119 @@ def test_road_of_edm2_from_classes_alone(road: Road, tmp_path: Path, has_labels:
     told = road.distill("edm2-s", "sid", *words)
     assert "scored against the published statistics imagenet512, " in told.err
     road.scores_agree(told.out, "statistics imagenet512")
+
+
+@pytest.mark.parametrize("teacher", ["edm-cifar10-uncond", pytest.param("edm2-s", marks=pytest.mark.slow)])
+def test_two_processes_take_a_road_to_the_same_generator(road: Road, tmp_path: Path, teacher: str) -> None:
+    words = ["--teacher-score", "measure", "--evaluate-num", "10"]
+    if teacher == "edm2-s":
+        (tmp_path / "img512-sd.zip").write_bytes(standins.latents_zip())
+        words += ["--dataset", "img512-sd.zip"]
+    alone = road.distill(teacher, "sida", *words).out
+    words = ["distill", "--teacher", teacher, "--mode", "sida", *standins.FEW, *standins.SIDA, *words]
+    told = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"),
+            *("tests.standins", str(road.mirror), *words, "--device", "cpu", "--run", str(tmp_path / "together")),
+        ],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (told.returncode, told.stdout.strip()) == (0, alone), told.stderr
+    downloads = [line.partition(": ")[0] for line in told.stderr.splitlines() if line.startswith("downloading ")]
+    assert len(downloads) == len(set(downloads)) > 2
+    assert not any((tmp_path / "together/live").iterdir())
+
+
+class Cut(BaseException):
+    """The power fails."""
+
+
+@dataclass
+class Cuts:
+    """Lets the power fail once at every stage of a road: the first time that it is reached, before or after it."""
+
+    patch: pytest.MonkeyPatch
+    is_before: bool
+    stages: list[str] = field(default_factory=list)
+    """those at which it failed so far"""
+    served: Counter[str] = field(default_factory=Counter)
+    num_steps: int = 0
+
+    def at(self, owner: Any, name: str) -> None:
+        """Calls of this function are stages, each by what it is called with, and by whom."""
+        real: Callable[..., Any] = getattr(owner, name)
+
+        def mortal(*given: Any, **options: Any) -> Any:
+            words = [f"{g.kind} {g.params.get('name')}" if isinstance(g, Artifact) else g for g in given]
+            told = [str(word) for word in words if isinstance(word, str)]
+            told += [digest({key: dict(options.get(key) or {}) for key in ("params", "results")})[:8]] * bool(options)
+            stage = " ".join([name, sys._getframe(1).f_code.co_name, *told])
+            is_new = stage not in self.stages
+            made = None if is_new and self.is_before else real(*given, **options)
+            if is_new:
+                self.stages.append(stage)
+                raise Cut(stage)
+            return made
+
+        self.patch.setattr(owner, name, mortal)
+
+    def count(self) -> None:
+        """Counts what the mirror serves, and the steps of training."""
+        opened, step = download._open_file, trainer.Distillation.step
+
+        def served(place: str) -> Any:
+            body = opened(place)
+            self.served[place.rpartition("/")[2]] += 1
+            return body
+
+        def counted(training: trainer.Distillation) -> Any:
+            self.num_steps += 1
+            return step(training)
+
+        self.patch.setattr(download, "_open_file", served)
+        self.patch.setattr(trainer.Distillation, "step", counted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("teacher", ["edm-cifar10-uncond", "edm2-s"])
+def test_a_road_that_fails_at_each_of_its_stages_loses_nothing(
+    road: Road, tmp_path: Path, teacher: str, is_before: bool
+) -> None:
+    words = ["--teacher-score", "measure", "--evaluate-num", "10"]
+    if teacher == "edm2-s":
+        (tmp_path / "img512-sd.zip").write_bytes(standins.latents_zip())
+        words += ["--dataset", "img512-sd.zip"]
+    undisturbed = Road(tmp_path / "undisturbed", road.mirror, road.capfd)
+    expected = undisturbed.distill(teacher, "sida", *words).out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "SAVE_EVERY_SEC", 0.0)
+        cuts = Cuts(patch, is_before)
+        cuts.count()
+        for owner, name in (
+            *((download, name) for name in ("fetch", "_open_file")[: 1 + is_before]),  # an open file must be closed
+            *((Store, name) for name in ("put", "answer", "set_ref", "log")),
+            *((LiveDir, name) for name in ("write", "clear")),
+            *((ops, name) for name in ("load_net", "load_detector", "_try_scoring", "_preview")),
+            *((scores, name) for name in ("load_net", "load_detector", "numbers")),
+            *((sampling, "generate"), (features, "collect"), (references, "moments")),
+            *((pictures, "grid"), (pictures, "curve")),
+        ):
+            cuts.at(owner, name)
+        for _ in range(200):
+            before = len(cuts.stages)
+            try:
+                made = road.distill(teacher, "sida", *words).out
+                break
+            except Cut:
+                assert len(cuts.stages) == before + 1
+        assert made == expected
+        assert len(cuts.stages) > 40, cuts.stages
+        assert cuts.num_steps == 6
+        opened = {name: count for name, count in cuts.served.items() if count > (1 if is_before else 2)}
+        assert not opened
+    assert not any((road.root / "run" / "live").iterdir())
+    road("verify")
