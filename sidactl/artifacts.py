@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeAlias
 from urllib.parse import urlsplit
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from sidactl.data import Dataset
     from sidactl.diffusion import Preconditioned
-    from sidactl.prepare import PreparedDataset
+    from sidactl.prepare import Encoder, PreparedDataset
     from sidactl.sources import ClassOrder, Convention
     from sidactl.trainer import ImageSource
 
@@ -44,6 +44,8 @@ NetKind = Literal["teacher", "generator"]
 NETS: tuple[NetKind, ...] = ("teacher", "generator")
 NET_FILES = (".pkl", ".safetensors")
 DATA_FILES = (".zip", ".npz")
+_ENCODING = "encoding"
+"""what the first of several processes tells the others where there are latents to be made"""
 _MAX_NAME = 64
 """characters of a name from outside that go into that of a temporary file: file systems take 255 bytes"""
 
@@ -756,6 +758,7 @@ def prepare_data(
     labels_only: bool = False,
     classes: SupportsIndex | None = None,
     any_size: bool = False,
+    with_stats: bool = False,
     name: str | None = None,
     offline: bool = False,
     mirror: str | None = None,
@@ -771,9 +774,11 @@ def prepare_data(
     Takes what `prepare.prepare` takes, and the name of a dataset whose files the catalog knows where to download
     (cifar10; offline, mirror: as in `download.fetch`), which is prepared by its preset and gets this name unless other
     options are given. An interrupted preparation goes on where it was, to the same artifact.
-    latents: the VAE's means and standard deviations of the images instead, for EDM2; the source may then be a dataset
-        artifact too. The VAE runs on `device`.
+    latents: the VAE's means and standard deviations of the images instead, for EDM2; the images themselves are kept
+        nowhere, unless the source is a dataset artifact: then they stay what the latents are compared with. The VAE
+        runs on `device`.
     any_size: images of any one size, to be scored; nets are trained on squares with a side that is a power of two.
+    with_stats: feature statistics are to be made of it next; refused are latents without their images.
     labels_only: no images, but their classes, from a dataset.json, its URL, or the catalog's imagenet512-labels; or,
         without a source, `classes` of them, each once. That is all that mode sid needs for its training batches.
     recheck: as in `resolve`. say: takes the line that an answer is an old one.
@@ -809,9 +814,20 @@ def prepare_data(
     if source is None:
         raise SidaError("a source is needed, got none", "Name a folder, an archive, or tiny-digits.")
     if latents:
-        return _prepare_latents(
-            store, source, options, workers, name, device, force, recheck, say, tick, offline, mirror
+        if resolution is not None:
+            from sidactl import prepare
+
+            prepare.check_latents_size(transform, size_of(resolution, "--resolution"))
+        if with_stats and _streams(store, source, options):
+            raise SidaError(
+                f"feature statistics are of images, which latents of {source} are made without",
+                "Make a dataset of it first (prepare-data PATH --name NAME), then prepare-data dataset/NAME --latents.",
+            )
+        prepared = partial(
+            _prepare_latents,
+            *(store, source, options, workers, name, device, force, recheck, say, tick, offline, mirror),
         )
+        return _with_helpers(store, device, prepared)
     source = _plain_source(source)
     usual = _as_usual(source, options)
     return _prepare_images(
@@ -863,7 +879,9 @@ def _prepare_images(
     mirror: str | None,
     *,
     any_size: bool = False,
+    device: str | None = None,
 ) -> Artifact:
+    """Of a source that is no artifact; with the option `latents` by the VAE, which runs on `device`."""
     identity = source_identity(store, source, recheck=force or recheck)
     _tell_other_file(source, identity)
     question: dict[str, Any] = {"source": identity, **options}
@@ -872,9 +890,10 @@ def _prepare_images(
         key = store.key("prepare-data", question | {"any_size": True}, {})
     entry = catalog.DATASETS.get(source)
     file = entry.source if entry else None
+    latents = bool(options.get("latents"))
     if file and {option: value for option, value in options.items() if value} == {"preset": source}:
         name = name or source
-    refs = [*([source] if entry and entry.builtin else []), *([name] if name else [])]
+    refs = [*([source] if entry and entry.builtin and not latents else []), *([name] if name else [])]
     asks = _preparation(source, question, options, name)
     if any_size:  # a score began it
         asks = dataclasses.replace(asks, words=())
@@ -883,11 +902,12 @@ def _prepare_images(
             tell_old(store, key, say)
             _tell_count(catalog.DATASETS.get(options["preset"] or ""), work, say)
             return named(store, called_so(store, work, name), refs, say)
-        from sidactl import prepare
-        from sidactl.data import Dataset
+        from sidactl import codec, prepare
 
         path = work.path / "images.zip"
-        chosen = {option: value for option, value in options.items() if option != "subset"}
+        chosen = {option: value for option, value in options.items() if option not in ("subset", "latents")}
+        # Before the source, which may take hours, since it may not be there.
+        encode = _encoder(device) if latents else None
         ready: Any = nullcontext((source, None))
         if file:
             progress = part_of(tick, f"downloading {source}", "bytes")
@@ -898,26 +918,25 @@ def _prepare_images(
                 path,
                 **chosen,
                 any_size=any_size,
+                encode=encode,
                 workers=workers,
                 work=work.path,
                 progress=tick,
                 say=download.to_stderr,
             )
-        files: dict[str, Path | bytes] = {"images.zip": path}
-        if made.kind == "pixels":
-            files["contact-sheet.png"] = prepare.contact_sheet(Dataset(path))
-        results = _results(made)
         entry = entry or catalog.DATASETS.get(options["preset"] or "")
         params: dict[str, Any] = {
             "name": name or _json_name(Path(file.url if file else source).name),
             "licence": entry.licence if entry else None,
+            **({"vae": codec.VAE_NAME} if latents else {}),
         }
         try:
             check_unchanged(store, source, identity)
         except SidaError:
             work.clear()  # what was read before the change and what after it must not be mixed
             raise
-        artifact = store.put("dataset", files, params={**params, **options}, results=results)
+        params |= {option: value for option, value in options.items() if option != "latents"}
+        artifact = store.put("dataset", _files_made(path, made), params=params, results=_results(made))
         _tell_count(catalog.DATASETS.get(options["preset"] or ""), artifact, download.to_stderr)
         return answered(store, key, artifact, "prepare-data", refs=refs, say=say)
 
@@ -966,96 +985,114 @@ def _prepare_latents(
     offline: bool,
     mirror: str | None,
 ) -> Artifact:
-    is_path = any(options.values()) or means_path(store, source, ["dataset"])
-    name_of_data = source.removeprefix("dataset/")
-    entry = catalog.DATASETS.get(name_of_data)
+    """Latents of a dataset artifact, linked with it; of any other source without its pixels, which are kept nowhere."""
     pixels = None
-    if not is_path and entry and entry.source and not store.ref("dataset", name_of_data):
-        pixels = prepare_data(
-            source, offline=offline, mirror=mirror, run=store.root, recheck=recheck, say=None, tick=tick
-        )
-    elif not is_path:
-        pixels = resolve(store, source, ["dataset"], recheck=force or recheck)
-    identity = None
-    if pixels:
-        _require_pixels(pixels)
-        key = store.key("prepare-data", {"latents": True}, {"dataset": pixels.oid})
-    else:
+    if not _streams(store, source, options):
+        name_of_data = source.removeprefix("dataset/")
+        entry = catalog.DATASETS.get(name_of_data)
+        if entry and entry.source and not store.ref("dataset", name_of_data):
+            pixels = prepare_data(
+                source, offline=offline, mirror=mirror, run=store.root, recheck=recheck, say=None, tick=tick
+            )
+        else:
+            pixels = resolve(store, source, ["dataset"], recheck=force or recheck)
+    if pixels is None:
         source = _plain_source(source)
-        options = _as_usual(source, options)
-        identity = source_identity(store, source, recheck=force or recheck)
-        key = store.key("prepare-data", {"source": identity, **options, "latents": True}, {})
+        return _prepare_images(
+            store,
+            source,
+            {**_as_usual(source, options), "latents": True},
+            workers,
+            name,
+            force,
+            recheck,
+            say,
+            tick,
+            offline,
+            mirror,
+            device=device,
+        )
+    _require_pixels(pixels)
+    key, inputs = store.key("prepare-data", {"latents": True}, {"dataset": pixels.oid}), {"dataset": pixels.oid}
     refs = [name] if name else []
-    if not force and (known := asked(store, key, recheck)):
-        tell_old(store, key, say)
-        return named(store, called_so(store, known, name), refs, say)
-    from sidactl import codec, engine, prepare
-    from sidactl.data import Dataset
-
-    chosen = engine.pick_device(device)
-    if engine.rank_and_size()[0] > 0:
-        return _help_with_latents(store, chosen)
-    inputs = {"dataset": pixels.oid} if pixels else {}
     asks = _preparation(source, {**options, "latents": True}, {**options, "latents": True}, name, inputs)
     with _answering(store, key, source, force, recheck, asks) as work:
-        if isinstance(work, Artifact):  # by the process that this one waited for
-            engine.agreed(lambda: "")
-            engine.agreed(lambda: work.oid)
+        if isinstance(work, Artifact):
+            tell_old(store, key, say)
             return named(store, called_so(store, work, name), refs, say)
-        # First of all, since it may not be there, and pixels may take hours.
-        vae = codec.stable_diffusion_vae(purpose="encoding latents")
-        pixels = pixels or _prepare_images(
-            store, source, options, workers, None, False, force or recheck, None, tick, offline, mirror
-        )
-        _require_pixels(pixels)
-        engine.agreed(lambda: pixels.oid)
-        path = work.path / "images.zip"
-        made = prepare.prepare_latents(
-            Dataset(store.path(pixels, "images.zip"), cache_bytes=0),
-            codec.LatentCodec(lambda: vae),
-            path,
-            device=chosen,
+        from sidactl import codec, prepare
+
+        made = prepare.prepare(
+            store.path(pixels, "images.zip"),
+            path := work.path / "images.zip",
+            encode=_encoder(device),
+            workers=workers,
             work=work.path,
             progress=tick,
             say=download.to_stderr,
         )
-        files = {"images.zip": path, "contact-sheet.png": store.path(pixels, "contact-sheet.png")}
         params = {
             "name": name or pixels.params["name"],
             "licence": pixels.params["licence"],
             "vae": codec.VAE_NAME,
         }
-        if identity:
-            check_unchanged(store, source, identity)
         results = _results(made) | {"skipped": pixels.results["skipped"]}
-        artifact = store.put("dataset", files, inputs={"dataset": pixels.oid}, params=params, results=results)
-        engine.agreed(lambda: artifact.oid)
+        artifact = store.put("dataset", _files_made(path, made), inputs=inputs, params=params, results=results)
         return answered(store, key, artifact, "prepare-data", refs=refs, say=say)
 
 
+def _streams(store: Store, source: str, options: Mapping[str, Any]) -> bool:
+    """Whether latents of a source are made of its files, and not of a dataset artifact."""
+    return any(options.values()) or means_path(store, source, ["dataset"])
+
+
+def _encoder(device: str | None) -> "Encoder":
+    """The VAE, once it is there; tells the other processes, which are to help with it."""
+    from sidactl import codec, engine, prepare
+
+    chosen = engine.pick_device(device)
+    vae = codec.stable_diffusion_vae(purpose="encoding latents")
+    if engine.rank_and_size()[0] == 0:
+        engine.agreed(lambda: _ENCODING)
+    return prepare.latent_encoder(codec.LatentCodec(lambda: vae), chosen)
+
+
+def _with_helpers(store: Store, device: str | None, make: Callable[[], Artifact]) -> Artifact:
+    """What `make` gives in the first of several processes, while the others encode their share of latents for it."""
+    if is_alone():
+        return make()
+    from sidactl import engine
+
+    if engine.rank_and_size()[0] == 0:
+        made = make()
+        engine.agreed(lambda: made.oid)
+        return made
+    told = engine.agreed(str)
+    if told == _ENCODING:
+        for _ in engine.handed_out(_encoder(device), ()):
+            pass
+        told = engine.agreed(str)
+    return store.get(told)
+
+
+def _files_made(path: Path, made: "PreparedDataset") -> dict[str, Path | bytes]:
+    """A prepared zip with its contact sheet."""
+    from sidactl import prepare
+    from sidactl.data import Dataset
+
+    sheet = prepare.contact_sheet(Dataset(path)) if made.kind == "pixels" else made.contact_sheet
+    return {"images.zip": path, **({"contact-sheet.png": sheet} if sheet else {})}
+
+
 def _results(made: "PreparedDataset") -> dict[str, Any]:
-    """A preparation's results; a width and names of classes only where there are some."""
-    rare = ("width", "class_names")
-    return {name: value for name, value in dataclasses.asdict(made).items() if name not in rare or value}
+    """A preparation's results without its contact sheet; a width and names of classes only where there are some."""
+    rare, results = ("width", "class_names", "contact_sheet"), dataclasses.replace(made, contact_sheet=None)
+    return {name: value for name, value in dataclasses.asdict(results).items() if name not in rare or value}
 
 
 def _json_name(path: str) -> str:
     """A path as JSON holds it, whatever its bytes."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def _help_with_latents(store: Store, device: "torch.device") -> Artifact:
-    """What all but the first of several processes do: encode their share of what the first one writes."""
-    from sidactl import codec, engine, prepare
-    from sidactl.data import Dataset
-
-    if oid := engine.agreed(str):
-        vae = codec.stable_diffusion_vae(purpose="encoding latents")
-        dataset = Dataset(store.path(store.get(oid), "images.zip"), cache_bytes=0)
-        first = int(engine.agreed(str))
-        for _ in prepare.encoded_batches(dataset, codec.LatentCodec(lambda: vae), first, device):
-            pass
-    return store.get(engine.agreed(str))
 
 
 def _prepare_labels(

@@ -338,7 +338,9 @@ def prepare_data(
     ] = None,
     workers: Annotated[int | None, typer.Option(help="decoding threads; one per core if not given")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave out images that cannot be read")] = False,
-    latents: Annotated[bool, typer.Option("--latents", help="the VAE's latents of the images, for EDM2")] = False,
+    latents: Annotated[
+        bool, typer.Option("--latents", help="the VAE's latents of the images, for EDM2; the images are not kept")
+    ] = False,
     labels_only: Annotated[
         bool,
         typer.Option(
@@ -363,7 +365,9 @@ def prepare_data(
 
     SOURCE is a folder or zip of images (a zip in the EDM or EDM2 layout is verified and taken as it is), ImageNet as a
     folder, Kaggle's zip or ILSVRC2012_img_train.tar, cifar-10-python.tar.gz, MNIST's IDX files, an npz batch,
-    tiny-digits, or cifar10, which is downloaded; with --latents a dataset artifact, too.
+    tiny-digits, or cifar10, which is downloaded; with --latents a dataset artifact, too. Latents of such a one are
+    scored against its images; to score against your own, make it first (prepare-data PATH --name NAME, then
+    prepare-data dataset/NAME --latents). Of any other source the images are encoded as they come.
 
     Classes come from dataset.json, or else from the folders, in a zip as well: numbered from 0 in the order of their
     names, and by number where all are whole numbers. Hidden and system files are passed over.
@@ -394,6 +398,7 @@ def prepare_data(
             workers=workers,
             skip_bad=skip_bad,
             latents=latents,
+            with_stats=stats,
             labels_only=labels_only,
             classes=classes,
             name=name,

@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
 from functools import cache, partial
+from itertools import islice
 from typing import Any, TypeVar, cast
 
 import torch
@@ -222,6 +223,25 @@ def joined(shared: Iterable[Out], num_items: int, *, should_stop: Callable[[], b
         if size > 1:
             dist.gather_object(made, everyone)
         yield from (everyone or [])[: num_items - start]
+
+
+def handed_out(make: Callable[[In], Out], items: Iterable[In]) -> Iterator[Out]:
+    """`make` of each item of rank 0, which all processes share, in order, on rank 0; on the others nothing.
+
+    Every process must read it to its end; on the others `items` are none.
+    """
+    rank, size = rank_and_size()
+    if size == 1:
+        yield from map(make, items)
+        return
+    waiting, num_taken = iter(items), size
+    while num_taken == size:
+        taken = list(islice(waiting, size))
+        parts = [(len(taken), item) for item in [*taken, *[None] * (size - len(taken))]]
+        told: list[Any] = [None]
+        dist.scatter_object_list(told, parts if rank == 0 else None)
+        num_taken, item = told[0]
+        yield from joined(map(make, [item] if rank < num_taken else []), num_taken)
 
 
 def agreed(make: Callable[[], str]) -> str:

@@ -126,7 +126,7 @@ def dataset_stats(
         data = resolve(store, ref_text(ref), ["dataset"], recheck=force)
         require_images(data)
         names = [name.partition("/")[2] for name in store.names_of(data.oid)]
-        data = references.pixels_of(store, data)
+        references.refuse_latents(data := references.pixels_of(store, data))
         called = detector or detector_name(data)
         if called in catalog.DETECTORS:
             fetch_detector(called, run=store.root, recheck=force)

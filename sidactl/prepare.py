@@ -10,9 +10,9 @@ import time
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -37,16 +37,24 @@ from sidactl.data import (
     first_line,
     image_formats,
 )
-from sidactl.engine import agreed, in_order, joined, share
+from sidactl.engine import handed_out, in_order
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.sources import ClassOrder, Convention, Item, Pixels, Say, Source, open_source
 
 Transform = Callable[[Image.Image, int, int], Image.Image | None]
+Latents = NDArray[np.float32]
+"""mean and standard deviation of the VAE's posterior, [8, h, w] of an image of 8h x 8w"""
+Encoder = Callable[[Sequence[Pixels]], Sequence[Latents]]
+"""from images uint8 [C, 8h, 8w] of one size, grey or RGB, to their latents"""
 
 MAX_WORKERS = 16
 SAVE_EVERY_SEC = 5.0
 LATENT_BATCH = 8
 """images through the VAE at once; fixed, since the last bits may depend on it"""
+_LATENTS_EXTRA_BYTES = 320
+"""of an image's latents in a zip: the header of the file, two of the zip, and the class"""
+_TOLD_BYTES = 1_000_000_000
+_SHEET_SIDE = 8
 
 # Of a member, on its way to the zip's directory: offset, size, CRC-32, class or -1, length of the name that follows.
 _MEMBER = struct.Struct("<QIIiH")
@@ -95,17 +103,33 @@ class PreparedDataset:
     class_names: list[str] | None = None
     width: int | None = None
     """where it is not the height, which is `resolution`"""
+    contact_sheet: bytes | None = field(default=None, repr=False)
+    """PNG of the images that latents were made of; None of all else, which shows itself"""
 
 
 class _Member(NamedTuple):
-    """An encoded image: bytes for the zip and what they hold, `shape` = (channels, height, width).
+    """An image: bytes for the zip, or pixels uint8 [C, H, W] for the VAE; `shape` = (channels, height, width).
 
     is_turned: whether an orientation tag says that it is to be shown otherwise than stored.
     """
 
-    data: bytes
+    content: bytes | Pixels
     shape: tuple[int, int, int]
     is_turned: bool = False
+
+    @property
+    def data(self) -> bytes:
+        assert isinstance(self.content, bytes)
+        return self.content
+
+    @property
+    def pixels(self) -> Pixels:
+        assert isinstance(self.content, np.ndarray)
+        return self.content
+
+
+_Walked = tuple[Item, _Member | str]
+"""an item and its image, or why that is left out"""
 
 
 class _Change(NamedTuple):
@@ -116,6 +140,7 @@ class _Change(NamedTuple):
     convention: Convention | None
     channels: int | None
     exif_rotate: bool
+    is_for_latents: bool
 
 
 def prepare(
@@ -133,6 +158,7 @@ def prepare(
     workers: int | None = None,
     skip_bad: bool = False,
     any_size: bool = False,
+    encode: Encoder | None = None,
     work: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
     say: Say = lambda line: None,
@@ -162,14 +188,17 @@ def prepare(
     skip_bad: leave out images that cannot be read and list them, instead of stopping at the first.
     any_size: images of any one size and shape, as scores take them; what a net is trained on is square with a side that
         is a power of two.
+    encode: write latents of the images, which are stored nowhere, in EDM2's layout; of the encoder, too, depend the
+        bytes. Several processes encode, the first alone calls this, the others `engine.handed_out` with no items.
+        Member names are 00000/img-mean-std-00000000.npy and so on, and count what is kept.
     work: a folder in which an interrupted preparation is kept, no more than seconds of it lost; the same call with the
         same folder goes on from there, even from the end where `destination` is its images.zip. It is the caller's to
         clear.
     progress: called with (images done, images in all). say: gets a line on what was passed over or begun anew.
 
     Raises SidaError, naming the file, for anything that cannot be used. Results must be of one shape, square with a
-    side that is a power of two unless any_size is given. Member names count skipped images too, as the published tools
-    do.
+    side that is a power of two unless any_size is given, and of 8 or more for latents. Member names of images count
+    skipped ones too, as the published tools do.
     Source: the dataset tools of EDM (2206.00364) and EDM2 (2312.02696), pixel for pixel.
     """
     for option, value in (("max-images", max_images), ("workers", workers)):
@@ -182,8 +211,8 @@ def prepare(
     if convention not in (None, "edm", "edm2"):
         raise SidaError(f"--convention must be edm or edm2, got {convention!r}", "Leave it out.")
     resolution, transform, use_labels = _options(preset, transform, resolution)
-    change = _Change(transform, resolution, convention, channels, exif_rotate)
-    with _unfinished(destination, work, say, any_size=any_size) as zipped:
+    change = _Change(transform, resolution, convention, channels, exif_rotate, is_for_latents=encode is not None)
+    with _unfinished(destination, work, say, any_size=any_size, is_for_latents=encode is not None) as zipped:
         opened = open_source(
             source,
             convention,
@@ -196,35 +225,38 @@ def prepare(
         chosen = _subset(opened, max_images, use_labels, convention)
         total = sum(chosen)
         num_threads = min(workers or os.cpu_count() or 1, MAX_WORKERS) if opened.from_files else 1
-        done, has_told = zipped.state.done, False
+        done = zipped.state.done
         with ExitStack() as stack:
             stack.enter_context(_quiet_pillow())
-            items = itertools.islice(itertools.compress(opened.items, chosen), done, None)
-            encode = partial(_encode, change=change)
-            results = stack.enter_context(closing(in_order(lambda item: (item, encode(item)), items, num_threads)))
-            for index, (item, member) in enumerate(results, done):
-                if isinstance(member, SidaError) and not skip_bad:
-                    raise member
-                if isinstance(member, SidaError):
-                    zipped.skip(item.name, member.message.removeprefix(f"{item.name} "))
-                elif isinstance(member, str):
-                    zipped.skip(item.name, member)
-                else:
-                    if member.is_turned and not exif_rotate and not has_told:
-                        has_told = True
-                        say(
-                            f"orientation tags are not applied, such as that of {item.name}; --exif-rotate applies them"
-                        )
-                    zipped.add(
-                        item.name,
-                        item.keep_as or _member_name(index),
-                        member,
-                        item.label if use_labels else None,
-                    )
-                zipped.commit(index + 1)
+            items = itertools.islice(itertools.compress(opened.items(), chosen), done, None)
+            decode = partial(_encode, change=change)
+            results = stack.enter_context(closing(in_order(lambda item: (item, decode(item)), items, num_threads)))
+            is_copied = work is not None and destination == work / _FILES[0]
+            walked = _usable(
+                results,
+                zipped,
+                skip_bad=skip_bad,
+                say_turned=None if exif_rotate else say,
+                begin=partial(_check_room, zipped, total, is_copied, say) if encode else None,
+            )
+            for batch in _encoded(walked, encode) if encode else ([each] for each in walked):
+                for item, member in batch:
+                    if isinstance(member, str):
+                        zipped.skip(item.name, member)
+                        continue
+                    name = item.keep_as or _member_name(done)
+                    if encode:
+                        name = _member_name(zipped.num_images, "img-mean-std-", ".npy")
+                    zipped.add(name, member.data, item.label if use_labels else None)
+                done += len(batch)
+                zipped.commit(done)
                 if progress is not None:
-                    progress(index + 1, total)
-        return zipped.finish(f"{source}", opened.class_names if use_labels else None)
+                    progress(done, total)
+            made = zipped.finish(f"{source}", opened.class_names if use_labels else None)
+            if encode:
+                sheet = _sheet_of(itertools.compress(opened.items(), chosen), zipped, change)
+                made = replace(made, contact_sheet=sheet)
+        return made
 
 
 def _subset(opened: Source, max_images: int | None, use_labels: bool, convention: Convention | None) -> bytearray:
@@ -246,62 +278,124 @@ def _subset(opened: Source, max_images: int | None, use_labels: bool, convention
     return chosen
 
 
-def prepare_latents(
-    dataset: Dataset,
-    codec: LatentCodec,
-    destination: Path,
-    *,
-    device: torch.device,
-    work: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    say: Say = lambda line: None,
-) -> PreparedDataset:
-    """Writes the VAE's mean and standard deviation of every image to a zip in the EDM2 layout, with the classes.
-
-    Members are 00000/img-mean-std-00000000.npy and so on, float32 [8, h, w] for images of 8h x 8w; grey images are
-    taken for RGB. The bytes depend on the images, the VAE and the device alone. `work` is as in `prepare`.
-    Raises SidaError for images smaller than 8x8.
-    Source: EDM2 (2312.02696), appendix A.
-    """
-    assert not dataset.is_latents
-    if dataset.resolution < 8:
-        got = f"{dataset.resolution}x{dataset.resolution}"
-        raise SidaError(f"images must be at least 8x8 to have latents, got {got}", "Prepare larger images.")
-    total = dataset.num_images
-    with _unfinished(destination, work, say) as zipped:
-        first = int(agreed(lambda: str(zipped.state.done)))
-        done = first
-        for encoded in encoded_batches(dataset, codec, first, device):
-            for index, latents in enumerate(encoded, start=done):
-                label = None if dataset.labels is None else int(dataset.labels[index])
-                where = f"latents of {dataset.name(index)}"
-                member = _Member(encode_npy(latents), decode_latents(encode_npy(latents), where).shape)
-                zipped.add(where, f"{index:08d}"[:5] + f"/img-mean-std-{index:08d}.npy", member, label)
-            # Whole batches only, so that what goes on later makes the same ones.
-            done += len(encoded)
-            zipped.commit(done)
-            if progress is not None:
-                progress(done, total)
-        return zipped.finish(f"{dataset.path}", dataset.class_names)
+def check_latents_size(transform: str | None, resolution: tuple[int, int]) -> None:
+    """SidaError where images of this preparation cannot have latents; told without the images."""
+    width, height = resolution
+    shape = (3, width if transform == "center-crop-wide" else height, width)
+    _check_shape(f"--resolution {width}x{height}", shape, "", shape, is_for_latents=True)
 
 
-def encoded_batches(
-    dataset: Dataset, codec: LatentCodec, first: int, device: torch.device
-) -> Iterator[NDArray[np.float32]]:
-    """Means and standard deviations of the images from `first` on, batch by batch, float32 [b, 8, h, w].
-
-    Several processes share the batches: the first gets all of them, in order, the others none; each must read to the
-    end.
-    """
+def latent_encoder(codec: LatentCodec, device: torch.device) -> Encoder:
+    """What `prepare` encodes images by. Source: EDM2 (2312.02696), appendix A."""
 
     @torch.no_grad()
-    def encode(start: int) -> NDArray[np.float32]:
-        pixels = dataset.images(range(start, min(start + LATENT_BATCH, dataset.num_images))).to(device)
-        encoded: NDArray[np.float32] = codec.mean_and_std(pixels.expand(-1, 3, -1, -1)).to("cpu", torch.float32).numpy()
-        return encoded
+    def encode(images: Sequence[Pixels]) -> Sequence[Latents]:
+        if not images:
+            return []
+        pixels = torch.from_numpy(np.ascontiguousarray(np.stack(images))).to(device)  # other strides, other bits
+        return list(codec.mean_and_std(pixels.expand(-1, 3, -1, -1)).to("cpu", torch.float32).numpy())
 
-    starts = range(first, dataset.num_images, LATENT_BATCH)
-    return joined(map(encode, share(starts)), len(starts))
+    return encode
+
+
+def _usable(
+    results: Iterable[tuple[Item, "_Member | SidaError | str"]],
+    zipped: "_Unfinished",
+    *,
+    skip_bad: bool,
+    say_turned: Say | None,
+    begin: Callable[[], None] | None,
+) -> Iterator[_Walked]:
+    """Every item with its image, or why it is left out; the error of one that cannot be used unless skip_bad.
+
+    say_turned: gets a line on the first image that is not turned as it says. begin: called at the first image.
+    """
+    for item, result in results:
+        if isinstance(result, SidaError):
+            if not skip_bad:
+                raise result
+            yield item, result.message.removeprefix(f"{item.name} ")
+            continue
+        if isinstance(result, _Member):
+            zipped.check(item.name, result.shape)
+            if result.is_turned and say_turned:
+                say_turned(f"orientation tags are not applied, such as that of {item.name}; --exif-rotate applies them")
+                say_turned = None
+            if begin:
+                begin()
+                begin = None
+        yield item, result
+
+
+def _encoded(walked: Iterable[_Walked], encode: Encoder) -> Iterator[list[_Walked]]:
+    """The same with the files of latents for pixels, batch by batch; several processes share the batches."""
+    batches, ahead = itertools.tee(_batches(walked))
+    pixels = ([member.pixels for _, member in batch if isinstance(member, _Member)] for batch in ahead)
+    for latents, batch in zip(handed_out(encode, pixels), batches, strict=True):
+        of_images = iter(latents)
+        yield [(item, m if isinstance(m, str) else _latents_file(item, next(of_images))) for item, m in batch]
+
+
+def _batches(walked: Iterable[_Walked]) -> Iterator[list[_Walked]]:
+    """Lists with LATENT_BATCH images each, as long as there are so many, and with what is left out before them."""
+    batch, num_images = list[_Walked](), 0
+    for each in walked:
+        batch.append(each)
+        num_images += isinstance(each[1], _Member)
+        if num_images == LATENT_BATCH:
+            yield batch
+            batch, num_images = [], 0
+    if batch:
+        yield batch
+
+
+def _latents_file(item: Item, latents: Latents) -> "_Member":
+    data = encode_npy(latents)
+    return _Member(data, decode_latents(data, f"latents of {item.name}").shape)
+
+
+class _NoRoomError(SidaError):
+    """The disk is too small for what is to come; what has come is good all the same."""
+
+
+def _check_room(zipped: "_Unfinished", total: int, is_copied: bool, say: Say) -> None:
+    """Says what the latents of so many images take, if it is much; _NoRoomError where the disk has not so much."""
+    assert zipped.first
+    _, height, width = zipped.first[1]
+    size_bytes = total * (4 * 8 * (height // 8) * (width // 8) + _LATENTS_EXTRA_BYTES)
+    free_bytes = shutil.disk_usage(zipped.folder).free
+    takes = f"the latents of {total:,} images take {size_bytes / 1e9:,.1f} GB of the disk"
+    takes += ", and as much again while they are stored" if is_copied else ""
+    if size_bytes * (1 + is_copied) > free_bytes + zipped.state.image_bytes:
+        raise _NoRoomError(
+            f"{takes}, got {free_bytes / 1e9:,.1f} GB free in {zipped.folder}",
+            "Free some space or choose another disk with --run DIR.",
+        )
+    if size_bytes >= _TOLD_BYTES:
+        say(takes)
+
+
+def _sheet_of(items: Iterable[Item], zipped: "_Unfinished", change: "_Change") -> bytes | None:
+    """The contact sheet of the images that latents were made of, which are read once more; None where none can be."""
+    assert zipped.first
+    shown = bytearray(zipped.num_images)
+    for position in _spread(zipped.num_images, _SHEET_SIDE**2):
+        shown[position] = 1
+    members = (_encode(item, change=change) for item in itertools.compress(_kept(items, zipped.skipped), shown))
+    # One that was changed meanwhile is no matter of the picture: whoever asked for latents looks after that.
+    usable = [member for member in members if isinstance(member, _Member)]
+    pixels = [member.pixels for member in usable if member.shape == zipped.first[1]]
+    return pictures.grid(np.stack(pixels).transpose(0, 2, 3, 1), columns=_SHEET_SIDE) if pixels else None
+
+
+def _kept(items: Iterable[Item], skipped: Sequence[tuple[str, str]]) -> Iterator[Item]:
+    names = (name for name, _ in skipped)
+    left_out = next(names, None)
+    for item in items:
+        if item.name == left_out:
+            left_out = next(names, None)
+        else:
+            yield item
 
 
 class ZipWriter:
@@ -450,6 +544,7 @@ class _Unfinished:
     saved_sec: float = 0.0
     sha256: "Sequence[hashlib._Hash]" = ()
     any_size: bool = False
+    is_for_latents: bool = False
 
     @classmethod
     def open(cls, folder: Path, say: Say) -> "_Unfinished":
@@ -475,11 +570,13 @@ class _Unfinished:
         now, copies = time.monotonic(), tuple(sha256.copy() for sha256 in saved.sha256)
         return cls(folder, zipped, state, saved.skipped, saved.first, state.num_images, now, copies)
 
-    def add(self, source_name: str, name: str, member: _Member, label: int | None) -> None:
-        """One image; SidaError where its shape is not that of the first, or cannot be used at all."""
-        self.first = self.first or (source_name, member.shape)
-        _check_shape(source_name, member.shape, *self.first, self.any_size)
-        self.zip.add(name, member.data, label)
+    def check(self, source_name: str, shape: tuple[int, int, int]) -> None:
+        """SidaError where an image's shape is not that of the first, or cannot be used at all."""
+        self.first = self.first or (source_name, shape)
+        _check_shape(source_name, shape, *self.first, any_size=self.any_size, is_for_latents=self.is_for_latents)
+
+    def add(self, name: str, data: bytes, label: int | None) -> None:
+        self.zip.add(name, data, label)
         self.num_images += 1
 
     def skip(self, source_name: str, reason: str) -> None:
@@ -529,6 +626,8 @@ class _Unfinished:
         self.save()
         found = self.zip.finish(class_names)
         channels, size, width = self.first[1]
+        if self.is_for_latents:
+            channels, size, width = 8, size // 8, width // 8
         counts = [found[label] for label in range(max(max(found) + 1, len(class_names or ())))] if found else []
         return PreparedDataset(
             num_images=self.num_images,
@@ -544,7 +643,9 @@ class _Unfinished:
 
 
 @contextmanager
-def _unfinished(destination: Path, work: Path | None, say: Say, *, any_size: bool = False) -> Iterator[_Unfinished]:
+def _unfinished(
+    destination: Path, work: Path | None, say: Say, *, any_size: bool, is_for_latents: bool
+) -> Iterator[_Unfinished]:
     """A zip to write in the block, and to complete there; becomes `destination` after it.
 
     An interruption leaves it in `work`, where there is one; bad input leaves nothing.
@@ -553,13 +654,14 @@ def _unfinished(destination: Path, work: Path | None, say: Say, *, any_size: boo
     try:
         folder.mkdir(exist_ok=work is not None)
         zipped = _Unfinished.open(folder, say)
-        zipped.any_size = any_size
+        zipped.any_size, zipped.is_for_latents = any_size, is_for_latents
         with zipped.zip.images, zipped.zip.members:
             try:
                 yield zipped
-            except SidaError:
-                for name in (*_FILES, _STATE):
-                    (folder / name).unlink(missing_ok=True)
+            except SidaError as error:
+                if not (isinstance(error, _NoRoomError) and zipped.state.done):
+                    for name in (*_FILES, _STATE):
+                        (folder / name).unlink(missing_ok=True)
                 raise
             except BaseException:
                 if work:
@@ -577,15 +679,20 @@ def _unfinished(destination: Path, work: Path | None, say: Say, *, any_size: boo
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def contact_sheet(dataset: Dataset, *, columns: int = 8, rows: int = 8) -> bytes:
+def contact_sheet(dataset: Dataset, *, columns: int = _SHEET_SIDE, rows: int = _SHEET_SIDE) -> bytes:
     """PNG of at most columns x rows images, evenly spread over the dataset. Raises SidaError for latents."""
     if dataset.is_latents:
         raise SidaError(
             f"a contact sheet must be of pixels, got latents in {dataset.path}", "Prepare pixels to see them."
         )
-    num_shown = min(columns * rows, dataset.num_images)
-    images = dataset.images(np.arange(num_shown) * dataset.num_images // num_shown)
+    images = dataset.images(_spread(dataset.num_images, columns * rows))
     return pictures.grid(images.permute(0, 2, 3, 1).numpy(), columns=columns)
+
+
+def _spread(num_images: int, at_most: int) -> NDArray[np.int64]:
+    """Positions of images, evenly spread over all."""
+    num_shown = min(at_most, num_images)
+    return np.arange(num_shown) * num_images // num_shown
 
 
 def _options(
@@ -657,6 +764,8 @@ TRANSFORMS: Mapping[str, Transform] = MappingProxyType(
 def _encode(item: Item, *, change: _Change) -> _Member | SidaError | str:
     """One image for the zip; the error for one that cannot be used; a reason for one that its transform leaves out."""
     transform, resolution, is_turned = change.transform, change.resolution, False
+    if change.is_for_latents and item.keep_as is not None and item.keep_as.endswith(".npy"):
+        raise SidaError(f"latents are made of pixels, got latents: {item.name}", "Leave out --latents.")
     try:
         loaded = item.load()
         if item.keep_as is not None:
@@ -664,7 +773,8 @@ def _encode(item: Item, *, change: _Change) -> _Member | SidaError | str:
             if item.keep_as.endswith(".npy"):
                 return _Member(loaded, decode_latents(loaded, item.name).shape)
             hint = "Pass --channels 3, which makes every image RGB, or 1 for grey."
-            return _Member(loaded, decode_pixels(loaded, item.name, hint).shape)
+            planes = decode_pixels(loaded, item.name, hint)
+            return _Member(planes if change.is_for_latents else loaded, planes.shape)
         if isinstance(loaded, np.ndarray):
             image = Image.fromarray(loaded)
         else:
@@ -682,8 +792,9 @@ def _encode(item: Item, *, change: _Change) -> _Member | SidaError | str:
         return error
     except ValueError as error:
         return SidaError(f"{item.name} {error}", "Choose another transform or resolution.")
-    shape = (len(image.getbands()), image.height, image.width)
-    return _Member(encode_png(np.asarray(image)), shape, is_turned)
+    shape, pixels = (len(image.getbands()), image.height, image.width), np.asarray(image)
+    planes = pixels.reshape(image.height, image.width, -1).transpose(2, 0, 1)
+    return _Member(planes if change.is_for_latents else encode_png(pixels), shape, is_turned)
 
 
 _ORIENTATION = 0x0112
@@ -758,7 +869,13 @@ def encode_npy(array: NDArray[np.float32]) -> bytes:
 
 
 def _check_shape(
-    name: str, shape: tuple[int, int, int], first_name: str, first_shape: tuple[int, int, int], any_size: bool
+    name: str,
+    shape: tuple[int, int, int],
+    first_name: str,
+    first_shape: tuple[int, int, int],
+    *,
+    any_size: bool = False,
+    is_for_latents: bool,
 ) -> None:
     hint = "Pass --resolution to prepare-data, e.g. 32x32, and a --transform if the aspect ratio shall be kept."
     channels, height, width = shape
@@ -766,6 +883,8 @@ def _check_shape(
         raise SidaError(
             f"images must be square with a side that is a power of two, got {width}x{height} for {name}", hint
         )
+    if is_for_latents and width < 8:
+        raise SidaError(f"images must be at least 8x8 to have latents, got {width}x{height}", "Prepare larger images.")
     if shape[1:] != first_shape[1:]:
         first_size = f"{first_shape[2]}x{first_shape[1]}"
         raise SidaError(
@@ -778,9 +897,9 @@ def _check_shape(
         )
 
 
-def _member_name(index: int) -> str:
+def _member_name(index: int, stem: str = "img", suffix: str = ".png") -> str:
     number = f"{index:08d}"
-    return f"{number[:5]}/img{number}.png"
+    return f"{number[:5]}/{stem}{number}{suffix}"
 
 
 @contextmanager

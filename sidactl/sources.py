@@ -66,13 +66,13 @@ class Item(NamedTuple):
 
 
 class Source(NamedTuple):
-    """`total` items, read one after the other; `from_files` where decoding them is worth threads.
+    """`total` items, read one after the other, from the first at each call; `from_files` where threads are worth it.
 
     labels: int64 [total], or None; class_names: the name of each class, where they have names.
     """
 
     total: int
-    items: Iterable[Item]
+    items: Callable[[], Iterator[Item]]
     from_files: bool
     labels: NDArray[np.int64] | None = None
     class_names: Sequence[str] | None = None
@@ -136,7 +136,7 @@ def open_source(
         is_word = re.fullmatch(r"[\w-]+", str(source)) is not None
         built_in = f"; the dataset that is built in is {TINY_DIGITS}" if is_word else ""
         raise SidaError(f"source {source} does not exist", f"Check the path{built_in}.")
-    if name.endswith(".zip"):
+    if name.endswith(".zip") or (not path.suffix and zipfile.is_zipfile(path)):  # the store's files have no suffix
         return _zip(path, keep_layout, rules)
     if name.endswith((".tar.gz", ".tgz", ".tar")):
         return _tar(path)
@@ -151,7 +151,10 @@ def open_source(
 
 
 def _arrays(name: str, images: Pixels, labels: list[int]) -> Source:
-    items = (Item(f"image {i} of {name}", labels[i], partial(_same, images[i])) for i in range(len(images)))
+    def items() -> Iterator[Item]:
+        for index, image in enumerate(images):
+            yield Item(f"image {index} of {name}", labels[index], partial(_same, image))
+
     return Source(len(images), items, from_files=False, labels=np.array(labels, dtype=np.int64))
 
 
@@ -430,7 +433,7 @@ def _folder(root: Path, rules: _Rules) -> Source:
             label = None if labels is None else int(labels[index])
             yield Item(printable(f"{root / name}"), label, partial(Path, root, name))
 
-    return Source(len(names), items(), from_files=True, labels=labels, class_names=class_names)
+    return Source(len(names), items, from_files=True, labels=labels, class_names=class_names)
 
 
 def _top(name: str) -> str:
@@ -477,7 +480,7 @@ def _zip(path: Path, keep_layout: bool, rules: _Rules) -> Source:
             load = partial(archive.read_row, int(row))
             yield Item(printable(f"{name} in {path}"), label, load, name[len(base) :] if kept else None)
 
-    return Source(len(names), items(), from_files=True, labels=labels, class_names=class_names)
+    return Source(len(names), items, from_files=True, labels=labels, class_names=class_names)
 
 
 def _tar(path: Path) -> Source:
@@ -569,7 +572,7 @@ def _imagenet_tar(path: Path) -> Source:
         for index, i in enumerate(order):
             yield Item(printable(f"{names[i]} in {path}"), int(labels[index]), partial(load, starts[i], sizes[i]))
 
-    return Source(len(names), items(), from_files=True, labels=labels, class_names=classes)
+    return Source(len(names), items, from_files=True, labels=labels, class_names=classes)
 
 
 def _cifar(path: Path) -> Source:
@@ -649,7 +652,7 @@ def _idx(path: Path) -> Source:
                 yield Item(f"image {i} of {path.name}", labels[i], partial(_same, pixels))
 
     known = np.frombuffer(labels, dtype=np.uint8).astype(np.int64)
-    return Source(num_images, items(), from_files=False, labels=known)
+    return Source(num_images, items, from_files=False, labels=known)
 
 
 def _check_end(file: IO[bytes] | gzip.GzipFile, num_bytes: int, path: Path) -> None:
@@ -701,7 +704,7 @@ def _npz(path: Path) -> Source:
                 yield Item(f"image {i} of {path.name}", label, partial(_same, pixels))
 
     labels = None if classes is None else classes.astype(np.int64)
-    return Source(num_images, items(), from_files=False, labels=labels)
+    return Source(num_images, items, from_files=False, labels=labels)
 
 
 def _npz_arrays(path: Path) -> tuple[tuple[int, ...], NDArray[np.integer] | None]:

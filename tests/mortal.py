@@ -1,6 +1,6 @@
 """A process that dies by SIGKILL just before its n-th change of the disk: `python -m tests.mortal N WORDS OF SIDACTL`.
 
-With N = 0 it lives, and says at its end how many changes there were.
+With N = 0 it lives, and says at its end how many changes there were. Latents are made by a stand-in of the VAE.
 """
 
 import os
@@ -29,6 +29,11 @@ def die_before(number: int) -> list[int]:
 if __name__ == "__main__":
     from sidactl.__main__ import main
 
+    if "--latents" in sys.argv:
+        from sidactl import codec
+        from tests.playback import SmallVae
+
+        codec.stable_diffusion_vae = lambda **options: SmallVae()
     changes = die_before(int(sys.argv.pop(1)))
     try:
         main()

@@ -1080,8 +1080,6 @@ def test_latents_of_a_dataset_artifact_and_of_a_source_are_the_same(run: Path, t
     stored = load_dataset(Store(run), latents)
     expected = LatentCodec(SmallVae).mean_and_std(load_dataset(Store(run), pixels).images(range(11)))
     torch.testing.assert_close(stored.images(range(11)), expected.detach())
-    again = prepare_data("in", latents=True, run=run.parent / "other", device="cpu", **options)
-    assert again.files["images.zip"] == latents.files["images.zip"]
     with pytest.raises(SidaError) as caught:
         prepare_data(latents.oid, latents=True, run=run, device="cpu")
     assert str(caught.value) == (
@@ -1090,15 +1088,73 @@ def test_latents_of_a_dataset_artifact_and_of_a_source_are_the_same(run: Path, t
 
 
 @pytest.mark.usefixtures("vae")
-def test_interrupted_latents_go_on_to_the_same_artifact(run: Path, tmp_path: Path) -> None:
+def test_latents_of_a_path_are_made_without_its_pixels(run: Path, tmp_path: Path) -> None:
+    for index in range(11):
+        picture(tmp_path / f"in/{index % 2}/{index}.png", size=(20, 20))
+    (tmp_path / "in/0/bad.png").write_bytes(b"hello")
+    options: dict[str, Any] = {"resolution": (16, 16), "skip_bad": True}
+    latents = prepare_data("in", latents=True, name="mine", run=run, device="cpu", **options)
+    assert [artifact.oid for artifact in Store(run).artifacts()] == [latents.oid]
+    pixels = prepare_data("in", run=run, **options)
+    of_pixels = prepare_data(pixels.oid, latents=True, run=run, device="cpu")
+    assert latents.files == of_pixels.files
+    assert latents.results == of_pixels.results
+    assert latents.inputs == {}
+    assert latents.params == {**pixels.params, "name": "mine", "vae": "stabilityai/sd-vae-ft-mse"}
+    assert prepare_data("in", latents=True, run=run, device="cpu", tick=stop_at(8, []), **options) == latents
+    assert Store(run).refs() == {"dataset/mine": latents.oid}
+    with pytest.raises(SidaError, match=r"^latents have no images to compare with, got mine\. Pass --ref with"):
+        references.find(Store(run), "mine", pixels, "moments")
+    # A dataset is trained on as before.
+    assert image_source(Store(run), latents).images([0]).shape == (1, 8, 2, 2)
+
+
+@pytest.mark.usefixtures("vae")
+def test_latents_of_the_published_images_are_called_licensed_and_counted_as_their_pixels_are(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture(tmp_path / "in/a.png", size=(600, 520))
+    latents = prepare_data("in", preset="imagenet512", latents=True, name="imagenet512", run=run, device="cpu")
+    assert capsys.readouterr().err.splitlines() == ["warning: imagenet512 has 1,281,167 images, this source gave 1"]
+    assert (latents.results["resolution"], latents.params["preset"]) == (64, "imagenet512")
+    assert latents.params["licence"] == catalog.DATASETS["imagenet512"].licence
+
+
+@pytest.mark.usefixtures("vae")
+def test_statistics_of_latents_without_images_and_sizes_without_latents_are_refused_before_any_work(
+    run: Path, tmp_path: Path
+) -> None:
+    picture(tmp_path / "in/a.png", size=(16, 16))
+    assert refused_data(run, "in", latents=True, with_stats=True) == (
+        "feature statistics are of images, which latents of in are made without. Make a dataset of it first "
+        "(prepare-data PATH --name NAME), then prepare-data dataset/NAME --latents."
+    )
+    (tmp_path / "in/a.png").unlink()  # nothing is read
+    assert refused_data(run, "in", latents=True, resolution="500x500") == (
+        "images must be square with a side that is a power of two, got 500x500 for --resolution 500x500. "
+        "Pass --resolution to prepare-data, e.g. 32x32, and a --transform if the aspect ratio shall be kept."
+    )
+    wide: dict[str, Any] = {"transform": "center-crop-wide", "latents": True}
+    assert refused_data(run, "in", resolution="4x2", **wide) == (
+        "images must be at least 8x8 to have latents, got 4x4. Prepare larger images."
+    )
+    assert refused_data(run, "in", resolution="64x36", **wide) == "in must hold images, got none. Check the path."
+    picture(tmp_path / "in/a.png", size=(16, 16))
+    pixels = prepare_data("in", name="mine", run=run)
+    assert prepare_data("mine", latents=True, with_stats=True, run=run).inputs == {"dataset": pixels.oid}
+
+
+@pytest.mark.usefixtures("vae")
+@pytest.mark.parametrize("source", ["mine", "./in"])
+def test_interrupted_latents_go_on_to_the_same_artifact(source: str, run: Path, tmp_path: Path) -> None:
     for index in range(21):
         picture(tmp_path / f"in/{index:02}.png", size=(16, 16))
     prepare_data("in", name="mine", run=run)
-    whole = prepare_data("mine", latents=True, run=shutil.copytree(run, run.parent / "other"), device="cpu")
+    whole = prepare_data(source, latents=True, run=shutil.copytree(run, run.parent / "other"), device="cpu")
     seen: list[int] = []
     with pytest.raises(Stop):
-        prepare_data("mine", latents=True, run=run, device="cpu", tick=stop_at(16, seen))
-    assert prepare_data("mine", latents=True, run=run, device="cpu", tick=stop_at(0, seen)) == whole
+        prepare_data(source, latents=True, run=run, device="cpu", tick=stop_at(16, seen))
+    assert prepare_data(source, latents=True, run=run, device="cpu", tick=stop_at(0, seen)) == whole
     assert seen == [8, 16, 21]
     assert not list(run.glob("live/*"))
 
@@ -1494,17 +1550,24 @@ def test_a_small_teacher_learns_from_real_fashion_mnist(run: Path) -> None:
     print(f"prepared in {prepared_sec:.1f} s; {trained}")
 
 
-def test_latents_of_two_processes_are_those_of_one(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("source", "num_processes"), [("mine", 2), ("./in", 3)])
+def test_latents_of_several_processes_are_those_of_one(
+    source: str, num_processes: int, run: Path, tmp_path: Path
+) -> None:
     for index in range(21):
         picture(tmp_path / f"in/{index % 2}/{index:02d}.png", size=(32, 32))
-    prepare_data("in", name="mine", run=run)
+    (tmp_path / "in/0/00.png").write_bytes(b"hello")  # so that what is kept are 20, 8 + 8 + 4
+    (tmp_path / "in/1/99.png").write_bytes(b"hello")
+    prepare_data("in", name="mine", skip_bad=True, run=run)
     code = (
         "import sys\n"
         "from sidactl import codec, ops\n"
         "from tests.playback import SmallVae\n"
         "codec.stable_diffusion_vae = lambda **options: SmallVae()\n"
-        "made = ops.prepare_data('mine', latents=True, run=sys.argv[1], device='cpu')\n"
-        "print(f'oid={made.oid}')\n"
+        "skip_bad = sys.argv[2] == './in'\n"
+        "for _ in range(2):  # the second time it is answered\n"
+        "    made = ops.prepare_data(sys.argv[2], latents=True, skip_bad=skip_bad, run=sys.argv[1], device='cpu')\n"
+        "    print(f'oid={made.oid}')\n"
     )
     script = tmp_path / "encode.py"
     script.write_text(code)
@@ -1512,13 +1575,13 @@ def test_latents_of_two_processes_are_those_of_one(run: Path, tmp_path: Path) ->
 
     def encoded(root: Path, *launcher: str) -> set[str]:
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-        command = [sys.executable, *launcher, str(script), str(root)]
+        command = [sys.executable, *launcher, str(script), str(root), source]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("oid=") == (2 if launcher else 1)
+        assert done.stdout.count("oid=") == 2 * (num_processes if launcher else 1)
         return set(re.findall("oid=([0-9a-f]{64})", done.stdout))
 
-    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", str(num_processes), "--standalone")
     (alone,), (shared,) = encoded(run), encoded(other, *torchrun)
     assert shared == alone
     assert Store(other).get(shared).results["kind"] == "latents"

@@ -40,6 +40,7 @@ KILLS = {
     "prepare folder": 6,
     "prepare zip": 4,
     "prepare long": 6,
+    "prepare latents": 4,
     "fetch url": 10,
     "fetch file": 6,
     "fetch builtin": 2,

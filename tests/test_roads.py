@@ -110,7 +110,12 @@ def test_road_of_imagenet64_from_its_folder(road: Road) -> None:
 def test_road_of_edm2_from_images_by_latents(road: Road) -> None:
     told = road.distill_imagenet("edm2-s")
     assert "scored against the published statistics imagenet512, " in told.err
+    assert "(of 1,281,167 images, the dataset has 6)" in told.err
     road.scores_agree(told.out, "statistics imagenet512")
+    (dataset,) = road.store.artifacts(kind="dataset")  # no pixels beside it
+    assert (dataset.inputs, dataset.results["kind"]) == ({}, "latents")
+    compared = road("fid", told.out, "--num", "3", "--ref", "dataset/imagenet512", "--device", "cpu", code=2)
+    assert compared.err.startswith("error: latents have no images to compare with, got imagenet512. Pass --ref with ")
     tuned = road.distill("edm2-s", "sid2a", "--generator", "sid/edm2-s", "--teacher-score", "measure")
     assert "generator/latest is there already; scoring the teacher goes on\n" in tuned.err
     scores: Any = road.store.get(tuned.out).results["scores"]
