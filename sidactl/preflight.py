@@ -174,7 +174,9 @@ def _own_reference(store: Store, teacher: Input) -> Input:
     if entry := references.published_for(name, _net(teacher).architecture):
         return _published(store, entry)
     if teacher.artifact and "dataset" in teacher.artifact.inputs:
-        return Input(name, references.pixels_of(store, store.get(teacher.artifact.inputs["dataset"])))
+        pixels = references.pixels_of(store, store.get(teacher.artifact.inputs["dataset"]))
+        references.refuse_latents(pixels)
+        return Input(name, pixels)
     return dataset_called(store, name)
 
 

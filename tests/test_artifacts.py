@@ -1451,7 +1451,7 @@ def test_export_to_onnx_says_what_is_missing(run: Path, tmp_path: Path, monkeypa
 
 
 @pytest.mark.usefixtures("vae")
-def test_latents_are_trained_on_as_four_channels_and_scored_by_their_pixels(run: Path, tmp_path: Path) -> None:
+def test_latents_are_trained_on_as_four_channels_and_scored_by_pixels_alone(run: Path, tmp_path: Path) -> None:
     for index in range(4):
         picture(tmp_path / f"in/{index % 2}/{index}.png", size=(64, 64))
     latents = prepare_data("in", latents=True, name="mine", run=run, device="cpu")
@@ -1459,6 +1459,18 @@ def test_latents_are_trained_on_as_four_channels_and_scored_by_their_pixels(run:
     assert teacher.inputs == {"dataset": latents.oid}
     net = NetSpec.from_json(artifacts.mapping(teacher.params["net"]))
     assert (net.img_resolution, net.img_channels, net.label_dim) == (8, 4, 2)
+    told = "latents have no images to compare with, got mine. Pass --ref with the dataset of pixels, or with published"
+    asked: dict[str, Any] = {"teacher": "t", "mode": "sida", "generator": None, "dataset": None, "overrides": {}}
+    for ask in (
+        lambda: ops.plan(**asked, store=Store(run)),
+        lambda: ops.distill(teacher="t", mode="sida", run=run, device="cpu"),
+        lambda: ops.dataset_stats("mine", run=run, device="cpu"),
+    ):
+        with pytest.raises(SidaError, match=f"^{re.escape(told)}"):
+            ask()
+    pixels = prepare_data("in", name="pixels", run=run)
+    assert prepare_data("pixels", latents=True, run=run, device="cpu").files == latents.files
+    assert references.find(Store(run), "pixels", teacher, "moments") == pixels
     digits = prepare_data("tiny-digits", latents=True, name="small", run=run, device="cpu")
     stats = ops.dataset_stats("small", run=run, device="cpu")
     assert stats.inputs == digits.inputs
