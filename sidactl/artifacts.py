@@ -222,7 +222,7 @@ def _in_catalog(store: Store, text: str, kinds: Sequence[str]) -> list[tuple[str
     """Kind and name of the catalog's entries that `text` names, bare or as "kind/name" where no ref is called so."""
     groups: Mapping[str, Mapping[str, catalog.Entry]] = {
         "teacher": catalog.TEACHERS,
-        "generator": catalog.GENERATORS,
+        "generator": {**catalog.GENERATORS, **catalog.COMPARISONS},
         "dataset": catalog.DATASETS,
         "stats": catalog.REFERENCES,
     }
@@ -416,6 +416,8 @@ def _locate(source: str) -> tuple[catalog.Teacher | catalog.Generator | None, st
     """The catalog's entry of a name or URL, and the URL; neither for a local file. SidaError for anything else."""
     nets: dict[str, catalog.Teacher | catalog.Generator] = {**catalog.TEACHERS, **catalog.GENERATORS}
     entry = nets.get(source) or next((e for e in nets.values() if e.source and e.source.url == source), None)
+    if source in catalog.COMPARISONS:
+        check_has_file(catalog.COMPARISONS[source])
     if entry:
         check_has_file(entry)
         return entry, entry.source.url if entry.source else None
@@ -440,7 +442,10 @@ def _locate(source: str) -> tuple[catalog.Teacher | catalog.Generator | None, st
 
 
 def check_has_file(entry: catalog.Entry) -> None:
-    """Raises SidaError for a generator of the paper of which no file is published."""
+    """Raises SidaError for a generator of which the catalog knows no file."""
+    if isinstance(entry, catalog.Comparison):
+        what = f"no file of {entry.name} is in the catalog, its published scores alone are"
+        raise SidaError(what, f"To compare with them: sidactl show {entry.name}")
     if isinstance(entry, catalog.Generator) and entry.source is None:
         how = f"sidactl distill --teacher {entry.teacher} --mode {entry.mode} --alpha {entry.alpha:g}"
         raise SidaError(f"no file of {entry.name} is published, its scores alone are", f"Distill it: {how}")

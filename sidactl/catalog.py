@@ -99,6 +99,13 @@ class Generator(Entry):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Comparison(Entry):
+    """A generator by a method that is not ours: its published scores alone, in one step where they say nothing else."""
+
+    dataset: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Detector(Entry):
     """The weights of a feature detector."""
 
@@ -606,6 +613,64 @@ GENERATORS: Mapping[str, Generator] = {
     entry.name: entry for entry in (_generator(TEACHERS[row[0]], *row[1:]) for row in _GENERATORS)
 }
 
+# What others' methods reach, to compare with. Source: SiDA (2410.14919), tables 1 to 4, unless a row says otherwise.
+
+_TWO_STEPS = "FID at 2 evaluations"
+_CM_SIZES = {"s": "280M", "m": "498M", "l": "777M", "xl": "1.1B", "xxl": "1.5B"}
+_CM_FIDS = {
+    "sCT": ((10.13, 9.86), (5.84, 5.53), (5.15, 4.65), (4.33, 3.73), (4.29, 3.76)),
+    "sCD": ((3.07, 2.50), (2.75, 2.26), (2.55, 2.04), (2.40, 1.93), (2.28, 1.88)),
+}
+"""of the sizes of EDM2, with guidance, at 1 and at 2 evaluations"""
+# method, dataset as generators' names have it, where the number is from, scores
+_COMPARED: tuple[tuple[str, str, str, _Numbers], ...] = (
+    ("Diff-Instruct", "cifar10-uncond", "table 1", {"FID": 4.53, "IS": 9.89}),
+    ("Diff-Instruct", "cifar10-cond", "table 2", {"FID": 4.19}),
+    ("Diff-Instruct", "imagenet64", "table 3", {"FID": 5.57}),
+    ("DMD", "cifar10-uncond", "table 1", {"FID": 3.77}),
+    ("DMD", "cifar10-cond", "table 2", {"FID": 2.66}),
+    ("DMD", "imagenet64", "table 3", {"FID": 2.62}),
+    ("DMD2", "imagenet64", "table 3", {"FID": 1.51, "FID trained longer": 1.28}),
+    ("CTM", "cifar10-uncond", "table 1", {"FID": 1.98}),
+    ("CTM", "cifar10-cond", "table 2", {"FID": 1.73}),
+    ("CTM", "imagenet64", "table 3", {"FID": 1.92, _TWO_STEPS: 1.73}),
+    ("GDD-I", "cifar10-uncond", "table 1", {"FID": 1.54, "IS": 10.10}),
+    ("GDD-I", "cifar10-cond", "table 2", {"FID": 1.44}),
+    ("GDD-I", "imagenet64", "table 3", {"FID": 1.16, "precision": 0.75, "recall": 0.60}),
+    ("iCT-deep", "cifar10-uncond", "table 1", {"FID": 2.51, "IS": 9.76}),
+    ("iCT-deep", "imagenet64", "table 3", {"FID": 3.25, "precision": 0.72, "recall": 0.63}),
+    ("Uni-Instruct", "cifar10-uncond", "its own paper (2505.20755)", {"FID": 1.46}),
+    ("Uni-Instruct", "cifar10-cond", "its own paper (2505.20755)", {"FID": 1.38}),
+    ("Uni-Instruct", "imagenet64", "its own paper (2505.20755)", {"FID": 1.02}),
+    ("sCD", "imagenet64", "its own paper (2410.11081)", {"FID": 2.44, _TWO_STEPS: 1.66}),
+    ("D2O-F", "cifar10-uncond", "its publishers, by late 2026", {"FID": 1.56}),
+    ("D2O-F", "imagenet64", "its publishers, by late 2026", {"FID": 1.13}),
+    ("DMD2-FastGen", "cifar10-cond", "FastGen's run", {"FID": _on_page(1.99)}),
+    ("DMD2-FastGen", "imagenet64", "FastGen's run", {"FID": _on_page(1.12)}),
+    ("f-distill-FastGen", "cifar10-cond", "FastGen's run", {"FID": _on_page(1.85)}),
+    ("f-distill-FastGen", "imagenet64", "FastGen's run", {"FID": _on_page(1.11)}),
+)
+
+
+def _comparisons() -> Iterator[Comparison]:
+    for method, fids in _CM_FIDS.items():
+        for (size, params), (one, two) in zip(_CM_SIZES.items(), fids, strict=True):
+            what = f"ImageNet 512, size of EDM2-{size.upper()} ({params} parameters), with guidance"
+            scores = _published({"FID": one, _TWO_STEPS: two})
+            yield _comparison(f"{method.lower()}/edm2-{size}", f"{method}: {what}", "table 4", "imagenet512", scores)
+    for method, data, where, numbers in _COMPARED:
+        name, dataset = f"{method.lower()}/{data}", data.partition("-")[0]
+        yield _comparison(name, f"{method.removesuffix('-FastGen')}: {data}", where, dataset, _published(numbers))
+
+
+def _comparison(name: str, what: str, where: str, dataset: str, scores: Mapping[str, Published]) -> Comparison:
+    where = f"SiDA (2410.14919), {where}" if where.startswith("table") else where
+    about = f"{what}; to compare with, numbers from {where}, no file"
+    return Comparison(name=name, about=about, licence=SEE_PUBLISHER, dataset=dataset, scores=scores)
+
+
+COMPARISONS: Mapping[str, Comparison] = {entry.name: entry for entry in _comparisons()}
+
 DATASETS: Mapping[str, Dataset] = {
     entry.name: entry
     for entry in (
@@ -773,6 +838,7 @@ REFERENCES: Mapping[str, Reference] = {entry.name: entry for entry in _reference
 _KINDS: Mapping[str, Mapping[str, Entry]] = {
     "teacher": TEACHERS,
     "generator": GENERATORS,
+    "comparison": COMPARISONS,
     "dataset": DATASETS,
     "detector": DETECTORS,
     "reference": REFERENCES,

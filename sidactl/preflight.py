@@ -75,7 +75,7 @@ def find(store: Store, text: str, kinds: list[str]) -> Input:
     """What `artifacts.resolve` would make of a word. Raises SidaError where that would, as far as can be seen."""
     groups: Mapping[str, Mapping[str, catalog.Entry]] = {
         "teacher": catalog.TEACHERS,
-        "generator": catalog.GENERATORS,
+        "generator": {**catalog.GENERATORS, **catalog.COMPARISONS},
         "dataset": catalog.DATASETS,
     }
     if is_source(store, text, kinds):

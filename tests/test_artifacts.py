@@ -349,6 +349,11 @@ def test_offline_names_what_is_missing(run: Path) -> None:
             "no file of sid/cifar10-uncond-alpha1 is published, its scores alone are. "
             "Distill it: sidactl distill --teacher edm-cifar10-uncond --mode sid --alpha 1",
         ),
+        (
+            "scd/edm2-s",
+            "no file of scd/edm2-s is in the catalog, its published scores alone are. "
+            "To compare with them: sidactl show scd/edm2-s",
+        ),
         ("gone.pkl", "gone.pkl: no such file. Check the path."),
         (
             "http://host/net.pth?download=true",

@@ -12,7 +12,16 @@ import pytest
 import torch
 
 from sidactl import catalog, nets, teachers
-from sidactl.catalog import DATASETS, DETECTORS, GENERATORS, NUM_PARAMETERS, REFERENCES, TEACHERS, Published
+from sidactl.catalog import (
+    COMPARISONS,
+    DATASETS,
+    DETECTORS,
+    GENERATORS,
+    NUM_PARAMETERS,
+    REFERENCES,
+    TEACHERS,
+    Published,
+)
 from sidactl.errors import SidaError
 from sidactl.pickles import Record
 from sidactl.recipe import MODES, Adversarial, Execution, HeunSpec, Memory, Mode, OneStepSpec, Recipe
@@ -380,6 +389,42 @@ def test_generators_of_which_scores_alone_are_published_say_so() -> None:
     assert GENERATORS["sid/afhqv2-alpha1.2"].about == "SiD of edm-afhqv2, alpha 1.2, no file is published"
 
 
+@pytest.mark.parametrize(
+    ("name", "dataset", "scores", "about"),
+    [
+        (
+            "scd/edm2-s",
+            "imagenet512",
+            {"FID": 3.07, "FID at 2 evaluations": 2.50},
+            "sCD: ImageNet 512, size of EDM2-S (280M parameters), with guidance; to compare with, numbers from SiDA "
+            "(2410.14919), table 4, no file",
+        ),
+        ("scd/edm2-xxl", "imagenet512", {"FID": 2.28, "FID at 2 evaluations": 1.88}, None),
+        ("sct/edm2-m", "imagenet512", {"FID": 5.84, "FID at 2 evaluations": 5.53}, None),
+        ("scd/imagenet64", "imagenet64", {"FID": 2.44, "FID at 2 evaluations": 1.66}, None),
+        ("gdd-i/cifar10-uncond", "cifar10", {"FID": 1.54, "IS": 10.10}, None),
+        (
+            "f-distill-fastgen/cifar10-cond",
+            "cifar10",
+            {"FID": 1.85},
+            "f-distill: cifar10-cond; to compare with, numbers from FastGen's run, no file",
+        ),
+    ],
+)
+def test_others_methods_are_there_to_compare_with(
+    name: str, dataset: str, scores: dict[str, float], about: str | None
+) -> None:
+    entry = COMPARISONS[name]
+    assert (entry.source, entry.dataset) == (None, dataset)
+    assert {number: score.value for number, score in entry.scores.items()} == scores
+    assert about in (None, entry.about)
+
+
+def test_names_of_others_methods_are_no_names_of_ours() -> None:
+    assert not set(COMPARISONS) & {*TEACHERS, *GENERATORS}
+    assert all(entry.scores for entry in COMPARISONS.values())
+
+
 def test_every_network_and_statistic_has_its_own_file_over_https() -> None:
     groups = (TEACHERS, GENERATORS, DETECTORS, REFERENCES)
     urls = [e.source.url for group in groups for e in group.values() if e.source]
@@ -475,7 +520,7 @@ def test_all_published_networks_are_there() -> None:
 
 
 def test_entries_name_datasets_and_detectors_that_exist() -> None:
-    for entry in (*TEACHERS.values(), *GENERATORS.values(), *REFERENCES.values()):
+    for entry in (*TEACHERS.values(), *GENERATORS.values(), *COMPARISONS.values(), *REFERENCES.values()):
         assert entry.dataset in DATASETS
     for reference in REFERENCES.values():
         assert set(reference.detectors) <= set(DETECTORS)
@@ -498,7 +543,7 @@ def test_datasets_are_the_built_in_one_and_the_presets() -> None:
 def test_rows_tell_name_kind_licence_size_and_score_of_every_entry() -> None:
     rows = catalog.rows()
     assert len({(row.kind, row.name) for row in rows}) == len(rows)
-    assert len(rows) == sum(map(len, (TEACHERS, GENERATORS, DATASETS, DETECTORS, REFERENCES)))
+    assert len(rows) == sum(map(len, (TEACHERS, GENERATORS, COMPARISONS, DATASETS, DETECTORS, REFERENCES)))
     assert all(row.about and row.licence for row in rows)
     by_name = {(row.kind, row.name): row for row in rows}
     assert by_name["teacher", "edm2-s"].licence == "CC BY-NC-SA 4.0"

@@ -669,8 +669,13 @@ def test_env_prints_versions(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_catalog_lists_the_built_in_setting() -> None:
-    assert "tiny-digits" in sidactl("ls", "--catalog").stdout
+def test_catalog_lists_the_built_in_setting_and_what_others_methods_reach() -> None:
+    rows = [re.split("  +", line) for line in sidactl("ls", "--catalog").stdout.splitlines()]
+    assert ["dataset", "tiny-digits"] in [row[:2] for row in rows]
+    assert ["comparison", "scd/edm2-s", "FID 3.07, FID at 2 evaluations 2.5"] in [row[:3] for row in rows]
+    shown = sidactl("show", "scd/edm2-s").stdout.splitlines()
+    assert shown[0] == "comparison scd/edm2-s, in the catalog, not in the run directory"
+    assert shown[-2:] == ["  paper    FID 3.07; 50,000 images", "  paper    FID at 2 evaluations 2.5; 50,000 images"]
 
 
 def test_error_hint_is_a_sentence_and_message_is_not_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1035,6 +1035,10 @@ def test_words_that_name_nothing_are_refused_by_a_plan_as_by_a_run(finished: Fin
             "no file of sid/cifar10-uncond-alpha1 is published, its scores alone are. Distill it: sidactl distill ",
         ),
         (
+            {"mode": "sid2a", "generator": "scd/edm2-s"},
+            "no file of scd/edm2-s is in the catalog, its published scores alone are. ",
+        ),
+        (
             {"mode": "sid2a", "generator": "sid/cifar10-uncond"},
             "the generator must be of the teacher's dataset 'tiny-digits', got one of 'cifar10'. ",
         ),
