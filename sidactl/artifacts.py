@@ -929,21 +929,21 @@ def _prepare_images(
                 progress=tick,
                 say=download.to_stderr,
             )
-        entry = entry or catalog.DATASETS.get(options["preset"] or "")
-        params: dict[str, Any] = {
-            "name": name or _json_name(Path(file.url if file else source).name),
-            "licence": entry.licence if entry else None,
-            **({"vae": codec.VAE_NAME} if latents else {}),
-        }
-        try:
-            check_unchanged(store, source, identity)
-        except SidaError:
-            work.clear()  # what was read before the change and what after it must not be mixed
-            raise
-        params |= {option: value for option, value in options.items() if option != "latents"}
-        artifact = store.put("dataset", _files_made(path, made), params=params, results=_results(made))
-        _tell_count(catalog.DATASETS.get(options["preset"] or ""), artifact, download.to_stderr)
-        return answered(store, key, artifact, "prepare-data", refs=refs, say=say)
+            entry = entry or catalog.DATASETS.get(options["preset"] or "")
+            params: dict[str, Any] = {
+                "name": name or _json_name(Path(file.url if file else source).name),
+                "licence": entry.licence if entry else None,
+                **({"vae": codec.VAE_NAME} if latents else {}),
+            }
+            try:
+                check_unchanged(store, source, identity)
+            except SidaError:
+                work.clear()  # what was read before the change and what after it must not be mixed
+                raise
+            params |= {option: value for option, value in options.items() if option != "latents"}
+            artifact = store.put("dataset", _files_made(path, made), params=params, results=_results(made))
+            _tell_count(catalog.DATASETS.get(options["preset"] or ""), artifact, download.to_stderr)
+            return answered(store, key, artifact, "prepare-data", refs=refs, say=say)
 
 
 def _tell_other_file(source: str, identity: Any) -> None:
