@@ -1226,7 +1226,7 @@ def first_alone() -> Iterator[None]:
 
 def agreed_answer(store: Store, key: str) -> Artifact | None:
     """The answer that there is, as the first of several processes sees it: one that looks later may see another."""
-    return on_all(store, store.asked(key))
+    return on_all(store, asked(store, key))
 
 
 def on_all(store: Store, artifact: Artifact | None) -> Artifact | None:
