@@ -5,10 +5,12 @@ torch and all that needs it are imported where they are used, so that a question
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import os
 import re
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -225,6 +227,7 @@ def _in_catalog(store: Store, text: str, kinds: Sequence[str]) -> list[tuple[str
         "generator": {**catalog.GENERATORS, **catalog.COMPARISONS},
         "dataset": catalog.DATASETS,
         "stats": catalog.REFERENCES,
+        "vae": catalog.VAES,
     }
     found = []
     for kind in (kind for kind in groups if kind in kinds):
@@ -320,8 +323,8 @@ def fetch_teacher(
     max_bytes: what a download may have at most, as in `download.fetch`.
     recheck: as in `resolve`. is_inner: another question asks, whose answer need not be told to be an old one.
 
-    A detector of the catalog is fetched, too. Raises SidaError for an unknown name, with the nearest one, and for a
-    file that is no network or not the right one.
+    A detector of the catalog is fetched, too, and the VAE. Raises SidaError for an unknown name, with the nearest one,
+    and for a file that is no network or not the right one.
     """
     source, store = ref_text(source, "the source"), Store.open(run)
     limit = None if max_bytes is None else count_of(max_bytes, "max_bytes", "bytes")
@@ -329,6 +332,8 @@ def fetch_teacher(
         return fetch_detector(
             source, run=store.root, progress=progress, offline=offline, mirror=mirror, max_bytes=limit
         )
+    if source in catalog.VAES:
+        return fetch_vae(store, source, offline=offline, mirror=mirror, recheck=force or recheck, progress=progress)
     entry, url = _locate(source)
     if entry:
         _check_kind(source, _kind_of(entry), kind)
@@ -385,6 +390,8 @@ def fetch_teacher(
         }
         if chosen == "generator" or "recipe" in foreign.params:
             params["recipe"] = foreign.params.get("recipe")
+        if "vae" in foreign.params:
+            params["vae"] = str(foreign.params["vae"])
         artifact = store.put(chosen, {"model.safetensors": _weights(foreign)}, params=params)
         if url is None:
             check_unchanged(store, source, what)
@@ -687,6 +694,237 @@ def fetch_detector(
         return answered(store, key, artifact, "fetch-detector", refs=[name])
 
 
+def fetch_vae(
+    store: Store,
+    source: str,
+    *,
+    offline: bool = False,
+    mirror: str | None = None,
+    recheck: bool = False,
+    progress: download.Progress | None = None,
+) -> Artifact:
+    """The artifact of a VAE: of a folder in diffusers' layout, of OWNER/NAME in the hub, or one that is there already.
+
+    One that diffusers has in its cache is not downloaded again. It is known by the content of its two files, whatever
+    it is called. Raises SidaError for what is no VAE of latents with four channels and an eighth of the side.
+    """
+    if means_path(store, source, ["vae"]):
+        return _kept_vae(store, _vae_in(source), plain_name(Path(source).absolute().name), recheck=recheck)
+    name = source.removeprefix("vae/")
+    if source not in catalog.VAES and (is_ref(store, source) or store.starting_with(source)):
+        found = store.resolve(source, ["vae"])
+        if not recheck or found.params["source_url"] is None:
+            return found
+        name = str(found.params["name"])
+    url = _vae_url(source, name)
+    key = store.key("fetch-vae", {"source": url}, {})
+    if known := store.asked(key, whole=recheck):
+        return named(store, known, [name])
+    lock = store.root / "tmp" / f"vae-{key[:16]}.lock"
+    waiting = f"waiting for another process: the VAE {name}"
+    with download.exclusive(lock, lambda: download.to_stderr(waiting)), ExitStack() as fetched:
+        if known := store.asked(key, whole=recheck):
+            return named(store, known, [name])
+        files = _vae_of_diffusers(name)
+        if files is None:
+            download.refuse_forbidden(url, f"the VAE {name}", offline=offline, mirror=mirror)
+            files = {}
+            for file in catalog.VAE_FILES:  # the config first, so that what does not fit is told before the rest comes
+                what = f"the VAE {name}" if file == catalog.VAE_WEIGHTS else f"{file} of the VAE {name}"
+                ready = fetched_file(
+                    store, catalog.vae_url(name, file), what, catalog.VAES.get(name), progress, offline, mirror
+                )
+                files[file], _ = fetched.enter_context(ready)
+                _check_vae(f"the VAE {name}", files[catalog.VAE_CONFIG])
+        made = _kept_vae(store, files, name, url, recheck=recheck)
+        return answered(store, key, made, "fetch-vae", refs=[name])
+
+
+def _vae_url(source: str, name: str) -> str:
+    """The address of a VAE's weights in the hub. Raises SidaError for a word that can be no name there."""
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name, re.ASCII):
+        return catalog.vae_url(name, catalog.VAE_WEIGHTS)
+    raise SidaError(
+        f"a VAE must be a folder that diffusers saved, or OWNER/NAME in huggingface.co, got {source}",
+        f"Check the path, or pass a name such as {catalog.VAE_NAME}.",
+    )
+
+
+def _vae_in(source: str) -> Mapping[str, Path]:
+    """The files of a VAE by name, of a folder. Raises SidaError where they are not there, or of another kind."""
+    folder = Path(source)
+    files = {name: folder / name for name in catalog.VAE_FILES}
+    missing = [name for name, path in files.items() if not path.is_file()]
+    if missing:
+        hint = f"Give a folder that diffusers saved, or a name such as {catalog.VAE_NAME}."
+        if (folder / "vae" / catalog.VAE_CONFIG).is_file():
+            hint = f"Did you mean {folder / 'vae'}?"
+        elif missing == [catalog.VAE_WEIGHTS] and list(folder.glob("*.bin")):
+            hint = "A .bin file is a pickle, which is never read: save the VAE by save_pretrained of diffusers."
+        raise SidaError(f"{source} must hold {' and '.join(catalog.VAE_FILES)}, {missing[0]} is missing", hint)
+    _check_vae(source, files[catalog.VAE_CONFIG])
+    return files
+
+
+def _check_vae(called: str, config: Path) -> None:
+    """Raises SidaError for a VAE that is not of the form that latents of four channels need, by its config."""
+    hint = f"Give a VAE of Stable Diffusion's first kind, such as {catalog.VAE_NAME}."
+    try:
+        told = json.loads(config.read_bytes())
+        if not isinstance(told, dict):
+            raise ValueError
+        blocks = told.get("block_out_channels", [64])
+        got = {
+            "class": told.get("_class_name"),
+            "in_channels": told.get("in_channels", 3),
+            "out_channels": told.get("out_channels", 3),
+            "latent_channels": told.get("latent_channels", 4),
+            "reduction": 2 ** (len(blocks) - 1),
+        }
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise SidaError(f"{called}: {catalog.VAE_CONFIG} does not say what the VAE is", hint) from error
+    wanted = ("AutoencoderKL", 3, 3, catalog.LATENT_CHANNELS, catalog.LATENT_SCALE)
+    for (name, value), want in zip(got.items(), wanted, strict=True):
+        if value != want:
+            raise SidaError(f"{called} must be a VAE with {name} {want}, got {value}", hint)
+
+
+def _vae_of_diffusers(name: str) -> Mapping[str, Path] | None:
+    """The files of a VAE that diffusers has in its cache; None where it does not have both."""
+    if importlib.util.find_spec("huggingface_hub") is None:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = {file: try_to_load_from_cache(name, file) for file in catalog.VAE_FILES}
+    return (
+        {file: Path(path) for file, path in found.items() if isinstance(path, str)}
+        if all(isinstance(path, str) for path in found.values())
+        else None
+    )
+
+
+def _kept_vae(
+    store: Store, files: Mapping[str, Path], name: str, url: str | None = None, *, recheck: bool = False
+) -> Artifact:
+    """The artifact of these files; the one that there is, where they were kept before."""
+    identities = {file: source_identity(store, str(path), recheck=recheck) for file, path in files.items()}
+    key = store.key("keep-vae", {file: identity["sha256"] for file, identity in identities.items()}, {})
+    if known := store.asked(key, whole=recheck):
+        return known
+    entry = catalog.VAES.get(name)
+    params = {"name": name, "licence": entry.licence if entry else None, "source_url": url}
+    artifact = store.put("vae", dict(files), params=params)
+    for file, identity in identities.items():
+        check_unchanged(store, str(files[file]), identity)
+    return answered(store, key, artifact, "keep-vae")
+
+
+def vae_digest(vae: Artifact) -> str:
+    """What stands for a VAE in questions: 16 hex digits of its content."""
+    held = "".join(vae.files[name].sha256 for name in catalog.VAE_FILES)
+    return hashlib.sha256(held.encode()).hexdigest()[:16]
+
+
+def vae_label(vae: Artifact | None) -> str:
+    """What artifacts say of the VAE that made them: its name, of another than the usual one (None) with its digest."""
+    return f"{vae.params['name']}@{vae_digest(vae)}" if vae else catalog.VAE_NAME
+
+
+def vae_for(store: Store, asked: str | None, net: Artifact, *, recheck: bool = False) -> Artifact | None:
+    """The VAE that decodes what a network draws: the one asked for, else its own; None = the usual one, or pixels.
+
+    Raises SidaError for a network of pixels where one is asked for, and where it cannot be had.
+    """
+    if asked is not None:
+        refuse_vae_of_pixels(str(net.params["name"]), mapping(net.params["net"]))
+        return chosen_vae(store, asked, recheck=recheck)
+    label = str(net.params.get("vae") or catalog.VAE_NAME)
+    if label == catalog.VAE_NAME:
+        return None
+    if "vae" in net.inputs:
+        return store.get(net.inputs["vae"])
+    for found in store.artifacts(kind="vae"):
+        if vae_digest(found) == label.rpartition("@")[2]:
+            return found
+    raise MissingError(
+        f"{net.params['name']} was made with the VAE {label}, which is not in {store.root}",
+        f"Pass it as --vae PATH or OWNER/NAME, or --vae {catalog.VAE_NAME} for the usual one.",
+    )
+
+
+def chosen_vae(
+    store: Store, asked: str, *, offline: bool = False, mirror: str | None = None, recheck: bool = False
+) -> Artifact | None:
+    """The VAE that --vae names; None for the usual one."""
+    if asked.removeprefix("vae/") == catalog.VAE_NAME and not means_path(store, asked, ["vae"]):
+        return None
+    return fetch_vae(store, asked, offline=offline, mirror=mirror, recheck=recheck)
+
+
+def is_of_latents(artifact: Artifact) -> bool:
+    """Whether it is a network that draws latents, which a VAE decodes."""
+    return artifact.kind in NETS and mapping(artifact.params["net"])["img_channels"] == catalog.LATENT_CHANNELS
+
+
+def refuse_vae_of_pixels(name: str, net: Mapping[str, Any]) -> None:
+    """Raises SidaError for a network that needs no VAE."""
+    if net["img_channels"] != catalog.LATENT_CHANNELS:
+        raise SidaError(f"--vae is for networks of latents, {name} draws pixels", "Leave out --vae.")
+
+
+def other_vae(made: Artifact, used: Artifact | None) -> str | None:
+    """What to know of latents, or of a network, that was made with another VAE than the one that decodes now."""
+    label, now = str(made.params.get("vae") or ""), vae_label(used)
+    if not label or label.partition("@")[2] == now.partition("@")[2]:
+        return None
+    return f"{made.params['name']} was made with the VAE {label}, latents are decoded by {now} here (--vae)"
+
+
+def check_vae_is_there(store: Store, asked: str | None = None, remedy: str = "") -> str | None:
+    """The address that a VAE, by default the usual one, is downloaded from when it is needed; None where it is here.
+
+    Raises SidaError without diffusers, and where it cannot be had; reads its config alone, and needs no torch.
+    """
+    installed = sys.modules["diffusers"] if "diffusers" in sys.modules else importlib.util.find_spec("diffusers")
+    if installed is None:
+        raise SidaError(
+            "decoding latents needs the VAE of diffusers, which is not installed",
+            f"Install it with: pip install 'sidactl[vae]'{remedy}.",
+        )
+    asked = catalog.VAE_NAME if asked is None else asked
+    if means_path(store, asked, ["vae"]):
+        _vae_in(asked)
+        return None
+    name = asked.removeprefix("vae/")
+    if is_ref(store, f"vae/{name}") or store.starting_with(asked) or _vae_of_diffusers(name):
+        return None
+    url = _vae_url(asked, name)
+    download.refuse_forbidden(url, f"the VAE {name}")
+    return url
+
+
+def vae_loader(
+    store: Store,
+    vae: Artifact | None,
+    *,
+    purpose: str = "decoding latents",
+    offline: bool = False,
+    mirror: str | None = None,
+) -> Callable[[], Any]:
+    """Loads a VAE; None = the usual one, which is fetched where neither diffusers nor the run directory has it."""
+
+    def files() -> Mapping[str, Path]:
+        held = vae or fetch_vae(store, catalog.VAE_NAME, offline=offline, mirror=mirror)
+        return {name: store.path(held, name) for name in catalog.VAE_FILES}
+
+    def load() -> Any:
+        from sidactl import codec
+
+        return codec.stable_diffusion_vae(files=files, is_usual=vae is None, purpose=purpose)
+
+    return load
+
+
 def _drawn_weights() -> bytes:
     import safetensors.torch
 
@@ -760,6 +998,7 @@ def prepare_data(
     workers: int | None = None,
     skip_bad: bool = False,
     latents: bool = False,
+    vae: Ref | None = None,
     labels_only: bool = False,
     classes: SupportsIndex | None = None,
     any_size: bool = False,
@@ -781,7 +1020,8 @@ def prepare_data(
     options are given. An interrupted preparation goes on where it was, to the same artifact.
     latents: the VAE's means and standard deviations of the images instead, for EDM2; the images themselves are kept
         nowhere, unless the source is a dataset artifact: then they stay what the latents are compared with. The VAE
-        runs on `device`.
+        runs on `device`. vae: another than the usual one: a folder that diffusers saved, or OWNER/NAME in the Hugging
+        Face hub.
     any_size: images of any one size, to be scored; nets are trained on squares with a side that is a power of two.
     with_stats: feature statistics are to be made of it next; refused are latents without their images.
     labels_only: no images, but their classes, from a dataset.json, its URL, or the catalog's imagenet512-labels; or,
@@ -793,7 +1033,9 @@ def prepare_data(
     store = Store.open(run)
     if name:
         store.check_name("dataset", name)
-    source = optional_ref(source, "the source")
+    source, vae = optional_ref(source, "the source"), optional_ref(vae, "the VAE")
+    if vae is not None and not latents:
+        raise SidaError(f"--vae is for --latents, got {vae} without", "Pass --latents, or leave it out.")
     classes = None if classes is None else whole(classes, "classes")
     options: dict[str, Any] = {
         "preset": preset,
@@ -828,11 +1070,17 @@ def prepare_data(
                 f"feature statistics are of images, which latents of {source} are made without",
                 "Make a dataset of it first (prepare-data PATH --name NAME), then prepare-data dataset/NAME --latents.",
             )
+        with first_alone():
+            encoder = None
+            if vae is not None:
+                encoder = chosen_vae(store, vae, offline=offline, mirror=mirror, recheck=force or recheck)
+        load_vae = vae_loader(store, encoder, purpose="encoding latents", offline=offline, mirror=mirror)
+        by = _LatentsBy(vae, encoder, partial(_encoder, load_vae, device))
         prepared = partial(
             _prepare_latents,
-            *(store, source, options, workers, name, device, force, recheck, say, tick, offline, mirror),
+            *(store, source, options, workers, name, force, recheck, say, tick, offline, mirror, by),
         )
-        return _with_helpers(store, device, prepared)
+        return _with_helpers(store, by, prepared)
     source = _plain_source(source)
     usual = _as_usual(source, options)
     return _prepare_images(
@@ -884,22 +1132,22 @@ def _prepare_images(
     mirror: str | None,
     *,
     any_size: bool = False,
-    device: str | None = None,
+    latents: "_LatentsBy | None" = None,
 ) -> Artifact:
-    """Of a source that is no artifact; with the option `latents` by the VAE, which runs on `device`."""
+    """Of a source that is no artifact; latents: of its images, by this VAE."""
     identity = source_identity(store, source, recheck=force or recheck)
     _tell_other_file(source, identity)
-    question: dict[str, Any] = {"source": identity, **options}
+    question: dict[str, Any] = {"source": identity, **options, **(latents.params if latents else {})}
     key = store.key("prepare-data", question, {})
     if any_size and (force or not store.asked(key)):  # what is fit for training is fit for scores
         key = store.key("prepare-data", question | {"any_size": True}, {})
     entry = catalog.DATASETS.get(source)
     file = entry.source if entry else None
-    latents = bool(options.get("latents"))
-    if file and {option: value for option, value in options.items() if value} == {"preset": source}:
+    if file and {option: value for option, value in options.items() if value} == {"preset": source} and not latents:
         name = name or source
     refs = [*([source] if entry and entry.builtin and not latents else []), *([name] if name else [])]
-    asks = _preparation(source, question, options, name)
+    words = {**options, "latents": True, "vae": latents.asked} if latents else options
+    asks = _preparation(source, question, words, name)
     if any_size:  # a score began it
         asks = dataclasses.replace(asks, words=())
     with _answering(store, key, source, force, recheck, asks) as work:
@@ -907,12 +1155,12 @@ def _prepare_images(
             tell_old(store, key, say)
             _tell_count(catalog.DATASETS.get(options["preset"] or ""), work, say)
             return named(store, called_so(store, work, name), refs, say)
-        from sidactl import codec, prepare
+        from sidactl import prepare
 
         path = work.path / "images.zip"
-        chosen = {option: value for option, value in options.items() if option not in ("subset", "latents")}
+        chosen = {option: value for option, value in options.items() if option != "subset"}
         # Before the source, which may take hours, since it may not be there.
-        encode = _encoder(device) if latents else None
+        encode = latents.encoder() if latents else None
         ready: Any = nullcontext((source, None))
         if file:
             progress = part_of(tick, f"downloading {source}", "bytes")
@@ -933,15 +1181,16 @@ def _prepare_images(
             params: dict[str, Any] = {
                 "name": name or _json_name(Path(file.url if file else source).name),
                 "licence": entry.licence if entry else None,
-                **({"vae": codec.VAE_NAME} if latents else {}),
+                **({"vae": vae_label(latents.vae)} if latents else {}),
             }
             try:
                 check_unchanged(store, source, identity)
             except SidaError:
                 work.clear()  # what was read before the change and what after it must not be mixed
                 raise
-            params |= {option: value for option, value in options.items() if option != "latents"}
-            artifact = store.put("dataset", _files_made(path, made), params=params, results=_results(made))
+            inputs = latents.inputs if latents else {}
+            files = _files_made(path, made)
+            artifact = store.put("dataset", files, inputs=inputs, params={**params, **options}, results=_results(made))
             _tell_count(catalog.DATASETS.get(options["preset"] or ""), artifact, download.to_stderr)
             return answered(store, key, artifact, "prepare-data", refs=refs, say=say)
 
@@ -982,13 +1231,13 @@ def _prepare_latents(
     options: Mapping[str, Any],
     workers: int | None,
     name: str | None,
-    device: str | None,
     force: bool,
     recheck: bool,
     say: download.Say | None,
     tick: Tick | None,
     offline: bool,
     mirror: str | None,
+    by: "_LatentsBy",
 ) -> Artifact:
     """Latents of a dataset artifact, linked with it; of any other source without its pixels, which are kept nowhere."""
     pixels = None
@@ -1003,34 +1252,26 @@ def _prepare_latents(
             pixels = resolve(store, source, ["dataset"], recheck=force or recheck)
     if pixels is None:
         source = _plain_source(source)
+        usual = _as_usual(source, options)
         return _prepare_images(
-            store,
-            source,
-            {**_as_usual(source, options), "latents": True},
-            workers,
-            name,
-            force,
-            recheck,
-            say,
-            tick,
-            offline,
-            mirror,
-            device=device,
+            store, source, usual, workers, name, force, recheck, say, tick, offline, mirror, latents=by
         )
     _require_pixels(pixels)
-    key, inputs = store.key("prepare-data", {"latents": True}, {"dataset": pixels.oid}), {"dataset": pixels.oid}
+    key = store.key("prepare-data", by.params, {"dataset": pixels.oid})
     refs = [name] if name else []
-    asks = _preparation(source, {**options, "latents": True}, {**options, "latents": True}, name, inputs)
+    inputs = {"dataset": pixels.oid, **by.inputs}
+    words = {**options, "latents": True, "vae": by.asked}
+    asks = _preparation(source, {**options, **by.params}, words, name, inputs)
     with _answering(store, key, source, force, recheck, asks) as work:
         if isinstance(work, Artifact):
             tell_old(store, key, say)
             return named(store, called_so(store, work, name), refs, say)
-        from sidactl import codec, prepare
+        from sidactl import prepare
 
         made = prepare.prepare(
             store.path(pixels, "images.zip"),
             path := work.path / "images.zip",
-            encode=_encoder(device),
+            encode=by.encoder(),
             workers=workers,
             work=work.path,
             progress=tick,
@@ -1039,7 +1280,7 @@ def _prepare_latents(
         params = {
             "name": name or pixels.params["name"],
             "licence": pixels.params["licence"],
-            "vae": codec.VAE_NAME,
+            "vae": vae_label(by.vae),
         }
         results = _results(made) | {"skipped": pixels.results["skipped"]}
         artifact = store.put("dataset", _files_made(path, made), inputs=inputs, params=params, results=results)
@@ -1051,18 +1292,35 @@ def _streams(store: Store, source: str, options: Mapping[str, Any]) -> bool:
     return any(options.values()) or means_path(store, source, ["dataset"])
 
 
-def _encoder(device: str | None) -> "Encoder":
+@dataclass(frozen=True)
+class _LatentsBy:
+    """The VAE that latents are made by, as it was asked for; None = the usual one, which questions do not name."""
+
+    asked: str | None
+    vae: Artifact | None
+    encoder: "Callable[[], Encoder]"
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return {"latents": True, **({"vae": vae_digest(self.vae)} if self.vae else {})}
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        return {"vae": self.vae.oid} if self.vae else {}
+
+
+def _encoder(load_vae: Callable[[], Any], device: str | None) -> "Encoder":
     """The VAE, once it is there; tells the other processes, which are to help with it."""
     from sidactl import codec, engine, prepare
 
     chosen = engine.pick_device(device)
-    vae = codec.stable_diffusion_vae(purpose="encoding latents")
+    vae = load_vae()
     if engine.rank_and_size()[0] == 0:
         engine.agreed(lambda: _ENCODING)
     return prepare.latent_encoder(codec.LatentCodec(lambda: vae), chosen)
 
 
-def _with_helpers(store: Store, device: str | None, make: Callable[[], Artifact]) -> Artifact:
+def _with_helpers(store: Store, by: _LatentsBy, make: Callable[[], Artifact]) -> Artifact:
     """What `make` gives in the first of several processes, while the others encode their share of latents for it."""
     if is_alone():
         return make()
@@ -1074,7 +1332,7 @@ def _with_helpers(store: Store, device: str | None, make: Callable[[], Artifact]
         return made
     told = engine.agreed(str)
     if told == _ENCODING:
-        for _ in engine.handed_out(_encoder(device), ()):
+        for _ in engine.handed_out(by.encoder(), ()):
             pass
         told = engine.agreed(str)
     return store.get(told)

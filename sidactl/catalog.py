@@ -835,6 +835,27 @@ def _references() -> Iterator[Reference]:
 
 REFERENCES: Mapping[str, Reference] = {entry.name: entry for entry in _references()}
 
+VAE_NAME = "stabilityai/sd-vae-ft-mse"
+"""the VAE that latents are encoded and decoded with unless another is named; of all in the hub by OWNER/NAME"""
+VAE_CONFIG, VAE_WEIGHTS = VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
+LATENT_CHANNELS, LATENT_SCALE = 4, 8
+"""channels of a latent, and pixels a side of which one of its values stands"""
+
+
+def vae_url(name: str, file: str) -> str:
+    """Where the hub has a file of the VAE OWNER/NAME."""
+    return f"https://huggingface.co/{name}/resolve/main/{file}"
+
+
+VAES: Mapping[str, Entry] = {
+    VAE_NAME: Entry(
+        name=VAE_NAME,
+        about="the VAE of Stable Diffusion, about 335 MB, for the latents of ImageNet 512; --vae takes others",
+        licence="MIT",
+        source=Download(url=vae_url(VAE_NAME, VAE_WEIGHTS)),
+    )
+}
+
 _KINDS: Mapping[str, Mapping[str, Entry]] = {
     "teacher": TEACHERS,
     "generator": GENERATORS,
@@ -842,6 +863,7 @@ _KINDS: Mapping[str, Mapping[str, Entry]] = {
     "dataset": DATASETS,
     "detector": DETECTORS,
     "reference": REFERENCES,
+    "vae": VAES,
 }
 
 

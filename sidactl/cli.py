@@ -87,6 +87,15 @@ Mirror = Annotated[
     str | None, typer.Option(metavar="URL", envvar="SIDACTL_MIRROR", help="base URL or folder to fetch from")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and write nothing")]
+Vae = Annotated[
+    str | None,
+    typer.Option(
+        "--vae",
+        metavar="PATH|NAME",
+        help="the VAE of latents: a folder that diffusers saved, or OWNER/NAME in huggingface.co; if not given that of "
+        "the network, or stabilityai/sd-vae-ft-mse",
+    ),
+]
 Ref = Annotated[
     str | None, typer.Argument(metavar="[REF]", help="oid, prefix, ref or name; read from a pipe if left out")
 ]
@@ -341,6 +350,7 @@ def prepare_data(
     latents: Annotated[
         bool, typer.Option("--latents", help="the VAE's latents of the images, for EDM2; the images are not kept")
     ] = False,
+    vae: Vae = None,
     labels_only: Annotated[
         bool,
         typer.Option(
@@ -399,6 +409,7 @@ def prepare_data(
             skip_bad=skip_bad,
             latents=latents,
             with_stats=stats,
+            vae=vae,
             labels_only=labels_only,
             classes=classes,
             name=name,
@@ -622,6 +633,7 @@ def distill(
     reference: Compared = None,
     detector: RunDetector = None,
     no_score: NoScore = False,
+    vae: Vae = None,
     teacher_score: TeacherScore = None,
     allow_untrained: AllowUntrained = False,
     log: Log = None,
@@ -644,7 +656,7 @@ def distill(
         "reference": reference,
     }
     planned |= {"score": not no_score, "detector": detector, "allow_untrained": allow_untrained, "device": device}
-    planned["teacher_score"] = teacher_score
+    planned |= {"vae": vae, "teacher_score": teacher_score}
     others = {"name": name, "run": run, "force": force}
     _distill(planned, others, overrides, log, as_json, dry_run)
 
@@ -660,6 +672,7 @@ def finetune_sid2a(
     reference: Compared = None,
     detector: RunDetector = None,
     no_score: NoScore = False,
+    vae: Vae = None,
     teacher_score: TeacherScore = None,
     allow_untrained: AllowUntrained = False,
     log: Log = None,
@@ -682,7 +695,7 @@ def finetune_sid2a(
         "reference": reference,
     }
     planned |= {"score": not no_score, "detector": detector, "allow_untrained": allow_untrained, "device": device}
-    planned["teacher_score"] = teacher_score
+    planned |= {"vae": vae, "teacher_score": teacher_score}
     others = {"name": name, "run": run, "force": force}
     _distill(planned, others, overrides, log, as_json, dry_run)
 
@@ -918,6 +931,7 @@ def sample(
     sampler: Sampler = None,
     guide: Annotated[str | None, _ref_option("a weaker teacher to move away from")] = None,
     guidance: Annotated[float, typer.Option(help="how far, 1 = not at all")] = 1.0,
+    vae: Vae = None,
     name: Name = None,
     run: Run = None,
     device: Device = None,
@@ -942,6 +956,7 @@ def sample(
             sampler=sampler,  # type: ignore[arg-type]  # ops checks it, with a better error
             guide=guide,
             guidance=guidance,
+            vae=vae,
             **_drawn_by(overrides),
             name=name,
             run=run,
@@ -972,6 +987,7 @@ def score_flags(command: Callable[..., "Score"]) -> Callable[..., None]:
         ] = "uniform",
         steps: Steps = None,
         sampler: Sampler = None,
+        vae: Vae = None,
         detector: Annotated[
             str | None,
             typer.Option(

@@ -1,19 +1,19 @@
 """Between what a dataset stores and what a network sees: pixels, or the latents of the Stable Diffusion VAE."""
 
-import os
-import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from sidactl.catalog import LATENT_CHANNELS, VAE_FILES, VAE_NAME
 from sidactl.diffusion import Draws
-from sidactl.errors import EXIT_FAILED, SidaError
-from sidactl.text import visible
+from sidactl.errors import SidaError
 
-LATENT_CHANNELS = 4
-VAE_NAME = "stabilityai/sd-vae-ft-mse"
 _LATENT_MEAN, _LATENT_STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)
 """per channel, of ImageNet's raw latents; networks see them with mean 0 and standard deviation 0.5"""
 _VAE_BATCH = 8  # images at a time: those of 512x512 pixels take a gigabyte or so in the decoder
@@ -99,23 +99,22 @@ def _scale_and_bias(like: Tensor) -> tuple[Tensor, Tensor]:
     return scale, -mean * scale
 
 
-def codec_for(img_channels: int) -> Codec:
+def codec_for(img_channels: int, load_vae: Callable[[], Any] | None = None) -> Codec:
     """The codec of a network with so many channels: four are latents, others are pixels."""
-    return LatentCodec() if img_channels == LATENT_CHANNELS else PixelCodec()
-
-
-def _to_stderr(line: str) -> None:
-    print(visible(line), file=sys.stderr, flush=True)
+    return LatentCodec(load_vae) if img_channels == LATENT_CHANNELS else PixelCodec()
 
 
 def stable_diffusion_vae(
-    *, offline: bool = False, say: Callable[[str], None] = _to_stderr, purpose: str = "decoding latents"
+    *,
+    files: Callable[[], Mapping[str, Path]] | None = None,
+    is_usual: bool = True,
+    purpose: str = "decoding latents",
 ) -> Any:
-    """The VAE as diffusers' AutoencoderKL, frozen, float32; downloaded unless diffusers has it already.
+    """A VAE as diffusers' AutoencoderKL, frozen, float32; never one of a pickle.
 
-    offline: no download, also if $SIDACTL_OFFLINE is set (and not 0). `say` gets one line before a download.
-    purpose: what it is needed for, in errors.
-    Raises SidaError without diffusers, and where the VAE cannot be had.
+    files: gives where the config and weights of the VAE lie, by name. is_usual: that it is VAE_NAME, which diffusers
+    may have in its cache: that comes first. purpose: what it is needed for, in errors.
+    Raises SidaError without diffusers, and where the VAE is not there or does not fit its config.
     """
     try:
         from diffusers import AutoencoderKL
@@ -124,24 +123,33 @@ def stable_diffusion_vae(
             f"{purpose} needs the VAE of diffusers, which is not installed",
             "Install it with: pip install 'sidactl[vae]'.",
         ) from error
-    # The option only saves memory, needs another package, and warns where that is missing.
-    options = {"low_cpu_mem_usage": False}
-    try:
-        vae = AutoencoderKL.from_pretrained(VAE_NAME, local_files_only=True, **options)
-    except OSError:
-        if offline or os.environ.get("SIDACTL_OFFLINE", "0") not in ("", "0"):
-            raise SidaError(
-                f"{purpose} needs the VAE {VAE_NAME}, which offline forbids to download",
-                "Allow it once; diffusers keeps the VAE in its cache.",
-            ) from None
-        say(f"downloading the VAE {VAE_NAME} (335 MB, MIT licence) from huggingface.co")
+    # The last option only saves memory, needs another package, and warns where that is missing.
+    options = {"local_files_only": True, "use_safetensors": True, "low_cpu_mem_usage": False}
+    if is_usual:
+        with suppress(OSError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what diffusers asks of its own parts
+            return _frozen(AutoencoderKL.from_pretrained(VAE_NAME, **options))
+    if files is None:
+        raise SidaError(
+            f"{purpose} needs the VAE {VAE_NAME}, which diffusers does not have in its cache",
+            f"Get it once with: hf download {VAE_NAME} {' '.join(VAE_FILES)}",
+        )
+    with TemporaryDirectory() as folder:
+        for name, path in files().items():
+            (Path(folder) / name).symlink_to(path.absolute())
         try:
-            vae = AutoencoderKL.from_pretrained(VAE_NAME, **options)
-        except OSError as error:
-            reason = (str(error).splitlines() or ["no reason given"])[0].rstrip(".")
-            raise SidaError(
-                f"the VAE {VAE_NAME} could not be downloaded ({reason})",
-                "Try again when huggingface.co can be reached.",
-                exit_code=EXIT_FAILED,
-            ) from error
+            vae, told = AutoencoderKL.from_pretrained(folder, output_loading_info=True, **options)
+        except (OSError, ValueError, RuntimeError, TypeError, LookupError) as error:
+            reason = (str(error).replace(folder, "its folder").splitlines() or ["no reason given"])[0].rstrip(".")
+            raise SidaError(f"the VAE cannot be loaded ({reason})", "Get its files again.") from error
+    wrong = [f"{name} {kind}" for kind in ("missing", "unexpected") for name in told[f"{kind}_keys"]]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise SidaError(
+            f"the VAE must have the tensors of its config, got {', '.join(wrong[:5])}{more}", "Get its files again."
+        )
+    return _frozen(vae)
+
+
+def _frozen(vae: Any) -> Any:
     return vae.eval().requires_grad_(False)

@@ -41,6 +41,8 @@ CHUNK_BYTES = 1 << 20
 _MAX_TOLD = 200
 """characters of what a server says that are shown: it may say 64 KiB in a line"""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_OF_MANY = re.compile(r"/[^/]+/([^/]+)/resolve/[^/]+/(config\.json|diffusion_pytorch_model\.safetensors)")
+"""path of a file of the hub that is called as many others are: a mirror has it in a folder named as its repository"""
 _SIZE = re.compile(r"[0-9]{1,18}")
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
 _VALIDATOR = re.compile(r"[\x20-\x7e\x80-\xff]*")
@@ -76,7 +78,7 @@ def fetch(
         MAX_BYTES where that is not known.
     offline: no network, also if $SIDACTL_OFFLINE is set (and not 0); a mirror folder may still be read.
     mirror: a folder or base URL to take the file from instead (default $SIDACTL_MIRROR), where it lies under the whole
-        path of the URL or under its last part.
+        path of the URL or under its last part; of what the hub calls as many others, as NAME/config.json.
 
     What came before an interruption stays beside `destination` as download-<hash of the URL>, and is continued where
     the server can and a digest or tag shows that it is of the same file. A process that finds another at the same URL
@@ -106,9 +108,9 @@ def fetch(
     return digest
 
 
-def refuse_forbidden(url: str, what: str) -> None:
-    """Raises the SidaError with which `fetch` would refuse to download what $SIDACTL_OFFLINE forbids."""
-    _allowed_places(url, what, False, None)
+def refuse_forbidden(url: str, what: str, *, offline: bool = False, mirror: str | None = None) -> None:
+    """Raises the SidaError with which `fetch` would refuse to download what $SIDACTL_OFFLINE, or `offline`, forbids."""
+    _allowed_places(url, what, offline, mirror)
 
 
 def _allowed_places(url: str, what: str, offline: bool, mirror: str | None) -> Sequence[str]:
@@ -303,7 +305,8 @@ def _places(url: str, mirror: str | None) -> list[str]:
     if not mirror or url.startswith("file:"):
         return [url]
     path = urlsplit(url).path or "/"
-    return [f"{base}{path}", f"{base}/{path.rpartition('/')[2]}"]
+    of_many = _OF_MANY.fullmatch(path)
+    return [f"{base}{path}", f"{base}/{'/'.join(of_many.groups()) if of_many else path.rpartition('/')[2]}"]
 
 
 def _open(places: Sequence[str], size: int, validator: str) -> _Body:

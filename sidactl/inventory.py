@@ -447,6 +447,7 @@ def model_card(store: Store, artifact: Artifact, form: ExportForm, file: str) ->
     lines = [f"# {_text(params['name'])}", "", f"A {artifact.kind} for sidactl, oid `{artifact.oid}`.", ""]
     lines += [f"- {role}: {_text(parent.params['name'])} (`{parent.oid}`)" for role, parent in origin.items()]
     lines += [f"- dataset: {_text(params['dataset'])}"] if "dataset" not in origin else []
+    lines += [f"- its latents are decoded by the VAE {_text(params['vae'])}"] if "vae" in params else []
     lines += [f"- images seen in training: {results['images_seen']:,}"] if "images_seen" in results else []
     lines += [f"- licence: {_text(licence)}", "", "## Scores", ""]
     rows = [
@@ -504,11 +505,9 @@ def _usage(artifact: Artifact, form: ExportForm, file: str) -> list[str]:
             "images = torch.cat([batch.images for batch in batches])  # uint8 [N, C, H, W]",
         ]
         return ["```python", *code, "```"]
-    from sidactl.codec import LATENT_CHANNELS
-
     channels, size, classes = net["img_channels"], net["img_resolution"], net["label_dim"]
     shape = f"[N, {channels}, {size}, {size}]"
-    is_latent = channels == LATENT_CHANNELS
+    is_latent = channels == catalog.LATENT_CHANNELS
     what = "normalised latents (`sidactl.codec` decodes them)" if is_latent else "pixels in [-1, 1]"
     code = [
         "import numpy as np",

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,15 +28,18 @@ from sidactl.artifacts import (
     answered,
     asked,
     at_work,
+    check_vae_is_there,
     dataset_called,
     fetch_detector,
     first_alone,
     image_source,
     is_alone,
+    is_of_latents,
     load_dataset,
     load_net,
     mapping,
     named,
+    other_vae,
     part_of,
     plain_name,
     require_images,
@@ -44,6 +47,10 @@ from sidactl.artifacts import (
     shape_for_nets,
     source_identity,
     tell_old,
+    vae_digest,
+    vae_for,
+    vae_label,
+    vae_loader,
 )
 from sidactl.artifacts import fetch_teacher as fetch_teacher
 from sidactl.artifacts import load as load
@@ -207,6 +214,7 @@ def train_teacher(
             "dataset": data.params["name"],
             "recipe": recipe.to_json(),
             "licence": None,
+            **({"vae": data.params["vae"]} if "vae" in data.inputs else {}),
         }
         artifact = store.put(
             "teacher", {"model.safetensors": loop.weights(training.ema)}, inputs={"dataset": data.oid}, params=params
@@ -303,6 +311,7 @@ def plan(
     reference: str | None = None,
     score: bool = True,
     detector: str | None = None,
+    vae: str | None = None,
     teacher_score: TeacherScore | None = None,
     allow_untrained: bool = False,
     device: str | None = None,
@@ -393,6 +402,10 @@ def plan(
         raise SidaError("--evaluate-also is for runs that are scored, this one is not", "Leave it out.")
     if not score:
         notes.append("nothing is scored, and the last generator is the result")
+    needs += preflight.vae(store, vae, taught, is_needed=scoring is not None)
+    if vae is None:
+        own = vae_for(store, None, taught.artifact) if taught.artifact else None
+        warnings += _of_other_vae(own, [each.artifact for each in used if each.artifact])
     free_bytes = preflight.check_disk(store, num_parameters)
     rounds = recipe.num_accumulation_rounds
     memory = {
@@ -412,6 +425,11 @@ def plan(
     if scoring and teacher_score == "published" != made.teacher_score:
         raise _not_published(recipe, scoring.score_name)
     return made
+
+
+def _of_other_vae(vae: Artifact | None, inputs: Sequence[Artifact]) -> list[str]:
+    """Warnings of inputs of a run on latents that were made with another VAE than decodes what it draws."""
+    return [told for artifact in inputs if (told := other_vae(artifact, vae))]
 
 
 def _suited(recipe: Recipe, teacher: preflight.Input, overrides: Mapping[str, Any]) -> Recipe:
@@ -525,6 +543,7 @@ def distill(
     reference: Ref | None = None,
     score: bool = True,
     detector: str | os.PathLike[str] | None = None,
+    vae: Ref | None = None,
     teacher_score: TeacherScore | None = None,
     allow_untrained: bool = False,
     name: str | None = None,
@@ -547,6 +566,8 @@ def distill(
     score: False = nothing is scored, and the last generator is the result.
     detector: what scores the run: a name or a file, as in `fid`; by default the reference's own, and for a dataset of
         one's own random-features, which is built in.
+    vae: what decodes latents: a folder that diffusers saved, or OWNER/NAME in the Hugging Face hub; by default the
+        teacher's own, or the usual one. The generator remembers it.
     teacher_score: what the generator is compared with: the teacher's published score, one measured likewise at the end,
         once the generator is there, or none; by default the published one, where it is by this detector and reference.
         It shapes no generator.
@@ -566,7 +587,7 @@ def distill(
     """
     teacher, generator = ref_text(teacher, "the teacher"), optional_ref(generator, "the generator")
     dataset, reference = optional_ref(dataset, "the dataset"), optional_ref(reference, "the reference")
-    detector = optional_ref(detector, "the detector")
+    detector, vae = optional_ref(detector, "the detector"), optional_ref(vae, "the VAE")
     recipe_overrides = field_values(recipe_overrides, Recipe, Adversarial, Execution)
     settings = {f.name for f in dataclasses.fields(Execution)} & set(recipe_overrides)
     chosen = {name: recipe_overrides.pop(name) for name in settings}
@@ -586,6 +607,7 @@ def distill(
             reference=reference,
             score=score,
             detector=detector,
+            vae=vae,
             teacher_score=teacher_score,
             allow_untrained=allow_untrained,
             device=device,
@@ -597,7 +619,7 @@ def distill(
         tell_old(store, keys["best"], say)
     else:
         words = ["distill", *option_words({"teacher": teacher, "mode": mode, "generator": generator})]
-        words += option_words({"dataset": dataset, "ref": reference, "detector": detector, "name": name})
+        words += option_words({"dataset": dataset, "ref": reference, "detector": detector, "vae": vae, "name": name})
         words += option_words(
             {"no_score": not score, "teacher_score": teacher_score, "allow_untrained": allow_untrained}
         )
@@ -687,6 +709,8 @@ class _Run:
     compared: Artifact | None
     """what it is scored against; None = it is not"""
     detector: str | None
+    vae: Artifact | None
+    """what decodes its latents; None = the usual one, or it draws pixels"""
     settings: Mapping[str, Any]
     """what shapes the result beside recipe and inputs, where it is not the default"""
     warnings: Sequence[str]
@@ -773,7 +797,13 @@ def _resolved(
         detector = detector or default
         if compared.oid != data.oid:
             inputs["reference"] = compared
-    return _Run(recipe, planned.default, execution, inputs, compared, detector, settings, planned.warnings, notes)
+    asked_vae, warnings = options.get("vae"), [*planned.warnings]
+    vae = vae_for(store, asked_vae, teacher_artifact, recheck=recheck)
+    if vae:
+        settings["vae"] = vae_digest(vae)
+    if asked_vae is not None:  # else the plan has told
+        warnings += _of_other_vae(vae, [*inputs.values()])
+    return _Run(recipe, planned.default, execution, inputs, compared, detector, vae, settings, warnings, notes)
 
 
 def _training_data(store: Store, planned: Plan, teacher: Artifact, asked: str | None, recheck: bool) -> Artifact:
@@ -820,6 +850,7 @@ def _distill(
     sampler = OneStepSpec(sigma_init=recipe.sigma_init)
     teacher = load_net(store, inputs["teacher"], chosen_device)
     start = load_net(store, inputs["generator"], chosen_device) if "generator" in inputs else None
+    load_vae = vae_loader(store, wanted.vae)
     detector, evaluate, notes = None, None, list(wanted.notes)
     facts = {"title": f"distill {recipe.teacher} {recipe.mode}", "teacher": recipe.teacher}
     if compared:
@@ -829,7 +860,7 @@ def _distill(
         detector = load_detector(store, wanted.detector, chosen_device)
         facts["score_name"] = distance_name(detector)
         moments = references.moments(store, compared, detector, watch, recheck=force)
-        _try_scoring(detector, moments, start or teacher, sampler)
+        _try_scoring(detector, moments, start or teacher, sampler, load_vae)
         counts: Any = inputs["dataset"].results["class_counts"] if recipe.evaluate_labels == "dataset" else None
         tick = part_of(watch, "scoring the generator")
         eyes = [_Eye("fid", detector, moments)]
@@ -838,7 +869,7 @@ def _distill(
             other = load_detector(store, by, chosen_device) if by not in (None, wanted.detector) else detector
             needed = references.moments(store, compared, other, watch, recheck=force) if METRICS[metric].need else None
             eyes.append(_Eye(metric, other, needed))
-        evaluate = _evaluation(eyes, sampler, recipe.evaluate_num, tick, counts or None)
+        evaluate = _evaluation(eyes, sampler, recipe.evaluate_num, tick, counts or None, load_vae)
         published = _published_score(recipe, references.published_as(compared), distance_name(detector))
         if teacher_score is None:
             teacher_score = "measure" if published is None else "published"
@@ -875,14 +906,20 @@ def _distill(
     is_first = engine.rank_and_size()[0] == 0
     untrained, made = recipe.untrained(), dict[str, Artifact]()
     also = {name: [[nimg, _finite(value)] for nimg, value in points] for name, points in history.also.items()}
+    made_with = {"vae": wanted.vae.oid} if wanted.vae else {}
     files: dict[str, dict[str, bytes]] = {}
     for which in ("last", "best") if is_first else ():
         if which == "best" and history.best:
             teachers.load_weights(net, safetensors.torch.load(loop.best_weights(history, live)))
         files[which] = {"model.safetensors": loop.weights(net)}
-        # Of a run that was scored the last may draw what is no image; the best is there all the same.
-        with suppress(*([sampling.NotFiniteError] if compared else [])):
-            files[which]["grid.png"] = _preview(net, sampler)
+        try:
+            files[which]["grid.png"] = _preview(net, sampler, load_vae)
+        except SidaError as error:
+            # Of a run that was scored the last may draw what is no image; one that is not may be without its VAE.
+            if isinstance(error, sampling.NotFiniteError) != (compared is not None):
+                raise
+            if compared is None and which == "best" and say:
+                say(f"warning: there is no picture of the generator: {error.message}")
 
     def keep(of_teacher: float | None, *, is_published: bool = False) -> None:
         """Stores the last and the best generator, beside this score of the teacher."""
@@ -899,13 +936,14 @@ def _distill(
             made[which] = store.put(
                 "generator",
                 files[which],
-                inputs={role: artifact.oid for role, artifact in inputs.items()},
+                inputs={role: artifact.oid for role, artifact in inputs.items()} | made_with,
                 params={
                     "name": f"{recipe.teacher}-{recipe.mode}",
                     "net": net.spec.to_json(),
                     "sampler": sampler.to_json(),
                     "dataset": recipe.dataset,
                     "recipe": recipe.to_json(),
+                    **({"vae": vae_label(wanted.vae)} if wanted.vae else {}),
                 },
                 results={
                     "images_seen": nimg,
@@ -959,13 +997,17 @@ def _not_published(recipe: Recipe, score: str) -> SidaError:
 
 
 def _try_scoring(
-    detector: "Detector", reference: references.Moments | None, net: "Preconditioned", sampler: OneStepSpec
+    detector: "Detector",
+    reference: references.Moments | None,
+    net: "Preconditioned",
+    sampler: OneStepSpec,
+    load_vae: Callable[[], Any] | None = None,
 ) -> None:
     """Draws two images and has them measured, so that what does not fit is told before the first step."""
     from sidactl import sampling
 
     seeds = range(SELECTION_SEED, SELECTION_SEED + 2)
-    (batch,) = sampling.generate(net, seeds, sampler, device=detector.device)
+    (batch,) = sampling.generate(net, seeds, sampler, device=detector.device, load_vae=load_vae)
     found, wanted = detector(batch.images).shape[1], len(reference.mean) if reference else 0
     if reference and found != wanted:
         raise SidaError(
@@ -1014,6 +1056,7 @@ def _evaluation(
     num_images: int,
     tick: Tick | None = None,
     class_counts: Sequence[int] | None = None,
+    load_vae: Callable[[], Any] | None = None,
 ) -> "Evaluate":
     """What scores a net while it trains, by the first of these scores and the others; and a grid of images."""
     import torch
@@ -1028,7 +1071,9 @@ def _evaluation(
     def evaluate(net: "Preconditioned", should_stop: Callable[[], bool]) -> loop.Evaluation | None:
         net = engine.gathered(net, device)
         size = features.images_per_batch(net.spec.img_channels, net.spec.img_resolution)
-        samples = sampling.generate(net, seeds, sampler, device=device, class_counts=class_counts, batch_size=size)
+        samples = sampling.generate(
+            net, seeds, sampler, device=device, class_counts=class_counts, load_vae=load_vae, batch_size=size
+        )
         problems: list[str] = []
 
         def images(first: int) -> "Iterator[torch.Tensor]":
@@ -1062,7 +1107,7 @@ def _evaluation(
         found: dict[str, float] = json.loads(engine.agreed(numbers))
         value = found.pop(distance_name(eyes[0].detector))
         try:
-            return loop.Evaluation(value, _preview(net, sampler), also=found)
+            return loop.Evaluation(value, _preview(net, sampler, load_vae), also=found)
         except sampling.NotFiniteError as error:
             return loop.Evaluation(value, None, f"no picture: {error.message}", also=found)
 
@@ -1110,10 +1155,12 @@ def _teacher_score(store: Store, wanted: _Run, device: str | None, watch: Watch 
 
 def _teacher_question(store: Store, wanted: _Run) -> ScoreOptions:
     assert wanted.compared
+    usual = catalog.VAE_NAME if is_of_latents(wanted.inputs["teacher"]) else None
     return {
         "reference": wanted.compared.oid,
         "num": wanted.recipe.evaluate_num,
         "detector": wanted.detector,
+        "vae": wanted.vae.oid if wanted.vae else usual,
         "run": store.root,
     }
 
@@ -1268,11 +1315,14 @@ def _stop_on_signals() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _preview(net: "Preconditioned", sampler: OneStepSpec | HeunSpec) -> bytes:
+def _preview(
+    net: "Preconditioned", sampler: OneStepSpec | HeunSpec, load_vae: Callable[[], Any] | None = None
+) -> bytes:
     from sidactl import pictures, sampling
 
     device, side = next(net.parameters()).device, preflight.drawn_by(net.spec)[1]
-    batches = sampling.generate(net, PREVIEW_SEEDS[: _num_previewed(side)], sampler, device=device)
+    seeds = PREVIEW_SEEDS[: _num_previewed(side)]
+    batches = sampling.generate(net, seeds, sampler, device=device, load_vae=load_vae)
     return pictures.grid(next(iter(batches)).images.permute(0, 2, 3, 1).numpy())
 
 
@@ -1321,6 +1371,7 @@ def sample(
     heun: Mapping[str, float] | None = None,
     guide: Ref | None = None,
     guidance: float = 1.0,
+    vae: Ref | None = None,
     setting: Setting | None = None,
     name: str | None = None,
     run: RunDir = None,
@@ -1336,6 +1387,7 @@ def sample(
     take in place of the teacher's, such as {"S_churn": 0}. guide: a weaker teacher that
     Heun's sampler moves away from, `guidance` times as far (1 = not at all). Noise and class of an image depend on its
     seed alone. class_index: one class for all images, by its index or by its name in the net's dataset.
+    vae: what decodes latents, as in `distill`; by default the one that the net was made with, or the usual one.
     setting: of the nets' arithmetic, float32 by default; another precision is another question. say: takes the line
     that an answer is an old one.
     """
@@ -1351,8 +1403,12 @@ def sample(
     store = Store.open(run_of(ref, run))
     if name:
         store.check_name("samples", name)
+    vae = optional_ref(vae, "the VAE")
     with first_alone():
         subject = resolve(store, ref_text(ref), NETS, recheck=force)
+        decoder = vae_for(store, vae, subject, recheck=force)
+    if say and (told := other_vae(subject, decoder)):
+        say(f"warning: {told}")
     chosen = chosen_sampler(subject, sampler, steps, heun)
     if isinstance(class_index, str):
         class_index = class_of(store, subject, class_index)
@@ -1371,12 +1427,15 @@ def sample(
         params["guidance"] = guidance
     elif guidance != 1:
         raise SidaError(f"guidance {guidance:g} needs a second net, got none", "Pass --guide REF.")
-    key = store.key("sample", params, {role: artifact.oid for role, artifact in inputs.items()})
+    question = params | ({"vae": vae_digest(decoder)} if decoder else {})
+    key = store.key("sample", question, {role: artifact.oid for role, artifact in inputs.items()})
     refs = [name] if name else []
     if not force and (known := agreed_answer(store, key)):
         tell_old(store, key, say)
         return Sampled(named(store, known, refs, say), store)
     store.check_writable()
+    if decoder is None and is_of_latents(subject):
+        check_vae_is_there(store)
 
     from sidactl import engine, pictures, prepare, sampling
 
@@ -1392,12 +1451,15 @@ def sample(
         class_index=class_index,
         guide=used.get("guide"),
         guidance=guidance,
+        load_vae=vae_loader(store, decoder),
         batch_size=size,
     )
     drawn = engine.joined(batches.shared(), len(batches))
     if engine.rank_and_size()[0] > 0:
         list(drawn)  # nothing, but the others wait for this process's share
         return Sampled(store.get(engine.agreed(str)), store)
+    made_with = {"vae": decoder.oid} if decoder else {}
+    by = {"vae": vae_label(decoder)} if decoder else {}
     with store.scratch() as path:
         first: NDArray[np.uint8] | None = None
         with prepare.ZipWriter(path) as writer:
@@ -1412,8 +1474,8 @@ def sample(
         artifact = store.put(
             "samples",
             {"images.zip": path, "grid.png": pictures.grid(first)},
-            inputs={role: artifact.oid for role, artifact in inputs.items()},
-            params=params | {"name": subject.params["name"], "dataset": subject.params["dataset"]},
+            inputs={role: artifact.oid for role, artifact in inputs.items()} | made_with,
+            params=params | {"name": subject.params["name"], "dataset": subject.params["dataset"]} | by,
             results={"num_images": len(seeds), "nfe": chosen.nfe},
         )
     artifact = answered(store, key, artifact, "sample", refs=refs, say=say)

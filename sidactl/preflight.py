@@ -4,7 +4,6 @@ Not how what is missing is had: that is what artifacts and references do.
 """
 
 import ast
-import importlib.util
 import re
 import shutil
 import zipfile
@@ -15,14 +14,23 @@ from pathlib import Path
 from typing import Any, cast
 
 from sidactl import artifacts, catalog, download, references
-from sidactl.artifacts import NET_FILES, NETS, is_source, mapping, require_images, shape_for_nets
+from sidactl.artifacts import (
+    NET_FILES,
+    NETS,
+    check_vae_is_there,
+    is_source,
+    mapping,
+    refuse_vae_of_pixels,
+    require_images,
+    shape_for_nets,
+    vae_for,
+)
 from sidactl.errors import SidaError
 from sidactl.recipe import NetSpec, Recipe
 from sidactl.store import Artifact, Store
 
 VAE_BYTES = 335_000_000
 _NUM_FEATURES = {"tiny-digits": 64, "random-features": 128, "inception": 2048, "dinov2": 1024}
-_LATENT_CHANNELS, _LATENT_SCALE = 4, 8
 _HOW = {"dataset": "downloaded and prepared"}
 
 
@@ -204,8 +212,8 @@ def default_detector(of: Input) -> str:
 
 def drawn_by(net: NetSpec) -> tuple[int, int]:
     """Channels and side of the images that a net draws, latents decoded."""
-    if net.img_channels == _LATENT_CHANNELS:
-        return 3, net.img_resolution * _LATENT_SCALE
+    if net.img_channels == catalog.LATENT_CHANNELS:
+        return 3, net.img_resolution * catalog.LATENT_SCALE
     return net.img_channels, net.img_resolution
 
 
@@ -231,8 +239,6 @@ def check_detector(store: Store, name: str, net: NetSpec, compared: Input) -> li
         if entry.source and f"detector/{name}" not in store.refs():
             needs.append(_download(f"detector {name}", entry.source))
     _check_statistics(name, compared)
-    if net.img_channels == _LATENT_CHANNELS:
-        needs.append(_vae())
     return needs
 
 
@@ -272,13 +278,23 @@ def _width(path: str) -> int | None:
         return None
 
 
-def _vae() -> Need:
-    if importlib.util.find_spec("diffusers") is None:
-        raise SidaError(
-            "decoding latents needs the VAE of diffusers, which is not installed",
-            "Install it with: pip install 'sidactl[vae]', or pass --no-score.",
-        )
-    return Need("the VAE stabilityai/sd-vae-ft-mse", "downloaded, unless diffusers has it", None, VAE_BYTES)
+def vae(store: Store, asked: str | None, teacher: Input, *, is_needed: bool) -> list[Need]:
+    """What the VAE that decodes a run's latents needs: the one asked for, or else the teacher's own, or the usual one.
+
+    is_needed: whether the run fails without it. Raises SidaError for a network of pixels where one is asked for, and
+    for what is no VAE.
+    """
+    net = mapping(teacher.params["net"])
+    if asked is not None:
+        refuse_vae_of_pixels(str(teacher.params["name"]), net)
+    elif net["img_channels"] != catalog.LATENT_CHANNELS or not is_needed:
+        return []
+    own = vae_for(store, None, teacher.artifact) if asked is None and teacher.artifact else None
+    url = check_vae_is_there(store, own.oid if own else asked, ", or pass --no-score")
+    if url is None:
+        return []
+    name = (asked or catalog.VAE_NAME).removeprefix("vae/")
+    return [Need(f"the VAE {name}", "downloaded", url, VAE_BYTES if name == catalog.VAE_NAME else None)]
 
 
 def check_device(name: str | None) -> None:

@@ -4,8 +4,9 @@ Noise and label of an image depend on its seed alone, drawn in the order of the 
 then (on a conditional net) the class, then the noise of later steps. So any batch size gives the same images.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,13 +117,14 @@ def generate(
     guide: Denoiser | None = None,
     guidance: float = 1.0,
     codec: Codec | None = None,
+    load_vae: Callable[[], Any] | None = None,
     batch_size: int = 256,
 ) -> Samples:
     """Images for these seeds.
 
     class_counts: images of each class in a dataset; then classes are drawn by their share of it, else uniformly.
     guide, guidance: a weaker net and how far to move away from it (1 = not at all), for Heun's sampler alone.
-    codec: by default that of the net's channels, where four are latents that the VAE decodes.
+    codec: by default that of the net's channels, where four are latents that the VAE decodes; load_vae: gives it.
     Raises SidaError for classes that the net does not have, and for a guide that does not fit.
     """
     if class_index is not None and not 0 <= class_index < net.spec.label_dim:
@@ -135,7 +137,7 @@ def generate(
         )
     if guide is not None:
         _check_guide(guide, net, sampler)
-    codec = codec or codec_for(net.spec.img_channels)
+    codec = codec or codec_for(net.spec.img_channels, load_vae)
     return Samples(net, sampler, seeds, device, codec, class_index, class_counts, guide, guidance, batch_size)
 
 

@@ -19,18 +19,24 @@ from sidactl.artifacts import (
     answering,
     changed,
     check_unchanged,
+    check_vae_is_there,
     fetch_detector,
     file_digest,
     first_alone,
+    is_of_latents,
     load_dataset,
     load_net,
     mapping,
+    other_vae,
     part_of,
     read_state_dict,
     require_images,
     resolve,
     source_identity,
     tell_old,
+    vae_digest,
+    vae_for,
+    vae_loader,
 )
 from sidactl.errors import EXIT_FAILED, MissingError, SidaError
 from sidactl.inputs import Count, Ref, count_of, optional_ref, ref_text, run_of, seeds_of, whole
@@ -94,6 +100,7 @@ _TOLD: Mapping[str, Any] = {
     "steps": None,
     "sampler": None,
     "detector": None,
+    "vae": None,
     "resize": "torch",
     "convention": "edm",
     "neighbours": 3,
@@ -112,6 +119,7 @@ class ScoreOptions(TypedDict, total=False):
     subset_seed: what draws `num` images of samples, a folder or a dataset that hold more; 0 by default.
     labels: classes drawn uniformly for each seed, as EDM does, or by their share of the dataset, as SiD does.
     steps, sampler, heun: how a generator or teacher is sampled where it is not by its own sampler, as in `sample`.
+    vae: what decodes the latents of a generator or teacher, as in `sample`.
     setting: of the arithmetic of a generator or teacher, float32 by default; that of detectors is always float32.
     detector: inception, dinov2, tiny-digits, random-features (built in, for any images), or a file: Inception in
         TorchScript, or a state dict of Inception's.
@@ -135,6 +143,7 @@ class ScoreOptions(TypedDict, total=False):
     steps: SupportsIndex | None
     sampler: str | None
     heun: Mapping[str, float] | None
+    vae: Ref | None
     setting: Setting
     detector: str | os.PathLike[str] | None
     trust_code: bool
@@ -289,7 +298,7 @@ def _plain_options(ref: Ref, options: ScoreOptions) -> Mapping[str, Any]:
     plain: dict[str, Any] = {**options, "run": run_of(ref, options.get("run"))}
     if unknown := sorted(set(plain) - set(ScoreOptions.__annotations__)):
         raise SidaError(f"unknown option {unknown[0]!r}", f"There are {', '.join(ScoreOptions.__annotations__)}.")
-    for name in ("reference", "detector"):
+    for name in ("reference", "detector", "vae"):
         plain[name] = optional_ref(plain.get(name), f"the {name}")
     if plain.get("num") is not None:
         plain["num"] = count_of(plain["num"], "num")
@@ -316,6 +325,8 @@ class _Question:
     seeds: Sequence[Sequence[int]]
     settings: Mapping[str, Any]
     setting: Setting
+    vae: Artifact | None
+    """what decodes latents; None = the usual one, or there are none"""
     key: str
     device: str | None
     trust_code: bool
@@ -362,7 +373,7 @@ class _Question:
         subject = resolve(store, ref, SCORED, any_size=True, recheck=force)
         require_images(subject)
         seeds: list[list[int]] = []
-        how_sampled = [options.get(name) for name in ("sampler", "steps", "heun")]
+        how_sampled, vae = [options.get(name) for name in ("sampler", "steps", "heun")], None
         if subject.kind in NETS:
             num, first = num or 50_000, options.get("first_seed", 0)
             seeds_of(range(first, first + trials * num), "seeds of all trials")
@@ -372,7 +383,11 @@ class _Question:
             sampler = chosen_sampler(subject, *how_sampled)
             if sampler != sampler_of(subject):
                 settings["sampler"] = sampler.to_json()
+            if vae := vae_for(store, options.get("vae"), subject, recheck=force):
+                settings["vae"] = vae_digest(vae)
         else:
+            if options.get("vae") is not None:
+                raise SidaError("a VAE is of a net that draws latents, got fixed images", "Leave out --vae.")
             if any(option not in (None, {}) for option in how_sampled):
                 raise SidaError(
                     "a sampler is of a net that draws images, got fixed ones",
@@ -418,6 +433,7 @@ class _Question:
             seeds,
             settings,
             setting,
+            vae,
             key,
             options.get("device"),
             options.get("trust_code", False),
@@ -571,6 +587,8 @@ def _measure(asked: _Question, place: LiveDir | None) -> _Measured:
     """Runs all trials; every process computes its share of the images, rank 0 the numbers."""
     from sidactl import engine
 
+    if asked.vae is None and is_of_latents(asked.subject):
+        check_vae_is_there(asked.store)
     device = engine.pick_device(asked.device)
     resize = asked.settings["resize"]
     loaded = {
@@ -590,6 +608,8 @@ def _measure(asked: _Question, place: LiveDir | None) -> _Measured:
                 warnings.append(
                     f"{features.MAX_REAL_IMAGES:,} of {held:,} reference images, drawn by seed 0, stand for all of them"
                 )
+    if told := other_vae(asked.subject, asked.vae):
+        warnings.append(told)
     warnings += _of_other_shape(asked.store, asked.subject, asked.references.values())
     for metric, reference in asked.references.items():
         by = by_metric[metric]
@@ -681,7 +701,7 @@ def _features(
         "seeds": seeds,
         "labels": asked.settings["labels"],
         **asked.setting.of_images(),
-        **{name: asked.settings[name] for name in ("subset_seed", "sampler") if name in asked.settings},
+        **{name: asked.settings[name] for name in ("subset_seed", "sampler", "vae") if name in asked.settings},
     }
     by = {name: params | {"detector": detector.identity} for name, detector in loaded.items()}
     keys = {name: store.key("features", params, {"subject": asked.subject.oid}) for name, params in by.items()}
@@ -727,7 +747,15 @@ def _work(asked: _Question, seeds: range | None, loaded: Mapping[str, "Detector"
         counts = held
     size = features.images_per_batch(net.spec.img_channels, net.spec.img_resolution)
     sampler = sampler_from(asked.settings["sampler"]) if "sampler" in asked.settings else sampler_of(asked.subject)
-    samples = sampling.generate(net, seeds, sampler, device=device, class_counts=counts, batch_size=size)
+    samples = sampling.generate(
+        net,
+        seeds,
+        sampler,
+        device=device,
+        class_counts=counts,
+        load_vae=vae_loader(asked.store, asked.vae),
+        batch_size=size,
+    )
 
     def shared(first: int) -> "Iterator[Tensor]":
         return (batch.images for batch in samples.shared(first))

@@ -36,7 +36,7 @@ from sidactl.errors import EXIT_FAILED, NO_LOCKS, MissingError, SidaError
 from sidactl.text import shell_word
 
 SCHEMA_VERSION = 1
-KINDS = ("teacher", "generator", "dataset", "detector", "samples", "features", "stats", "score", "run")
+KINDS = ("teacher", "generator", "dataset", "detector", "vae", "samples", "features", "stats", "score", "run")
 
 Json: TypeAlias = bool | int | float | str | list[Any] | dict[str, Any] | None
 Data: TypeAlias = bytes | memoryview
@@ -83,7 +83,7 @@ def _how_to_repair(artifact: "Artifact") -> str:
     """The command that makes a damaged artifact again, as far as the artifact says how it was made."""
     kind, params, recipe = artifact.kind, artifact.params, artifact.params.get("recipe")
     name, is_trained = params.get("name"), "dataset" in artifact.inputs
-    if kind in ("detector", "stats", "features"):
+    if kind in ("detector", "vae", "stats", "features"):
         return "Repeat the command that scores or trains with it, with --force."
     if kind == "samples":
         return f"Repeat sidactl sample {artifact.inputs.get('net', '')[:12]} with its seeds, with --force."

@@ -1,9 +1,11 @@
 """Stand-ins: recorded random draws in the order in which the reference made them, and VAEs that need no download."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -71,3 +73,21 @@ class SmallVae(nn.Module):
 
     def decode(self, latents: Tensor) -> SimpleNamespace:
         return SimpleNamespace(sample=nn.functional.conv_transpose2d(latents, self.weight[:4], stride=8))
+
+
+def save_vae(folder: Path, seed: int = 0, num_blocks: int = 4, latent_channels: int = 4) -> Path:
+    """A folder as diffusers saves a VAE: a random one, as narrow as they get; skips where diffusers is not."""
+    diffusers = pytest.importorskip("diffusers", reason="the extra `vae` is not installed")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = diffusers.AutoencoderKL(
+            block_out_channels=(1,) * num_blocks,
+            down_block_types=("DownEncoderBlock2D",) * num_blocks,
+            up_block_types=("UpDecoderBlock2D",) * num_blocks,
+            layers_per_block=1,
+            latent_channels=latent_channels,
+            norm_num_groups=1,
+            mid_block_add_attention=False,  # most of the work
+        )
+    vae.save_pretrained(folder)
+    return folder

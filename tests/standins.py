@@ -5,6 +5,7 @@ ImageNet's classes there are three. `python -m tests.standins MIRROR WORDS` is s
 """
 
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -23,12 +24,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sidactl import catalog, codec, nets, ops, preflight
+from sidactl import catalog, nets, ops, preflight
 from sidactl.diffusion import Preconditioned
 from sidactl.nets import inception
 from sidactl.recipe import NetSpec
 from tests.hostile.doors import cifar, picture, tarred, zipped
-from tests.playback import SmallVae
+from tests.playback import save_vae
 from tests.test_pickles import Persistent, install_published_modules
 
 NETS = ("edm-cifar10-uncond", "edm-imagenet64", "edm2-s", "edm2-xs")
@@ -91,7 +92,6 @@ def small_catalog(patch: pytest.MonkeyPatch, mirror: Path) -> None:
     patch.setattr(inception, "NUM_FEATURES", SmallInception.NUM_FEATURES)
     patch.setattr(preflight, "_NUM_FEATURES", {**preflight._NUM_FEATURES, "inception": SmallInception.NUM_FEATURES})
     patch.setattr(ops, "PREVIEW_SEEDS", range(4))
-    patch.setattr(codec, "stable_diffusion_vae", lambda **options: SmallVae())
 
 
 def _as_written(entry: Any, mirror: Path) -> Any:
@@ -118,6 +118,8 @@ def write_mirror(folder: Path) -> None:
             held = {"fid": {"mu": mean, "sigma": covariance}}
             (folder / _file_of(entry)).write_bytes(pickle.dumps(held, protocol=4))
     (folder / "cifar-10-python.tar.gz").write_bytes(tarred(cifar([0, 1, 2, 3])))
+    if importlib.util.find_spec("diffusers"):
+        save_vae(folder / "sd-vae-ft-mse")
     torch.save(_drawn(SmallInception()).state_dict(), folder / _file_of(catalog.DETECTORS["inception"]))
 
 

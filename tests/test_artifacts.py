@@ -44,7 +44,7 @@ from sidactl.loop import Event
 from sidactl.recipe import HeunSpec, NetSpec, OneStepSpec
 from sidactl.store import KINDS, Artifact, LiveDir, Store
 from tests.golden import golden
-from tests.playback import SmallVae
+from tests.playback import SmallVae, save_vae
 from tests.test_data import cifar_archive, cifar_batch
 from tests.web import Site, serving
 
@@ -1182,9 +1182,150 @@ def test_latents_without_the_extra_or_the_weights_are_refused_before_any_work(
     monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace(AutoencoderKL=Empty))
     monkeypatch.setenv("SIDACTL_OFFLINE", "1")
     assert refused_data(run, "in", latents=True) == (
-        "encoding latents needs the VAE stabilityai/sd-vae-ft-mse, which offline forbids to download. "
-        "Allow it once; diffusers keeps the VAE in its cache."
+        "the VAE stabilityai/sd-vae-ft-mse must be downloaded from https://huggingface.co/stabilityai/sd-vae-ft-mse/"
+        "resolve/main/diffusion_pytorch_model.safetensors, which offline forbids. Allow it, or set SIDACTL_MIRROR to a "
+        "folder that holds the file."
     )
+
+
+def test_vae_of_a_folder_is_known_by_its_content_wherever_it_lies(run: Path, tmp_path: Path) -> None:
+    save_vae(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "elsewhere/b")
+    store = Store.open(run)
+    one = artifacts.fetch_vae(store, "a")
+    assert artifacts.fetch_vae(store, "elsewhere/b") == one
+    assert artifacts.fetch_vae(store, one.oid) == one
+    assert one.params == {"name": "a", "licence": None, "source_url": None}
+    assert store.refs() == {}  # so that the folder's name stays that of the folder
+    digest = hashlib.sha256("".join(one.files[name].sha256 for name in catalog.VAE_FILES).encode()).hexdigest()[:16]
+    assert artifacts.vae_label(one) == f"a@{digest}"
+    other = artifacts.fetch_vae(store, str(save_vae(tmp_path / "c", seed=1)))
+    assert artifacts.vae_digest(other) != digest
+
+
+VAE_CONFIG = {"_class_name": "AutoencoderKL", "latent_channels": 4, "block_out_channels": [1, 1, 1, 1]}
+SUCH_AS = "Give a VAE of Stable Diffusion's first kind, such as stabilityai/sd-vae-ft-mse."
+
+
+@pytest.mark.parametrize(
+    ("config", "files", "message"),
+    [
+        (
+            None,
+            (),
+            "v must hold config.json and diffusion_pytorch_model.safetensors, config.json is missing. Give a "
+            "folder that diffusers saved, or a name such as stabilityai/sd-vae-ft-mse.",
+        ),
+        (
+            None,
+            ("vae/config.json",),
+            "v must hold config.json and diffusion_pytorch_model.safetensors, config.json is "
+            "missing. Did you mean v/vae?",
+        ),
+        (
+            VAE_CONFIG,
+            ("diffusion_pytorch_model.bin",),
+            "v must hold config.json and "
+            "diffusion_pytorch_model.safetensors, diffusion_pytorch_model.safetensors is missing. A .bin file is a "
+            "pickle, which is never read: save the VAE by save_pretrained of diffusers.",
+        ),
+        ([], catalog.VAE_FILES[1:], f"v: config.json does not say what the VAE is. {SUCH_AS}"),
+        (
+            VAE_CONFIG | {"_class_name": "UNet2DConditionModel"},
+            catalog.VAE_FILES[1:],
+            f"v must be a VAE with class AutoencoderKL, got UNet2DConditionModel. {SUCH_AS}",
+        ),
+        (
+            VAE_CONFIG | {"latent_channels": 16},
+            catalog.VAE_FILES[1:],
+            f"v must be a VAE with latent_channels 4, got 16. {SUCH_AS}",
+        ),
+        (
+            VAE_CONFIG | {"block_out_channels": [1, 1, 1]},
+            catalog.VAE_FILES[1:],
+            f"v must be a VAE with reduction 8, got 4. {SUCH_AS}",
+        ),
+    ],
+)
+def test_folder_that_is_no_vae_of_latents_is_refused_before_any_work(
+    config: Any, files: Sequence[str], message: str, run: Path, tmp_path: Path
+) -> None:
+    picture(tmp_path / "in/a.png")
+    (tmp_path / "v/vae").mkdir(parents=True)
+    for name in files:
+        (tmp_path / "v" / name).touch()
+    if config is not None:
+        (tmp_path / "v/config.json").write_text(json.dumps(config))
+    assert refused_data(run, "in", latents=True, vae="v") == message
+    with pytest.raises(SidaError) as caught:
+        artifacts.check_vae_is_there(Store.open(run), "v")
+    assert (str(caught.value), caught.value.exit_code) == (message, 2)
+
+
+def test_word_that_is_no_vae_is_refused(run: Path, tmp_path: Path) -> None:
+    picture(tmp_path / "in/a.png")
+    assert refused_data(run, "in", latents=True, vae="gone") == (
+        "a VAE must be a folder that diffusers saved, or OWNER/NAME in huggingface.co, got gone. Check the path, or "
+        "pass a name such as stabilityai/sd-vae-ft-mse."
+    )
+    assert refused_data(run, "in", vae="gone") == (
+        "--vae is for --latents, got gone without. Pass --latents, or leave it out."
+    )
+    (tmp_path / "stabilityai/sd-vae-ft-mse").mkdir(parents=True)
+    assert refused_data(run, "in", latents=True, vae="stabilityai/sd-vae-ft-mse") == (
+        "'stabilityai/sd-vae-ft-mse' is the name of a folder and of vae/stabilityai/sd-vae-ft-mse. Write "
+        "./stabilityai/sd-vae-ft-mse for the folder, or vae/stabilityai/sd-vae-ft-mse."
+    )
+
+
+def test_mirror_serves_the_usual_vae_and_others_by_name(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    picture(tmp_path / "in/a.png", size=(16, 16))
+    usual, other = (save_vae(tmp_path / f"mirror/sd-vae-ft-{name}", seed) for seed, name in enumerate(("mse", "ema")))
+    monkeypatch.setenv("SIDACTL_OFFLINE", "1")
+    monkeypatch.setenv("SIDACTL_MIRROR", str(tmp_path / "mirror"))
+    pixels = prepare_data("in", name="mine", run=run)
+    capfd.readouterr()
+    latents = prepare_data("mine", latents=True, run=run, device="cpu")
+    told = capfd.readouterr().err.splitlines()
+    weights = usual / "diffusion_pytorch_model.safetensors"
+    assert f"downloading the VAE stabilityai/sd-vae-ft-mse: 0.0 MB from {weights.as_uri()}, licence: MIT" in told
+    assert (latents.inputs, latents.params["vae"]) == ({"dataset": pixels.oid}, "stabilityai/sd-vae-ft-mse")
+    store = Store.open(run)
+    assert store.asked(store.key("prepare-data", {"latents": True}, {"dataset": pixels.oid})) == latents
+    options: dict[str, Any] = {"latents": True, "run": run, "device": "cpu"}
+    assert prepare_data("mine", vae="stabilityai/sd-vae-ft-mse", **options) == latents
+    by_other = prepare_data("mine", vae="stabilityai/sd-vae-ft-ema", **options)
+    fetched = store.resolve("vae/stabilityai/sd-vae-ft-ema", ["vae"])
+    assert fetched.params["source_url"] == (
+        "https://huggingface.co/stabilityai/sd-vae-ft-ema/resolve/main/diffusion_pytorch_model.safetensors"
+    )
+    assert by_other.inputs == {"dataset": pixels.oid, "vae": fetched.oid}
+    assert by_other.params["vae"] == artifacts.vae_label(fetched)
+    assert by_other.files["images.zip"] != latents.files["images.zip"]
+    monkeypatch.delenv("SIDACTL_MIRROR")  # and nothing is fetched twice
+    capfd.readouterr()
+    for vae, made in (("stabilityai/sd-vae-ft-ema", by_other), (str(other), by_other), (None, latents)):
+        assert prepare_data("mine", vae=vae, force=vae is None, **options) == made
+    assert "downloading" not in capfd.readouterr().err
+    assert not list((run / "tmp").glob("file-*"))
+
+
+def test_vae_that_diffusers_has_in_its_cache_is_not_downloaded(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    cached = save_vae(tmp_path / "snapshots/0123")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: str(cached / file))
+    monkeypatch.setenv("SIDACTL_OFFLINE", "1")
+    store = Store.open(run)
+    assert artifacts.check_vae_is_there(store, "someone/vae") is None
+    found = artifacts.fetch_vae(store, "someone/vae")
+    assert (found.params["name"], store.refs()) == ("someone/vae", {"vae/someone/vae": found.oid})
+    assert fetch_teacher("stabilityai/sd-vae-ft-mse", run=run) == found  # the same files, under another name
+    assert store.refs()["vae/stabilityai/sd-vae-ft-mse"] == found.oid
 
 
 def test_classes_without_images_come_from_a_dataset_json_or_a_number(run: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from sidactl.catalog import (
     NUM_PARAMETERS,
     REFERENCES,
     TEACHERS,
+    VAES,
     Published,
 )
 from sidactl.errors import SidaError
@@ -543,11 +544,12 @@ def test_datasets_are_the_built_in_one_and_the_presets() -> None:
 def test_rows_tell_name_kind_licence_size_and_score_of_every_entry() -> None:
     rows = catalog.rows()
     assert len({(row.kind, row.name) for row in rows}) == len(rows)
-    assert len(rows) == sum(map(len, (TEACHERS, GENERATORS, COMPARISONS, DATASETS, DETECTORS, REFERENCES)))
+    assert len(rows) == sum(map(len, (TEACHERS, GENERATORS, COMPARISONS, DATASETS, DETECTORS, REFERENCES, VAES)))
     assert all(row.about and row.licence for row in rows)
     by_name = {(row.kind, row.name): row for row in rows}
     assert by_name["teacher", "edm2-s"].licence == "CC BY-NC-SA 4.0"
     assert by_name["detector", "dinov2"].size_bytes == 1_217_586_395
+    assert by_name["vae", "stabilityai/sd-vae-ft-mse"].licence == "MIT"
     assert by_name["generator", "sid2a/edm2-xs"].scores["FID"] == (2.156, 0.028, "paper")
     assert by_name["generator", "sid2a/edm2-xs"].about == "SiD2A of edm2-xs, alpha 1, 28.7M images"
 

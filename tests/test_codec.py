@@ -1,9 +1,12 @@
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -11,7 +14,7 @@ from sidactl import codec
 from sidactl.codec import LatentCodec, PixelCodec, codec_for, decode_affine, encode_affine, stable_diffusion_vae
 from sidactl.errors import SidaError
 from tests.golden import golden, golden_metrics
-from tests.playback import IdentityVae, Playback
+from tests.playback import IdentityVae, Playback, save_vae
 
 NO_DRAWS = Playback([])
 
@@ -95,66 +98,65 @@ def test_missing_diffusers_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Hub:
-    """In place of diffusers' AutoencoderKL, with what is in its cache and whether the network can be reached."""
+    """In place of diffusers' AutoencoderKL, with what is in its cache."""
 
-    def __init__(self, *, cached: bool, reachable: bool) -> None:
-        self.cached, self.reachable = cached, reachable
-        self.asked: list[bool] = []
+    def __init__(self, *, cached: bool) -> None:
+        self.cached = cached
 
-    def from_pretrained(self, name: str, *, low_cpu_mem_usage: bool, local_files_only: bool = False) -> torch.nn.Module:
+    def from_pretrained(self, name: str, **options: bool) -> torch.nn.Module:
         assert name == codec.VAE_NAME
-        self.asked.append(local_files_only)
-        if not (self.cached if local_files_only else self.reachable):
-            raise OSError("no such file\nand more")
+        assert options == {"local_files_only": True, "use_safetensors": True, "low_cpu_mem_usage": False}
+        if not self.cached:
+            raise OSError("no such file")
         return torch.nn.Linear(1, 1)
 
 
-def test_cached_vae_is_loaded_frozen_and_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = Hub(cached=True, reachable=False)
-    monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace(AutoencoderKL=hub))
-    vae = stable_diffusion_vae(offline=True, say=lambda line: pytest.fail(line))
+def test_cached_vae_is_loaded_frozen_and_without_its_files_being_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace(AutoencoderKL=Hub(cached=True)))
+    vae = stable_diffusion_vae(files=lambda: pytest.fail("asked"))
     assert not vae.training
     assert not any(p.requires_grad for p in vae.parameters())
-    assert hub.asked == [True]
 
 
-def test_vae_is_downloaded_with_a_line_that_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.delenv("SIDACTL_OFFLINE", raising=False)
-    hub = Hub(cached=False, reachable=True)
-    monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace(AutoencoderKL=hub))
-    stable_diffusion_vae()
-    assert hub.asked == [True, False]
-    told = "downloading the VAE stabilityai/sd-vae-ft-mse (335 MB, MIT licence) from huggingface.co\n"
-    assert capsys.readouterr() == ("", told)
-
-
-@pytest.mark.parametrize(
-    ("offline", "text", "exit_code"),
-    [
-        (
-            True,
-            "decoding latents needs the VAE stabilityai/sd-vae-ft-mse, which offline forbids to download. "
-            "Allow it once; diffusers keeps the VAE in its cache.",
-            2,
-        ),
-        (
-            False,
-            "the VAE stabilityai/sd-vae-ft-mse could not be downloaded (no such file). "
-            "Try again when huggingface.co can be reached.",
-            1,
-        ),
-    ],
-)
-def test_vae_that_cannot_be_had_is_one_line(
-    offline: bool, text: str, exit_code: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("SIDACTL_OFFLINE", raising=False)
-    hub = Hub(cached=False, reachable=False)
-    monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace(AutoencoderKL=hub))
-    if offline:
-        monkeypatch.setenv("SIDACTL_OFFLINE", "1")
+def test_vae_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace(AutoencoderKL=Hub(cached=False)))
     with pytest.raises(SidaError) as error:
-        stable_diffusion_vae(say=lambda line: None)
-    assert (str(error.value), error.value.exit_code) == (text, exit_code)
+        stable_diffusion_vae()
+    assert str(error.value) == (
+        "decoding latents needs the VAE stabilityai/sd-vae-ft-mse, which diffusers does not have in its cache. Get it "
+        "once with: hf download stabilityai/sd-vae-ft-mse config.json diffusion_pytorch_model.safetensors"
+    )
+
+
+def files_of(folder: Path) -> Mapping[str, Path]:
+    """The files of a VAE as the run directory keeps them: under names that say nothing."""
+    names = ("config.json", "diffusion_pytorch_model.safetensors")
+    return {name: (folder / name).rename(folder / f"object-{index}") for index, name in enumerate(names)}
+
+
+def test_vae_is_loaded_from_its_files_wherever_they_lie(tmp_path: Path) -> None:
+    files = files_of(save_vae(tmp_path / "vae"))
+    vae = stable_diffusion_vae(files=lambda: files, is_usual=False)
+    stored = safetensors.torch.load_file(files["diffusion_pytorch_model.safetensors"])
+    assert vae.state_dict().keys() == stored.keys()
+    assert all(torch.equal(vae.state_dict()[name], tensor) for name, tensor in stored.items())
+    assert not vae.training
+    assert not any(p.requires_grad for p in vae.parameters())
+    assert LatentCodec(lambda: vae).decode(torch.zeros(1, 4, 4, 4)).shape == (1, 3, 32, 32)
+
+
+def test_vae_whose_tensors_are_not_those_of_its_config_is_refused(tmp_path: Path) -> None:
+    files = files_of(save_vae(tmp_path / "vae"))
+    weights = files["diffusion_pytorch_model.safetensors"]
+    tensors = safetensors.torch.load_file(weights)
+    tensors["encoder.other"] = tensors.pop("decoder.conv_in.bias")
+    safetensors.torch.save_file(tensors, weights)
+    with pytest.raises(SidaError) as error:
+        stable_diffusion_vae(files=lambda: files, is_usual=False)
+    assert str(error.value) == (
+        "the VAE must have the tensors of its config, got decoder.conv_in.bias missing, encoder.other unexpected. Get "
+        "its files again."
+    )
+    weights.write_bytes(b"junk")
+    with pytest.raises(SidaError, match=r"^the VAE cannot be loaded \(.*\)\. Get its files again\.$"):
+        stable_diffusion_vae(files=lambda: files, is_usual=False)

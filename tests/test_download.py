@@ -580,6 +580,16 @@ def test_mirror_url_serves_by_whole_path_or_last_part(site: Site, target: Path, 
     assert fetch(site, target, url=url, mirror=f"{site.url}/mirror/") == DIGEST
 
 
+@pytest.mark.parametrize("place", ["owner/vae/resolve/main/config.json", "vae/config.json"])
+def test_mirror_has_files_that_are_called_as_many_others_in_a_folder(target: Path, tmp_path: Path, place: str) -> None:
+    for other in ("config.json", place):
+        (tmp_path / "mirror" / other).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mirror" / other).write_bytes(other.encode())
+    url = "https://huggingface.co/owner/vae/resolve/main/config.json"
+    download.fetch(url, target, what="config", offline=True, mirror=str(tmp_path / "mirror"))
+    assert target.read_text() == place
+
+
 def test_mirror_that_does_not_have_the_file(site: Site, target: Path, tmp_path: Path) -> None:
     base = tmp_path.as_uri()
     assert refused(site, target, mirror=str(tmp_path)) == (
