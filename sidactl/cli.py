@@ -375,9 +375,10 @@ def prepare_data(
 
     SOURCE is a folder or zip of images (a zip in the EDM or EDM2 layout is verified and taken as it is), ImageNet as a
     folder, Kaggle's zip or ILSVRC2012_img_train.tar, cifar-10-python.tar.gz, MNIST's IDX files, an npz batch,
-    tiny-digits, or cifar10, which is downloaded; with --latents a dataset artifact, too. Latents of such a one are
-    scored against its images; to score against your own, make it first (prepare-data PATH --name NAME, then
-    prepare-data dataset/NAME --latents). Of any other source the images are encoded as they come.
+    tiny-digits, or cifar10, which is downloaded; with --latents a dataset artifact, too.
+
+    With --latents images are encoded as they are read, and kept nowhere. To score against your own images make their
+    dataset first: prepare-data PATH --name NAME, then prepare-data dataset/NAME --latents.
 
     Classes come from dataset.json, or else from the folders, in a zip as well: numbered from 0 in the order of their
     names, and by number where all are whole numbers. Hidden and system files are passed over.
