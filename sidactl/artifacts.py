@@ -440,7 +440,7 @@ def _locate(source: str) -> tuple[catalog.Teacher | catalog.Generator | None, st
                 way = f"Get it from {data.where}, then use sidactl prepare-data."
             raise SidaError(f"{source} is a dataset, not a network", way)
         if source in catalog.REFERENCES:
-            hint = f"Pass --ref {source} to a score, which fetches it."
+            hint = f"A score fetches it: sidactl fid REF --ref {source}"
             raise SidaError(f"{source} is a reference, not a network", hint)
         raise SidaError(f"unknown teacher {source!r}", catalog.did_you_mean(source, nets, "See sidactl ls --catalog."))
     if not is_url and not Path(source).is_file():

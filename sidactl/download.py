@@ -233,7 +233,7 @@ def refuse_larger(what: str, path: Path, max_bytes: int | None) -> None:
 def _too_large(what: str, place: str, size: str, limit: int) -> SidaError:
     return SidaError(
         f"{what} must have at most {limit:,} bytes, {place} offers {size}",
-        "If that is right, repeat it as sidactl fetch-teacher with a larger --max-bytes.",
+        "If that is right, pass a larger --max-bytes to fetch-teacher.",
         exit_code=EXIT_FAILED,
     )
 
@@ -341,7 +341,9 @@ def _open(places: Sequence[str], size: int, validator: str) -> _Body:
 
 
 def _answered(place: str, status: int, reason: str) -> SidaError:
-    return SidaError(f"{place} answered {status} {reason[:_MAX_TOLD]}", "Try again later.", exit_code=EXIT_FAILED)
+    needs_login = status in (401, 403)  # which the hub also says of what is not there
+    hint = "Check the address: what needs a login must be downloaded otherwise." if needs_login else "Try again later."
+    return SidaError(f"{place} answered {status} {reason[:_MAX_TOLD]}", hint, exit_code=EXIT_FAILED)
 
 
 def _reason(error: Exception) -> str:

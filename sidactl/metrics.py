@@ -179,7 +179,10 @@ def inception_score(logits: Features, num_splits: int = 10) -> tuple[float, floa
     """
     rows = _rows(logits, "logits").cpu()
     if not 1 <= num_splits <= len(rows):
-        raise SidaError(f"number of splits must be from 1 to {len(rows)}, got {num_splits}", "Score more images.")
+        raise SidaError(
+            f"number of splits must be from 1 to {len(rows)}, got {num_splits}",
+            "Score more images, or pass a smaller --num-splits.",
+        )
     scores = []
     for i in range(num_splits):
         part = rows[i * len(rows) // num_splits : (i + 1) * len(rows) // num_splits].to(torch.float64).numpy()
@@ -282,7 +285,10 @@ def _precision_recall(
         raise SidaError(f"k must be >= 1, got {k}", "The published metric uses 3.")
     for name, rows in (("real", reals), ("generated", fakes)):
         if len(rows) <= k:
-            raise SidaError(f"{name} features must number >= k + 1 = {k + 1}, got {len(rows)}", "Score more images.")
+            raise SidaError(
+                f"{name} features must number >= k + 1 = {k + 1}, got {len(rows)}",
+                "Score more images, or pass a smaller --neighbours.",
+            )
     real_radii, fake_radii = (_radii(rows, k, block, distance) for rows in (reals, fakes))
 
     fake_inside = torch.zeros(len(fakes), dtype=torch.bool, device=reals.device)

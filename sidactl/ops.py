@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import signal
 import threading
 import time
@@ -520,7 +521,8 @@ def _num_parameters(path: Path) -> int:
 def _teacher_of(store: Store, text: str) -> preflight.Input:
     """A teacher; for a word that is neither stored nor in the catalog the error has the nearest name."""
     if _is_foreign(text):
-        raise SidaError(f"teacher {text} must be imported before it can be planned with", "Use fetch-teacher first.")
+        what = f"teacher {text} must be imported before it can be planned with"
+        raise SidaError(what, f"Import it first: sidactl fetch-teacher {shlex.quote(text)}")
     try:
         return preflight.find(store, text, ["teacher"])
     except SidaError:

@@ -222,10 +222,9 @@ def check_detector(store: Store, name: str, net: NetSpec, compared: Input) -> li
     channels, size = drawn_by(net)
     drawn = f"the generator draws {channels} channels of {size}x{size}"
     if name == "tiny-digits" and (size, channels) != (8, 1):
-        raise SidaError(
-            f"detector tiny-digits needs grey images of 8x8 pixels, {drawn}",
-            "Pass --detector random-features, or another --ref.",
-        )
+        own = default_detector(compared)
+        way = "random-features, or another --ref" if own == "tiny-digits" else own
+        raise SidaError(f"detector tiny-digits needs grey images of 8x8 pixels, {drawn}", f"Pass --detector {way}.")
     if channels not in (1, 3):
         raise SidaError(f"detectors take grey or RGB images, {drawn}", "Pass --no-score.")
     needs: list[Need] = []
@@ -256,7 +255,7 @@ def _check_statistics(detector: str, compared: Input) -> None:
             gives = "" if references.is_detector_file(detector) else f", {name} gives {_NUM_FEATURES[name]:,}"
             raise SidaError(
                 f"{compared.text} holds statistics of {width:,} features, which are taken for Inception's 2,048{gives}",
-                "Pass another --ref, or --detector.",
+                "Pass another --ref." if width != _NUM_FEATURES["inception"] else "Pass --detector inception.",
             )
         return
     else:

@@ -572,10 +572,13 @@ def passes_of(recipe: Recipe, execution: Execution, rank: int = 0, num_processes
     rounds = range(rank, num_rounds, num_processes)
     images = execution.batch_per_device or micro_batch
     if images % micro_batch or len(rounds) % (images // micro_batch):
-        fitting = ", ".join(str(micro_batch * n) for n in range(1, len(rounds) + 1) if len(rounds) % n == 0)
+        fitting = [micro_batch * n for n in range(1, len(rounds) + 1) if len(rounds) % n == 0]
+        near = max([n for n in fitting if n <= images and recipe.joins_micro_batches] or fitting[:1])
         raise SidaError(
-            f"batch-per-device must be one of {fitting} (micro-batches of {micro_batch}), got {images}",
-            "For less memory pass --checkpoint-activations, or change the recipe with --num-accumulation-rounds.",
+            f"batch-per-device must be one of {', '.join(map(str, fitting))} (micro-batches of {micro_batch}), "
+            f"got {images}",
+            f"Pass --batch-per-device {near}: for less memory add --checkpoint-activations, or change the recipe with "
+            "--num-accumulation-rounds.",
         )
     at_once = images // micro_batch
     if at_once > 1 and not recipe.joins_micro_batches:

@@ -393,11 +393,16 @@ def moments(
         )
         return Moments(stats.mean, stats.covariance()) if kept or stats.num_items else None
     if "detector" in reference.params:
-        if reference.params["detector"] != detector.identity:
+        if (made_by := str(reference.params["detector"])) != detector.identity:
+            way, name = "the detector file that made them", detector_name(reference)
+            if name != detector.name:
+                way = f"--detector {name}"
+            elif ("-pil" in made_by) != ("-pil" in detector.identity):
+                way = f"--resize {'pil' if '-pil' in made_by else 'torch'}"
             raise SidaError(
-                f"statistics compare under one detector alone, these are by {reference.params['detector']}, "
+                f"statistics compare under one detector alone, these are by {made_by}, "
                 f"the images are measured by {detector.identity}",
-                "Score with that --detector, or against the dataset itself.",
+                f"Score with {way}, or against the dataset itself.",
             )
         stats = features.read_stats(store, reference)
         return Moments(stats.mean, stats.covariance())

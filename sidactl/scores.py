@@ -379,7 +379,8 @@ class _Question:
             seeds_of(range(first, first + trials * num), "seeds of all trials")
             seeds = [[first + t * num, first + (t + 1) * num] for t in range(trials)]
             if options.get("subset_seed") is not None:
-                raise SidaError("a subset is of images that there are, got a net that draws them", "Pass --first-seed.")
+                what = "a subset is of images that there are, got a net that draws them"
+                raise SidaError(what, "Leave out --subset-seed: --first-seed chooses what a net draws.")
             sampler = chosen_sampler(subject, *how_sampled)
             if sampler != sampler_of(subject):
                 settings["sampler"] = sampler.to_json()
@@ -939,11 +940,13 @@ def chosen_sampler(
     """
     own, heun = sampler_of(subject), dict(heun or {})
     if kind not in (None, "one-step", "heun"):
-        raise SidaError(f"the sampler must be one-step or heun, got {kind!r}", "Pass --sampler heun for a teacher.")
+        way = "Pass --sampler heun." if isinstance(own, HeunSpec) else "Leave out --sampler."
+        raise SidaError(f"the sampler must be one-step or heun, got {kind!r}", way)
     chosen: OneStepSpec | HeunSpec = own
     if kind == "heun" and isinstance(own, OneStepSpec):
         raise SidaError(
-            "the heun sampler needs a teacher, got a one-step generator", "Leave out --sampler, or pass --steps."
+            "the heun sampler needs a teacher, got a one-step generator",
+            "Leave out --sampler: --steps takes more than one.",
         )
     if kind == "one-step" and isinstance(own, HeunSpec):
         chosen = OneStepSpec()

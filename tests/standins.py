@@ -109,7 +109,7 @@ def write_mirror(folder: Path) -> None:
         entries: Mapping[str, Any] = {**catalog.TEACHERS, **catalog.GENERATORS}
         for seed, name in enumerate((*NETS, *GENERATORS)):
             (folder / _file_of(entries[name])).write_bytes(_network(small(entries[name].net), seed, name in GENERATORS))
-    for name in ("cifar10", "imagenet64", "imagenet512"):
+    for name in ("cifar10", "imagenet64", "imagenet64-edm2", "imagenet512"):
         entry = catalog.REFERENCES[name]
         mean, covariance = np.full(SmallInception.NUM_FEATURES, 0.3), np.eye(SmallInception.NUM_FEATURES)
         if _file_of(entry).endswith(".npz"):

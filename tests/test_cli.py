@@ -555,7 +555,7 @@ def test_fetch_teacher_takes_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyP
         done = sidactl(*words, "1.5k", run=tmp_path / "run", check=1)
         assert done.stderr == (
             f"error: net must have at most 1,500 bytes, {site.url}/net.pkl offers 1,501 bytes. "
-            "If that is right, repeat it as sidactl fetch-teacher with a larger --max-bytes.\n"
+            "If that is right, pass a larger --max-bytes to fetch-teacher.\n"
         )
         done = sidactl(*words, "0", run=tmp_path / "run", check=2)
         assert done.stderr == "error: --max-bytes must be >= 1, got 0. Pass --max-bytes 1 or more.\n"

@@ -211,6 +211,11 @@ def test_missing_file(site: Site, target: Path) -> None:
 def test_server_error(site: Site, target: Path) -> None:
     site.status = 503
     assert refused(site, target) == f"{site.url}/a/net.pkl answered 503 Service Unavailable. Try again later."
+    for status, reason in ((401, "Unauthorized"), (403, "Forbidden")):
+        assert str(download._answered("https://host/net.pkl", status, reason)) == (
+            f"https://host/net.pkl answered {status} {reason}. Check the address: what needs a login must be "
+            "downloaded otherwise."
+        )
 
 
 def test_server_that_is_not_there(site: Site, target: Path) -> None:
@@ -273,7 +278,7 @@ def test_endless_body_of_unknown_size_is_left_at_the_limit_and_kept(site: Site, 
     site.raw, site.endless = {"/a/net.pkl": answer("")}, b"x" * 1024
     assert refused(site, target, max_bytes=3000) == (
         f"net must have at most 3,000 bytes, {site.url}/a/net.pkl offers more than 3,000 bytes. "
-        "If that is right, repeat it as sidactl fetch-teacher with a larger --max-bytes."
+        "If that is right, pass a larger --max-bytes to fetch-teacher."
     )
     assert partial_bytes(target) == 3000
 

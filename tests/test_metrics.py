@@ -290,7 +290,7 @@ def test_inception_score_of_certain_and_of_uninformative_classes() -> None:
 
 def test_inception_score_errors() -> None:
     assert error(inception_score, np.zeros((9, 4))) == (
-        "number of splits must be from 1 to 9, got 10. Score more images."
+        "number of splits must be from 1 to 9, got 10. Score more images, or pass a smaller --num-splits."
     )
     assert error(inception_score, np.array([[0.0], [np.nan]]), 1) == (
         "logits must be finite, row 1 is not. Look at the image behind it."
@@ -371,7 +371,7 @@ def test_precision_recall_errors() -> None:
         "real and generated features must have one dimension, got 2 and 3. Take both from the same detector."
     )
     assert error(precision_recall, ones, ones[:3]) == (
-        "generated features must number >= k + 1 = 4, got 3. Score more images."
+        "generated features must number >= k + 1 = 4, got 3. Score more images, or pass a smaller --neighbours."
     )
     assert error(precision_recall, ones, ones, 0) == "k must be >= 1, got 0. The published metric uses 3."
     bad = ones.copy()

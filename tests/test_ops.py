@@ -1191,7 +1191,7 @@ def test_statistics_of_another_width_are_refused_by_their_header(tmp_path: Path)
             planned(tmp_path / "run", reference=str(path))
         assert str(caught.value) == (
             f"{path} holds statistics of {count} features, which are taken for Inception's 2,048, "
-            "inception gives 2,048. Pass another --ref, or --detector."
+            "inception gives 2,048. Pass another --ref."
         )
 
 
@@ -1361,7 +1361,8 @@ def test_a_plan_for_a_foreign_file_asks_to_import_it_first(tmp_path: Path) -> No
             overrides={},
         )
     assert (
-        str(caught.value) == "teacher net.pkl must be imported before it can be planned with. Use fetch-teacher first."
+        str(caught.value) == "teacher net.pkl must be imported before it can be planned with. Import it first: sidactl "
+        "fetch-teacher net.pkl"
     )
 
 
@@ -1547,12 +1548,13 @@ def test_another_precision_is_another_question_and_another_form_is_not(
         (
             "generator/best",
             {"sampler": "heun"},
-            "the heun sampler needs a teacher, got a one-step generator. Leave out --sampler, or pass --steps.",
+            "the heun sampler needs a teacher, got a one-step generator. Leave out --sampler: --steps takes more than "
+            "one.",
         ),
         (
             "tiny-digits",
             {"sampler": "ddim"},
-            "the sampler must be one-step or heun, got 'ddim'. Pass --sampler heun for a teacher.",
+            "the sampler must be one-step or heun, got 'ddim'. Pass --sampler heun.",
         ),
         (
             "generator/best",

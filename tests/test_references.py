@@ -268,7 +268,7 @@ def test_statistics_under_another_identity_do_not_compare(fifty: Path, tmp_path:
         references.moments(store, stats, second)
     assert str(caught.value) == (
         "statistics compare under one detector alone, these are by inception@a, the images are measured by "
-        "inception@b. Score with that --detector, or against the dataset itself."
+        "inception@b. Score with the detector file that made them, or against the dataset itself."
     )
 
 

@@ -239,7 +239,8 @@ def test_a_score_by_another_sampler_says_so_and_is_that_of_such_samples(finished
         (
             "generator/best",
             {"num": 10, "subset_seed": 1},
-            "a subset is of images that there are, got a net that draws them. Pass --first-seed.",
+            "a subset is of images that there are, got a net that draws them. Leave out --subset-seed: --first-seed "
+            "chooses what a net draws.",
         ),
         (
             "generator/best",

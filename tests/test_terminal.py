@@ -369,7 +369,7 @@ def test_show_tells_what_the_catalog_knows_of_a_name_that_is_not_fetched(stored:
     [
         (
             "imagenet64-edm2",
-            "imagenet64-edm2 is a reference, not a network. Pass --ref imagenet64-edm2 to a score, which fetches it.",
+            "imagenet64-edm2 is a reference, not a network. A score fetches it: sidactl fid REF --ref imagenet64-edm2",
         ),
         ("cifar10", "cifar10 is a dataset, not a network. Use sidactl prepare-data cifar10."),
         (
