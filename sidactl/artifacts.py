@@ -790,17 +790,17 @@ def _check_vae(called: str, config: Path) -> None:
 
 
 def _vae_of_diffusers(name: str) -> Mapping[str, Path] | None:
-    """The files of a VAE that diffusers has in its cache; None where it does not have both."""
+    """The files of a VAE that diffusers has in its cache; None where it does not have both. SidaError as `_vae_in`."""
     if importlib.util.find_spec("huggingface_hub") is None:
         return None
     from huggingface_hub import try_to_load_from_cache
 
-    found = {file: try_to_load_from_cache(name, file) for file in catalog.VAE_FILES}
-    return (
-        {file: Path(path) for file, path in found.items() if isinstance(path, str)}
-        if all(isinstance(path, str) for path in found.values())
-        else None
-    )
+    found = ((file, try_to_load_from_cache(name, file)) for file in catalog.VAE_FILES)
+    files = {file: Path(path) for file, path in found if isinstance(path, str)}
+    if len(files) < len(catalog.VAE_FILES):
+        return None
+    _check_vae(f"the VAE {name}", files[catalog.VAE_CONFIG])
+    return files
 
 
 def _kept_vae(
@@ -839,7 +839,7 @@ def vae_for(store: Store, asked: str | None, net: Artifact, *, recheck: bool = F
         refuse_vae_of_pixels(str(net.params["name"]), mapping(net.params["net"]))
         return chosen_vae(store, asked, recheck=recheck)
     label = str(net.params.get("vae") or catalog.VAE_NAME)
-    if label == catalog.VAE_NAME:
+    if label == catalog.VAE_NAME or not is_of_latents(net):
         return None
     if "vae" in net.inputs:
         return store.get(net.inputs["vae"])

@@ -1324,6 +1324,14 @@ def test_vae_that_diffusers_has_in_its_cache_is_not_downloaded(
     assert artifacts.check_vae_is_there(store, "someone/vae") is None
     found = artifacts.fetch_vae(store, "someone/vae")
     assert (found.params["name"], store.refs()) == ("someone/vae", {"vae/someone/vae": found.oid})
+    (tmp_path / "flux").mkdir()
+    (tmp_path / "flux/config.json").write_text(json.dumps(VAE_CONFIG | {"latent_channels": 16}))
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: str(tmp_path / "flux" / file))
+    for ask in (artifacts.check_vae_is_there, artifacts.fetch_vae):
+        with pytest.raises(SidaError) as caught:
+            ask(store, "someone/flux")
+        assert str(caught.value) == f"the VAE someone/flux must be a VAE with latent_channels 4, got 16. {SUCH_AS}"
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: str(cached / file))
     assert fetch_teacher("stabilityai/sd-vae-ft-mse", run=run) == found  # the same files, under another name
     assert store.refs()["vae/stabilityai/sd-vae-ft-mse"] == found.oid
 
