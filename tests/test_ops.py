@@ -424,8 +424,8 @@ def test_a_signal_during_an_evaluation_acts_at_once_and_the_evaluation_is_made_l
 ) -> None:
     shared, batches = sampling.Samples.shared, []
 
-    def interrupted(samples: sampling.Samples) -> Any:
-        for batch in shared(samples):
+    def interrupted(samples: sampling.Samples, first: int = 0) -> Any:
+        for batch in shared(samples, first):
             batches.append(batch)
             os.kill(os.getpid(), signal.SIGTERM)
             yield batch
