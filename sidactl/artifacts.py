@@ -774,6 +774,8 @@ def _check_vae(called: str, config: Path) -> None:
         if not isinstance(told, dict):
             raise ValueError
         blocks = told.get("block_out_channels", [64])
+        if not isinstance(blocks, list):
+            raise TypeError
         got = {
             "class": told.get("_class_name"),
             "in_channels": told.get("in_channels", 3),
@@ -1289,7 +1291,10 @@ def _prepare_latents(
 
 def _streams(store: Store, source: str, options: Mapping[str, Any]) -> bool:
     """Whether latents of a source are made of its files, and not of a dataset artifact."""
-    return any(options.values()) or means_path(store, source, ["dataset"])
+    called = store.ref("dataset", source) if os.path.exists(source) else None
+    if called and store.get(called).results.get("kind") == "latents":  # of which none are made: the path is meant
+        return True
+    return bool(any(options.values()) or means_path(store, source, ["dataset"]))
 
 
 @dataclass(frozen=True)

@@ -763,6 +763,7 @@ def _print_plan(
     }
     scoring = planned.scoring and {
         "score": planned.scoring.score_name,
+        **({"further scores": list(recipe.evaluate_also)} if recipe.evaluate_also else {}),
         "detector": planned.scoring.detector,
         "reference": planned.scoring.reference.text,
         "evaluations": planned.num_evaluations,

@@ -139,8 +139,9 @@ def stable_diffusion_vae(
             (Path(folder) / name).symlink_to(path.absolute())
         try:
             vae, told = AutoencoderKL.from_pretrained(folder, output_loading_info=True, **options)
-        except (OSError, ValueError, RuntimeError, TypeError, LookupError) as error:
-            reason = (str(error).replace(folder, "its folder").splitlines() or ["no reason given"])[0].rstrip(".")
+        except (OSError, ValueError, RuntimeError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
+            lines = [line.strip() for line in str(error).replace(folder, "its folder").splitlines()]
+            reason = " ".join([*filter(None, lines), *([] if any(lines) else [type(error).__name__])][:2]).rstrip(". ")
             raise SidaError(f"the VAE cannot be loaded ({reason})", "Get its files again.") from error
     wrong = [f"{name} {kind}" for kind in ("missing", "unexpected") for name in told[f"{kind}_keys"]]
     if wrong:

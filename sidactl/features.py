@@ -14,7 +14,7 @@ from sidactl import download
 from sidactl.artifacts import Tick, answered, answering, load_dataset, on_all
 from sidactl.errors import SidaError
 from sidactl.live import Question
-from sidactl.store import Artifact, LiveDir, Store, UnwritableError
+from sidactl.store import COLLECTED, Artifact, LiveDir, Store, UnwritableError, sealed, unsealed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -90,7 +90,7 @@ def collect(
     """
     from sidactl import engine
 
-    state = _State.begin(work, place, name)
+    state = _State.begin(work, place, name, before)
     first = int(engine.agreed(lambda: str(state.num_batches)))
     if tick:
         tick(state.num_images)
@@ -110,15 +110,15 @@ def collect(
         if tick:
             tick(state.num_images)
         if time.monotonic() - state.saved_sec > SAVE_EVERY_SEC:
-            state.save(before)
+            state.try_to_save(before)
     if time.monotonic() - state.saved_sec > SAVE_EVERY_SEC / 4:  # what else is to be done may take long
-        state.save(before)
+        state.try_to_save(before)
     return state.collected()
 
 
 @dataclass
 class _State:
-    """What was collected so far, and how it lies in a live directory: NAME.json says what files count, with digests."""
+    """What was collected so far, and how it lies in a live directory: NAME-collected.json says which files count."""
 
     work: Work
     place: LiveDir | None
@@ -135,23 +135,25 @@ class _State:
     """by name, the SHA-256 of those that hold features"""
 
     @classmethod
-    def begin(cls, work: Work, place: LiveDir | None, name: str) -> "_State":
+    def begin(cls, work: Work, place: LiveDir | None, name: str, before: int) -> "_State":
         from sidactl.metrics import FeatureStats
 
         def new() -> "_State":
             stats = {detector: FeatureStats() for detector in sorted(work.detectors)}
             return cls(work, place, name, stats, {detector: [] for detector in sorted(work.keeps)})
 
-        if place is None or not place.is_writer or not (place.path / f"{name}.json").exists():
+        if place is None or not place.is_writer or not (place.path / f"{name}{COLLECTED}").exists():
             return new()
         state = new()
         try:
             state._read()
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             told = (str(error).splitlines() or [repr(error)])[0]
             download.to_stderr(f"what an interrupted score left is not as it was saved ({told}): beginning anew")
+            for path in [place.path / f"{name}{COLLECTED}", *place.path.glob(f"{name}-*")]:
+                place.remove(path.name)
             return new()
-        download.to_stderr(f"going on after {state.num_images:,} images, which were measured before")
+        download.to_stderr(f"going on after {before + state.num_images:,} images, which were measured before")
         return state
 
     def wrong_in(self, rows: "Mapping[str, Tensor]") -> str | None:
@@ -179,8 +181,16 @@ class _State:
         kept = {d: Features(torch.cat(rows), torch.cat(self.digests)) for d, rows in self.rows.items() if rows}
         return Collected(self.stats, kept)
 
-    def save(self, before: int) -> None:
-        """A kill at any moment leaves the state before or this one: NAME.json comes last, in one step."""
+    def try_to_save(self, before: int) -> None:
+        """Saves, or says once why not, and goes on without: it only spares time."""
+        try:
+            self._save(before)
+        except UnwritableError as error:
+            download.to_stderr(f"warning: {error.message}: an interruption would lose what is measured from here on")
+            self.place = None
+
+    def _save(self, before: int) -> None:
+        """A kill at any moment leaves the state before or this one: NAME-collected.json comes last, in one step."""
         import safetensors.numpy
         import safetensors.torch
         import torch
@@ -196,7 +206,7 @@ class _State:
         arrays = {f"{i} {k}": v for i, s in enumerate(self.stats.values()) for k, v in s.arrays().items()}
         self._write(moments, safetensors.numpy.save({key: a.copy(order="C") for key, a in arrays.items()}))
         said = {"of": self._identity(), "batches": self.num_batches, "images": self.num_images, "files": self.files}
-        self.place.write(f"{self.name}.json", json.dumps(said).encode())
+        self.place.write(f"{self.name}{COLLECTED}", sealed(said))
         self.place.write("state.json", json.dumps({"state": {"done": before + self.num_images}}).encode())
         for file in set(old) - set(self.files):
             self.place.remove(file)
@@ -220,7 +230,7 @@ class _State:
         from sidactl.metrics import FeatureStats
 
         assert self.place
-        said = json.loads((self.place.path / f"{self.name}.json").read_bytes())
+        said = unsealed((self.place.path / f"{self.name}{COLLECTED}").read_bytes())
         if said["of"] != self._identity():
             raise ValueError("other images, detectors or devices")
         for file, sha256 in said["files"].items():
@@ -241,6 +251,9 @@ class _State:
             self.digests.append(held["digests"])
         self.num_batches, self.num_images = int(said["batches"]), int(said["images"])
         self.num_saved = len(self.digests)
+        kept = [sum(map(len, rows)) for rows in (*self.rows.values(), *([self.digests] if self.rows else []))]
+        if {stats.num_items for stats in self.stats.values()} | set(kept) != {self.num_images}:
+            raise ValueError("some are missing")
 
 
 def _digests(images: "Tensor") -> "Tensor":
@@ -291,7 +304,7 @@ def stats_of(
 
     params: dict[str, Any] = {"detector": detector.identity}
     key = store.key("stats", params, {"dataset": data.oid})
-    with answering(store, key, _question(data, detector, params), recheck=recheck) as place:
+    with answering(store, key, _question("moments", data, detector, params), recheck=recheck) as place:
         if isinstance(place, Artifact):
             return read_stats(store, place), place
         dataset = load_dataset(store, data)
@@ -331,7 +344,7 @@ def real_features(
 
     params: dict[str, Any] = {"detector": detector.identity, "at_most": MAX_REAL_IMAGES}
     key = store.key("features", params, {"subject": data.oid})
-    with answering(store, key, _question(data, detector, params), recheck=recheck) as place:
+    with answering(store, key, _question("features", data, detector, params), recheck=recheck) as place:
         if isinstance(place, Artifact) and (held := read(store, place)):
             return held
         dataset = load_dataset(store, data)
@@ -347,9 +360,9 @@ def real_features(
         return found
 
 
-def _question(data: Artifact, detector: "Detector", params: Mapping[str, Any]) -> Question:
+def _question(what: str, data: Artifact, detector: "Detector", params: Mapping[str, Any]) -> Question:
     subject = f"of {data.params.get('name') or data.oid[:12]} by {detector.name}"
-    return Question(command="features", subject=subject, words=[], params=params, inputs={"dataset": data.oid})
+    return Question(command=what, subject=subject, words=[], params=params, inputs={"dataset": data.oid})
 
 
 def _of(tick: Tick | None, total: int) -> Callable[[int], None] | None:

@@ -93,7 +93,7 @@ def counts_of(value: Any, what: str) -> tuple[int, ...]:
 def words_of(value: Any) -> tuple[str, ...]:
     """Several words, from "one,two" or whatever can be gone through; none from "none" or ""."""
     if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",")) if value not in ("", "none") else ()
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if value != "none" else ()
     return tuple(value)
 
 

@@ -208,7 +208,7 @@ def _told_of_others(store: Store, live: LiveDir, question: Question) -> list[str
     told = []
     for each in others:
         there = each.question
-        if there is None or (there.command, there.subject) != (question.command, question.subject):
+        if there is None or each.is_worked_on or (there.command, there.subject) != (question.command, question.subject):
             continue
         if apart := list(_differences(there, question)):
             listed = "; ".join(apart[:_DIFFERENCES_TOLD])
@@ -245,5 +245,6 @@ def _flat(params: Mapping[str, Any]) -> dict[str, Any]:
     """Nested fields as those of one level, as options have them; in the form that JSON gives them back."""
     flat: dict[str, Any] = {}
     for name, value in json.loads(json.dumps(dict(params))).items():
-        flat |= _flat(value) if isinstance(value, dict) else {name: value}
+        is_source = name == "source"  # of which files a digest is of no use to people
+        flat |= _flat(value) if isinstance(value, dict) and not is_source else {name: value}
     return flat

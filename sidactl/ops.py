@@ -29,6 +29,7 @@ from sidactl.artifacts import (
     answered,
     asked,
     at_work,
+    check_has_file,
     check_vae_is_there,
     dataset_called,
     fetch_detector,
@@ -494,6 +495,8 @@ def _planned_scoring(
 def _check_further(store: Store, metric: str, recipe: Recipe, net: NetSpec, scoring: Scoring) -> list[preflight.Need]:
     """Refuses a further score of evaluations that this run cannot have; what it needs."""
     by = METRICS[metric].detector
+    if by == scoring.detector:
+        raise SidaError(f"{metric} is the first score of this run already", "Leave out --evaluate-also.")
     if by:
         return preflight.check_detector(store, by, net, scoring.reference)
     if not has_classes(scoring.detector):
@@ -526,6 +529,8 @@ def _teacher_of(store: Store, text: str) -> preflight.Input:
     try:
         return preflight.find(store, text, ["teacher"])
     except SidaError:
+        if text in catalog.COMPARISONS:
+            check_has_file(catalog.COMPARISONS[text])
         if text in catalog.TEACHERS or all(c in "0123456789abcdef" for c in text) or "/" in text:
             raise
         catalog.teacher(text)

@@ -40,6 +40,7 @@ from sidactl.data import (
 from sidactl.engine import handed_out, in_order
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.sources import ClassOrder, Convention, Item, Pixels, Say, Source, open_source
+from sidactl.store import sealed, unsealed
 
 Transform = Callable[[Image.Image, int, int], Image.Image | None]
 Latents = NDArray[np.float32]
@@ -495,10 +496,6 @@ class _State:
     member_bytes: int = 0
 
 
-def _digest(said: Mapping[str, object]) -> str:
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
-
-
 @dataclass
 class _Saved:
     """What state.json says, and the hashes of the bytes that it counts."""
@@ -511,9 +508,7 @@ class _Saved:
     @classmethod
     def read(cls, folder: Path) -> "_Saved":
         """ValueError and its like where anything in the folder is not as it was saved."""
-        said = json.loads((folder / _STATE).read_bytes())
-        if said.pop("digest") != _digest(said):
-            raise ValueError(f"{_STATE} is damaged")
+        said = unsealed((folder / _STATE).read_bytes())
         state = _State(**said["state"])
         saved = cls(state, [(name, reason) for name, reason in said["skipped"]])
         saved.first = said["first"] and (said["first"][0], tuple(said["first"][1]))
@@ -607,10 +602,9 @@ class _Unfinished:
             "first": self.first,
             "sha256": [sha256.hexdigest() for sha256 in self.sha256],
         }
-        text = json.dumps({**said, "digest": _digest(said)})
         temporary = self.folder / f".{_STATE}.tmp"
         with temporary.open("wb") as state_file:
-            state_file.write(text.encode())
+            state_file.write(sealed(said))
             state_file.flush()
             os.fsync(state_file.fileno())
         temporary.replace(self.folder / _STATE)

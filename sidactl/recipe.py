@@ -454,6 +454,8 @@ class Recipe(Plain):
         _at_least(self, 1, "batch_size", "duration_nimg", "num_accumulation_rounds", "evaluate_every_nimg")
         _at_least(self, 1, "checkpoint_every_nimg", "stop_if_nan_steps", "evaluate_early_nimg", "patience")
         _at_least(self, 2, "evaluate_num")
+        if len(set(self.evaluate_also)) < len(self.evaluate_also):
+            raise _refusal("evaluate_also", "each score once", self.evaluate_also)
         _at_least(self, 0, "ema_halflife_nimg", "generator_from_nimg")
         if self.teacher_precision == "tf32":  # a setting of the device, not of one net
             raise _refusal("teacher_precision", "fp32, fp16 or bf16", self.teacher_precision)

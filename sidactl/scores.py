@@ -3,7 +3,7 @@
 import json
 import os
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -43,7 +43,7 @@ from sidactl.inputs import Count, Ref, count_of, optional_ref, ref_text, run_of,
 from sidactl.live import Question, option_words
 from sidactl.recipe import HeunSpec, OneStepSpec, Setting, flag_of
 from sidactl.references import ENOUGH, RANDOM_FEATURES, Moments, Need, detector_name
-from sidactl.store import Artifact, LiveDir, Store, UnwritableError
+from sidactl.store import Artifact, LiveDir, Store, UnwritableError, sealed, unsealed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -609,7 +609,7 @@ def _measure(asked: _Question, place: LiveDir | None) -> _Measured:
                 warnings.append(
                     f"{features.MAX_REAL_IMAGES:,} of {held:,} reference images, drawn by seed 0, stand for all of them"
                 )
-    if told := other_vae(asked.subject, asked.vae):
+    if asked.subject.kind in NETS and (told := other_vae(asked.subject, asked.vae)):
         warnings.append(told)
     warnings += _of_other_shape(asked.store, asked.subject, asked.references.values())
     for metric, reference in asked.references.items():
@@ -619,23 +619,50 @@ def _measure(asked: _Question, place: LiveDir | None) -> _Measured:
                 f"{reference.params['name']} holds statistics by the published {by.name}, the images are measured by "
                 f"{by.short_identity}: unless its weights are the same, this number means nothing"
             )
-    is_first = engine.rank_and_size()[0] == 0
     against = {m: _against(asked, m, by_metric[m]) for m in asked.metrics}
     values: dict[str, list[float]] = {}
     made_by: dict[str, str] = {}
     made_against: dict[str, str] = {}
     for trial in range(max(1, len(asked.seeds))):
-        seen = _features(asked, trial, loaded, keeps, place)
-        for metric in asked.metrics if is_first else ():
-            detector, key = by_metric[metric], asked.detectors[metric]
-            kept = seen.features.get(key)
-            found = numbers(metric, detector, seen.stats[key], kept, against[metric], asked.settings)
+
+        def of_trial(trial: int = trial) -> Mapping[str, Mapping[str, float]]:
+            seen = _features(asked, trial, loaded, keeps, place)
+            if engine.rank_and_size()[0] > 0:
+                return {}
+            return {
+                m: numbers(m, by_metric[m], seen.stats[by], seen.features.get(by), against[m], asked.settings)
+                for m, by in asked.detectors.items()
+            }
+
+        by_trial = _once(place, f"trial-{trial}-numbers.json", of_trial)
+        for metric, found in by_trial.items():
             for name, value in found.items():
                 values.setdefault(name, []).append(value)
-                made_by[name] = detector.identity
+                made_by[name] = by_metric[metric].identity
                 if metric in asked.references:
                     made_against[name] = asked.references[metric].oid
     return _Measured(values, made_by, made_against, sorted(set(warnings)))
+
+
+def _once(
+    place: LiveDir | None, file: str, make: Callable[[], Mapping[str, Mapping[str, float]]]
+) -> Mapping[str, Mapping[str, float]]:
+    """What an interrupted score left in this file, or else what is made now; the first of several processes has it."""
+    from sidactl import engine
+
+    def left() -> str:
+        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return json.dumps(unsealed((place.path / file).read_bytes())["numbers"]) if place else ""
+        return ""
+
+    if told := engine.agreed(left):
+        known: dict[str, dict[str, float]] = json.loads(told)
+        return known
+    made = make()
+    if place:
+        with suppress(UnwritableError):  # it only saves time
+            place.write(file, sealed({"numbers": made}))
+    return made
 
 
 def _of_other_shape(store: Store, subject: Artifact, compared: Iterable[Artifact]) -> Iterator[str]:

@@ -61,6 +61,8 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HEX = re.compile(r"[0-9a-fA-F]+")
 _PART = r"[A-Za-z0-9_+][A-Za-z0-9._+-]*"
 _NAME = re.compile(rf"(?!.*\.\.){_PART}(/{_PART})*")
+COLLECTED = "-collected.json"
+"""how files of unfinished scores end that say which others hold their features"""
 _LIVE_NAME = re.compile(rf"(?!lock$){_PART}")
 _FOLDERS = ("objects", "refs", "asked", "live", "tmp")
 _SEE_LS = "See what there is with: sidactl ls"
@@ -414,6 +416,23 @@ class LiveDir:
                     self._remove(path)
 
 
+def sealed(said: Mapping[str, Any]) -> bytes:
+    """JSON with a digest of its own, for files of unfinished work that say what others hold."""
+    return json.dumps({**said, "digest": _seal(said)}).encode()
+
+
+def unsealed(data: bytes) -> dict[str, Any]:
+    """What `sealed` was given; ValueError, or its like, where that is not what it wrote."""
+    said: dict[str, Any] = json.loads(data)
+    if said.pop("digest") != _seal(said):
+        raise ValueError("it is damaged")
+    return said
+
+
+def _seal(said: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(dict(said)).encode()).hexdigest()
+
+
 _UNSEEN_COMMANDS = ("fetch-detector", "fetch-reference", "import-stats", "stats", "features", "score")
 """what answers are logged under that are part of other commands"""
 _EVENT_FIELDS = {"event": str, "nimg": int}
@@ -428,6 +447,8 @@ def _problem_in_live(path: Path) -> str:
             return f"line {number} is no event. Remove it: sed -i {number}d {shell_word(path)}"
         if path.name == "state.json" and not (_is_file(path) and isinstance(_json_or_none(path.read_bytes()), dict)):
             return f"must be a JSON object. Remove it, and the work begins anew: rm -rf {shell_word(path.parent)}"
+        if path.name.endswith(COLLECTED) and (problem := _problem_of_collected(path)):
+            return f"{problem}. Remove it, and the score begins anew: rm -rf {shell_word(path)}"
         if path.name.startswith("checkpoint-") and (problem := _problem_of_checkpoint(path)):
             return f"{problem}. Remove it, and the work goes on from before it: rm -rf {shell_word(path)}"
     except FileNotFoundError:  # a process is at work
@@ -435,6 +456,16 @@ def _problem_in_live(path: Path) -> str:
     except OSError as error:
         return _cannot_be_read(error, path)
     return ""
+
+
+def _problem_of_collected(path: Path) -> str:
+    """What is wrong with features of an unfinished score, of which this file says where they lie; empty = nothing."""
+    try:
+        files = unsealed(path.read_bytes())["files"].items()
+        wrong = next((name for name, sha256 in files if _hash_file(path.parent / name) != sha256), None)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return "is not as it was saved"
+    return f"counts on {wrong}, which is damaged" if wrong else ""
 
 
 def _bad_event(path: Path) -> int | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sidactl import artifacts, detectors, engine, features, live, ops, references, scores
 from sidactl.errors import SidaError
-from sidactl.store import Artifact, LiveDir, Store
+from sidactl.store import Artifact, LiveDir, Store, UnwritableError, sealed, unsealed
 
 
 @pytest.fixture(autouse=True)
@@ -60,18 +60,21 @@ def test_what_goes_on_after_an_interruption_has_the_bits_of_what_was_never_inter
     assert bits(found) == bits(features.collect(work()))
     assert done == [5 * batch for batch in range(stops[-1], 8)]
     told = [f"going on after {5 * stop} images, which were measured before" for stop in stops if stop]
+    told[-1:] = [f"going on after {100 + 5 * stop} images, which were measured before" for stop in stops[-1:] if stop]
     assert capfd.readouterr().err.splitlines() == told
     assert json.loads((tmp_path / "state.json").read_bytes()) == {"state": {"done": 135}}
     assert len(list(tmp_path.glob("*-moments-*"))) == 1
 
 
-@pytest.mark.parametrize("harm", ["flip", "remove", "others", "nonsense", "list"])
+@pytest.mark.parametrize(
+    "harm", ["flip", "remove", "others", "nonsense", "list", "count", "resealed", "folder", "moments folder"]
+)
 def test_what_is_not_as_it_was_saved_is_begun_anew_and_said(
     tmp_path: Path, harm: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
         features.collect(work(4), LiveDir(tmp_path))
-    state, rows = tmp_path / "features.json", next(tmp_path.glob("features-rows-*"))
+    state, rows = tmp_path / "features-collected.json", next(tmp_path.glob("features-rows-*"))
     seen, num = list[int](), 7
     if harm == "flip":
         data = bytearray(rows.read_bytes())
@@ -81,12 +84,32 @@ def test_what_is_not_as_it_was_saved_is_begun_anew_and_said(
         rows.unlink()
     elif harm == "others":
         num = 8
+    elif harm == "count":
+        state.write_text(state.read_text().replace('"batches": 4', '"batches": 5'))
+    elif harm == "resealed":
+        state.write_bytes(sealed(unsealed(state.read_bytes()) | {"files": {}}))
+    elif harm.endswith("folder"):
+        path = state if harm == "folder" else next(tmp_path.glob("features-moments-*"))
+        path.unlink()
+        path.mkdir()
     else:
         state.write_text("[1]" if harm == "list" else "{")
     found = features.collect(work(None, seen, num), LiveDir(tmp_path))
     assert seen == [0]
     assert capfd.readouterr().err.startswith("what an interrupted score left is not as it was saved (")
     assert bits(found) == bits(features.collect(work(num=num)))
+
+
+def test_a_save_that_fails_is_told_once_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def full(self: LiveDir, name: str, data: bytes) -> None:
+        raise UnwritableError("the disk is full", "Free some.")
+
+    monkeypatch.setattr(LiveDir, "write", full)
+    assert bits(features.collect(work(), LiveDir(tmp_path))) == bits(features.collect(work()))
+    told = "warning: the disk is full: an interruption would lose what is measured from here on\n"
+    assert capfd.readouterr().err == told
 
 
 @pytest.fixture
@@ -126,12 +149,34 @@ def test_a_score_goes_on_where_it_was_interrupted(
     assert unfinished.go_on() == expected
     capfd.readouterr()
     again = scores.fid("tiny-digits", **options)
-    assert capfd.readouterr().err.splitlines() == [
-        "going on after 40 images, which were measured before",
-        "going on after 16 images, which were measured before",
-    ]
+    assert capfd.readouterr().err.splitlines() == ["going on after 56 images, which were measured before"]
     assert live.unfinished(net_of_digits) == []
     assert scores.fid("tiny-digits", **options, force=True) == again
+
+
+def test_the_numbers_of_a_finished_trial_are_not_computed_again_and_damage_is_seen(
+    net_of_digits: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: Any = {"num": 40, "trials": 2, "steps": 2, "run": net_of_digits.root, "reference": "dataset/tiny-digits"}
+    with monkeypatch.context() as patch:
+        interrupt_after(-(-1797 // 250) + 1, patch)
+        with pytest.raises(KeyboardInterrupt):
+            scores.prec_recall("tiny-digits", **options)
+    assert list(net_of_digits.verify()) == []
+    (key,) = net_of_digits.live_names()
+    rows = next((net_of_digits.root / "live" / key).glob("trial-0-rows-*"))
+    sound = rows.read_bytes()
+    rows.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    ((name, problem),) = net_of_digits.verify()
+    assert name.endswith("trial-0-collected.json")
+    assert problem.startswith(f"counts on {rows.name}, which is damaged. Remove it, and the score begins anew: rm -rf ")
+    seen = list[str]()
+    with monkeypatch.context() as patch:
+        collect = features.collect
+        patch.setattr(features, "collect", lambda *a, **o: seen.append(o["name"]) or collect(*a, **o))
+        score = scores.prec_recall("tiny-digits", **options)
+    assert seen == ["trial-1"]
+    assert scores.prec_recall("tiny-digits", **options, force=True) == score
 
 
 def test_features_of_a_reference_go_on_and_answer_the_next_score(
@@ -182,7 +227,7 @@ def test_a_run_directory_that_takes_nothing_has_no_place(net_of_digits: Store, m
     data = artifacts.prepare_data("tiny-digits", run=net_of_digits.root)
 
     def full(self: Store) -> None:
-        raise scores.UnwritableError("the disk is full", "Free some.")
+        raise UnwritableError("the disk is full", "Free some.")
 
     monkeypatch.setattr(Store, "check_writable", full)
     monkeypatch.setattr(Store, "put", lambda *a, **k: full(net_of_digits))

@@ -951,7 +951,8 @@ def latent(tmp_path_factory: pytest.TempPathFactory) -> Latent:
         )
     vaes = [save_vae(folder / name, seed) for seed, name in enumerate(("x", "y", "mirror/sd-vae-ft-mse"))]
     root = folder / "run"
-    ops.prepare_data(str(folder / "in"), latents=True, vae=vaes[0], name="lat", run=root, device="cpu")
+    pixels = ops.prepare_data(str(folder / "in"), run=root)
+    ops.prepare_data(pixels, latents=True, vae=vaes[0], name="lat", run=root, device="cpu")
     ops.train_teacher("lat", name="t", run=root, device="cpu", duration_nimg=16, batch_size=16)
     return Latent(root, vaes[0], vaes[1], folder / "mirror")
 
@@ -997,6 +998,7 @@ def test_a_generator_remembers_the_vae_that_decodes_its_latents(latent_run: Late
     assert score.settings["vae"] == x_label.partition("@")[2]
     assert f"t-sid was made with the VAE {x_label}, latents are decoded by {y_label} here (--vae)" in by_y.warnings
     assert float(by_y) != float(score)
+    assert not [line for line in ops.fid(own, **scored | {"num": 2}).warnings if "VAE" in line]
     with pytest.raises(SidaError) as caught:
         ops.fid(own, vae=x, **scored)
     assert str(caught.value) == "a VAE is of a net that draws latents, got fixed images. Leave out --vae."

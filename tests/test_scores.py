@@ -581,7 +581,7 @@ def test_an_evaluation_while_training_of_images_that_are_not_finite_is_no_number
     detector = detectors.load("tiny-digits")
     reference = references.moments(store, store.resolve("dataset/tiny-digits"), detector)
     assert reference
-    evaluate = ops._evaluation(detector, reference, OneStepSpec(), 300)
+    evaluate = ops._evaluation([ops._Eye("fid", detector, reference)], OneStepSpec(), 300)
     sound = evaluate(load_net(store, finished.best, "cpu"), lambda: False)
     assert sound
     assert (sound.score > 0, sound.warning) == (True, None)
