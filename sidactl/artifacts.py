@@ -876,7 +876,7 @@ def refuse_vae_of_pixels(name: str, net: Mapping[str, Any]) -> None:
 
 def other_vae(made: Artifact, used: Artifact | None) -> str | None:
     """What to know of latents, or of a network, that was made with another VAE than the one that decodes now."""
-    label, now = str(made.params.get("vae") or ""), vae_label(used)
+    label, now = str(made.params.get("vae") or catalog.VAE_NAME * is_of_latents(made)), vae_label(used)
     if not label or label.partition("@")[2] == now.partition("@")[2]:
         return None
     return f"{made.params['name']} was made with the VAE {label}, latents are decoded by {now} here (--vae)"

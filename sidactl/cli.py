@@ -113,7 +113,9 @@ def _from_pipe(ref: str | None) -> str:
     except (UnicodeDecodeError, OSError):
         text = "\0"
     if not text:
-        raise SidaError("the pipe is empty: the command before this one gave no artifact", "See its message.")
+        raise SidaError(
+            "an artifact is needed, and nothing comes by the pipe", "Name one, or see what the command before says."
+        )
     if "\0" in text:
         raise SidaError(
             "a pipe must bring the name of an artifact, got bytes", "Give the file's name, not its content."
@@ -596,7 +598,9 @@ def train_teacher(
 
 TeacherRef = Annotated[str, _ref_option("a teacher artifact or a name from ls --catalog")]
 RealImages = Annotated[str | None, _ref_option("real images; the teacher's own if not given")]
-Compared = Annotated[str | None, _ref_option("what to score against; the dataset if not given", "--ref")]
+Compared = Annotated[
+    str | None, _ref_option("what to score against; the dataset's published statistics, or else its images", "--ref")
+]
 NoScore = Annotated[bool, typer.Option("--no-score", help="score nothing; the last generator is the result")]
 RunDetector = Annotated[
     str | None,
@@ -1042,7 +1046,7 @@ NumSplits = Annotated[int, typer.Option(help="parts that the inception score is 
 @app.command()
 @score_flags
 def fid(ref: str, options: Mapping[str, Any], fail_above: FailAbove = None) -> "Score":
-    """Print the Frechet distance to a dataset.
+    """Print the Frechet distance to statistics or images.
 
     Example: sidactl fid generator/best --num 10k --trials 10
     """
@@ -1511,6 +1515,9 @@ def _score_lines(score: "Score", against: Mapping[str, str]) -> list[str]:
         trials = f"{score.num:,} of {of:,} images, drawn by seed {seed}"
     if "sampler" in score.settings:
         trials += f", drawn by {_told_sampler(score.settings['sampler'])}"
+
+    if "vae" in score.settings:
+        trials += f", decoded by the VAE {score.settings['vae']}"
 
     def line(name: str, n: Mapping[str, Any]) -> str:
         spread = "" if n["std"] is None else f" +- {n['std']:.2g} (minimum {n['minimum']:.4g})"

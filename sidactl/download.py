@@ -110,7 +110,9 @@ def fetch(
 
 def refuse_forbidden(url: str, what: str, *, offline: bool = False, mirror: str | None = None) -> None:
     """Raises the SidaError with which `fetch` would refuse to download what $SIDACTL_OFFLINE, or `offline`, forbids."""
-    _allowed_places(url, what, offline, mirror)
+    places = _allowed_places(url, what, offline, mirror)
+    if not any(not place.startswith("file:") or Path(url2pathname(urlsplit(place).path)).exists() for place in places):
+        raise _nowhere(places)
 
 
 def _allowed_places(url: str, what: str, offline: bool, mirror: str | None) -> Sequence[str]:
@@ -331,13 +333,17 @@ def _open(places: Sequence[str], size: int, validator: str) -> _Body:
                 f"{place} cannot be {'read' if is_file else 'reached'}: {_reason(error)}", hint, exit_code=EXIT_FAILED
             ) from error
         return body
+    raise _nowhere(places)
+
+
+def _nowhere(places: Sequence[str]) -> SidaError:
     if len(places) > 1:
-        raise SidaError(
+        what, hint = (
             f"the mirror has neither {places[0]} nor {places[1]}",
             "Put the file there, or unset SIDACTL_MIRROR.",
-            exit_code=EXIT_FAILED,
         )
-    raise SidaError(f"{places[0]} is not there", "Check the address.", exit_code=EXIT_FAILED)
+        return SidaError(what, hint, exit_code=EXIT_FAILED)
+    return SidaError(f"{places[0]} is not there", "Check the address.", exit_code=EXIT_FAILED)
 
 
 def _answered(place: str, status: int, reason: str) -> SidaError:

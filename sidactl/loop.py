@@ -123,6 +123,8 @@ class Schedule:
     """whether the net is scored before the first step, too"""
     patience: int | None = None
     """evaluations without a better score after which training ends"""
+    patience_from_nimg: int = 0
+    """those up to so many images do not count for it"""
 
     def is_evaluation_due(self, before: int, after: int) -> bool:
         """Whether one was due after more than `before` images, up to `after`."""
@@ -151,10 +153,10 @@ class History:
         fitting = [point for point in self.scores[:count] if math.isfinite(point[1])]
         return min(fitting, key=lambda point: point[1], default=None)
 
-    @property
-    def num_since_best(self) -> int:
-        """Evaluations that came after the best one."""
-        return len(self.scores) - 1 - self.scores.index(self.best) if self.best else len(self.scores)
+    def num_since_best(self, from_nimg: int = 0) -> int:
+        """Evaluations that came after the best one, and after so many images."""
+        later = self.scores[self.scores.index(self.best) + 1 :] if self.best else self.scores
+        return sum(nimg > from_nimg for nimg, _ in later)
 
 
 Evaluate = Callable[[Preconditioned, Callable[[], bool]], Evaluation | None]
@@ -196,7 +198,9 @@ def run(
         return training.nimg == 0 or is_last or schedule.is_evaluation_due(seen, training.nimg)
 
     def is_over() -> bool:
-        gave_up = schedule.patience is not None and history.num_since_best >= schedule.patience
+        gave_up = (
+            schedule.patience is not None and history.num_since_best(schedule.patience_from_nimg) >= schedule.patience
+        )
         return training.nimg >= schedule.duration_nimg or gave_up
 
     warnings = _resume(training, history, live)

@@ -279,6 +279,8 @@ class Plan:
     warnings: Sequence[str]
     notes: Sequence[str]
     free_bytes: int
+    decodes_otherwise: bool
+    """whether by another VAE than the published numbers"""
 
     @property
     def hours(self) -> float | None:
@@ -288,7 +290,7 @@ class Plan:
     @property
     def teacher_score(self) -> TeacherScore:
         """What the generator is compared with at the end, unless something else is asked for."""
-        entry = self.scoring.reference.entry if self.scoring else None
+        entry = self.scoring.reference.entry if self.scoring and not self.decodes_otherwise else None
         compared = entry if isinstance(entry, catalog.Reference) else None
         by = self.scoring.score_name if self.scoring else ""
         return "measure" if _published_score(self.recipe, compared, by) is None else "published"
@@ -423,7 +425,8 @@ def plan(
         for shard in (False, True)
     }
     cost = catalog.COSTS.get((recipe.teacher, recipe.mode))
-    made = Plan(recipe, default, inputs, memory, cost, scoring, needs, missing, warnings, notes, free_bytes)
+    otherwise = vae not in (None, catalog.VAE_NAME)
+    made = Plan(recipe, default, inputs, memory, cost, scoring, needs, missing, warnings, notes, free_bytes, otherwise)
     if scoring and teacher_score == "published" != made.teacher_score:
         raise _not_published(recipe, scoring.score_name)
     return made
@@ -498,7 +501,11 @@ def _check_further(store: Store, metric: str, recipe: Recipe, net: NetSpec, scor
     if by == scoring.detector:
         raise SidaError(f"{metric} is the first score of this run already", "Leave out --evaluate-also.")
     if by:
-        return preflight.check_detector(store, by, net, scoring.reference)
+        try:
+            return preflight.check_detector(store, by, net, scoring.reference)
+        except SidaError as error:
+            hint = f"Leave {metric} out of --evaluate-also, or pass a --ref that has it."
+            raise SidaError(error.message, hint, exit_code=error.exit_code) from error
     if not has_classes(scoring.detector):
         raise SidaError(
             f"the inception score needs classes, detector {scoring.detector} gives none", "Pass --detector inception."
@@ -877,7 +884,8 @@ def _distill(
             needed = references.moments(store, compared, other, watch, recheck=force) if METRICS[metric].need else None
             eyes.append(_Eye(metric, other, needed))
         evaluate = _evaluation(eyes, sampler, recipe.evaluate_num, tick, counts or None, load_vae)
-        published = _published_score(recipe, references.published_as(compared), distance_name(detector))
+        entry = None if wanted.vae else references.published_as(compared)
+        published = _published_score(recipe, entry, distance_name(detector))
         if teacher_score is None:
             teacher_score = "measure" if published is None else "published"
         elif teacher_score == "published" and published is None:
@@ -901,6 +909,7 @@ def _distill(
         # So that a fine-tuning that only makes it worse ends with what it started from.
         evaluates_start=recipe.mode == "sid2a",
         patience=recipe.patience,
+        patience_from_nimg=max(start or 0 for start in recipe.stages().values()),
     )
     history = _train(training, schedule, live, evaluate, watch, facts, notes, wanted.warnings)
     last: tuple[int, float | None] = training.nimg, None

@@ -438,7 +438,7 @@ class Recipe(Plain):
     evaluate_also: tuple[Literal["inception-score", "fd-dinov2"], ...] = ()
     """further scores of an evaluation, inception-score or fd-dinov2; the best generator is by the first score alone"""
     patience: int | None = None
-    """the run ends after so many evaluations without a better score; None = at its duration alone"""
+    """the run ends after so many evaluations without a better score, those before its last stage apart; None = never"""
     checkpoint_every_nimg: int = 500_000
     """images trained from one checkpoint to the next; the published runs saved theirs four times as seldom"""
     stop_if_nan_steps: int = 20
@@ -597,7 +597,7 @@ class Setting(Plain):
     """How the same mathematics is carried out where nets alone are at work: in sampling, and in benchmarks."""
 
     precision: Precision = "fp32"
-    """of the network's arithmetic: fp32, fp16 or bf16; in benchmarks tf32, too"""
+    """of the network's arithmetic: fp32, fp16 or bf16; tf32 is for bench alone"""
     channels_last: bool = False
     """activations and weights lie in memory pixel by pixel instead of channel by channel"""
     compile: bool = False

@@ -75,7 +75,7 @@ def find(store: Store, text: str | None, subject: Artifact, need: Need, *, reche
             )
     try:
         found = resolve(store, text, ["dataset", "stats"], any_size=True, recheck=recheck)
-        return _checked(store, pixels_of(store, found), recheck)
+        return _checked(store, pixels_of(store, found), recheck, need)
     except SidaError as error:
         try:
             store.resolve(text, NETS)
@@ -109,18 +109,29 @@ def _by_url(text: str) -> catalog.Reference | None:
     return next((e for e in catalog.REFERENCES.values() if e.source and e.source.url == text), None)
 
 
-def _checked(store: Store, artifact: Artifact, recheck: bool) -> Artifact:
-    refuse_latents(artifact)
+def _checked(store: Store, artifact: Artifact, recheck: bool, need: Need = "moments") -> Artifact:
+    refuse_latents(artifact, need)
     return repaired(store, artifact) if recheck else artifact
 
 
-def refuse_latents(artifact: Artifact) -> None:
+_WITH_IMAGES = "Pass --ref with a folder or a dataset of images."
+
+
+def refuse_latents(artifact: Artifact, need: Need = "moments") -> None:
     """MissingError for latents whose images are not there: nothing that is drawn compares with them."""
     if artifact.results.get("kind") == "latents":
+        by_moments = "Pass --ref with the dataset of pixels, or with published statistics such as imagenet512."
         raise MissingError(
             f"latents have no images to compare with, got {artifact.params.get('name')}",
-            "Pass --ref with the dataset of pixels, or with published statistics such as imagenet512.",
+            by_moments if need == "moments" else _WITH_IMAGES,
         )
+
+
+def refuse_classes(artifact: Artifact) -> None:
+    """MissingError for classes alone."""
+    if artifact.results.get("kind") == "labels":
+        called = artifact.params.get("name")
+        raise MissingError(f"there are no images to compare with: {called} is of classes alone", _WITH_IMAGES)
 
 
 def _own(store: Store, subject: Artifact, need: Need, recheck: bool) -> Artifact:
@@ -133,14 +144,14 @@ def _own(store: Store, subject: Artifact, need: Need, recheck: bool) -> Artifact
         if need == "moments" and entry:
             return _published(store, entry, need, recheck)
         if need == "moments" or held.kind == "dataset":
-            return _checked(store, held, recheck)
+            return _checked(store, held, recheck, need)
     name = dataset_name(store, net)
     entry = published_for(name, mapping(net.params["net"]).get("architecture") if net.kind in NETS else None)
     if entry and need == "moments":
         return _published(store, entry, need, recheck)
     if entry and (images := catalog.REFERENCES.get(f"{name}-images")):
         return _published(store, images, need, recheck)
-    return _checked(store, dataset_of(store, net), recheck)
+    return _checked(store, dataset_of(store, net), recheck, need)
 
 
 def published_for(dataset: str, architecture: object) -> catalog.Reference | None:
@@ -225,7 +236,12 @@ def _published(store: Store, entry: catalog.Reference, need: Need, recheck: bool
             artifact = prepare_data(str(path), name=entry.name, run=store.root, recheck=recheck, say=None)
         return answered(store, key, artifact, "fetch-reference")
     if need == "images":
-        return dataset_called(store, entry.dataset, recheck=recheck)
+        try:
+            return _checked(store, pixels_of(store, dataset_called(store, entry.dataset)), recheck, need)
+        except MissingError as error:
+            if "--latents" not in (error.hint or ""):
+                raise
+            raise MissingError(error.message, _WITH_IMAGES) from error  # latents would be of no use here
     return _imported(store, entry.source.url, entry, recheck)
 
 
@@ -242,10 +258,9 @@ def warning(store: Store, subject: Artifact, reference: Artifact) -> str | None:
     own = store.get(net.inputs["dataset"]) if "dataset" in net.inputs else None
     held = own.results["num_images"] if own and own.results["kind"] != "labels" else None
     if entry and own and known and held and held != known:
-        return (
-            f"the statistics of {entry.name} are of {known:,} images, the network is of {held:,}: "
-            f"--ref {own.oid[:12]} compares with these"
-        )
+        pixels = pixels_of(store, own)
+        way = f": --ref {pixels.oid[:12]} compares with these" if pixels.results["kind"] == "pixels" else ""
+        return f"the statistics of {entry.name} are of {known:,} images, the network was trained on {held:,}{way}"
     return None
 
 

@@ -407,7 +407,7 @@ class _Question:
             if (need := METRICS[name].need)
         }
         for artifact in found.values():
-            require_images(artifact)
+            references.refuse_classes(artifact)
         detectors = {name: _detector_of(name, options, found, store, subject) for name in chosen}
         if (scorer := detectors.get("inception-score")) and not has_classes(scorer):
             raise SidaError(

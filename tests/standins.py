@@ -117,6 +117,10 @@ def write_mirror(folder: Path) -> None:
         else:
             held = {"fid": {"mu": mean, "sigma": covariance}}
             (folder / _file_of(entry)).write_bytes(pickle.dumps(held, protocol=4))
+    images = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), np.uint8)
+    np.savez(folder / _file_of(catalog.REFERENCES["imagenet64-images"]), arr_0=images, arr_1=np.arange(6) % 3)
+    labels = {"labels": [[f"{index}.png", index % 3] for index in range(6)]}
+    (folder / _file_of(catalog.DATASETS["imagenet512-labels"])).write_text(json.dumps(labels))
     (folder / "cifar-10-python.tar.gz").write_bytes(tarred(cifar([0, 1, 2, 3])))
     if importlib.util.find_spec("diffusers"):
         save_vae(folder / "sd-vae-ft-mse")

@@ -171,7 +171,8 @@ def test_early_evaluations_and_one_of_the_start_come_beside_the_usual_ones(live:
     runner = Runner(live, scores)
     events = runner.run(schedule=schedule)
     assert runner.evaluated == [0, 20, 30, 60, 90, 120]
-    assert (runner.history.best, runner.history.num_since_best) == ((0, 0.5), 5)
+    assert (runner.history.best, runner.history.num_since_best()) == ((0, 0.5), 5)
+    assert runner.history.num_since_best(runner.history.scores[-2][0]) == 1
     assert loop.best_weights(runner.history, live) == loop.weights(Toy().average)
     assert kinds(events, "checkpoint") == [40, 80, 120]
     with Store.open(tmp_path / "other").live("key") as directory:

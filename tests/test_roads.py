@@ -72,6 +72,10 @@ class Road:
         for each in told:
             assert f", against {reference}\n" in each.err
 
+    def precision(self, generator: str, *words: str, code: int = 0) -> Told:
+        """Precision and recall of four images, by one neighbour."""
+        return self("prec-recall", generator, "--num", "4", "--neighbours", "1", "--device", "cpu", *words, code=code)
+
 
 @pytest.fixture
 def road(tmp_path: Path, mirror: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Road:
@@ -99,12 +103,14 @@ def test_road_of_cifar10_from_its_archive(road: Road) -> None:
     assert again.out == made.inputs["dataset"]
     against = road("fid", told.out, "--num", "3", "--ref", "dataset/cifar10", "--device", "cpu")
     assert ", against dataset cifar10\n" in against.err
+    assert ", against dataset cifar10\n" in road.precision(told.out).err
 
 
 def test_road_of_imagenet64_from_its_folder(road: Road) -> None:
     told = road.distill_imagenet("edm-imagenet64")
     assert "(of 1,281,167 images, the dataset has 6)" in told.err
     road.scores_agree(told.out, "statistics imagenet64")
+    assert ", against dataset imagenet64-images\n" in road.precision(told.out).err
 
 
 def test_road_of_edm2_from_images_by_latents(road: Road) -> None:
@@ -116,6 +122,12 @@ def test_road_of_edm2_from_images_by_latents(road: Road) -> None:
     assert (dataset.inputs, dataset.results["kind"]) == ({}, "latents")
     compared = road("fid", told.out, "--num", "3", "--ref", "dataset/imagenet512", "--device", "cpu", code=2)
     assert compared.err.startswith("error: latents have no images to compare with, got imagenet512. Pass --ref with ")
+    refused = "error: latents have no images to compare with, got imagenet512. Pass --ref with a folder or a dataset "
+    for words in ([], ["--ref", "imagenet512"]):
+        assert refused in road.precision(told.out, *words, code=2).err
+    road.precision(told.out, "--ref", "imagenet")
+    warned = road("fid", told.out, "--num", "4", "--device", "cpu").err
+    assert "are of 1,281,167 images, the network was trained on 6\n" in warned
     tuned = road.distill("edm2-s", "sid2a", "--generator", "sid/edm2-s", "--teacher-score", "measure")
     assert "generator/latest is there already; scoring the teacher goes on\n" in tuned.err
     scores: Any = road.store.get(tuned.out).results["scores"]
@@ -135,6 +147,11 @@ def test_road_of_edm2_from_latents_that_somebody_made(road: Road, tmp_path: Path
         "error: latents have no images to compare with, got img512-sd.zip. Pass --ref with the dataset of pixels, or "
         "with published statistics such as imagenet512.\n"
     )
+    refused = road.precision(told.out, code=2).err
+    assert refused.endswith("got img512-sd.zip. Pass --ref with a folder or a dataset of images.\n")
+    assert road.precision(told.out, "--ref", "imagenet512", code=2).err.endswith(
+        "Pass --ref with a folder or a dataset of images.\n"
+    )
 
 
 @pytest.mark.parametrize("has_labels", [False, True])
@@ -146,6 +163,7 @@ def test_road_of_edm2_from_classes_alone(road: Road, tmp_path: Path, has_labels:
         words = ["--dataset", "shares"]
     told = road.distill("edm2-s", "sid", *words)
     assert "scored against the published statistics imagenet512, " in told.err
+    assert road.precision(told.out, code=2).err.endswith("Pass --ref with a folder or a dataset of images.\n")
     road.scores_agree(told.out, "statistics imagenet512")
 
 
