@@ -1047,6 +1047,7 @@ def recipe_for(teacher_name: str, mode: Mode, net: NetSpec | None = None, num_pa
         evaluate_every_nimg=images(small.evaluate_every_nimg, _M // 2),
         evaluate_num=small.evaluate_num,
         evaluate_early_nimg=(),
+        evaluate_also=(),
         evaluate_labels="uniform",
         checkpoint_every_nimg=images(small.checkpoint_every_nimg, _M // 2),
     )

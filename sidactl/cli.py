@@ -9,16 +9,17 @@ import math
 import os
 import re
 import signal
+import stat
 import sys
 import textwrap
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, get_args, get_origin
 
 import click
 import typer
@@ -101,21 +102,26 @@ Ref = Annotated[
 ]
 
 
+def _is_device(stream: TextIO) -> bool:
+    """Whether it is /dev/null or its like, as in cron and CI."""
+    with suppress(OSError, ValueError):
+        return stat.S_ISCHR(os.fstat(stream.fileno()).st_mode)
+    return False
+
+
 def _from_pipe(ref: str | None) -> str:
     """The artifact named, or the one line that the command before wrote into the pipe."""
     if ref not in (None, "-"):
         assert ref is not None
         return ref
-    if sys.stdin.isatty():
+    if sys.stdin.isatty() or _is_device(sys.stdin):
         raise SidaError("an artifact is needed, got none", "Name one (see sidactl ls), or pipe one in.")
     try:
         text = sys.stdin.read(_MOST_PIPED).strip()
     except (UnicodeDecodeError, OSError):
         text = "\0"
     if not text:
-        raise SidaError(
-            "an artifact is needed, and nothing comes by the pipe", "Name one, or see what the command before says."
-        )
+        raise SidaError("the pipe is empty: the command before this one gave no artifact", "See its message.")
     if "\0" in text:
         raise SidaError(
             "a pipe must bring the name of an artifact, got bytes", "Give the file's name, not its content."

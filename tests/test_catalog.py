@@ -236,6 +236,7 @@ def test_a_large_teacher_of_ones_own_is_distilled_as_published_ones_are_for_a_te
         evaluate_every_nimg=500_000,
         checkpoint_every_nimg=500_000,
         evaluate_early_nimg=(),
+        evaluate_also=(),
         evaluate_labels="uniform",
         duration_nimg=(duration if mode != "sid2a" else duration // 2) * 1_000_000,
         generator_from_nimg=100_000,

@@ -239,6 +239,11 @@ def test_empty_pipe_is_one_line_and_leaves_nothing_behind(tmp_path: Path) -> Non
     for command in ("sample", "fid", "prec-recall", "show"):
         assert_one_line(sidactl(command, run=tmp_path / "run", check=None), text)
     assert not (tmp_path / "run").exists()
+    with Path(os.devnull).open() as nothing:
+        done = subprocess.run(
+            [sys.executable, "-m", "sidactl", "fid"], stdin=nothing, capture_output=True, text=True, check=False
+        )
+    assert done.stderr == "error: an artifact is needed, got none. Name one (see sidactl ls), or pipe one in.\n"
 
 
 def test_run_directory_of_a_newer_format_is_refused(tmp_path: Path) -> None:

@@ -235,7 +235,7 @@ def test_a_network_must_halve_evenly_and_have_channels_for_its_group_norm() -> N
         ("resample_filter", (1, -1), "an even number of taps with a positive sum", "[1, -1]"),
         ("encoder_type", "none", "one of standard, skip, residual", "'none'"),
         ("model_channels", 2.5, "a whole number", "2.5"),
-        ("channel_mult", (1, 2.5), "whole numbers", "(1, 2.5)"),
+        ("channel_mult", (1, 2.5), "whole numbers", "[1, 2.5]"),
     ],
 )
 def test_a_network_that_cannot_be_is_refused_with_the_flag_to_pass(

@@ -312,8 +312,8 @@ def test_published_statistics_in_place_of_another_dataset_of_the_same_name_are_w
     samples = store.put("samples", {"images.npy": weights}, params={}, inputs={"net": generator.oid})
     for subject in (generator, samples):
         assert references.warning(store, subject, stats) == (
-            f"the statistics of cifar10 are of 50,000 images, the network is of 50: --ref {data.oid[:12]} compares "
-            "with these"
+            "the statistics of cifar10 are of 50,000 images, the network was trained on 50: "
+            f"--ref {data.oid[:12]} compares with these"
         )
     teacher = store.put("teacher", {"model.safetensors": weights}, params={})
     assert references.warning(store, teacher, stats) is None
