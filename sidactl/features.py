@@ -336,7 +336,7 @@ def real_features(
 ) -> Features | None:
     """Features of a dataset's images, at most MAX_REAL_IMAGES of them: computed once, by all processes.
 
-    None on others than the first of several, where the run directory takes nothing. recheck: as in `stats_of`.
+    The first of several processes has them, the others None. recheck: as in `stats_of`.
     """
     import numpy as np
 
@@ -345,13 +345,13 @@ def real_features(
     params: dict[str, Any] = {"detector": detector.identity, "at_most": MAX_REAL_IMAGES}
     key = store.key("features", params, {"subject": data.oid})
     with answering(store, key, _question("features", data, detector, params), recheck=recheck) as place:
-        if isinstance(place, Artifact) and (held := read(store, place)):
-            return held
+        name = detector.name
+        if isinstance(place, Artifact) and (known := read(store, {name: place})) is not None:
+            return known.get(name)
         dataset = load_dataset(store, data)
         chosen = np.arange(dataset.num_images)
         if len(chosen) > MAX_REAL_IMAGES:
             chosen = drawn_subset(dataset.num_images, MAX_REAL_IMAGES, seed=0)
-        name = detector.name
         work = of_images(dataset, {name: detector}, chosen, keeps=[name])
         live = None if isinstance(place, Artifact) else place
         found = collect(work, live, tick=_of(tick, len(chosen))).features.get(name)
@@ -379,9 +379,18 @@ def keep(store: Store, key: str, subject: Artifact, params: Mapping[str, Any], f
         answered(store, key, store.put("features", files, inputs={"subject": subject.oid}, params=params), "features")
 
 
-def read(store: Store, artifact: Artifact) -> Features | None:
-    """The features that an artifact holds; None where an older version kept them, without digests."""
+def read(store: Store, artifacts: Mapping[str, Artifact | None]) -> Mapping[str, Features] | None:
+    """The features that these artifacts hold, by the same names; None where one is not there.
+
+    Nor where an older version kept one, without digests. The first of several processes has them, the others nothing.
+    """
     import safetensors.torch
 
-    held = safetensors.torch.load(store.read(artifact, "features.safetensors"))
-    return Features(held["features"], held["digests"]) if "digests" in held else None
+    from sidactl import engine
+
+    found: dict[str, Features] = {}
+    for name, artifact in artifacts.items() if engine.rank_and_size()[0] == 0 else ():
+        held = safetensors.torch.load(store.read(artifact, "features.safetensors")) if artifact else {}
+        if "digests" in held:
+            found[name] = Features(held["features"], held["digests"])
+    return found if engine.agreed(lambda: "all" if len(found) == len(artifacts) else "") else None

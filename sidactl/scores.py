@@ -735,11 +735,9 @@ def _features(
     keys = {name: store.key("features", params, {"subject": asked.subject.oid}) for name, params in by.items()}
     before, total = trial * asked.num, asked.num * max(1, len(asked.seeds))
     tick = asked.tick or (lambda done, total: None)
-    known = {} if asked.force else {name: agreed_answer(store, key) for name, key in keys.items()}
-    held = {name: features.read(store, artifact) for name, artifact in known.items() if artifact}
-    found = {name: kept for name, kept in held.items() if kept}
-    if len(found) == len(loaded):
-        stats = {name: FeatureStats() for name in found}
+    known = {name: None if asked.force else agreed_answer(store, key) for name, key in keys.items()}
+    if (found := features.read(store, known)) is not None:
+        stats = {name: FeatureStats() for name in loaded}
         for name, kept in found.items():
             stats[name].add(kept.rows)
         for done in (before, before + asked.num):

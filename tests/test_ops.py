@@ -1043,7 +1043,9 @@ def test_a_run_that_decodes_by_another_vae_than_its_inputs_were_made_with_is_tol
     assert told in plan.warnings
 
 
-def test_a_vae_is_checked_before_a_run_begins(latent_run: Latent, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vae_is_checked_before_a_run_begins(
+    latent_run: Latent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = latent_run.root
     (latent_run.root.parent / "v").mkdir()
     for options, message in (
@@ -1060,6 +1062,12 @@ def test_a_vae_is_checked_before_a_run_begins(latent_run: Latent, monkeypatch: p
         with pytest.raises(SidaError) as caught:
             planned(root, **options)
         assert (str(caught.value), caught.value.exit_code) == (message, 2)
+    with pytest.raises(
+        SidaError, match=r"^the mirror has neither file://.*\. Put the file there, or unset SIDACTL_MIRROR"
+    ):
+        planned(root, teacher="t", mode="sid", vae="stabilityai/sd-vae-ft-ema")
+    shutil.copytree(latent_run.x, tmp_path / "mirror/sd-vae-ft-ema")
+    monkeypatch.setenv("SIDACTL_MIRROR", str(tmp_path / "mirror"))
     (need,) = planned(root, teacher="t", mode="sid", vae="stabilityai/sd-vae-ft-ema").needs
     assert (need.what, need.how, need.size_bytes) == ("the VAE stabilityai/sd-vae-ft-ema", "downloaded", None)
     monkeypatch.delenv("SIDACTL_MIRROR")

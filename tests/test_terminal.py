@@ -190,7 +190,7 @@ FULL = CLOSED.replace("it is closed", "No space left on device")
             "$S show <&-",
             2,
             "",
-            "error: the pipe is empty: the command before this one gave no artifact. See its message.\n",
+            "error: an artifact is needed, got none. Name one (see sidactl ls), or pipe one in.\n",
         ),
         ("$S show x | true", 0, "", ""),
         (
