@@ -1,7 +1,8 @@
 """Stand-ins of the published files, in small: what a mirror holds, in the real formats, and a catalog that expects it.
 
-Networks keep the resolution and channels of the real ones; their width and depth are the least there are, and of
-ImageNet's classes there are three. `python -m tests.standins MIRROR WORDS` is sidactl on them, for several processes.
+Of the catalog's files the TorchScript one alone is left out. Networks keep the resolution and channels of the real
+ones; their width and depth are the least there are, and of ImageNet's classes there are three. `python -m
+tests.standins MIRROR WORDS` is sidactl on them, for several processes.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +28,21 @@ from torch import Tensor, nn
 
 from sidactl import catalog, nets, ops, preflight
 from sidactl.diffusion import Preconditioned
-from sidactl.nets import inception
+from sidactl.nets import inception, vit
 from sidactl.recipe import NetSpec
 from tests.hostile.doors import cifar, picture, tarred, zipped
 from tests.playback import save_vae
 from tests.test_pickles import Persistent, install_published_modules
 
-NETS = ("edm-cifar10-uncond", "edm-imagenet64", "edm2-s", "edm2-xs")
-GENERATORS = ("sid/cifar10-uncond", "sid/edm2-s")
+NETS = tuple(name for name, entry in catalog.TEACHERS.items() if entry.source)
+GENERATORS = tuple(name for name, entry in catalog.GENERATORS.items() if entry.source)
 FEW = ["--batch-size", "4", "--num-accumulation-rounds", "2", "--duration", "24", "--generator-from", "4"]
 FEW += ["--evaluate-every", "16", "--evaluate-num", "3", "--checkpoint-every", "16", "--precision", "fp32"]
 """flags of a distillation that takes seconds"""
 SIDA = ["--adversarial-from", "8"]
+DINO_FEATURES = 16
+SMALL_VIT = partial(vit.VisionTransformer, DINO_FEATURES, 1, 2, grid=2)
+"""in place of DINOv2's: one block"""
 _EPOCH = (0, (1 << 5) | 1)
 _FLUSH_BYTES = 1 << 20
 
@@ -81,16 +86,17 @@ def small_catalog(patch: pytest.MonkeyPatch, mirror: Path) -> None:
     generators = {
         name: replace(entry, net=small(entry.net)) for name, entry in catalog.GENERATORS.items() if name in GENERATORS
     }
-    inception_entry, cifar_entry = (
-        _as_written(e, mirror) for e in (catalog.DETECTORS["inception"], catalog.DATASETS["cifar10"])
-    )
+    detectors = {name: _as_written(catalog.DETECTORS[name], mirror) for name in ("inception", "dinov2")}
+    cifar_entry = _as_written(catalog.DATASETS["cifar10"], mirror)
     patch.setattr(catalog, "TEACHERS", {**catalog.TEACHERS, **teachers})
     patch.setattr(catalog, "GENERATORS", {**catalog.GENERATORS, **generators})
-    patch.setattr(catalog, "DETECTORS", {**catalog.DETECTORS, "inception": inception_entry})
+    patch.setattr(catalog, "DETECTORS", {**catalog.DETECTORS, **detectors})
     patch.setattr(catalog, "DATASETS", {**catalog.DATASETS, "cifar10": cifar_entry})
     patch.setattr(inception, "FIDInception", SmallInception)
     patch.setattr(inception, "NUM_FEATURES", SmallInception.NUM_FEATURES)
-    patch.setattr(preflight, "_NUM_FEATURES", {**preflight._NUM_FEATURES, "inception": SmallInception.NUM_FEATURES})
+    patch.setattr(vit, "VisionTransformer", SMALL_VIT)
+    features = {"inception": SmallInception.NUM_FEATURES, "dinov2": DINO_FEATURES}
+    patch.setattr(preflight, "_NUM_FEATURES", {**preflight._NUM_FEATURES, **features})
     patch.setattr(ops, "PREVIEW_SEEDS", range(4))
 
 
@@ -109,14 +115,13 @@ def write_mirror(folder: Path) -> None:
         entries: Mapping[str, Any] = {**catalog.TEACHERS, **catalog.GENERATORS}
         for seed, name in enumerate((*NETS, *GENERATORS)):
             (folder / _file_of(entries[name])).write_bytes(_network(small(entries[name].net), seed, name in GENERATORS))
-    for name in ("cifar10", "imagenet64", "imagenet64-edm2", "imagenet512"):
-        entry = catalog.REFERENCES[name]
-        mean, covariance = np.full(SmallInception.NUM_FEATURES, 0.3), np.eye(SmallInception.NUM_FEATURES)
+    for entry in catalog.REFERENCES.values():
+        sizes = {"fid": SmallInception.NUM_FEATURES, "fd_dinov2": DINO_FEATURES}
+        moments = {name: {"mu": np.full(size, 0.3), "sigma": np.eye(size)} for name, size in sizes.items()}
         if _file_of(entry).endswith(".npz"):
-            np.savez(folder / _file_of(entry), mu=mean, sigma=covariance)
+            np.savez(folder / _file_of(entry), **moments["fid"])
         else:
-            held = {"fid": {"mu": mean, "sigma": covariance}}
-            (folder / _file_of(entry)).write_bytes(pickle.dumps(held, protocol=4))
+            (folder / _file_of(entry)).write_bytes(pickle.dumps(moments, protocol=4))
     images = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), np.uint8)
     np.savez(folder / _file_of(catalog.REFERENCES["imagenet64-images"]), arr_0=images, arr_1=np.arange(6) % 3)
     labels = {"labels": [[f"{index}.png", index % 3] for index in range(6)]}
@@ -124,7 +129,8 @@ def write_mirror(folder: Path) -> None:
     (folder / "cifar-10-python.tar.gz").write_bytes(tarred(cifar([0, 1, 2, 3])))
     if importlib.util.find_spec("diffusers"):
         save_vae(folder / "sd-vae-ft-mse")
-    torch.save(_drawn(SmallInception()).state_dict(), folder / _file_of(catalog.DETECTORS["inception"]))
+    for name, net in (("inception", SmallInception()), ("dinov2", SMALL_VIT())):
+        torch.save(_drawn(net).state_dict(), folder / _file_of(catalog.DETECTORS[name]))
 
 
 def write_imagenet(folder: Path) -> Path:

@@ -167,6 +167,20 @@ def test_road_of_edm2_from_classes_alone(road: Road, tmp_path: Path, has_labels:
     road.scores_agree(told.out, "statistics imagenet512")
 
 
+def test_several_scores_at_once_of_a_run_by_the_published_detectors(road: Road) -> None:
+    told = road.distill("edm2-s", "sid", "--evaluate-also", "inception-score,fd-dinov2", "--evaluate-num", "10")
+    also: Any = road.store.get(told.out).results["also"]
+    assert sorted(also) == ["FD-DINOv2", "IS"]
+    assert re.search(r"\nFID \S+, IS \S+, FD-DINOv2 \S+ after 24 images\n", told.err)
+    assert ", against statistics imagenet512\n" in road("fd-dinov2", told.out, "--num", "10", "--device", "cpu").err
+
+
+@pytest.mark.slow
+def test_every_network_of_the_catalog_comes_from_the_mirror(road: Road) -> None:
+    for name in (*standins.NETS, *standins.GENERATORS):
+        assert road.store.get(road("fetch-teacher", name).out).params["name"] == name
+
+
 @pytest.mark.parametrize("teacher", ["edm-cifar10-uncond", pytest.param("edm2-s", marks=pytest.mark.slow)])
 def test_two_processes_take_a_road_to_the_same_generator(road: Road, tmp_path: Path, teacher: str) -> None:
     words = ["--teacher-score", "measure", "--evaluate-num", "10"]
