@@ -103,7 +103,7 @@ Ref = Annotated[
 
 
 def _is_device(stream: TextIO) -> bool:
-    """Whether it is /dev/null or its like, as in cron and CI."""
+    """Whether it is a terminal, or /dev/null as in cron and CI."""
     with suppress(OSError, ValueError):
         return stat.S_ISCHR(os.fstat(stream.fileno()).st_mode)
     return False
@@ -114,7 +114,7 @@ def _from_pipe(ref: str | None) -> str:
     if ref not in (None, "-"):
         assert ref is not None
         return ref
-    if sys.stdin.isatty() or _is_device(sys.stdin):
+    if _is_device(sys.stdin):
         raise SidaError("an artifact is needed, got none", "Name one (see sidactl ls), or pipe one in.")
     try:
         text = sys.stdin.read(_MOST_PIPED).strip()

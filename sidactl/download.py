@@ -109,9 +109,12 @@ def fetch(
 
 
 def refuse_forbidden(url: str, what: str, *, offline: bool = False, mirror: str | None = None) -> None:
-    """Raises the SidaError with which `fetch` would refuse to download what $SIDACTL_OFFLINE, or `offline`, forbids."""
+    """Raises the SidaError with which `fetch` would refuse what $SIDACTL_OFFLINE, or `offline`, forbids.
+
+    Also that for what a mirror folder, or a file, does not have; nobody on the network is asked.
+    """
     places = _allowed_places(url, what, offline, mirror)
-    if not any(not place.startswith("file:") or Path(url2pathname(urlsplit(place).path)).exists() for place in places):
+    if all(place.startswith("file:") and not _path_of(place).exists() for place in places):
         raise _nowhere(places)
 
 
@@ -359,8 +362,12 @@ def _reason(error: Exception) -> str:
     return str(getattr(cause, "strerror", None) or cause or type(cause).__name__)[:_MAX_TOLD]
 
 
+def _path_of(place: str) -> Path:
+    return Path(url2pathname(urlsplit(place).path))
+
+
 def _open_file(place: str) -> _Body:
-    path = Path(url2pathname(urlsplit(place).path))
+    path = _path_of(place)
     about = path.stat()
     if not stat.S_ISREG(about.st_mode):  # a pipe would wait for ever, a device might have no end
         got = "a folder" if stat.S_ISDIR(about.st_mode) else "a pipe or device"

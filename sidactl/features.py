@@ -147,10 +147,10 @@ class _State:
         state = new()
         try:
             state._read()
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, LookupError) as error:
             told = (str(error).splitlines() or [repr(error)])[0]
             download.to_stderr(f"what an interrupted score left is not as it was saved ({told}): beginning anew")
-            for path in [place.path / f"{name}{COLLECTED}", *place.path.glob(f"{name}-*")]:
+            for path in place.path.glob(f"{name}-*"):
                 place.remove(path.name)
             return new()
         download.to_stderr(f"going on after {before + state.num_images:,} images, which were measured before")
@@ -309,7 +309,7 @@ def stats_of(
             return read_stats(store, place), place
         dataset = load_dataset(store, data)
         work = of_images(dataset, {detector.name: detector})
-        stats = collect(work, place, tick=_of(tick, dataset.num_images)).stats[detector.name]
+        stats = collect(work, place, tick=out_of(tick, dataset.num_images)).stats[detector.name]
         kept, buffer = None, io.BytesIO()
         if engine.rank_and_size()[0] == 0:
             np.savez(buffer, allow_pickle=False, **stats.arrays())
@@ -354,7 +354,7 @@ def real_features(
             chosen = drawn_subset(dataset.num_images, MAX_REAL_IMAGES, seed=0)
         work = of_images(dataset, {name: detector}, chosen, keeps=[name])
         live = None if isinstance(place, Artifact) else place
-        found = collect(work, live, tick=_of(tick, len(chosen))).features.get(name)
+        found = collect(work, live, tick=out_of(tick, len(chosen))).features.get(name)
         if found:
             keep(store, key, data, params, found)
         return found
@@ -365,7 +365,8 @@ def _question(what: str, data: Artifact, detector: "Detector", params: Mapping[s
     return Question(command=what, subject=subject, words=[], params=params, inputs={"dataset": data.oid})
 
 
-def _of(tick: Tick | None, total: int) -> Callable[[int], None] | None:
+def out_of(tick: Tick | None, total: int) -> Callable[[int], None] | None:
+    """What `collect` tells the images done so far, where somebody is told them out of so many."""
     return None if tick is None else lambda done: tick(done, total)
 
 

@@ -83,9 +83,9 @@ from sidactl.scores import (
     chosen_sampler,
     detector_label,
     distance_name,
-    has_classes,
     is_answered,
     load_detector,
+    require_classes,
     sampler_of,
     score_name,
 )
@@ -506,11 +506,8 @@ def _check_further(store: Store, metric: str, recipe: Recipe, net: NetSpec, scor
         except SidaError as error:
             hint = f"Leave {metric} out of --evaluate-also, or pass a --ref that has it."
             raise SidaError(error.message, hint, exit_code=error.exit_code) from error
-    if not has_classes(scoring.detector):
-        raise SidaError(
-            f"the inception score needs classes, detector {scoring.detector} gives none", "Pass --detector inception."
-        )
-    if recipe.evaluate_num < (least := _AS_EVALUATE["num_splits"]):
+    require_classes(scoring.detector)
+    if recipe.evaluate_num < (least := scores.DEFAULTS["num_splits"]):
         raise SidaError(f"the inception score needs at least {least} images", "Pass a larger --evaluate-num.")
     return []
 
@@ -1062,10 +1059,6 @@ class _Eye:
     against: references.Moments | None
 
 
-_AS_EVALUATE: Mapping[str, Any] = {"convention": "edm", "order": "content", "num_splits": 10}
-"""the settings that `evaluate` has by default"""
-
-
 def _evaluation(
     eyes: Sequence[_Eye],
     sampler: OneStepSpec,
@@ -1083,6 +1076,7 @@ def _evaluation(
     device = eyes[0].detector.device
     detectors = {eye.detector.identity: eye.detector for eye in eyes}
     keeps = {eye.detector.identity for eye in eyes if METRICS[eye.metric].need is None}
+    settings = {**scores.DEFAULTS, "order": "content"}  # as `evaluate` has them
 
     def evaluate(net: "Preconditioned", should_stop: Callable[[], bool]) -> loop.Evaluation | None:
         net = engine.gathered(net, device)
@@ -1103,7 +1097,7 @@ def _evaluation(
 
         collected = features.collect(
             features.Work(len(samples), images, detectors, keeps),
-            tick=None if tick is None else lambda done: tick(done, num_images),
+            tick=features.out_of(tick, num_images),
             should_stop=lambda: bool(problems) or should_stop(),
             refuse=problems.append,
         )
@@ -1117,7 +1111,7 @@ def _evaluation(
             for eye in eyes:
                 stats = collected.stats[eye.detector.identity]
                 kept = collected.features.get(eye.detector.identity)
-                found |= scores.numbers(eye.metric, eye.detector, stats, kept, eye.against, _AS_EVALUATE)
+                found |= scores.numbers(eye.metric, eye.detector, stats, kept, eye.against, settings)
             return json.dumps(found)
 
         found: dict[str, float] = json.loads(engine.agreed(numbers))

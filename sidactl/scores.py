@@ -91,7 +91,7 @@ METRICS: Mapping[str, Metric] = {
 }
 
 
-_TOLD: Mapping[str, Any] = {
+DEFAULTS: Mapping[str, Any] = {
     "num": None,
     "trials": 1,
     "first_seed": 0,
@@ -106,7 +106,7 @@ _TOLD: Mapping[str, Any] = {
     "neighbours": 3,
     "num_splits": 10,
 }
-"""options that a command which goes on repeats, where they are not these"""
+"""of the options of scores that shape the number; a command that goes on repeats those that are not as here"""
 
 
 class ScoreOptions(TypedDict, total=False):
@@ -257,20 +257,27 @@ def evaluate(ref: Ref, metrics: Sequence[str] | None = None, **options: Unpack[S
         return score_of(known)
     from sidactl import engine
 
-    is_first, problem = engine.rank_and_size()[0] == 0, None
-    try:
-        if is_first:
-            asked.store.check_writable()
-    except UnwritableError as error:
-        problem = error.message
-        if asked.say:
-            asked.say(f"warning: {problem}: the score will be told, but not kept")
     with answering(asked.store, asked.key, asked.question(ref_text(ref), plain), force=asked.force) as place:
         if isinstance(place, Artifact):  # by a process that this one waited for
             return score_of(place)
+        problem = _why_unkept(asked) if place is None else None
         measured = _measure(asked, place)
         told = json.loads(engine.agreed(lambda: json.dumps(_keep(asked, measured, problem))))
     return Score(**told)
+
+
+def _why_unkept(asked: "_Question") -> str | None:
+    """Why the run directory takes no score, said once, by the first of several processes."""
+    from sidactl import engine
+
+    try:
+        if engine.rank_and_size()[0] == 0:
+            asked.store.check_writable()
+    except UnwritableError as error:
+        if asked.say:
+            asked.say(f"warning: {error.message}: the score will be told, but not kept")
+        return error.message
+    return None
 
 
 def against(score: Score, run: RunDir = None) -> Mapping[str, str]:
@@ -295,7 +302,7 @@ def is_answered(ref: str, metrics: Sequence[str], options: ScoreOptions) -> bool
 
 def _plain_options(ref: Ref, options: ScoreOptions) -> Mapping[str, Any]:
     """The options as text and ints, whatever they came as."""
-    plain: dict[str, Any] = {**options, "run": run_of(ref, options.get("run"))}
+    plain: dict[str, Any] = {**DEFAULTS, **options, "run": run_of(ref, options.get("run"))}
     if unknown := sorted(set(plain) - set(ScoreOptions.__annotations__)):
         raise SidaError(f"unknown option {unknown[0]!r}", f"There are {', '.join(ScoreOptions.__annotations__)}.")
     for name in ("reference", "detector", "vae"):
@@ -337,7 +344,7 @@ class _Question:
     def question(self, ref: str, options: Mapping[str, Any]) -> Question:
         """What `ls --live` shows, and the command that goes on."""
         command = self.metrics[0] if len(self.metrics) == 1 else "evaluate"
-        given = {name: options.get(name) for name in _TOLD if options.get(name) != _TOLD[name]}
+        given = {name: options[name] for name, default in DEFAULTS.items() if options[name] != default}
         words = option_words({"ref": options.get("reference"), "trust_code": self.trust_code, **given})
         words += option_words(self.setting.of_images()) + option_words(dict(options.get("heun") or {}))
         params = {"num": self.num, "seeds": self.seeds, "metrics": self.metrics, **self.settings}
@@ -346,19 +353,14 @@ class _Question:
 
     @classmethod
     def parse(cls, ref: str, metrics: Sequence[str] | None, options: Mapping[str, Any]) -> "_Question":
-        num, trials = options.get("num"), options.get("trials", 1)
+        num, trials = options["num"], options["trials"]
         if num is not None and num < 2:
             raise SidaError(f"sample count must be >= 2, got {num}", "Pass --num 2 or more.")
         if trials < 1:
             raise SidaError(f"the number of trials must be >= 1, got {trials}", "Pass --trials 1 or more.")
         setting = options.get("setting", Setting())
-        settings = setting.of_images() | {
-            "labels": options.get("labels", "uniform"),
-            "convention": options.get("convention", "edm"),
-            "resize": options.get("resize", "torch"),
-            "neighbours": options.get("neighbours", 3),
-            "num_splits": options.get("num_splits", 10),
-        }
+        names = ("labels", "convention", "resize", "neighbours", "num_splits")
+        settings = setting.of_images() | {name: options[name] for name in names}
         for name, known in (("labels", LABELS), ("convention", CONVENTIONS), ("resize", ("torch", "pil"))):
             if settings[name] not in known:
                 raise SidaError(f"{name} must be one of {', '.join(known)}, got {settings[name]!r}", "Pass another.")
@@ -375,7 +377,7 @@ class _Question:
         seeds: list[list[int]] = []
         how_sampled, vae = [options.get(name) for name in ("sampler", "steps", "heun")], None
         if subject.kind in NETS:
-            num, first = num or 50_000, options.get("first_seed", 0)
+            num, first = num or 50_000, options["first_seed"]
             seeds_of(range(first, first + trials * num), "seeds of all trials")
             seeds = [[first + t * num, first + (t + 1) * num] for t in range(trials)]
             if options.get("subset_seed") is not None:
@@ -409,10 +411,8 @@ class _Question:
         for artifact in found.values():
             references.refuse_classes(artifact)
         detectors = {name: _detector_of(name, options, found, store, subject) for name in chosen}
-        if (scorer := detectors.get("inception-score")) and not has_classes(scorer):
-            raise SidaError(
-                f"the inception score needs classes, detector {scorer} gives none", "Pass --detector inception."
-            )
+        if scorer := detectors.get("inception-score"):
+            require_classes(scorer)
         if force:
             for name in set(detectors.values()):
                 _read_again(store, name)
@@ -458,7 +458,7 @@ def _applicable(store: Store, subject: Artifact, options: Mapping[str, Any]) -> 
         wanted.append("fd-dinov2")
     if has_images:
         wanted += ["prec-recall", "kid"]
-    return wanted + (["inception-score"] if has_classes(detector) else [])
+    return wanted + (["inception-score"] if _has_classes(detector) else [])
 
 
 def _detector_of(
@@ -475,7 +475,7 @@ def _detector_of(
     compared = next((found[name] for name in found if not METRICS[name].detector), None)
     if not compared and options.get("reference"):
         compared = references.find(store, options.get("reference"), subject, "moments")
-    if compared and has_classes(own := detector_name(compared)):
+    if compared and _has_classes(own := detector_name(compared)):
         return own
     if not compared and subject.kind == "dataset":
         return detector_name(subject)
@@ -490,7 +490,14 @@ def _default_detector(subject: Artifact, reference: Artifact, options: Mapping[s
     return detector_name(reference)
 
 
-def has_classes(detector: str) -> bool:
+def require_classes(detector: str) -> None:
+    """Raises SidaError for a detector that gives no inception score."""
+    if not _has_classes(detector):
+        what = f"the inception score needs classes, detector {detector} gives none"
+        raise SidaError(what, "Pass --detector inception.")
+
+
+def _has_classes(detector: str) -> bool:
     """Whether it classifies: only the digits' and Inception do; in TorchScript that, too, gives features alone."""
     return detector not in ("dinov2", "random-features", "inception-torchscript") and not references.is_torchscript(
         detector
@@ -651,7 +658,7 @@ def _once(
     from sidactl import engine
 
     def left() -> str:
-        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        with suppress(OSError, ValueError, LookupError):
             return json.dumps(unsealed((place.path / file).read_bytes())["numbers"]) if place else ""
         return ""
 

@@ -422,9 +422,9 @@ def sealed(said: Mapping[str, Any]) -> bytes:
 
 
 def unsealed(data: bytes) -> dict[str, Any]:
-    """What `sealed` was given; ValueError, or its like, where that is not what it wrote."""
-    said: dict[str, Any] = json.loads(data)
-    if said.pop("digest") != _seal(said):
+    """What `sealed` was given. Raises ValueError where that is not what it wrote."""
+    said = _json_or_none(data)
+    if not isinstance(said, dict) or said.pop("digest", None) != _seal(said):
         raise ValueError("it is damaged")
     return said
 
@@ -463,7 +463,7 @@ def _problem_of_collected(path: Path) -> str:
     try:
         files = unsealed(path.read_bytes())["files"].items()
         wrong = next((name for name, sha256 in files if _hash_file(path.parent / name) != sha256), None)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, LookupError):
         return "is not as it was saved"
     return f"counts on {wrong}, which is damaged" if wrong else ""
 

@@ -181,12 +181,18 @@ def test_every_network_of_the_catalog_comes_from_the_mirror(road: Road) -> None:
         assert road.store.get(road("fetch-teacher", name).out).params["name"] == name
 
 
-@pytest.mark.parametrize("teacher", ["edm-cifar10-uncond", pytest.param("edm2-s", marks=pytest.mark.slow)])
-def test_two_processes_take_a_road_to_the_same_generator(road: Road, tmp_path: Path, teacher: str) -> None:
+def measuring(teacher: str, folder: Path) -> list[str]:
+    """Flags of a run that scores its teacher, too; one on latents finds somebody's zip of them in the folder."""
     words = ["--teacher-score", "measure", "--evaluate-num", "10"]
     if teacher == "edm2-s":
-        (tmp_path / "img512-sd.zip").write_bytes(standins.latents_zip())
+        (folder / "img512-sd.zip").write_bytes(standins.latents_zip())
         words += ["--dataset", "img512-sd.zip"]
+    return words
+
+
+@pytest.mark.parametrize("teacher", ["edm-cifar10-uncond", pytest.param("edm2-s", marks=pytest.mark.slow)])
+def test_two_processes_take_a_road_to_the_same_generator(road: Road, tmp_path: Path, teacher: str) -> None:
+    words = measuring(teacher, tmp_path)
     alone = road.distill(teacher, "sida", *words).out
     words = ["distill", "--teacher", teacher, "--mode", "sida", *standins.FEW, *standins.SIDA, *words]
     told = subprocess.run(
@@ -261,10 +267,7 @@ class Cuts:
 def test_a_road_that_fails_at_each_of_its_stages_loses_nothing(
     road: Road, tmp_path: Path, teacher: str, is_before: bool
 ) -> None:
-    words = ["--teacher-score", "measure", "--evaluate-num", "10"]
-    if teacher == "edm2-s":
-        (tmp_path / "img512-sd.zip").write_bytes(standins.latents_zip())
-        words += ["--dataset", "img512-sd.zip"]
+    words = measuring(teacher, tmp_path)
     undisturbed = Road(tmp_path / "undisturbed", road.mirror, road.capfd)
     expected = undisturbed.distill(teacher, "sida", *words).out
     with pytest.MonkeyPatch.context() as patch:
