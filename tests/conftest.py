@@ -1,11 +1,14 @@
 """What several test files share: run directories with a very short distillation, or with all that one needs."""
 
 import errno
+import importlib
 import os
+import pkgutil
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +44,41 @@ def read_only(store: "Store", lock: int = 0) -> "Iterator[ExitStack]":
     with _disk(store.root, "written"):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
     yield ExitStack()
+
+
+def instead_of(function: Callable[..., Any], other: Callable[..., Any], patch: pytest.MonkeyPatch) -> None:
+    """Puts `other` in the place of one of our functions: where it is defined, and wherever it was imported by name."""
+    import sidactl
+
+    for found in pkgutil.walk_packages(sidactl.__path__, "sidactl."):
+        if not found.name.endswith("__main__"):
+            importlib.import_module(found.name)  # what came in later would keep `other` for good
+    name = function.__name__
+    assert getattr(sys.modules[function.__module__], name) is function
+    for module in [module for title, module in sys.modules.items() if title.startswith(("sidactl.", "tests."))]:
+        if vars(module).get(name) is function:
+            patch.setattr(module, name, other)
+
+
+Forbid = Callable[..., AbstractContextManager[None]]
+
+
+@pytest.fixture
+def forbidden() -> Forbid:
+    """Within `forbidden(f, g)` the test fails if one of these functions of ours is called, by whatever name."""
+
+    @contextmanager
+    def forbid(*functions: Callable[..., Any]) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            for function in functions:
+
+                def refuse(*arguments: object, name: str = function.__name__, **options: object) -> None:
+                    pytest.fail(f"{name} was called")
+
+                instead_of(function, refuse, patch)
+            yield
+
+    return forbid
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ from sidactl.inventory import ExportForm
 from sidactl.loop import Event
 from sidactl.recipe import HeunSpec, NetSpec, OneStepSpec
 from sidactl.store import KINDS, Artifact, LiveDir, Store
+from tests.conftest import instead_of
 from tests.golden import golden
 from tests.playback import SmallVae, save_vae
 from tests.test_data import cifar_archive, cifar_batch
@@ -482,7 +483,7 @@ def test_weights_that_are_not_real_and_finite_are_refused_by_name(
     record = pickles.read(network("sida_gen_edm"))["ema"]
     state = pickles.state_dict(record)
     first = sorted(name for name in state if state[name].ndim == 4)[0]
-    monkeypatch.setattr(pickles, "state_dict", lambda record: state | {first: change(state[first])})
+    instead_of(pickles.state_dict, lambda record: state | {first: change(state[first])}, monkeypatch)
     told = refused(network("sida_gen_edm"), run)
     assert told.startswith(message.format(name=first))
     assert first in told
@@ -1013,7 +1014,7 @@ def test_a_source_that_was_left_alone_is_hashed_once(
     flat(tmp_path / "in/a.bmp", 10)
     first, read = prepare_data("in", run=run), list[Path]()
     digest = artifacts.file_digest
-    monkeypatch.setattr(artifacts, "file_digest", lambda path: read.append(path) or digest(path))
+    instead_of(artifacts.file_digest, lambda path: read.append(path) or digest(path), monkeypatch)
     assert prepare_data("in", run=run) == first
     assert len(read) == 1  # it was written a moment ago
     monkeypatch.setattr(artifacts, "SETTLED_NS", -(10**12))
@@ -1036,7 +1037,7 @@ def test_a_rewrite_within_one_tick_of_the_clock_is_seen(
 ) -> None:
     flat(tmp_path / "in/a.bmp", 10)
     now = time.time_ns()
-    monkeypatch.setattr(artifacts, "_look_at", lambda files: ("as before", now))
+    instead_of(artifacts._look_at, lambda files: ("as before", now), monkeypatch)
     first = prepare_data("in", run=run)
     flat(tmp_path / "in/a.bmp", 30)
     assert prepare_data("in", run=run) != first

@@ -35,6 +35,7 @@ from sidactl.codec import LatentCodec
 from sidactl.data import DataOrder, Dataset, ZipArchive, drawn_subset, tiny_digits_arrays
 from sidactl.errors import SidaError
 from sidactl.prepare import PRESETS, PreparedDataset, ZipWriter, contact_sheet, encode_png, latent_encoder, prepare
+from tests.conftest import instead_of
 from tests.golden import golden_metrics
 from tests.playback import SmallVae
 from tests.standins import sparse_latents
@@ -580,8 +581,8 @@ def test_entries_that_are_read_at_once_are_as_if_read_one_by_one(
         path.write_bytes(data)
         at_once = members_of(path)
         with monkeypatch.context() as patched:
-            patched.setattr(data_module, "_num_alike", lambda data, num_bytes: 1)
-            patched.setattr(data_module, "_names_at_once", lambda data, entries: [])
+            instead_of(data_module._num_alike, lambda data, num_bytes: 1, patched)
+            instead_of(data_module._names_at_once, lambda data, entries: [], patched)
             assert members_of(path) == at_once
         kinds.add(re.sub(r"\d+|'[^']*'", "", at_once) if isinstance(at_once, str) else "read")
     assert len(kinds) > 5
@@ -592,7 +593,7 @@ def test_entries_out_of_order_are_not_compared_again_and_again(tmp_path: Path, m
     path = make_zip(tmp_path / "d.zip", [(name, b"") for name in names])
     looked: list[int] = []
     num_alike = data_module._num_alike
-    monkeypatch.setattr(data_module, "_num_alike", lambda *a: looked.append(1) or num_alike(*a))
+    instead_of(data_module._num_alike, lambda *a: looked.append(1) or num_alike(*a), monkeypatch)
     assert ZipArchive(path).names == tuple(names)
     assert len(looked) < 20
 

@@ -17,6 +17,7 @@ from sidactl import catalog, engine, heartbeat, ops
 from sidactl.errors import SidaError
 from sidactl.recipe import Execution, override
 from sidactl.store import Store
+from tests.conftest import instead_of
 
 # 10 steps of four micro-batches through all three stages; one evaluation, two checkpoints.
 SHORT = (
@@ -251,10 +252,10 @@ def test_a_hang_timeout_is_seconds_up_to_a_day(given: str) -> None:
 
 def test_what_does_not_fit_the_processes_is_told_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = override(catalog.recipe_for("tiny-digits", "sida"), {"num_accumulation_rounds": 4})
-    monkeypatch.setattr(engine, "rank_and_size", lambda: (0, 3))
+    instead_of(engine.rank_and_size, lambda: (0, 3), monkeypatch)
     with pytest.raises(SidaError, match=r"^the 4 micro-batches of a batch must be shared evenly, got 3 processes"):
         engine.passes_of(recipe, Execution())
-    monkeypatch.setattr(engine, "rank_and_size", lambda: (1, 2))
+    instead_of(engine.rank_and_size, lambda: (1, 2), monkeypatch)
     assert [list(rounds) for rounds in engine.passes_of(recipe, Execution())] == [[1], [3]]
     assert [list(rounds) for rounds in engine.passes_of(recipe, Execution(batch_per_device=64))] == [[1, 3]]
     with pytest.raises(SidaError, match=r"^batch-per-device must be one of 32, 64 \(micro-batches of 32\), got 16"):

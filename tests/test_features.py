@@ -13,6 +13,7 @@ from torch import Tensor
 from sidactl import artifacts, detectors, engine, features, live, ops, references, scores
 from sidactl.errors import SidaError
 from sidactl.store import Artifact, LiveDir, Store, UnwritableError, sealed, unsealed
+from tests.conftest import Forbid, instead_of
 
 
 @pytest.fixture(autouse=True)
@@ -130,7 +131,7 @@ def interrupt_after(num_batches: int, patch: pytest.MonkeyPatch) -> None:
             num_batches -= 1
             yield made
 
-    patch.setattr(engine, "joined", some)
+    instead_of(engine.joined, some, patch)
 
 
 def test_a_score_goes_on_where_it_was_interrupted(
@@ -173,14 +174,14 @@ def test_the_numbers_of_a_finished_trial_are_not_computed_again_and_damage_is_se
     seen = list[str]()
     with monkeypatch.context() as patch:
         collect = features.collect
-        patch.setattr(features, "collect", lambda *a, **o: seen.append(o["name"]) or collect(*a, **o))
+        instead_of(features.collect, lambda *a, **o: seen.append(o["name"]) or collect(*a, **o), patch)
         score = scores.prec_recall("tiny-digits", **options)
     assert seen == ["trial-1"]
     assert scores.prec_recall("tiny-digits", **options, force=True) == score
 
 
 def test_features_of_a_reference_go_on_and_answer_the_next_score(
-    net_of_digits: Store, monkeypatch: pytest.MonkeyPatch
+    net_of_digits: Store, monkeypatch: pytest.MonkeyPatch, forbidden: Forbid
 ) -> None:
     data, detector = artifacts.prepare_data("tiny-digits", run=net_of_digits.root), detectors.load("tiny-digits")
     monkeypatch.setattr(features, "MAX_BATCH_SIZE", 200)
@@ -192,8 +193,7 @@ def test_features_of_a_reference_go_on_and_answer_the_next_score(
                 ask(net_of_digits, data, detector)
         ask(net_of_digits, data, detector, lambda *tick, done=done: done.append(tick))
         assert done[0] == (1000, 1797)
-        with monkeypatch.context() as patch:
-            patch.setattr(engine, "joined", None)
+        with forbidden(engine.joined):
             ask(net_of_digits, data, detector)
     assert live.unfinished(net_of_digits) == []
 

@@ -14,7 +14,7 @@ import pytest
 from sidactl import catalog, loop, ops, references
 from sidactl.recipe import MODES
 from sidactl.store import Store, digest
-from tests.conftest import SHORT
+from tests.conftest import SHORT, instead_of
 
 RECIPES = {
     "tiny-digits": "340a3c7971eb57b9",
@@ -163,7 +163,7 @@ def test_checkpoints_keep_the_names_and_shapes_of_their_tensors(
             taken.update({name: list(tensor.shape) for name, tensor in tensors.items()})
 
         with monkeypatch.context() as patch:
-            patch.setattr(loop, "_save_tensors", take)
+            instead_of(loop._save_tensors, take, patch)
             ops.distill(
                 teacher="tiny-digits",
                 mode=mode,

@@ -18,6 +18,7 @@ from sidactl.metrics import FeatureStats, frechet_distance
 from sidactl.nets import inception
 from sidactl.nets.inception import FIDInception, load_weights, resize_tf1_bilinear
 from sidactl.nets.vit import VisionTransformer, preprocess
+from tests.conftest import instead_of
 from tests.golden import golden_metrics
 from tests.golden_weights import dinov2_weights, fingerprint, inception_weights
 
@@ -215,7 +216,7 @@ def slip_bn(net: FIDInception, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def slip_padding(net: FIDInception, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inception, "average_pool", lambda x: F.avg_pool2d(x, 3, 1, 1))
+    instead_of(inception.average_pool, lambda x: F.avg_pool2d(x, 3, 1, 1), monkeypatch)
 
 
 def slip_pool(net: FIDInception, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,18 +224,18 @@ def slip_pool(net: FIDInception, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def slip_half_pixel(net: FIDInception, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inception, "resize_tf1_bilinear", half_pixel)
+    instead_of(inception.resize_tf1_bilinear, half_pixel, monkeypatch)
 
 
 def slip_antialias(net: FIDInception, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inception, "resize_tf1_bilinear", lambda x, h, w: half_pixel(x, h, w, antialias=True))
+    instead_of(inception.resize_tf1_bilinear, lambda x, h, w: half_pixel(x, h, w, antialias=True), monkeypatch)
 
 
 def slip_scale(net: FIDInception, monkeypatch: pytest.MonkeyPatch) -> None:
     def resize(x: Tensor, height: int, width: int) -> Tensor:
         return (resize_tf1_bilinear(x, height, width) - 128) * (128 / 127.5) + 128
 
-    monkeypatch.setattr(inception, "resize_tf1_bilinear", resize)
+    instead_of(inception.resize_tf1_bilinear, resize, monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from sidactl import (
     preflight,
     references,
     sampling,
+    scores,
     trainer,
 )
 from sidactl.artifacts import mapping
@@ -39,7 +40,7 @@ from sidactl.diffusion import Preconditioned
 from sidactl.errors import SidaError
 from sidactl.recipe import Execution, HeunSpec, Mode, OneStepSpec, Setting
 from sidactl.store import Artifact, Store, UnwritableError, digest
-from tests.conftest import SHORT, Finished, read_only, short_distill
+from tests.conftest import SHORT, Finished, Forbid, instead_of, read_only, short_distill
 from tests.playback import save_vae
 
 SHORT_SID = {name: value for name, value in SHORT.items() if name != "adversarial_from_nimg"}
@@ -59,7 +60,7 @@ def refs(root: Path) -> dict[str, str]:
 def test_a_run_that_another_process_was_told_to_stop_is_interrupted(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(loop, "run", lambda *arguments, **options: iter([loop.Event("interrupted", 64)]))
+    instead_of(loop.run, lambda *arguments, **options: iter([loop.Event("interrupted", 64)]), monkeypatch)
     schedule = loop.Schedule(duration_nimg=640, evaluate_every_nimg=64, checkpoint_every_nimg=64)
     with Store(tmp_path).live("key") as live, pytest.raises(SidaError) as caught:
         ops._train(cast(Any, SimpleNamespace(nimg=64)), schedule, live, None, None, {})
@@ -79,9 +80,9 @@ def test_the_images_at_a_time_are_tried_anew_with_other_processes_devices_and_se
 
     def tries(size: int, memory: int, execution: Execution) -> int:
         before = num_tries
-        monkeypatch.setattr(engine, "rank_and_size", lambda: (0, size))
-        monkeypatch.setattr(engine, "agreed", lambda make: make())
-        monkeypatch.setattr(engine, "memory_of", lambda device: ["a GPU", memory])
+        instead_of(engine.rank_and_size, lambda: (0, size), monkeypatch)
+        instead_of(engine.agreed, lambda make: make(), monkeypatch)
+        instead_of(engine.memory_of, lambda device: ["a GPU", memory], monkeypatch)
         training = SimpleNamespace(recipe=catalog.recipe_for("tiny-digits", "sida"), fit_batch_per_device=fit)
         ops._fitted(cast(Any, training), execution, live, gpu)
         return num_tries - before
@@ -514,7 +515,7 @@ def test_a_score_that_is_not_finite_is_written_as_null_and_never_the_best(
     fresh_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([3.0, 2.0, float("nan")])
-    monkeypatch.setattr(metrics, "frechet_distance", lambda *statistics: next(scores))
+    instead_of(metrics.frechet_distance, lambda *statistics: next(scores), monkeypatch)
     best = short_distill(fresh_run)
     last = Store.open(fresh_run).resolve("generator/last")
     assert best.results["scores"] == last.results["scores"] == [[32, 3.0], [64, 2.0], [96, None]]
@@ -523,7 +524,7 @@ def test_a_score_that_is_not_finite_is_written_as_null_and_never_the_best(
 
 
 def test_a_run_without_a_finite_score_is_told_in_one_line(fresh_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "frechet_distance", lambda *statistics: float("inf"))
+    instead_of(metrics.frechet_distance, lambda *statistics: float("inf"), monkeypatch)
     with pytest.raises(SidaError) as caught:
         short_distill(fresh_run)
     assert str(caught.value) == "no evaluation gave a finite score. Lower the learning rate."
@@ -897,11 +898,11 @@ def test_the_question_of_the_default_recipe_is_what_it_was(finished: Finished) -
 
 
 def test_without_scores_the_last_generator_is_the_result_and_nothing_is_needed_for_them(
-    finished: Finished, fresh_run: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Finished, fresh_run: Path, forbidden: Forbid
 ) -> None:
-    monkeypatch.setattr(ops, "load_detector", None)
     events: list[loop.Event] = []
-    made = ops.distill(teacher="tiny-digits", mode="sida", score=False, run=fresh_run, watch=events.append, **SHORT)
+    with forbidden(scores.load_detector):
+        made = ops.distill(teacher="tiny-digits", mode="sida", score=False, run=fresh_run, watch=events.append, **SHORT)
     assert messages(events) == ["nothing is scored, and the last generator is the result"]
     assert {event.kind for event in events} == {"started", "note", "progress", "checkpoint"}
     assert (made.results["selection_score"], made.results["detector"], made.results["scores"]) == (None, None, [])
@@ -1320,7 +1321,7 @@ def test_a_teacher_that_cannot_be_scored_costs_no_generator(
     def fails(*arguments: Any, **options: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(ops, "fid", fails)
+    instead_of(ops.fid, fails, monkeypatch)
     events: list[loop.Event] = []
     made = ops.distill(
         teacher="tiny-digits", mode="sid", run=fresh_run, watch=events.append, **SHORT_SID | {"duration_nimg": 32}
@@ -1453,12 +1454,10 @@ def test_a_class_can_be_chosen_and_leaves_the_noise_alone(finished: Finished) ->
     assert np.array_equal(free.images[same], fixed.images[same])
 
 
-def test_a_repeated_sample_is_answered_from_the_run_directory(
-    finished: Finished, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_repeated_sample_is_answered_from_the_run_directory(finished: Finished, forbidden: Forbid) -> None:
     first = ops.sample("generator/best", seeds=range(10), run=finished.root)
-    monkeypatch.setattr(ops, "load_net", None)
-    again = ops.sample("generator/best", seeds=range(10), name="ten", run=finished.root)
+    with forbidden(artifacts.load_net):
+        again = ops.sample("generator/best", seeds=range(10), name="ten", run=finished.root)
     assert again.artifact == first.artifact
     assert refs(finished.root)["samples/ten"] == first.artifact.oid
 
@@ -1513,7 +1512,7 @@ def test_another_precision_is_another_question_and_another_form_is_not(
         seen.append((net.compute_dtype, net.memory_format))
         return generate(net, *arguments, **options)
 
-    monkeypatch.setattr(sampling, "generate", noting)
+    instead_of(sampling.generate, noting, monkeypatch)
 
     def images(force: bool = False, **setting: Any) -> ops.Sampled:
         return ops.sample("generator/best", seeds=range(80), setting=Setting(**setting), force=force, run=finished.root)
@@ -1747,7 +1746,7 @@ def test_what_was_asked_for_and_cannot_be_had_stays_an_error_in_mode_sid(
     def broken(*arguments: object, recheck: bool) -> Artifact:
         raise SidaError("the download broke off", "Try again later.", exit_code=1)
 
-    monkeypatch.setattr(ops.references, "find", broken)
+    instead_of(ops.references.find, broken, monkeypatch)
     with pytest.raises(SidaError, match=r"^the download broke off\. Try again later\.$"):
         ops.distill(teacher=far, mode="sid", run=root, device="cpu", **SHORT_SID)
 
@@ -1760,15 +1759,19 @@ def test_a_dataset_that_cannot_be_written_is_not_taken_for_one_that_is_not_there
     def full(*arguments: object, **options: object) -> Artifact:
         raise UnwritableError("the run directory cannot be written: No space left on device", "Free some space.")
 
-    monkeypatch.setattr(ops, "dataset_called", full)
+    instead_of(ops.dataset_called, full, monkeypatch)
     with pytest.raises(SidaError, match=r"No space left on device\. Free some space\.$"):
         ops.distill(teacher=moved_away(root, oid, "imagenet512"), mode="sid", run=root, device="cpu", **SHORT_SID)
 
 
-def test_samples_that_could_not_be_kept_are_not_drawn(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_that_could_not_be_kept_are_not_drawn(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch, forbidden: Forbid
+) -> None:
     monkeypatch.setattr(Store, "_writing", read_only)
-    monkeypatch.setattr(ops, "load_net", never)
-    with pytest.raises(SidaError, match=r"^the run directory .* cannot be written: Read-only file system\."):
+    with (
+        forbidden(artifacts.load_net),
+        pytest.raises(SidaError, match=r"^the run directory .* cannot be written: Read-only file system\."),
+    ):
         ops.sample("generator/best", seeds=range(777), run=finished.root)
 
 

@@ -18,6 +18,7 @@ from sidactl.artifacts import prepare_data
 from sidactl.errors import SidaError
 from sidactl.nets import inception
 from sidactl.store import Store
+from tests.conftest import instead_of
 from tests.golden import golden_metrics
 
 CPU = torch.device("cpu")
@@ -52,13 +53,13 @@ def fifty(tmp_path: Path) -> Path:
 @pytest.fixture
 def by_golden_features(golden: dict[str, np.ndarray[Any, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {"inception": golden["gen_fid"], "dinov2": golden["gen_fd_dinov2"]}
-    monkeypatch.setattr(scores, "_weights_digest", lambda store, name: name)
-    monkeypatch.setattr(
-        scores,
-        "load_detector",
+    instead_of(scores._weights_digest, lambda store, name: name, monkeypatch)
+    instead_of(
+        scores.load_detector,
         lambda store, name, device, resize, trust_code: by_rows(
             name, rows[name], f"{name}@golden{'-pil' * (resize == 'pil')}"
         ),
+        monkeypatch,
     )
 
 
@@ -200,7 +201,7 @@ def test_impossible_statistics_are_refused_before_a_detector_is_looked_for(
     def never(*arguments: Any) -> None:
         raise AssertionError("a detector was looked for")
 
-    monkeypatch.setattr(scores, "_weights_digest", never)
+    instead_of(scores._weights_digest, never, monkeypatch)
     mu, sigma, message = IMPOSSIBLE[name]
     path, pickled = tmp_path / "stats.npz", tmp_path / "stats.pkl"
     np.savez(path, mu=mu, sigma=sigma)
@@ -277,8 +278,8 @@ def test_features_that_are_not_finite_name_the_image(
 ) -> None:
     rows = golden["gen_fid"].copy()
     rows[37] = np.nan
-    monkeypatch.setattr(scores, "_weights_digest", lambda store, name: name)
-    monkeypatch.setattr(scores, "load_detector", lambda *arguments, **options: by_rows("inception", rows))
+    instead_of(scores._weights_digest, lambda store, name: name, monkeypatch)
+    instead_of(scores.load_detector, lambda *arguments, **options: by_rows("inception", rows), monkeypatch)
     message = refused(tmp_path / "run", str(fifty), reference=str(golden_metrics("stats_formats/ref_edm.npz")))
     assert message == "features by inception must be finite, those of image 37 are not. Look at that image."
 

@@ -15,6 +15,7 @@ import pytest
 from sidactl import cli, download, features, ops, pictures, references, sampling, scores, trainer
 from sidactl.store import Artifact, LiveDir, Store, digest
 from tests import standins
+from tests.conftest import instead_of
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +258,7 @@ class Cuts:
             self.num_steps += 1
             return step(training)
 
-        self.patch.setattr(download, "_open_file", served)
+        instead_of(download._open_file, served, self.patch)
         self.patch.setattr(trainer.Distillation, "step", counted)
 
 

@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from sidactl import cli, detectors, features, inventory, metrics, ops, prepare, references, scores
+from sidactl import artifacts, cli, detectors, features, inventory, metrics, ops, prepare, references, scores
 from sidactl.artifacts import load_dataset, load_net, resolve
 from sidactl.errors import SidaError
 from sidactl.recipe import OneStepSpec, Setting
 from sidactl.store import Store, UnwritableError
-from tests.conftest import Finished, read_only
+from tests.conftest import Finished, Forbid, read_only
 
 FD = "FD tiny-digits"
 
@@ -101,15 +101,15 @@ def test_trials_take_fresh_seeds_and_are_told_by_mean_deviation_and_minimum(fini
 
 
 def test_a_repeated_score_is_answered_from_the_run_directory_and_force_gives_the_same(
-    finished: Finished, monkeypatch: pytest.MonkeyPatch
+    finished: Finished, forbidden: Forbid
 ) -> None:
     first = scores.fid("generator/best", num=40, run=finished.root)
     ticks: list[tuple[int, int]] = []
     again = scores.fid("generator/best", num=40, force=True, run=finished.root, tick=lambda *t: ticks.append(t))
     assert again == first
     assert ticks == [(0, 40), (40, 40)]
-    monkeypatch.setattr(detectors, "load", None)
-    assert scores.fid("generator/best", num=40, run=finished.root) == first
+    with forbidden(detectors.load):
+        assert scores.fid("generator/best", num=40, run=finished.root) == first
     assert scores.score_of(Store.open(finished.root).get(first.oid)) == first
 
 
@@ -149,13 +149,10 @@ def test_precision_and_recall_are_those_of_the_features(finished: Finished, dive
         assert [score.values["precision"][0], score.values["recall"][0]] == pytest.approx(expected, abs=2e-3)
 
 
-def test_features_are_taken_once_for_all_trials_and_metrics(
-    finished: Finished, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_features_are_taken_once_for_all_trials_and_metrics(finished: Finished, forbidden: Forbid) -> None:
     scores.prec_recall("generator/best", num=20, trials=3, first_seed=900, run=finished.root)
-    monkeypatch.setattr(scores, "load_net", None)
-    monkeypatch.setattr(scores, "load_dataset", None)
-    known = scores.evaluate("generator/best", num=20, trials=2, first_seed=900, run=finished.root)
+    with forbidden(artifacts.load_net, artifacts.load_dataset):
+        known = scores.evaluate("generator/best", num=20, trials=2, first_seed=900, run=finished.root)
     assert list(known.values) == [FD, "IS tiny-digits", "KID tiny-digits", "precision", "recall"]
 
 

@@ -22,6 +22,7 @@ import pytest
 from sidactl import store as store_module
 from sidactl.errors import SidaError
 from sidactl.store import KINDS, Artifact, FileEntry, GcReport, Store, canonical_json, digest
+from tests.conftest import instead_of
 
 SEE_LS = "See what there is with: sidactl ls"
 ASK_AGAIN = "Run sidactl verify, then ask again with --force."
@@ -331,7 +332,7 @@ def test_path_hashes_a_file_once_until_it_changes(store: Store, monkeypatch: pyt
     artifact = store.put("run", {"a": b"hello"})
     hashed: list[Path] = []
     hash_file = store_module._hash_file
-    monkeypatch.setattr(store_module, "_hash_file", lambda path: hashed.append(path) or hash_file(path))
+    instead_of(store_module._hash_file, lambda path: hashed.append(path) or hash_file(path), monkeypatch)
     assert store.path(artifact, "a") == store.path(artifact, "a") == object_path(store, artifact.files["a"].sha256)
     assert len(hashed) == 1
     Store(store.root).path(artifact, "a")
@@ -350,7 +351,7 @@ def test_a_large_file_is_hashed_once_for_all_processes_until_it_is_touched(
     path = object_path(store, artifact.files["a"].sha256)
     hashed: list[Path] = []
     hash_file = store_module._hash_file
-    monkeypatch.setattr(store_module, "_hash_file", lambda path: hashed.append(path) or hash_file(path))
+    instead_of(store_module._hash_file, lambda path: hashed.append(path) or hash_file(path), monkeypatch)
     for expected in (1, 2):  # it was written a moment ago
         assert Store(store.root).path(artifact, "a") == path
         assert hashed == [path] * expected
@@ -381,7 +382,7 @@ def test_a_file_that_looks_like_a_manifest_is_none(store: Store) -> None:
 
 def test_artifacts_reads_only_the_head_of_large_objects(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     artifact = store.put("run", {"a": b"x" * (1 << 22)})
-    monkeypatch.setattr(store_module, "_hash_file", lambda path: pytest.fail(f"{path} was hashed whole"))
+    instead_of(store_module._hash_file, lambda path: pytest.fail(f"{path} was hashed whole"), monkeypatch)
     assert list(store.artifacts()) == [artifact]
 
 
@@ -881,7 +882,7 @@ def test_what_cannot_be_read_is_told_and_the_rest_is_looked_at(store: Store, mon
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         return hash_file(path)
 
-    monkeypatch.setattr(store_module, "_hash_file", refuse)
+    instead_of(store_module._hash_file, refuse, monkeypatch)
     found = dict(store.verify())
     assert found[sha256] == (
         f"file a of samples {shut.oid[:12]} (samples/shut): cannot be read: Permission denied. "
@@ -1109,7 +1110,7 @@ def test_a_ref_is_read_without_the_others(store: Store, monkeypatch: pytest.Monk
         store.set_ref("generator", f"a/{n}", artifact.oid)
     read: list[Path] = []
     read_oid = store_module._read_oid
-    monkeypatch.setattr(store_module, "_read_oid", lambda path: read.append(path) or read_oid(path))
+    instead_of(store_module._read_oid, lambda path: read.append(path) or read_oid(path), monkeypatch)
     for text in ("generator/a/7", "a/7"):
         assert store.resolve(text) == artifact
     assert len(read) <= 2 * len(KINDS)

@@ -9,6 +9,7 @@ from sidactl import nets, pickles, teachers
 from sidactl.errors import SidaError
 from sidactl.nets.edm2 import drop_logvar_
 from sidactl.recipe import NetSpec
+from tests.conftest import instead_of
 from tests.golden import golden
 
 CONFIGS = {
@@ -178,7 +179,7 @@ def test_weights_that_do_not_fit_are_listed_first_five_then_counted() -> None:
 
 
 def test_file_without_a_network_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pickles, "read", lambda path: {"loss_fn": 1})
+    instead_of(pickles.read, lambda path: {"loss_fn": 1}, monkeypatch)
     with pytest.raises(SidaError) as error:
         teachers.read_network(tmp_path / "x.pkl")
     assert str(error.value) == (

@@ -15,6 +15,7 @@ from sidactl.diffusion import _channel_mean
 from sidactl.errors import SidaError
 from sidactl.recipe import Adversarial, Execution, NetSpec, Recipe, Setting, TeacherRecipe
 from sidactl.store import Store
+from tests.conftest import Forbid, instead_of
 from tests.golden import golden
 from tests.playback import Playback
 
@@ -145,11 +146,11 @@ def test_stages_follow_the_images_seen_strictly() -> None:
     ]
 
 
-def test_generator_is_not_touched_while_the_fake_score_trains_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generator_is_not_touched_while_the_fake_score_trains_alone(forbidden: Forbid) -> None:
     run = distillation()
     before = weights(run.generator)
-    monkeypatch.setattr(losses, "sid_generator_loss", None)
-    run.step()
+    with forbidden(losses.sid_generator_loss):
+        run.step()
     assert torch.equal(weights(run.generator), before)
     assert all(p.grad is None for p in run.generator.parameters())
     states = run.modules()["generator_optimizer"].state_dict()["state"].values()
@@ -157,13 +158,13 @@ def test_generator_is_not_touched_while_the_fake_score_trains_alone(monkeypatch:
     assert all(not tensor.any() for state in states for tensor in state.values())
 
 
-def test_adversarial_pass_is_not_computed_before_it_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adversarial_pass_is_not_computed_before_it_counts(forbidden: Forbid) -> None:
     run = distillation(generator_from_nimg=None)
-    monkeypatch.setattr(losses, "adversarial_generator_loss", None)
-    run.step()
-    run.nimg = 33
-    with pytest.raises(TypeError):
+    with forbidden(losses.adversarial_generator_loss):
         run.step()
+        run.nimg = 33
+        with pytest.raises(pytest.fail.Exception):
+            run.step()
 
 
 def test_mode_sid_has_no_discriminator_and_no_gate() -> None:
@@ -323,7 +324,7 @@ def test_forced_normalization_touches_the_nets_that_the_recipe_says(
                 parameter.mul_(0.5)
     touched: list[torch.nn.Module] = []
     force_normalize = trainer.force_normalize_
-    monkeypatch.setattr(trainer, "force_normalize_", lambda net: (touched.append(net), force_normalize(net)))
+    instead_of(trainer.force_normalize_, lambda net: (touched.append(net), force_normalize(net)), monkeypatch)
     run.step()
     names = {id(net): name for name, net in run.modules().items()}
     assert [names[id(net)] for net in touched] == expected
@@ -337,7 +338,7 @@ def test_published_normalization_reaches_the_ema_net_before_the_first_step_and_e
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     touched: list[torch.nn.Module] = []
-    monkeypatch.setattr(trainer, "force_normalize_", touched.append)
+    instead_of(trainer.force_normalize_, touched.append, monkeypatch)
     run = distillation(TINY_EDM2, forced_normalization="published", evaluate_every_nimg=12, generator_from_nimg=10**6)
     counts = []
     for _ in range(4):
@@ -522,7 +523,7 @@ def test_the_images_at_a_time_are_found_by_trying_and_nothing_of_it_remains(monk
         return computed(fake_score, images, *arguments, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(losses, "fake_score_loss", limited)
+        instead_of(losses.fake_score_loss, limited, patched)
         assert run.fit_batch_per_device() == 2 * micro_batch
     assert tried == [4, 2, 2]
     assert [list(rounds) for rounds in run.passes] == [[0, 1], [2, 3]]
@@ -592,7 +593,7 @@ def gradients_of_a_step(monkeypatch: pytest.MonkeyPatch, spec: NetSpec, executio
         return True
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "apply_gradients", take)
+        instead_of(trainer.apply_gradients, take, patch)
         values = list(run.step().values())
     return [torch.cat(values), *found]
 
@@ -677,7 +678,7 @@ def test_traced_nets_compute_no_gradients_of_frozen_weights(monkeypatch: pytest.
         asked.append(any(p.requires_grad for p in fake_score.parameters()))
         return loss(teacher, fake_score, *tensors, **options)
 
-    monkeypatch.setattr(losses, "sid_generator_loss", noting)
+    instead_of(losses.sid_generator_loss, noting, monkeypatch)
     run.step()
     assert asked == [False]
     assert all(p.requires_grad for p in run.fake_score.parameters())
@@ -725,8 +726,8 @@ def test_both_updates_take_the_same_fakes_only_where_the_recipe_says(
         passes.append(1)
         return forward(*tensors)
 
-    monkeypatch.setattr(losses, "fake_score_loss", of_fake_score)
-    monkeypatch.setattr(losses, "sid_generator_loss", of_generator)
+    instead_of(losses.fake_score_loss, of_fake_score, monkeypatch)
+    instead_of(losses.sid_generator_loss, of_generator, monkeypatch)
     monkeypatch.setattr(run.generator, "forward", counting)
     run.step()
     pairs = list(zip(seen["fake_score"], seen["generator"], strict=True))
@@ -875,7 +876,7 @@ def test_the_discriminators_gradient_in_float16_points_where_float32s_does(monke
         score = computed(*arguments, **options)
         return score._replace(per_pixel=torch.zeros_like(score.per_pixel))
 
-    monkeypatch.setattr(losses, "fake_score_loss", without_denoising)
+    instead_of(losses.fake_score_loss, without_denoising, monkeypatch)
     found = {}
     for precision, scale in (("fp32", None), ("fp16", None), ("fp16", 1.0)):
         run = of_imagenet_64(precision)
