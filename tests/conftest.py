@@ -47,7 +47,7 @@ def read_only(store: "Store", lock: int = 0) -> "Iterator[ExitStack]":
 
 
 def instead_of(function: Callable[..., Any], other: Callable[..., Any], patch: pytest.MonkeyPatch) -> None:
-    """Puts `other` in the place of one of our functions: where it is defined, and wherever it was imported by name."""
+    """Puts `other` in the place of one of our functions: where it is defined, and wherever we import it by name."""
     import sidactl
 
     for found in pkgutil.walk_packages(sidactl.__path__, "sidactl."):
@@ -55,7 +55,7 @@ def instead_of(function: Callable[..., Any], other: Callable[..., Any], patch: p
             importlib.import_module(found.name)  # what came in later would keep `other` for good
     name = function.__name__
     assert getattr(sys.modules[function.__module__], name) is function
-    for module in [module for title, module in sys.modules.items() if title.startswith(("sidactl.", "tests."))]:
+    for module in [module for title, module in sys.modules.items() if title.startswith("sidactl.")]:
         if vars(module).get(name) is function:
             patch.setattr(module, name, other)
 
