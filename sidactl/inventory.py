@@ -24,7 +24,7 @@ from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.inputs import Ref, ref_text, run_of
 from sidactl.outputs import MANIFEST, Output, manifest_of, type_of, whole
 from sidactl.scores import Score, score_name, score_of
-from sidactl.store import KINDS, Artifact, GcReport, Store
+from sidactl.store import KINDS, Artifact, GcReport, Store, collect_garbage, rehash
 from sidactl.text import markdown, shell_word
 
 ExportForm = Literal["files", "png", "npz", "safetensors", "state-dict", "onnx"]
@@ -224,7 +224,7 @@ def _in_order(found: Iterable[tuple[Artifact, list[str]]]) -> list[tuple[Artifac
 
 def verify(*, run: RunDir = None) -> list[tuple[str, str]]:
     """What is wrong with the run directory, as (object, problem); every object is hashed again."""
-    return list(Store.open(run).verify())
+    return list(rehash(Store.open(run)))
 
 
 def verify_signature(path: os.PathLike[str] | str, key: os.PathLike[str] | str) -> None:
@@ -256,7 +256,7 @@ def gc(
         for name in drop:
             kind, _, rest = name.partition("/")
             store.delete_ref(kind, rest)
-    return store.gc(dry_run)
+    return collect_garbage(store, dry_run)
 
 
 def _remove_unfinished(store: Store, keys: Sequence[str], dry_run: bool) -> GcReport:

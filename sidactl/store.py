@@ -964,143 +964,6 @@ class Store:
         with self._writing():
             _append(self.root / "log.jsonl", canonical_json(line))
 
-    def verify(self) -> Iterator[tuple[str, str]]:
-        """Rehashes everything; yields (what is broken, what is wrong with it and what helps).
-
-        What is broken is named by its SHA-256, as "kind/name", or by its path in the run directory. gc waits for it;
-        writers do not, and what a process works on in live/ is left alone.
-        """
-        with self._reading():
-            yield from self._verify_folders()
-            damaged: set[str] = set()
-            unreadable: dict[str, BaseException | None] = {}
-            artifacts: dict[str, Artifact] = {}
-            for sha256 in self._objects():
-                try:
-                    if self._sha256(sha256) not in (None, sha256):
-                        damaged.add(sha256)
-                    elif artifact := self._sound(sha256):
-                        artifacts[sha256] = replace(artifact, params=_EMPTY, results=_EMPTY)
-                except SidaError as error:
-                    unreadable[sha256] = error.__cause__
-            checked = _Checked(self, artifacts, damaged, unreadable)
-            yield from checked.objects()
-            yield from checked.refs()
-            yield from checked.answers()
-            for name in self._listdir("live"):
-                yield from self._verify_live(name)
-
-    def _verify_folders(self) -> Iterator[tuple[str, str]]:
-        """What is in the folders of the run directory that cannot be ours."""
-        for shard in self._listdir("objects"):
-            names = self._listdir(f"objects/{shard}")
-            if not re.fullmatch("[0-9a-f]{2}", shard) or not (self.root / "objects" / shard).is_dir():
-                yield self._nothing_of_ours(f"objects/{shard}")
-            else:
-                odd = [name for name in names if not _SHA256.fullmatch(shard + name)]
-                yield from (self._nothing_of_ours(f"objects/{shard}/{name}") for name in odd)
-        ours = set(self._ref_files().values())
-        for kind in self._listdir("refs"):
-            if kind not in KINDS or not (self.root / "refs" / kind).is_dir():
-                yield self._nothing_of_ours(f"refs/{kind}")
-                continue
-            files = [f"{kind}/{name}" for name in self._listdir(f"refs/{kind}")]
-            odd = [file for file in files if file not in ours or not self._is_file(f"refs/{file}")]
-            yield from (self._nothing_of_ours(f"refs/{file}") for file in odd)
-        odd = [key for key in self._listdir("asked") if not _SHA256.fullmatch(key) or not self._is_file(f"asked/{key}")]
-        yield from (self._nothing_of_ours(f"asked/{key}") for key in odd)
-        odd = [key for key in self._listdir("live") if not _SHA256.fullmatch(key) or self._is_file(f"live/{key}")]
-        yield from (self._nothing_of_ours(f"live/{key}") for key in odd)
-
-    def _is_file(self, name: str) -> bool:
-        try:
-            return _is_file(self.root / name)
-        except OSError:
-            return False
-
-    def _nothing_of_ours(self, name: str) -> tuple[str, str]:
-        path = shell_word(self.root / name)
-        return name, f"nothing that sidactl makes. Move it elsewhere, or remove it: rm -rf {path}"
-
-    def _verify_live(self, key: str) -> Iterator[tuple[str, str]]:
-        """What is wrong with unfinished work, unless a process is at it now."""
-        folder = self.root / "live" / key
-        if not _SHA256.fullmatch(key) or not folder.is_dir():
-            return
-        found = []
-        try:
-            for path in sorted(folder.iterdir()):
-                problem = _problem_in_live(path)
-                found += [(f"live/{key[:12]}/{path.name}", problem)] if problem else []
-            found += [(f"live/{key[:12]}/{name}", problem) for name, problem in _problems_of_bests(folder)]
-        except OSError as error:
-            found.append((f"live/{key[:12]}", _cannot_be_read(error, folder)))
-        # Asked at the end: what a process is at work on changes under our eyes.
-        lock = folder / "lock"
-        if found and (not self._is_file(f"live/{key}/lock") or _is_abandoned(lock)):
-            yield from found
-
-    def gc(self, dry_run: bool = False, *, grace_sec: float = 3600.0) -> GcReport:
-        """Removes what no ref reaches, and reports it; with `dry_run`, reports and writes nothing. Waits for writers.
-
-        Kept: what refs reach through files and inputs; scores whose every input is kept; objects younger than
-        `grace_sec`, which a process may be about to name; what any of these needs; live/, which is work in progress.
-        Answers keep nothing: they go with their artifact. SidaError where the manifest of a kept artifact is damaged.
-        """
-        if not self._has_format():
-            return GcReport(num_objects=0, num_bytes=0, removed=())
-        with self._reading() if dry_run else self._writing(fcntl.LOCK_EX):
-            cutoff = time.time() - grace_sec
-            found = {sha256: self._read(Path.stat, self._object(sha256)) for sha256 in self._objects()}
-            stats = {sha256: about for sha256, about in found.items() if about and stat.S_ISREG(about.st_mode)}
-            manifests = {a.oid: replace(a, params=_EMPTY, results=_EMPTY) for a in self.artifacts()}
-            young = {sha256 for sha256, about in stats.items() if about.st_mtime > cutoff}
-            kept = young | self._reachable([*self.refs().values(), *(young & manifests.keys())], manifests)
-            dead = stats.keys() - kept
-            num_young = len((stats.keys() & kept) - self._reachable([*self.refs().values()], manifests))
-            # Answers go first, then manifests, an artifact before its inputs, then files: a kill leaves no loose end.
-            graph = TopologicalSorter({oid: manifests[oid].inputs.values() for oid in sorted(dead & manifests.keys())})
-            order = dict.fromkeys([*reversed([*graph.static_order()]), *sorted(dead)])
-            num_bytes = {sha256: stats[sha256].st_size for sha256 in order if sha256 in dead}
-            asked = [f"asked/{key}" for key in self._listdir("asked")]
-            answers = kept & manifests.keys()
-            asked = [name for name in asked if self._is_file(name) and self._oid(name) not in answers]
-            # While we hold the lock nobody writes: what has a name of ours in tmp/ has no owner, unless it is scratch.
-            tmp = [f"tmp/{name}" for name in self._listdir("tmp") if len(name) == 64 and _HEX.fullmatch(name)]
-            tmp = [name for name in tmp if _is_abandoned(self.root / name)]
-            tmp_stats = [self._read(Path.stat, self.root / name) for name in tmp]
-            num_tmp_bytes = sum(about.st_size for about in tmp_stats if about)
-            if not dry_run:
-                for path in (*(self.root / name for name in (*asked, *tmp)), *map(self._object, num_bytes)):
-                    path.unlink(missing_ok=True)
-        total = sum(num_bytes.values()) + num_tmp_bytes
-        removed = (*num_bytes, *asked, *tmp)
-        return GcReport(num_objects=len(num_bytes), num_bytes=total, removed=removed, num_young=num_young)
-
-    def _reachable(self, roots: Sequence[str], manifests: Mapping[str, Artifact]) -> set[str]:
-        """The objects that `roots` need, and those that the scores need whose every input is among them."""
-        reached: set[str] = set()
-        files: set[str] = set()
-        # How many of a score's inputs are not reached yet; a score waits at each of them.
-        missing = {a.oid: len(set(a.inputs.values())) for a in manifests.values() if a.kind == "score"}
-        waiting: dict[str, list[str]] = {}
-        for score in missing:
-            for oid in set(manifests[score].inputs.values()):
-                waiting.setdefault(oid, []).append(score)
-        queue = [*roots, *(score for score, count in missing.items() if count == 0)]
-        while queue:
-            oid = queue.pop()
-            if oid in reached or self._size_bytes(oid) is None:
-                continue
-            artifact = manifests.get(oid) or self.get(oid)  # `get` tells what is wrong with a manifest left out
-            reached.add(oid)
-            files.update(entry.sha256 for entry in artifact.files.values())
-            queue.extend(artifact.inputs.values())
-            for score in waiting.pop(oid, []):
-                missing[score] -= 1
-                queue += [score] if missing[score] == 0 else []
-        return reached | files
-
     def _has_format(self) -> bool:
         text = self._text("format")
         if text not in (None, str(SCHEMA_VERSION)):
@@ -1221,3 +1084,149 @@ def _only(text: str, options: Sequence[tuple[str, str, str]], kinds: Collection[
         more = f" and {len(fitting) - 5} more" if len(fitting) > 5 else ""
         raise SidaError(f"'{text}' fits {len(fitting)} artifacts: {labels}{more}", hint)
     return fitting[0][2]
+
+
+def rehash(store: Store) -> Iterator[tuple[str, str]]:
+    """Rehashes everything; yields (what is broken, what is wrong with it and what helps).
+
+    What is broken is named by its SHA-256, as "kind/name", or by its path in the run directory. gc waits for it;
+    writers do not, and what a process works on in live/ is left alone.
+    """
+    with store._reading():
+        yield from _verify_folders(store)
+        damaged: set[str] = set()
+        unreadable: dict[str, BaseException | None] = {}
+        artifacts: dict[str, Artifact] = {}
+        for sha256 in store._objects():
+            try:
+                if store._sha256(sha256) not in (None, sha256):
+                    damaged.add(sha256)
+                elif artifact := store._sound(sha256):
+                    artifacts[sha256] = replace(artifact, params=_EMPTY, results=_EMPTY)
+            except SidaError as error:
+                unreadable[sha256] = error.__cause__
+        checked = _Checked(store, artifacts, damaged, unreadable)
+        yield from checked.objects()
+        yield from checked.refs()
+        yield from checked.answers()
+        for name in store._listdir("live"):
+            yield from _verify_live(store, name)
+
+
+def _verify_folders(store: Store) -> Iterator[tuple[str, str]]:
+    """What is in the folders of the run directory that cannot be ours."""
+    for shard in store._listdir("objects"):
+        names = store._listdir(f"objects/{shard}")
+        if not re.fullmatch("[0-9a-f]{2}", shard) or not (store.root / "objects" / shard).is_dir():
+            yield _nothing_of_ours(store, f"objects/{shard}")
+        else:
+            odd = [name for name in names if not _SHA256.fullmatch(shard + name)]
+            yield from (_nothing_of_ours(store, f"objects/{shard}/{name}") for name in odd)
+    ours = set(store._ref_files().values())
+    for kind in store._listdir("refs"):
+        if kind not in KINDS or not (store.root / "refs" / kind).is_dir():
+            yield _nothing_of_ours(store, f"refs/{kind}")
+            continue
+        files = [f"{kind}/{name}" for name in store._listdir(f"refs/{kind}")]
+        odd = [file for file in files if file not in ours or not _is_file_of(store, f"refs/{file}")]
+        yield from (_nothing_of_ours(store, f"refs/{file}") for file in odd)
+    odd = [
+        key for key in store._listdir("asked") if not _SHA256.fullmatch(key) or not _is_file_of(store, f"asked/{key}")
+    ]
+    yield from (_nothing_of_ours(store, f"asked/{key}") for key in odd)
+    odd = [key for key in store._listdir("live") if not _SHA256.fullmatch(key) or _is_file_of(store, f"live/{key}")]
+    yield from (_nothing_of_ours(store, f"live/{key}") for key in odd)
+
+
+def _is_file_of(store: Store, name: str) -> bool:
+    try:
+        return _is_file(store.root / name)
+    except OSError:
+        return False
+
+
+def _nothing_of_ours(store: Store, name: str) -> tuple[str, str]:
+    path = shell_word(store.root / name)
+    return name, f"nothing that sidactl makes. Move it elsewhere, or remove it: rm -rf {path}"
+
+
+def _verify_live(store: Store, key: str) -> Iterator[tuple[str, str]]:
+    """What is wrong with unfinished work, unless a process is at it now."""
+    folder = store.root / "live" / key
+    if not _SHA256.fullmatch(key) or not folder.is_dir():
+        return
+    found = []
+    try:
+        for path in sorted(folder.iterdir()):
+            problem = _problem_in_live(path)
+            found += [(f"live/{key[:12]}/{path.name}", problem)] if problem else []
+        found += [(f"live/{key[:12]}/{name}", problem) for name, problem in _problems_of_bests(folder)]
+    except OSError as error:
+        found.append((f"live/{key[:12]}", _cannot_be_read(error, folder)))
+    # Asked at the end: what a process is at work on changes under our eyes.
+    lock = folder / "lock"
+    if found and (not _is_file_of(store, f"live/{key}/lock") or _is_abandoned(lock)):
+        yield from found
+
+
+def collect_garbage(store: Store, dry_run: bool = False, *, grace_sec: float = 3600.0) -> GcReport:
+    """Removes what no ref reaches, and reports it; with `dry_run`, reports and writes nothing. Waits for writers.
+
+    Kept: what refs reach through files and inputs; scores whose every input is kept; objects younger than
+    `grace_sec`, which a process may be about to name; what any of these needs; live/, which is work in progress.
+    Answers keep nothing: they go with their artifact. SidaError where the manifest of a kept artifact is damaged.
+    """
+    if not store._has_format():
+        return GcReport(num_objects=0, num_bytes=0, removed=())
+    with store._reading() if dry_run else store._writing(fcntl.LOCK_EX):
+        cutoff = time.time() - grace_sec
+        found = {sha256: store._read(Path.stat, store._object(sha256)) for sha256 in store._objects()}
+        stats = {sha256: about for sha256, about in found.items() if about and stat.S_ISREG(about.st_mode)}
+        manifests = {a.oid: replace(a, params=_EMPTY, results=_EMPTY) for a in store.artifacts()}
+        young = {sha256 for sha256, about in stats.items() if about.st_mtime > cutoff}
+        kept = young | _reachable(store, [*store.refs().values(), *(young & manifests.keys())], manifests)
+        dead = stats.keys() - kept
+        num_young = len((stats.keys() & kept) - _reachable(store, [*store.refs().values()], manifests))
+        # Answers go first, then manifests, an artifact before its inputs, then files: a kill leaves no loose end.
+        graph = TopologicalSorter({oid: manifests[oid].inputs.values() for oid in sorted(dead & manifests.keys())})
+        order = dict.fromkeys([*reversed([*graph.static_order()]), *sorted(dead)])
+        num_bytes = {sha256: stats[sha256].st_size for sha256 in order if sha256 in dead}
+        asked = [f"asked/{key}" for key in store._listdir("asked")]
+        answers = kept & manifests.keys()
+        asked = [name for name in asked if _is_file_of(store, name) and store._oid(name) not in answers]
+        # While we hold the lock nobody writes: what has a name of ours in tmp/ has no owner, unless it is scratch.
+        tmp = [f"tmp/{name}" for name in store._listdir("tmp") if len(name) == 64 and _HEX.fullmatch(name)]
+        tmp = [name for name in tmp if _is_abandoned(store.root / name)]
+        tmp_stats = [store._read(Path.stat, store.root / name) for name in tmp]
+        num_tmp_bytes = sum(about.st_size for about in tmp_stats if about)
+        if not dry_run:
+            for path in (*(store.root / name for name in (*asked, *tmp)), *map(store._object, num_bytes)):
+                path.unlink(missing_ok=True)
+    total = sum(num_bytes.values()) + num_tmp_bytes
+    removed = (*num_bytes, *asked, *tmp)
+    return GcReport(num_objects=len(num_bytes), num_bytes=total, removed=removed, num_young=num_young)
+
+
+def _reachable(store: Store, roots: Sequence[str], manifests: Mapping[str, Artifact]) -> set[str]:
+    """The objects that `roots` need, and those that the scores need whose every input is among them."""
+    reached: set[str] = set()
+    files: set[str] = set()
+    # How many of a score's inputs are not reached yet; a score waits at each of them.
+    missing = {a.oid: len(set(a.inputs.values())) for a in manifests.values() if a.kind == "score"}
+    waiting: dict[str, list[str]] = {}
+    for score in missing:
+        for oid in set(manifests[score].inputs.values()):
+            waiting.setdefault(oid, []).append(score)
+    queue = [*roots, *(score for score, count in missing.items() if count == 0)]
+    while queue:
+        oid = queue.pop()
+        if oid in reached or store._size_bytes(oid) is None:
+            continue
+        artifact = manifests.get(oid) or store.get(oid)  # `get` tells what is wrong with a manifest left out
+        reached.add(oid)
+        files.update(entry.sha256 for entry in artifact.files.values())
+        queue.extend(artifact.inputs.values())
+        for score in waiting.pop(oid, []):
+            missing[score] -= 1
+            queue += [score] if missing[score] == 0 else []
+    return reached | files

@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 from sidactl import inventory
-from sidactl.store import Store
+from sidactl.store import Store, rehash
 from tests.web import Site, serving
 
 BATCH_SIZE = 64
@@ -311,7 +311,7 @@ class Bench:
 
 
 def assert_clean(root: Path) -> None:
-    assert list(Store.open(root).verify()) == []
+    assert list(rehash(Store.open(root))) == []
 
 
 def plain(stdout: str, root: Path) -> str:

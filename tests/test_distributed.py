@@ -16,7 +16,7 @@ import pytest
 from sidactl import catalog, engine, heartbeat, ops
 from sidactl.errors import SidaError
 from sidactl.recipe import Execution, override
-from sidactl.store import Store
+from sidactl.store import Store, rehash
 from tests.conftest import instead_of
 
 # 10 steps of four micro-batches through all three stages; one evaluation, two checkpoints.
@@ -161,7 +161,7 @@ def test_where_one_process_is_killed_the_others_stop_with_a_line_and_the_run_goe
     _, stderr = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "error: another process of this run has ended, so this one ends, too. Repeat the same command" in stderr
-    assert list(Store.open(tmp_path).verify()) == []
+    assert list(rehash(Store.open(tmp_path))) == []
     assert told(2, tmp_path, "distill", *SHORT) == alone[1]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sidactl import artifacts, detectors, engine, features, live, ops, references, scores
 from sidactl.errors import SidaError
-from sidactl.store import Artifact, LiveDir, Store, UnwritableError, sealed, unsealed
+from sidactl.store import Artifact, LiveDir, Store, UnwritableError, rehash, sealed, unsealed
 from tests.conftest import Forbid, instead_of
 
 
@@ -163,12 +163,12 @@ def test_the_numbers_of_a_finished_trial_are_not_computed_again_and_damage_is_se
         interrupt_after(-(-1797 // 250) + 1, patch)
         with pytest.raises(KeyboardInterrupt):
             scores.prec_recall("tiny-digits", **options)
-    assert list(net_of_digits.verify()) == []
+    assert list(rehash(net_of_digits)) == []
     (key,) = net_of_digits.live_names()
     rows = next((net_of_digits.root / "live" / key).glob("trial-0-rows-*"))
     sound = rows.read_bytes()
     rows.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
-    ((name, problem),) = net_of_digits.verify()
+    ((name, problem),) = rehash(net_of_digits)
     assert name.endswith("trial-0-collected.json")
     assert problem.startswith(f"counts on {rows.name}, which is damaged. Remove it, and the score begins anew: rm -rf ")
     seen = list[str]()

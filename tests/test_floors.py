@@ -71,7 +71,7 @@ LONG = {
     "data.py": 812,
     "download.py": 534,
     "engine.py": 583,
-    "inventory.py": 634,
+    "inventory.py": 640,
     "loop.py": 618,
     "ops.py": 1502,
     "pickles.py": 645,
@@ -80,7 +80,7 @@ LONG = {
     "references.py": 488,
     "scores.py": 997,
     "sources.py": 754,
-    "store.py": 1223,
+    "store.py": 1230,
     "trainer.py": 681,
 }
 

@@ -15,7 +15,7 @@ import pytest
 from sidactl import cli, inventory, live, loop, ops
 from sidactl.errors import SidaError
 from sidactl.recipe import Adversarial, Recipe
-from sidactl.store import QUESTION, Store
+from sidactl.store import QUESTION, Store, collect_garbage
 from tests.conftest import Finished, short_distill
 
 
@@ -332,7 +332,7 @@ def test_gc_tells_how_many_young_objects_it_spares(tmp_path: Path, capsys: pytes
         assert capsys.readouterr().err.splitlines()[1:] == [
             "3 objects that no ref reaches are spared: within the last hour a process made them"
         ]
-    report = store.gc(grace_sec=-1)
+    report = collect_garbage(store, grace_sec=-1)
     assert (report.num_objects, report.num_young) == (3, 0)
 
 

@@ -39,7 +39,7 @@ from sidactl.artifacts import mapping
 from sidactl.diffusion import Preconditioned
 from sidactl.errors import SidaError
 from sidactl.recipe import Execution, HeunSpec, Mode, OneStepSpec, Setting
-from sidactl.store import Artifact, Store, UnwritableError, digest
+from sidactl.store import Artifact, Store, UnwritableError, collect_garbage, digest, rehash
 from tests.conftest import SHORT, Finished, Forbid, instead_of, read_only, short_distill
 from tests.playback import save_vae
 
@@ -47,7 +47,7 @@ SHORT_SID = {name: value for name, value in SHORT.items() if name != "adversaria
 
 
 def nothing_is_wrong(root: Path) -> bool:
-    return list(Store.open(root).verify()) == [] and os.listdir(root / "live") == []
+    return list(rehash(Store.open(root))) == [] and os.listdir(root / "live") == []
 
 
 def refs(root: Path) -> dict[str, str]:
@@ -242,7 +242,7 @@ def test_of_two_runs_both_stay_and_an_answer_from_the_run_directory_moves_no_nam
     assert len([name for name in now if name.startswith("run/")]) == 1 + len(
         [n for n in before if n.startswith("run/")]
     )
-    Store.open(fresh_run).gc(grace_sec=-1)
+    collect_garbage(Store.open(fresh_run), grace_sec=-1)
     assert short_distill(fresh_run, never, seed=1) == other
     assert nothing_is_wrong(fresh_run)
 
@@ -352,7 +352,7 @@ def test_a_signal_ends_the_run_after_the_step_and_the_same_call_goes_on(
         f"interrupted at {stops_at} of 96 images; the checkpoint is kept. Repeat the same command to go on."
     )
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
-    assert list(Store.open(fresh_run).verify()) == []
+    assert list(rehash(Store.open(fresh_run))) == []
     again: list[loop.Event] = []
     assert short_distill(fresh_run, again.append) == finished.best
     assert [(e.kind, e.nimg) for e in again[:2]] == [("started", 0), ("resumed", stops_at)]
@@ -568,7 +568,7 @@ def assert_finishes_although_killed(finished: Finished, trained: Path, root: Pat
     process.start()
     process.join()
     assert process.exitcode in (0, -signal.SIGKILL)
-    assert list(Store.open(root).verify()) == []
+    assert list(rehash(Store.open(root))) == []
     assert short_distill(root) == finished.best
     named = {k: v for k, v in refs(finished.root).items() if not k.startswith("detector/")}  # others' detectors, too
     assert named.items() <= refs(root).items()
@@ -603,7 +603,7 @@ def test_killed_at_random_moments_the_same_call_goes_on_to_the_same_oid(
         process.join(moments.uniform(0.1, 2))
         process.kill()
         process.join()
-        assert list(Store.open(fresh_run).verify()) == []
+        assert list(rehash(Store.open(fresh_run))) == []
     assert short_distill(fresh_run) == finished.best
     assert nothing_is_wrong(fresh_run)
 

@@ -19,7 +19,7 @@ from sidactl import artifacts, cli, detectors, features, inventory, metrics, ops
 from sidactl.artifacts import load_dataset, load_net, resolve
 from sidactl.errors import SidaError
 from sidactl.recipe import OneStepSpec, Setting
-from sidactl.store import Store, UnwritableError
+from sidactl.store import Store, UnwritableError, rehash
 from tests.conftest import Finished, Forbid, read_only
 
 FD = "FD tiny-digits"
@@ -685,7 +685,7 @@ def test_what_is_damaged_is_named_with_the_command_that_repairs_it(fresh_run: Pa
         ops.prepare_data("tiny-digits", run=fresh_run, force=True)
     else:
         assert measured(30, force=True) == expected
-    assert list(store.verify()) == []
+    assert list(rehash(store)) == []
 
 
 def test_force_derives_damaged_inputs_of_the_catalog_again(fresh_run: Path) -> None:
@@ -693,7 +693,7 @@ def test_force_derives_damaged_inputs_of_the_catalog_again(fresh_run: Path) -> N
     expected = scores.fid("teacher/tiny-digits", num=30, run=fresh_run)
     harm(store, "teacher", "dataset", "detector", "stats")
     assert scores.fid("teacher/tiny-digits", num=30, run=fresh_run, force=True) == expected
-    assert list(store.verify()) == []
+    assert list(rehash(store)) == []
 
 
 def test_a_truncated_ref_of_a_detector_is_written_again(fresh_run: Path) -> None:

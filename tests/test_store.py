@@ -21,7 +21,7 @@ import pytest
 
 from sidactl import store as store_module
 from sidactl.errors import SidaError
-from sidactl.store import KINDS, Artifact, FileEntry, GcReport, Store, canonical_json, digest
+from sidactl.store import KINDS, Artifact, FileEntry, GcReport, Store, canonical_json, collect_garbage, digest, rehash
 from tests.conftest import instead_of
 
 SEE_LS = "See what there is with: sidactl ls"
@@ -129,8 +129,8 @@ def test_reading_never_creates_the_directory(store: Store) -> None:
     assert store.refs() == {}
     assert store.names_of("ab" * 32) == []
     assert store.asked("cd" * 32) is None
-    assert list(store.verify()) == []
-    assert store.gc() == GcReport(num_objects=0, num_bytes=0, removed=())
+    assert list(rehash(store)) == []
+    assert collect_garbage(store) == GcReport(num_objects=0, num_bytes=0, removed=())
     with pytest.raises(SidaError):
         store.resolve("abcd")
     with pytest.raises(SidaError):
@@ -151,7 +151,7 @@ def test_newer_format_is_refused_by_readers_and_writers(store: Store) -> None:
         f"the run directory {store.root} has format 2, this sidactl reads format 1. "
         "Upgrade sidactl, or choose another directory with --run DIR."
     )
-    for use in (lambda: Store.open(store.root), lambda: store.put("run", {}), lambda: store.gc()):
+    for use in (lambda: Store.open(store.root), lambda: store.put("run", {}), lambda: collect_garbage(store)):
         with pytest.raises(SidaError) as caught:
             use()
         assert str(caught.value) == expected
@@ -269,7 +269,7 @@ def test_put_mends_a_damaged_object(store: Store) -> None:
     overwrite(store, artifact.files["a"].sha256, b"jello")
     overwrite(store, artifact.oid, b"")
     store.put("run", {"a": b"hello"})
-    assert list(store.verify()) == []
+    assert list(rehash(store)) == []
     assert store.read(artifact, "a") == b"hello"
 
 
@@ -370,14 +370,14 @@ def test_a_large_file_is_hashed_once_for_all_processes_until_it_is_touched(
         with pytest.raises(SidaError, match="is damaged"):
             Store(store.root).path(artifact, "a")
     assert not Store(store.root).is_whole(artifact)
-    assert [what for what, _ in store.verify()] == [artifact.files["a"].sha256]
+    assert [what for what, _ in rehash(store)] == [artifact.files["a"].sha256]
 
 
 def test_a_file_that_looks_like_a_manifest_is_none(store: Store) -> None:
     lookalikes = [b'{"files":{}}', b'{"files":{"a":1},"kind":"run"}', b'{"files":{', b'{"files":{"a":{"sha256":1}}}']
     artifact = store.put("run", {f"file{index}": data for index, data in enumerate(lookalikes)})
     assert list(store.artifacts()) == [artifact]
-    assert list(store.verify()) == []
+    assert list(rehash(store)) == []
 
 
 def test_artifacts_reads_only_the_head_of_large_objects(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -662,7 +662,7 @@ with Store(Path(sys.argv[1])).live(sys.argv[2]) as live:
         assert caught.value.exit_code == 1
         with store.live("ef" * 32):
             pass  # other runs are free
-        store.gc(grace_sec=0)
+        collect_garbage(store, grace_sec=0)
         assert (store.root / "live" / key / "state.bin").exists()
         holder.kill()
     with store.live(key) as live:
@@ -709,9 +709,9 @@ def test_live_lock_is_not_fooled_by_a_directory_removed_meanwhile(
         lambda store: store.log({}),
         lambda store: store.live("cd" * 32).__enter__(),
         lambda store: store.check_writable(),
-        lambda store: store.gc(),
-        lambda store: store.gc(dry_run=True),
-        lambda store: list(store.verify()),
+        lambda store: collect_garbage(store),
+        lambda store: collect_garbage(store, dry_run=True),
+        lambda store: list(rehash(store)),
     ],
 )
 def test_file_system_without_locks_is_one_line(
@@ -749,7 +749,7 @@ def test_log_adds_one_line_and_changes_no_oid(store: Store) -> None:
     lines = (store.root / "log.jsonl").read_text().splitlines()
     assert lines == ['{"host":"h","time":12.5,"version":"0.1"}', '{"a":"x\\ny","b":1}']
     assert store.put("run", {}).oid == oid
-    assert list(store.verify()) == []
+    assert list(rehash(store)) == []
 
 
 # verify
@@ -757,13 +757,13 @@ def test_log_adds_one_line_and_changes_no_oid(store: Store) -> None:
 
 def told(store: Store) -> dict[str, str]:
     """What verify says, without the way out, by what is broken."""
-    return {name: problem.partition(". ")[0] for name, problem in store.verify()}
+    return {name: problem.partition(". ")[0] for name, problem in rehash(store)}
 
 
 def follow(store: Store) -> list[str]:
     """Does what verify says until it says nothing; the commands that it took."""
     done: list[str] = []
-    while problems := list(store.verify()):
+    while problems := list(rehash(store)):
         for name, problem in problems:
             commands = re.findall(r"(?:: |\. )((?:rm|sed|chmod) -.*?)(?:, then .*)?$", problem)
             assert len(commands) == 1, (name, problem)
@@ -864,7 +864,7 @@ def test_garbage_anywhere_hides_nothing_and_the_way_out_works(store: Store, what
     assert set(store.refs()) <= {"samples/kept", "samples/plain"}
     assert store.resolve("kept") == kept
     assert [a.oid for a in store.artifacts()] == sorted([kept.oid, lost.oid])
-    assert store.gc(dry_run=True).num_objects == 0 or what in ("binary", "empty")
+    assert collect_garbage(store, dry_run=True).num_objects == 0 or what in ("binary", "empty")
     follow(store)
     assert (store.refs(), [a.oid for a in store.artifacts()]) == ({"samples/kept": kept.oid}, [kept.oid])
     assert store.read(kept, "a") == b"kept"
@@ -883,7 +883,7 @@ def test_what_cannot_be_read_is_told_and_the_rest_is_looked_at(store: Store, mon
         return hash_file(path)
 
     instead_of(store_module._hash_file, refuse, monkeypatch)
-    found = dict(store.verify())
+    found = dict(rehash(store))
     assert found[sha256] == (
         f"file a of samples {shut.oid[:12]} (samples/shut): cannot be read: Permission denied. "
         f"Let it be read: chmod -R u+rX {object_path(store, sha256)}"
@@ -937,13 +937,13 @@ def test_gc_waits_for_verify_and_verify_writes_nothing(store: Store) -> None:
     overwrite(store, store.put("run", {}).oid, b"damaged")
     age(store)
     before = {path: path.stat().st_mtime_ns for path in store.root.rglob("*")}
-    looking = store.verify()
+    looking = rehash(store)
     next(looking)
     with (store.root / "format").open("rb") as file, pytest.raises(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     assert list(looking) == []
     assert {path: path.stat().st_mtime_ns for path in store.root.rglob("*")} == before
-    assert store.gc().num_objects == 7
+    assert collect_garbage(store).num_objects == 7
 
 
 # gc
@@ -960,9 +960,9 @@ def test_gc_keeps_what_refs_reach_and_removes_the_rest(store: Store) -> None:
     age(store)
     before = tree(store.root)
 
-    plan = store.gc(dry_run=True)
+    plan = collect_garbage(store, dry_run=True)
     assert tree(store.root) == before
-    report = store.gc()
+    report = collect_garbage(store)
     assert report == plan
     dead = [grandchild.oid, orphan.oid, *(a.files[n].sha256 for a, n in ((orphan, "w"), (grandchild, "i")))]
     assert set(report.removed) == {*dead, "asked/" + "bb" * 32}
@@ -972,9 +972,9 @@ def test_gc_keeps_what_refs_reach_and_removes_the_rest(store: Store) -> None:
     assert report.num_objects == 4
     manifests = (store_module._manifest_bytes(artifact) for artifact in (orphan, grandchild))
     assert report.num_bytes == len(b"orphan") + len(b"pixels") + sum(map(len, manifests))
-    assert list(store.verify()) == []
+    assert list(rehash(store)) == []
     assert store.asked("aa" * 32) == generator
-    assert store.gc() == GcReport(num_objects=0, num_bytes=0, removed=())
+    assert collect_garbage(store) == GcReport(num_objects=0, num_bytes=0, removed=())
 
 
 def test_gc_keeps_scores_whose_every_input_is_reachable(store: Store) -> None:
@@ -985,10 +985,10 @@ def test_gc_keeps_scores_whose_every_input_is_reachable(store: Store) -> None:
     chained = store.put("score", {}, inputs={"earlier": kept.oid})
     lost = store.put("score", {}, inputs={"generator": generator.oid, "reference": other.oid})
     features = store.put("features", {}, inputs={"generator": generator.oid})  # no score: goes
-    report = store.gc(grace_sec=0)
+    report = collect_garbage(store, grace_sec=0)
     assert set(report.removed) == {other.oid, lost.oid, features.oid}
     assert {artifact.oid for artifact in store.artifacts()} == {generator.oid, stats.oid, kept.oid, chained.oid}
-    assert list(store.verify()) == []
+    assert list(rehash(store)) == []
 
 
 def test_gc_keeps_the_young_with_all_that_they_need(store: Store) -> None:
@@ -996,19 +996,19 @@ def test_gc_keeps_the_young_with_all_that_they_need(store: Store) -> None:
     unrelated = store.put("teacher", {"w": b"unrelated"})
     age(store)
     young = store.put("generator", {"w": b"young"}, inputs={"teacher": old.oid})
-    assert set(store.gc().removed) == {unrelated.oid, unrelated.files["w"].sha256}
+    assert set(collect_garbage(store).removed) == {unrelated.oid, unrelated.files["w"].sha256}
     assert {artifact.oid for artifact in store.artifacts()} == {old.oid, young.oid}
-    assert list(store.verify()) == []
+    assert list(rehash(store)) == []
     store.put("teacher", {"w": b"old"})  # put again, it is young again
-    assert store.gc(grace_sec=3600).num_objects == 0
-    assert store.gc(grace_sec=0).num_objects == 4
+    assert collect_garbage(store, grace_sec=3600).num_objects == 0
+    assert collect_garbage(store, grace_sec=0).num_objects == 4
 
 
 def test_gc_keeps_a_young_file_that_an_old_dead_manifest_names(store: Store) -> None:
     artifact = store.put("teacher", {"w": b"weights"})
     age(store)
     os.utime(object_path(store, artifact.files["w"].sha256))  # as if just replaced, its new manifest yet to come
-    assert store.gc().removed == (artifact.oid,)
+    assert collect_garbage(store).removed == (artifact.oid,)
     assert object_path(store, artifact.files["w"].sha256).exists()
 
 
@@ -1019,7 +1019,7 @@ def test_gc_clears_tmp_of_our_names_only_and_keeps_live(store: Store) -> None:
     other.write_bytes(b"mine")
     with store.live("cd" * 32) as live:
         live.write("state.bin", b"checkpoint")
-    report = store.gc()
+    report = collect_garbage(store)
     assert report == GcReport(num_objects=0, num_bytes=5, removed=("tmp/" + "ab" * 32,), num_young=1)
     assert other.exists()
     assert (store.root / "live" / ("cd" * 32) / "state.bin").exists()
@@ -1029,20 +1029,20 @@ def test_scratch_is_spared_by_gc_for_as_long_as_its_process_lives(store: Store) 
     code = """
 import os, signal, sys
 from pathlib import Path
-from sidactl.store import Store
+from sidactl.store import Store, collect_garbage
 store = Store(Path(sys.argv[1]))
 with store.scratch() as path:
     path.write_bytes(b"12345")
     print(store.put("samples", {"images.zip": path}).files["images.zip"].size_bytes)
 with store.scratch() as path:
     path.write_bytes(b"123456789")
-    print(store.gc().num_bytes, path.read_bytes())
+    print(collect_garbage(store).num_bytes, path.read_bytes())
     os.kill(os.getpid(), signal.SIGKILL)
 """
     command = [sys.executable, "-u", "-c", code, str(store.root)]
     killed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert (killed.returncode, killed.stdout, killed.stderr) == (-signal.SIGKILL, "5\n0 b'123456789'\n", "")
-    assert store.gc().num_bytes == 9
+    assert collect_garbage(store).num_bytes == 9
     assert list(store.root.glob("tmp/*")) == []
 
 
@@ -1064,7 +1064,7 @@ def test_gc_touches_nothing_in_a_directory_that_is_no_store(tmp_path: Path) -> N
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_bytes(b"x")
-    assert Store(tmp_path).gc(grace_sec=0).num_bytes == 0
+    assert collect_garbage(Store(tmp_path), grace_sec=0).num_bytes == 0
     assert tree(tmp_path) == names
 
 
@@ -1073,7 +1073,7 @@ def test_gc_refuses_to_guess_what_a_damaged_manifest_needs(store: Store) -> None
     store.set_ref("generator", "best", artifact.oid)
     overwrite(store, artifact.oid, b'{"files":{}}')
     with pytest.raises(SidaError, match=r"\(manifest\) is damaged"):
-        store.gc(grace_sec=0)
+        collect_garbage(store, grace_sec=0)
     assert object_path(store, artifact.files["w"].sha256).exists()
 
 
@@ -1083,7 +1083,7 @@ def test_gc_copes_with_a_dangling_ref_and_a_missing_input(store: Store) -> None:
     store.set_ref("generator", "gone", gone.oid)
     store.set_ref("generator", "child", child.oid)
     object_path(store, gone.oid).unlink()
-    assert store.gc(grace_sec=0).num_objects == 0
+    assert collect_garbage(store, grace_sec=0).num_objects == 0
 
 
 def test_gc_reads_a_score_once_however_many_there_are(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1100,7 +1100,7 @@ def test_gc_reads_a_score_once_however_many_there_are(store: Store, monkeypatch:
     looks: list[str] = []
     size_bytes = Store._size_bytes
     monkeypatch.setattr(Store, "_size_bytes", lambda self, oid: looks.append(oid) or size_bytes(self, oid))
-    assert set(store.gc(dry_run=True).removed) == {dead.oid, scored.oid}
+    assert set(collect_garbage(store, dry_run=True).removed) == {dead.oid, scored.oid}
     assert len(looks) <= 2 * len(chain)
 
 
@@ -1135,9 +1135,9 @@ def test_gc_looks_at_a_directory_that_cannot_be_written(store: Store, monkeypatc
     monkeypatch.setattr(
         Path, "open", lambda path, mode="r", *rest: open_file(path, mode, *rest) if "+" not in mode else refuse()
     )
-    assert store.gc(dry_run=True).num_objects == 2
+    assert collect_garbage(store, dry_run=True).num_objects == 2
     with pytest.raises(SidaError, match=": Read-only file system"):
-        store.gc()
+        collect_garbage(store)
 
 
 def test_gc_waits_for_a_writer(store: Store, tmp_path: Path) -> None:
@@ -1147,12 +1147,12 @@ def test_gc_waits_for_a_writer(store: Store, tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path
-from sidactl.store import Store
+from sidactl.store import Store, collect_garbage
 store = Store(Path(sys.argv[1]))
 if sys.argv[2:]:
     store.put("teacher", {"w": Path(sys.argv[2])})
 else:
-    print(store.gc(grace_sec=0).removed)
+    print(collect_garbage(store, grace_sec=0).removed)
 """
     command = [sys.executable, "-c", code, str(store.root)]
     with subprocess.Popen([*command, str(pipe)], cwd=REPOSITORY) as writer:
@@ -1168,7 +1168,7 @@ else:
         assert writer.wait(30) == 0
     assert collector.returncode == 0
     assert "tmp/" not in output
-    assert list(store.verify()) == []
+    assert list(rehash(store)) == []
 
 
 # several processes, kills, full and unwritable disks
@@ -1178,20 +1178,20 @@ def test_processes_that_write_the_same_all_succeed(store: Store) -> None:
     code = """
 import sys
 from pathlib import Path
-from sidactl.store import Store
+from sidactl.store import Store, collect_garbage
 store = Store.open(Path(sys.argv[1]))
 for n in range(15):
     artifact = store.put("generator", {"w": b"%d" % n * 1000}, params={"n": n})
     store.set_ref("generator", "last", artifact.oid)
     store.answer(Store.key("distill", {"n": n}, {}), artifact.oid)
     store.log({"n": n})
-    store.gc()
+    collect_garbage(store)
 """
     command = [sys.executable, "-c", code, str(store.root)]
     writers = [subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     assert [writer.communicate(timeout=300)[1] for writer in writers] == ["", "", ""]
     assert [writer.returncode for writer in writers] == [0, 0, 0]
-    assert list(store.verify()) == []
+    assert list(rehash(store)) == []
     assert sorted(a.params["n"] for a in store.artifacts()) == list(range(15))
     assert store.resolve("generator/last").params == {"n": 14}
     assert len((store.root / "log.jsonl").read_text().splitlines()) == 45
@@ -1203,7 +1203,7 @@ for n in range(15):
 KILL_DRIVER = """
 import os, signal, sys
 from pathlib import Path
-from sidactl.store import Store
+from sidactl.store import Store, collect_garbage
 
 def build(store):
     teacher = store.put("teacher", {"w": b"teacher"})
@@ -1226,7 +1226,7 @@ def write(store):
     store.delete_ref("teacher", "t")
 
 def collect(store):
-    store.gc(grace_sec=0)
+    collect_garbage(store, grace_sec=0)
 
 base, task = Path(sys.argv[1]), {"write": write, "collect": collect}[sys.argv[2]]
 for fatal in range(1, 500):
@@ -1268,16 +1268,16 @@ def test_kill_at_any_moment_leaves_a_valid_store(tmp_path: Path, task: str, min_
     assert len(codes) > min_moments
     for moment in range(1, len(codes) + 1):
         store = Store.open(tmp_path / str(moment))
-        assert list(store.verify()) == []
+        assert list(rehash(store)) == []
         for name in store.refs():
             artifact = store.resolve(name)
             assert all(store.read(artifact, file) for file in artifact.files)
         state = store.root / "live" / ("cd" * 32) / "state.bin"
         assert not state.exists() or state.read_bytes() in (b"one", b"two")
         store.put("teacher", {"w": b"teacher"})  # it can be written and cleaned again
-        store.gc(grace_sec=0)
+        collect_garbage(store, grace_sec=0)
         assert list((store.root / "tmp").iterdir()) == []
-        assert list(store.verify()) == []
+        assert list(rehash(store)) == []
 
 
 def test_kill_amid_large_writes_leaves_a_valid_store(store: Store) -> None:
@@ -1299,10 +1299,10 @@ for n in range(1000000):
             time.sleep(delay_sec)
             writer.kill()
         assert writer.returncode == -signal.SIGKILL
-        assert list(store.verify()) == []
+        assert list(rehash(store)) == []
         for name in store.refs():
             store.read(store.resolve(name), "w")
-        store.gc(grace_sec=0)
+        collect_garbage(store, grace_sec=0)
 
 
 @pytest.mark.parametrize(
@@ -1345,7 +1345,7 @@ def test_a_disk_that_refuses_is_one_line_and_leaves_nothing(
         monkeypatch.undo()
         assert tree(store.root) == before
         assert (live.path / "state.bin").read_bytes() == b"old"
-    assert list(store.verify()) == []
+    assert list(rehash(store)) == []
 
 
 def test_a_file_size_limit_is_told_and_leaves_nothing_half_written(store: Store) -> None:

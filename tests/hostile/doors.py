@@ -21,7 +21,7 @@ from PIL import Image
 from sidactl import nets, references
 from sidactl.artifacts import fetch_teacher, prepare_data, read_state_dict
 from sidactl.errors import SidaError
-from sidactl.store import Artifact, Store
+from sidactl.store import Artifact, Store, rehash
 
 NET = {
     "architecture": "SongUNet",
@@ -225,7 +225,7 @@ def _live(path: Path, run: Path) -> object:
     path.rename(place / "events.jsonl")
     (place / "lock").touch()
     (place / "checkpoint-0000000160-0.bak").mkdir()
-    return len(list(live.unfinished(store))), len(list(store.verify())), inventory.gc(run=run, dry_run=True).num_young
+    return len(list(live.unfinished(store))), len(list(rehash(store))), inventory.gc(run=run, dry_run=True).num_young
 
 
 def _published(name: str) -> bytes:
