@@ -88,10 +88,13 @@ def small_catalog(patch: pytest.MonkeyPatch, mirror: Path) -> None:
     }
     detectors = {name: _as_written(catalog.DETECTORS[name], mirror) for name in ("inception", "dinov2")}
     cifar_entry = _as_written(catalog.DATASETS["cifar10"], mirror)
-    patch.setattr(catalog, "TEACHERS", {**catalog.TEACHERS, **teachers})
-    patch.setattr(catalog, "GENERATORS", {**catalog.GENERATORS, **generators})
-    patch.setattr(catalog, "DETECTORS", {**catalog.DETECTORS, **detectors})
-    patch.setattr(catalog, "DATASETS", {**catalog.DATASETS, "cifar10": cifar_entry})
+    for name, entry in teachers.items():
+        patch.setitem(catalog.TEACHERS, name, entry)
+    for name, entry in generators.items():
+        patch.setitem(catalog.GENERATORS, name, entry)
+    for name, entry in detectors.items():
+        patch.setitem(catalog.DETECTORS, name, entry)
+    patch.setitem(catalog.DATASETS, "cifar10", cifar_entry)
     patch.setattr(inception, "FIDInception", SmallInception)
     patch.setattr(inception, "NUM_FEATURES", SmallInception.NUM_FEATURES)
     patch.setattr(vit, "VisionTransformer", SMALL_VIT)

@@ -110,8 +110,8 @@ def in_catalog(monkeypatch: pytest.MonkeyPatch, url: str, **options: Any) -> Non
     generator = dataclasses.replace(
         catalog.GENERATORS["sid/ffhq64"], name="sid/small", net=SPEC, source=dataclasses.replace(source, url=f"{url}?g")
     )
-    monkeypatch.setattr(catalog, "TEACHERS", {**catalog.TEACHERS, "small": teacher})
-    monkeypatch.setattr(catalog, "GENERATORS", {**catalog.GENERATORS, "sid/small": generator})
+    monkeypatch.setitem(catalog.TEACHERS, "small", teacher)
+    monkeypatch.setitem(catalog.GENERATORS, "sid/small", generator)
 
 
 # ---- published files, read as foreign ones ----
@@ -620,7 +620,7 @@ def cifar(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         url=f"{site.url}/{CIFAR_FILE}", sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data)
     )
     entry = dataclasses.replace(catalog.DATASETS["cifar10"], source=source, num_images=15)
-    monkeypatch.setattr(catalog, "DATASETS", {**catalog.DATASETS, "cifar10": entry})
+    monkeypatch.setitem(catalog.DATASETS, "cifar10", entry)
     return path
 
 
@@ -735,7 +735,7 @@ def test_a_preset_that_gives_the_published_number_of_images_is_not_told_of(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     entry = dataclasses.replace(catalog.DATASETS["ffhq64"], num_images=3)
-    monkeypatch.setattr(catalog, "DATASETS", {**catalog.DATASETS, "ffhq64": entry})
+    monkeypatch.setitem(catalog.DATASETS, "ffhq64", entry)
     pictures(tmp_path / "images")
     prepare_data("images", preset="ffhq64", run=run)
     assert "warning" not in capsys.readouterr().err
@@ -1385,7 +1385,7 @@ def test_published_classes_are_fetched_by_name_and_are_those_of_their_dataset(
     site.files["/dataset.json"] = b'{"labels": [["x.png", 999], ["y.png", 0]]}'
     source = catalog.Download(url=f"{site.url}/dataset.json")
     entry = dataclasses.replace(catalog.DATASETS["imagenet512-labels"], source=source, num_images=2)
-    monkeypatch.setattr(catalog, "DATASETS", {**catalog.DATASETS, entry.name: entry})
+    monkeypatch.setitem(catalog.DATASETS, entry.name, entry)
     made = prepare_data("imagenet512-labels", labels_only=True, name="mine", run=run)
     assert (made.params["name"], made.results["label_dim"]) == ("imagenet512", 1000)
     assert Store(run).refs() == {"dataset/imagenet512-labels": made.oid, "dataset/mine": made.oid}
