@@ -252,14 +252,14 @@ def load(
 
 def _digits_detector(net: DigitsClassifier, identity: str, device: torch.device) -> Detector:
     def extract(images: Tensor) -> Tensor:
-        # Fewer than four are added up in another order.
-        pixels = _padded(images, 4).to(torch.float32) / 127.5 - 1
+        # Always as many at a time: by their number libraries choose among ways to add, whose last digits differ.
+        pixels = _padded(images, IMAGES_AT_ONCE).to(torch.float32) / 127.5 - 1
         return (net.raw_features(pixels) * net.feature_scale)[: len(images)]
 
     def classify(features: Tensor) -> Tensor:
         return F.linear(features / net.feature_scale, net.classifier.weight)
 
-    return Detector(BUILT_IN, 64, identity, device, extract, classify, shape=(1, 8, 8), images_at_once=1000)
+    return Detector(BUILT_IN, 64, identity, device, extract, classify, shape=(1, 8, 8))
 
 
 def _padded(images: Tensor, least: int) -> Tensor:
@@ -273,7 +273,6 @@ def _random_detector(state_dict: Mapping[str, Tensor], identity: str, device: to
     net = net.to(device).eval()
 
     def extract(images: Tensor) -> Tensor:
-        # Always as many at a time: by their number libraries choose among ways to add, whose last digits differ.
         features: Tensor = net(_padded(images, IMAGES_AT_ONCE))[: len(images)]
         return features
 

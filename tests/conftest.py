@@ -17,6 +17,9 @@ import pytest
 
 # Before torch comes in: tiny nets gain nothing from threads, and every process must add up in the same order.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# MKL takes other kernels on other processors. With those for AVX-512 of one that has AMX, an element whose gradient is
+# rounding noise stepped the other way, and a golden trajectory ended 1.6e-3 away; with these it is 5e-6 everywhere.
+os.environ.setdefault("MKL_CBWR", "AVX2")
 # Shells start background jobs with Ctrl-C ignored, which the processes that tests interrupt would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

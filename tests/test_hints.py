@@ -136,7 +136,7 @@ PICKLE = "mirror/edm-cifar10-32x32-uncond-vp.pkl"
         (["distill", "--teacher", PICKLE, "--dry-run"], "must be imported before it can be planned with", {}, None),
         ([*SIDA, "--vae", "pictures"], "--vae is for networks of latents", {}, None),
         (["finetune-sid2a", "--teacher", "tiny-digits", "--generator", "sid/cifar10-cond-alpha1", "--dry-run"],
-         "no file of sid/cifar10-cond-alpha1 is published", {}, "edm-cifar10-cond-32x32|neither"),
+         "no file of sid/cifar10-cond-alpha1 is published", {}, None),
         # networks
         (["fetch-teacher", "cifar10"], "cifar10 is a dataset, not a network", {}, None),
         (["fetch-teacher", "imagenet64-edm2"], "imagenet64-edm2 is a reference", {"REF": "samples/four"}, None),
@@ -215,7 +215,8 @@ def test_advice_of_an_error_is_right(
     commands = advised(words, error, places)
     assert commands, error
     for command in commands:
-        code, _, told = town(command, capfd)
+        trains = command[0] in ("distill", "finetune-sid2a") and "--dry-run" not in command
+        code, _, told = town([*command, "--dry-run"] if trains else command, capfd)
         after = told.splitlines()[-1] if told else ""
         assert not (after.startswith("error: ") and problem in after), f"{error}\n{shlex.join(command)}\n{after}"
         assert code == 0 or (then and re.search(then, after)), f"{error}\n{shlex.join(command)}\n{after}"
