@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from sidactl import catalog, engine, nets, ops, teachers, trainer
-from sidactl.recipe import BASE_BYTES, PRECISIONS, Execution, Memory, NetSpec, Recipe, override
+from sidactl.recipes import BASE_BYTES, PRECISIONS, Execution, Memory, NetSpec, Recipe, override
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 SHORT: dict[str, Any] = {

@@ -26,7 +26,7 @@ from sidactl.errors import EXIT_FAILED, MissingError, SidaError
 from sidactl.inputs import Count, Ref, Size, count_of, optional_ref, ref_text, run_of, size_of, whole
 from sidactl.live import Question, begin, option_words
 from sidactl.outputs import manifest_of
-from sidactl.recipe import HeunSpec, NetSpec, OneStepSpec
+from sidactl.recipes import HeunSpec, NetSpec, OneStepSpec
 from sidactl.store import KINDS, SETTLED_NS, Artifact, LiveDir, Store, UnwritableError, canonical_json
 
 if TYPE_CHECKING:

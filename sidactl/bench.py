@@ -27,7 +27,7 @@ from sidactl.diffusion import Preconditioned
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.nets.inception import FIDInception
 from sidactl.nets.vit import VisionTransformer
-from sidactl.recipe import Execution, NetSpec, OneStepSpec, Precision, Recipe, Setting, override
+from sidactl.recipes import Execution, NetSpec, OneStepSpec, Precision, Recipe, Setting, override
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection

@@ -28,16 +28,7 @@ from typer.core import TyperGroup
 
 from sidactl import __version__, heartbeat, inputs, ui
 from sidactl.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, SidaError
-from sidactl.recipe import (
-    Adversarial,
-    Execution,
-    HeunSpec,
-    NetSpec,
-    Recipe,
-    Setting,
-    TeacherRecipe,
-    flag_of,
-)
+from sidactl.recipes import Adversarial, Execution, HeunSpec, NetSpec, Recipe, Setting, TeacherRecipe, flag_of
 
 if TYPE_CHECKING:
     from sidactl.catalog import Published, Row
@@ -1282,9 +1273,9 @@ def _size(artifact: "Artifact") -> str:
 
 
 def _print_catalog(as_json: bool) -> None:
-    from sidactl import catalog
+    from sidactl import catalog as catalog_module
 
-    rows = catalog.rows()
+    rows = catalog_module.rows()
     if as_json:
         ui.print_json([_row_json(row) for row in rows])
         return

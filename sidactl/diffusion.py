@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sidactl.errors import SidaError
-from sidactl.recipe import NetSpec
+from sidactl.recipes import NetSpec
 
 
 class Draws(Protocol):

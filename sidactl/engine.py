@@ -28,8 +28,8 @@ from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.heartbeat import LONGEST, Watch
 from sidactl.nets.edm import UNetBlock
 from sidactl.nets.edm2 import Block
-from sidactl.recipe import Execution, Recipe, Setting
-from sidactl.recipe import passes_of as rounds_of
+from sidactl.recipes import Execution, Recipe, Setting
+from sidactl.recipes import passes_of as rounds_of
 
 SMALL_NET = 1 << 25
 """parameters times pixels below which a net on the CPU is run by one thread"""

@@ -496,7 +496,7 @@ def _usage(artifact: Artifact, form: ExportForm, file: str) -> list[str]:
         code = [
             "import torch",
             "from sidactl import nets, sampling",
-            f"from sidactl.recipe import {', '.join(sorted(['NetSpec', spec]))}",
+            f"from sidactl.recipes import {', '.join(sorted(['NetSpec', spec]))}",
             "",
             f"net = nets.build(NetSpec.from_json({dict(net)})).eval()",
             f'net.load_state_dict(torch.load({file!r}, weights_only=True)["ema"])',

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sidactl.errors import SidaError
-from sidactl.recipe import flag_of
+from sidactl.recipes import flag_of
 from sidactl.store import QUESTION, LiveDir, Store
 
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{10,15})-[0-9]{1,9}")

@@ -61,7 +61,7 @@ from sidactl.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, MissingErr
 from sidactl.features import images_per_batch, stats_of
 from sidactl.inputs import Count, Ref, Seeds, count_of, field_values, optional_ref, ref_text, run_of, seeds_of, whole
 from sidactl.live import Question, option_words
-from sidactl.recipe import (
+from sidactl.recipes import (
     MODES,
     Adversarial,
     Execution,

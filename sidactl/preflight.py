@@ -26,7 +26,7 @@ from sidactl.artifacts import (
     vae_for,
 )
 from sidactl.errors import SidaError
-from sidactl.recipe import NetSpec, Recipe
+from sidactl.recipes import NetSpec, Recipe
 from sidactl.store import Artifact, Store
 
 VAE_BYTES = 335_000_000

@@ -15,7 +15,7 @@ from sidactl.codec import Codec, codec_for
 from sidactl.diffusion import Denoiser, Preconditioned, as_one_hot, karras_sigmas
 from sidactl.engine import batches_of, is_compiled, share
 from sidactl.errors import EXIT_FAILED, SidaError
-from sidactl.recipe import HeunSpec, OneStepSpec
+from sidactl.recipes import HeunSpec, OneStepSpec
 
 
 class NotFiniteError(SidaError):

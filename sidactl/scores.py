@@ -41,7 +41,7 @@ from sidactl.artifacts import (
 from sidactl.errors import EXIT_FAILED, MissingError, SidaError
 from sidactl.inputs import Count, Ref, count_of, optional_ref, ref_text, run_of, seeds_of, whole
 from sidactl.live import Question, option_words
-from sidactl.recipe import HeunSpec, OneStepSpec, Setting, flag_of
+from sidactl.recipes import HeunSpec, OneStepSpec, Setting, flag_of
 from sidactl.references import ENOUGH, RANDOM_FEATURES, Moments, Need, detector_name
 from sidactl.store import Artifact, LiveDir, Store, UnwritableError, sealed, unsealed
 

@@ -11,7 +11,7 @@ from sidactl import nets, pickles
 from sidactl.diffusion import Preconditioned
 from sidactl.errors import SidaError
 from sidactl.nets.edm2 import force_normalize_
-from sidactl.recipe import NetSpec
+from sidactl.recipes import NetSpec
 from sidactl.text import visible
 
 # Options that a checkpoint leaves out have these values. Source: EDM (2206.00364), table 7; EDM2 (2312.02696), table 6.

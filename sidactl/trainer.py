@@ -20,7 +20,7 @@ from sidactl.codec import LatentCodec, PixelCodec
 from sidactl.diffusion import Draws, Preconditioned, sigma_of_time
 from sidactl.errors import SidaError
 from sidactl.nets.edm2 import drop_logvar_, force_normalize_
-from sidactl.recipe import Execution, NetSpec, Recipe, TeacherRecipe
+from sidactl.recipes import Execution, NetSpec, Recipe, TeacherRecipe
 
 STREAMS = {"latent": 0, "diffusion": 1, "augment": 2, "dropout": 3, "posterior": 4}
 

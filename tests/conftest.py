@@ -42,7 +42,7 @@ SHORT: dict[str, Any] = {
 @contextmanager
 def read_only(store: "Store", lock: int = 0) -> "Iterator[ExitStack]":
     """Takes the place of `Store._writing` on a file system that is mounted read-only; root may write anywhere else."""
-    from sidactl.store import _disk
+    from sidactl.store import telling_os_errors as _disk
 
     with _disk(store.root, "written"):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from sidactl import catalog, nets, ops, preflight
 from sidactl.diffusion import Preconditioned
 from sidactl.nets import inception, vit
-from sidactl.recipe import NetSpec
+from sidactl.recipes import NetSpec
 from tests.hostile.doors import cifar, picture, tarred, zipped
 from tests.playback import save_vae
 from tests.test_pickles import Persistent, install_published_modules

@@ -41,7 +41,7 @@ from sidactl.data import DataOrder
 from sidactl.errors import SidaError
 from sidactl.inventory import ExportForm
 from sidactl.loop import Event
-from sidactl.recipe import HeunSpec, NetSpec, OneStepSpec
+from sidactl.recipes import HeunSpec, NetSpec, OneStepSpec
 from sidactl.store import KINDS, Artifact, LiveDir, Store
 from tests.conftest import instead_of
 from tests.golden import golden

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from sidactl import bench, catalog
 from sidactl.cli import app
 from sidactl.errors import SidaError
-from sidactl.recipe import Mode, NetSpec, Recipe
+from sidactl.recipes import Mode, NetSpec, Recipe
 
 TINY = catalog.TEACHERS["tiny-digits"]
 WITHOUT_ATTENTION = dataclasses.replace(TINY.net, attn_resolutions=(), num_blocks=1)

@@ -25,7 +25,7 @@ from sidactl.catalog import (
 )
 from sidactl.errors import SidaError
 from sidactl.pickles import Record
-from sidactl.recipe import MODES, Adversarial, Execution, HeunSpec, Memory, Mode, OneStepSpec, Recipe
+from sidactl.recipes import MODES, Adversarial, Execution, HeunSpec, Memory, Mode, OneStepSpec, Recipe
 from tests.golden import golden
 
 EDM2_SIZES = ("xs", "s", "m", "l", "xl", "xxl")

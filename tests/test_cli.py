@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from sidactl import __version__, prepare, ui
-from sidactl.recipe import HeunSpec
+from sidactl.recipes import HeunSpec
 from sidactl.store import Store
 from tests.golden import golden
 from tests.web import serving

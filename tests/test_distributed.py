@@ -15,7 +15,7 @@ import pytest
 
 from sidactl import catalog, engine, heartbeat, ops
 from sidactl.errors import SidaError
-from sidactl.recipe import Execution, override
+from sidactl.recipes import Execution, override
 from sidactl.store import Store, rehash
 from tests.conftest import instead_of
 

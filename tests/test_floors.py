@@ -13,9 +13,9 @@ STANDARD_LIBRARY_ONLY = [
     "errors",
     "text",
     "inputs",
-    "recipe",
-    "catalog",
     "store",
+    "recipes",
+    "catalog",
     "outputs",
     "signing",
     "heartbeat",
@@ -66,7 +66,6 @@ LONGEST = 450
 LONG = {
     "artifacts.py": 1708,
     "bench.py": 828,
-    "catalog.py": 1068,
     "cli.py": 1544,
     "data.py": 812,
     "download.py": 534,
@@ -76,11 +75,10 @@ LONG = {
     "ops.py": 1502,
     "pickles.py": 645,
     "prepare.py": 905,
-    "recipe.py": 762,
     "references.py": 488,
     "scores.py": 997,
     "sources.py": 754,
-    "store.py": 1230,
+    "store/objects.py": 516,
     "trainer.py": 681,
 }
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sidactl import catalog, loop, ops, references
-from sidactl.recipe import MODES
+from sidactl.recipes import MODES
 from sidactl.store import Store, digest
 from tests.conftest import SHORT, instead_of
 

@@ -20,7 +20,7 @@ from PIL import Image
 import sidactl
 from sidactl import inputs, ops, scores
 from sidactl.errors import SidaError
-from sidactl.recipe import Adversarial, Execution, NetSpec, Recipe, TeacherRecipe
+from sidactl.recipes import Adversarial, Execution, NetSpec, Recipe, TeacherRecipe
 from sidactl.store import Store
 from tests.conftest import SHORT, Finished
 

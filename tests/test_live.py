@@ -14,7 +14,7 @@ import pytest
 
 from sidactl import cli, inventory, live, loop, ops
 from sidactl.errors import SidaError
-from sidactl.recipe import Adversarial, Recipe
+from sidactl.recipes import Adversarial, Recipe
 from sidactl.store import QUESTION, Store, collect_garbage
 from tests.conftest import Finished, short_distill
 

@@ -14,7 +14,7 @@ from sidactl.augment import AugmentPipe
 from sidactl.diffusion import Preconditioned, sigma_of_time
 from sidactl.errors import SidaError
 from sidactl.nets.edm2 import drop_logvar_
-from sidactl.recipe import NetSpec
+from sidactl.recipes import NetSpec
 from tests.golden import golden
 from tests.playback import Playback
 

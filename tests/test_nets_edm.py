@@ -10,7 +10,7 @@ from torch import Tensor
 from sidactl import catalog, nets, pickles, teachers
 from sidactl.diffusion import Preconditioned
 from sidactl.errors import SidaError
-from sidactl.recipe import NetSpec
+from sidactl.recipes import NetSpec
 from tests.golden import golden
 
 NETWORKS = [

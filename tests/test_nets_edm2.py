@@ -13,7 +13,7 @@ from sidactl import nets, pickles
 from sidactl.diffusion import Preconditioned
 from sidactl.errors import SidaError
 from sidactl.nets.edm2 import Block, MPConv, MPFourier, force_normalize_, mp_cat, mp_silu, mp_sum, normalize, resample
-from sidactl.recipe import NetSpec
+from sidactl.recipes import NetSpec
 from tests.golden import golden
 
 CONDITIONAL = ["edm2_cond_logvar", "edm2_cond_logvar_traj", "edm2_gray_defaulthead"]

@@ -38,7 +38,7 @@ from sidactl import (
 from sidactl.artifacts import mapping
 from sidactl.diffusion import Preconditioned
 from sidactl.errors import SidaError
-from sidactl.recipe import Execution, HeunSpec, Mode, OneStepSpec, Setting
+from sidactl.recipes import Execution, HeunSpec, Mode, OneStepSpec, Setting
 from sidactl.store import Artifact, Store, UnwritableError, collect_garbage, digest, rehash
 from tests.conftest import SHORT, Finished, Forbid, instead_of, read_only, short_distill
 from tests.playback import save_vae

@@ -12,7 +12,7 @@ import typer
 from sidactl import catalog
 from sidactl.cli import app
 from sidactl.errors import SidaError
-from sidactl.recipe import (
+from sidactl.recipes import (
     MODES,
     Adversarial,
     Execution,

@@ -11,7 +11,7 @@ from sidactl import catalog, nets, sampling, teachers
 from sidactl.codec import LatentCodec, PixelCodec, decode_affine
 from sidactl.diffusion import Preconditioned, karras_sigmas
 from sidactl.errors import SidaError
-from sidactl.recipe import HeunSpec, OneStepSpec
+from sidactl.recipes import HeunSpec, OneStepSpec
 from tests.golden import golden, golden_metrics
 from tests.playback import IdentityVae
 

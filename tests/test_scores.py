@@ -18,7 +18,7 @@ from PIL import Image
 from sidactl import artifacts, cli, detectors, features, inventory, metrics, ops, prepare, references, scores
 from sidactl.artifacts import load_dataset, load_net, resolve
 from sidactl.errors import SidaError
-from sidactl.recipe import OneStepSpec, Setting
+from sidactl.recipes import OneStepSpec, Setting
 from sidactl.store import Store, UnwritableError, rehash
 from tests.conftest import Finished, Forbid, read_only
 

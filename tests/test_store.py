@@ -21,7 +21,19 @@ import pytest
 
 from sidactl import store as store_module
 from sidactl.errors import SidaError
-from sidactl.store import KINDS, Artifact, FileEntry, GcReport, Store, canonical_json, collect_garbage, digest, rehash
+from sidactl.store import (
+    KINDS,
+    Artifact,
+    FileEntry,
+    GcReport,
+    Store,
+    canonical_json,
+    collect_garbage,
+    digest,
+    objects,
+    rehash,
+)
+from sidactl.store import artifact as store_artifact
 from tests.conftest import instead_of
 
 SEE_LS = "See what there is with: sidactl ls"
@@ -106,7 +118,7 @@ def test_key_depends_on_command_parameters_inputs_and_schema(monkeypatch: pytest
         Store.key("fid", {"num": 50000}, {"samples": "ac" * 32}),
         Store.key("fid", {"num": 50000}, {"reference": "ab" * 32}),
     ]
-    monkeypatch.setattr(store_module, "SCHEMA_VERSION", 2)
+    monkeypatch.setattr(objects, "SCHEMA_VERSION", 2)
     others.append(Store.key("fid", {"num": 50000}, {"samples": "ab" * 32}))
     assert len({key, *others}) == 6
 
@@ -331,8 +343,8 @@ def test_reading_a_missing_object_or_name_says_so(store: Store) -> None:
 def test_path_hashes_a_file_once_until_it_changes(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     artifact = store.put("run", {"a": b"hello"})
     hashed: list[Path] = []
-    hash_file = store_module._hash_file
-    instead_of(store_module._hash_file, lambda path: hashed.append(path) or hash_file(path), monkeypatch)
+    hash_file = store_module.hash_file
+    instead_of(store_module.hash_file, lambda path: hashed.append(path) or hash_file(path), monkeypatch)
     assert store.path(artifact, "a") == store.path(artifact, "a") == object_path(store, artifact.files["a"].sha256)
     assert len(hashed) == 1
     Store(store.root).path(artifact, "a")
@@ -346,16 +358,16 @@ def test_path_hashes_a_file_once_until_it_changes(store: Store, monkeypatch: pyt
 def test_a_large_file_is_hashed_once_for_all_processes_until_it_is_touched(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "_LARGE_BYTES", 4)
+    monkeypatch.setattr(objects, "_LARGE_BYTES", 4)
     artifact = store.put("run", {"a": b"hello"})
     path = object_path(store, artifact.files["a"].sha256)
     hashed: list[Path] = []
-    hash_file = store_module._hash_file
-    instead_of(store_module._hash_file, lambda path: hashed.append(path) or hash_file(path), monkeypatch)
+    hash_file = store_module.hash_file
+    instead_of(store_module.hash_file, lambda path: hashed.append(path) or hash_file(path), monkeypatch)
     for expected in (1, 2):  # it was written a moment ago
         assert Store(store.root).path(artifact, "a") == path
         assert hashed == [path] * expected
-    monkeypatch.setattr(store_module, "SETTLED_NS", -(10**12))
+    monkeypatch.setattr(objects, "SETTLED_NS", -(10**12))
     for expected in (3, 3, 3):
         assert Store(store.root).path(artifact, "a") == path
         assert len(hashed) == expected
@@ -382,7 +394,7 @@ def test_a_file_that_looks_like_a_manifest_is_none(store: Store) -> None:
 
 def test_artifacts_reads_only_the_head_of_large_objects(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     artifact = store.put("run", {"a": b"x" * (1 << 22)})
-    instead_of(store_module._hash_file, lambda path: pytest.fail(f"{path} was hashed whole"), monkeypatch)
+    instead_of(store_module.hash_file, lambda path: pytest.fail(f"{path} was hashed whole"), monkeypatch)
     assert list(store.artifacts()) == [artifact]
 
 
@@ -875,14 +887,14 @@ def test_what_cannot_be_read_is_told_and_the_rest_is_looked_at(store: Store, mon
     store.set_ref("samples", "shut", shut.oid)
     sha256 = shut.files["a"].sha256
     object_path(store, lost.files["a"].sha256).unlink()
-    hash_file = store_module._hash_file
+    hash_file = store_module.hash_file
 
     def refuse(path: Path) -> str:
         if path == object_path(store, sha256):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         return hash_file(path)
 
-    instead_of(store_module._hash_file, refuse, monkeypatch)
+    instead_of(store_module.hash_file, refuse, monkeypatch)
     found = dict(rehash(store))
     assert found[sha256] == (
         f"file a of samples {shut.oid[:12]} (samples/shut): cannot be read: Permission denied. "
@@ -970,7 +982,7 @@ def test_gc_keeps_what_refs_reach_and_removes_the_rest(store: Store) -> None:
     removed = before - tree(store.root)
     assert removed == {f"objects/{oid[:2]}/{oid[2:]}" for oid in dead} | {"asked/" + "bb" * 32}
     assert report.num_objects == 4
-    manifests = (store_module._manifest_bytes(artifact) for artifact in (orphan, grandchild))
+    manifests = (store_artifact._manifest_bytes(artifact) for artifact in (orphan, grandchild))
     assert report.num_bytes == len(b"orphan") + len(b"pixels") + sum(map(len, manifests))
     assert list(rehash(store)) == []
     assert store.asked("aa" * 32) == generator
@@ -1109,8 +1121,8 @@ def test_a_ref_is_read_without_the_others(store: Store, monkeypatch: pytest.Monk
     for n in range(30):
         store.set_ref("generator", f"a/{n}", artifact.oid)
     read: list[Path] = []
-    read_oid = store_module._read_oid
-    instead_of(store_module._read_oid, lambda path: read.append(path) or read_oid(path), monkeypatch)
+    read_oid = objects._read_oid
+    instead_of(objects._read_oid, lambda path: read.append(path) or read_oid(path), monkeypatch)
     for text in ("generator/a/7", "a/7"):
         assert store.resolve(text) == artifact
     assert len(read) <= 2 * len(KINDS)

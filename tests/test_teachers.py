@@ -8,7 +8,7 @@ import torch
 from sidactl import nets, pickles, teachers
 from sidactl.errors import SidaError
 from sidactl.nets.edm2 import drop_logvar_
-from sidactl.recipe import NetSpec
+from sidactl.recipes import NetSpec
 from tests.conftest import instead_of
 from tests.golden import golden
 

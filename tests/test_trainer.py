@@ -13,7 +13,7 @@ from sidactl import catalog, engine, loop, losses, nets, trainer
 from sidactl.codec import decode_affine
 from sidactl.diffusion import _channel_mean
 from sidactl.errors import SidaError
-from sidactl.recipe import Adversarial, Execution, NetSpec, Recipe, Setting, TeacherRecipe
+from sidactl.recipes import Adversarial, Execution, NetSpec, Recipe, Setting, TeacherRecipe
 from sidactl.store import Store
 from tests.conftest import Forbid, instead_of
 from tests.golden import golden

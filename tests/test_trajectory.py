@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from sidactl import engine, pickles, teachers, trainer
 from sidactl.codec import LatentCodec, PixelCodec
 from sidactl.diffusion import Preconditioned
-from sidactl.recipe import Adversarial, Recipe
+from sidactl.recipes import Adversarial, Recipe
 from tests.golden import golden
 from tests.playback import Playback
 

@@ -10,7 +10,7 @@ from sidactl.diffusion import Preconditioned
 from sidactl.errors import SidaError
 from sidactl.nets.edm import DhariwalUNet, SongUNet
 from sidactl.nets.edm2 import EDM2Denoiser
-from sidactl.recipe import NetSpec
+from sidactl.recipes import NetSpec
 from sidactl.text import visible
 
 

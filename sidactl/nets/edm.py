@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sidactl.diffusion import Encoded, own_node
-from sidactl.recipe import NetSpec
+from sidactl.recipes import NetSpec
 
 Resample = Literal["up", "down"]
 

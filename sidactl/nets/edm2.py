@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sidactl.diffusion import Encoded, Preconditioned, as_sigma, own_node
-from sidactl.recipe import NetSpec
+from sidactl.recipes import NetSpec
 
 Resample = Literal["up", "down"]
 

@@ -64,7 +64,7 @@ def described(net: dict[str, Any] = NET, **changes: Any) -> dict[str, Any]:
 @cache
 def weights(net: str = json.dumps(NET)) -> dict[str, torch.Tensor]:
     """Small weights of a network, from its description as JSON."""
-    from sidactl.recipe import NetSpec
+    from sidactl.recipes import NetSpec
 
     torch.manual_seed(0)
     state = nets.build(NetSpec.from_json(json.loads(net))).state_dict()

@@ -1,0 +1,67 @@
+"""What has a name: teachers, generators, datasets, detectors, statistics; sources, recipes, scores. Data only."""
+
+from sidactl.catalog.datasets import (
+    DATASETS,
+    LATENT_CHANNELS,
+    LATENT_SCALE,
+    VAE_CONFIG,
+    VAE_FILES,
+    VAE_NAME,
+    VAE_WEIGHTS,
+    VAES,
+    vae_url,
+)
+from sidactl.catalog.entries import (
+    ASSETS,
+    Comparison,
+    Dataset,
+    Download,
+    Entry,
+    Generator,
+    Published,
+    Reference,
+    Teacher,
+    did_you_mean,
+)
+from sidactl.catalog.generators import COMPARISONS, GENERATORS
+from sidactl.catalog.lookup import Row, rows
+from sidactl.catalog.scoring import DETECTORS, REFERENCES, detector, digest_of_code
+from sidactl.catalog.teachers import COSTS, NUM_PARAMETERS, TEACHERS, Cost, recipe_for, teacher
+from sidactl.catalog.tiny_digits import SMALL_NETS
+
+__all__ = [
+    "ASSETS",
+    "COMPARISONS",
+    "COSTS",
+    "DATASETS",
+    "DETECTORS",
+    "GENERATORS",
+    "LATENT_CHANNELS",
+    "LATENT_SCALE",
+    "NUM_PARAMETERS",
+    "REFERENCES",
+    "SMALL_NETS",
+    "TEACHERS",
+    "VAES",
+    "VAE_CONFIG",
+    "VAE_FILES",
+    "VAE_NAME",
+    "VAE_WEIGHTS",
+    "Comparison",
+    "Cost",
+    "Dataset",
+    "Download",
+    "Entry",
+    "Generator",
+    "Published",
+    "Reference",
+    "Row",
+    "Teacher",
+    "detector",
+    "did_you_mean",
+    "digest_of_code",
+    "recipe_for",
+    "rows",
+    "teacher",
+    "vae_url",
+]
