@@ -22,7 +22,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from sidactl import catalog, engine, nets, ops, teachers, trainer
+from sidactl import catalog, nets, ops, teachers, trainer
+from sidactl.engine import devices
 from sidactl.recipes import BASE_BYTES, PRECISIONS, Execution, Memory, NetSpec, Recipe, override
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
@@ -133,7 +134,7 @@ def memory(
         teacher = nets.build(spec)
     num_parameters = sum(p.numel() for p in teacher.parameters())
     training = trainer.Distillation(recipe, teacher, None, MadeUpBatches(recipe, spec, device), execution)
-    engine.keep_memory()  # as the loop does
+    devices.keep_memory()  # as the loop does
     for _ in range(2):
         training.step()
     estimate = Memory.of(recipe, spec, num_parameters, execution)
@@ -160,7 +161,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write what was found to this file")
     parser.add_argument("--only", default="", help="the check of this name, or those whose names contain it")
     arguments = parser.parse_args()
-    device = engine.pick_device(arguments.device)
+    device = devices.pick_device(arguments.device)
     checks: dict[str, Callable[[], dict[str, Any]]] = {}
     if (GOLDEN / "networks").is_dir():
         checks["golden parity, fp32"] = partial(golden_parity, device)

@@ -15,7 +15,8 @@ import torch
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
-from sidactl import catalog, detectors, ops
+from sidactl import catalog, ops
+from sidactl.nets import digits as nets_digits
 from sidactl.store import Store
 
 NUM_HELD_OUT = 360
@@ -43,7 +44,7 @@ def build_detector(num_epochs: int = 30) -> tuple[bytes, float]:
     order = torch.randperm(len(images), generator=generator)
     train, held_out = order[:-NUM_HELD_OUT], order[-NUM_HELD_OUT:]
     torch.manual_seed(0)
-    net = detectors.DigitsClassifier()
+    net = nets_digits.DigitsClassifier()
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, epochs=num_epochs, steps_per_epoch=len(train) // 64)
     for _ in range(num_epochs):

@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 
 TYPE_CHECKING = False  # as type checkers know it; nothing is imported here, so that no Ctrl-C meets an import
 if TYPE_CHECKING:
-    from sidactl import detectors, diffusion, losses, metrics, nets, ops, pickles, recipes, sampling, store
+    from sidactl import detectors, losses, metrics, nets, noise, ops, pickles, recipes, sampling, store
     from sidactl.errors import SidaError
     from sidactl.inventory import env, export, files, gc, look, ls, show, verify
     from sidactl.ops import (
@@ -23,13 +23,12 @@ if TYPE_CHECKING:
     )
 
 _INVENTORY = {"env", "export", "files", "gc", "look", "ls", "show", "verify"}
-_MODULES = {"detectors", "diffusion", "losses", "metrics", "nets", "ops", "pickles", "recipes", "sampling", "store"}
+_MODULES = {"detectors", "losses", "metrics", "nets", "noise", "ops", "pickles", "recipes", "sampling", "store"}
 
 __all__ = [
     "SidaError",
     "__version__",
     "detectors",
-    "diffusion",
     "distill",
     "env",
     "evaluate",
@@ -47,6 +46,7 @@ __all__ = [
     "ls",
     "metrics",
     "nets",
+    "noise",
     "ops",
     "pickles",
     "prec_recall",

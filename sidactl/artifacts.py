@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sidactl.data import Dataset
-    from sidactl.diffusion import Preconditioned
+    from sidactl.nets import Preconditioned
     from sidactl.prepare import Encoder, PreparedDataset
     from sidactl.sources import ClassOrder, Convention
     from sidactl.trainer import ImageSource
@@ -269,9 +269,10 @@ def load(ref: Ref, run: RunDir = None, device: str = "cpu") -> "Preconditioned":
 def load_net(store: Store, artifact: Artifact, device: "str | torch.device") -> "Preconditioned":
     import safetensors.torch
 
-    from sidactl import nets, teachers
+    from sidactl import nets as nets_module
+    from sidactl import teachers
 
-    net = nets.build(NetSpec.from_json(mapping(artifact.params["net"])))
+    net = nets_module.build(NetSpec.from_json(mapping(artifact.params["net"])))
     teachers.load_weights(net, safetensors.torch.load(store.read(artifact, "model.safetensors")))
     return net.eval().requires_grad_(False).to(device)
 
@@ -930,7 +931,7 @@ def vae_loader(
 def _drawn_weights() -> bytes:
     import safetensors.torch
 
-    from sidactl.detectors import RandomFeatures
+    from sidactl.nets.random_features import RandomFeatures
 
     return safetensors.torch.save(RandomFeatures.drawn())
 
@@ -1316,12 +1317,13 @@ class _LatentsBy:
 
 def _encoder(load_vae: Callable[[], Any], device: str | None) -> "Encoder":
     """The VAE, once it is there; tells the other processes, which are to help with it."""
-    from sidactl import codec, engine, prepare
+    from sidactl import codec, prepare
+    from sidactl.engine import devices, ranks
 
-    chosen = engine.pick_device(device)
+    chosen = devices.pick_device(device)
     vae = load_vae()
-    if engine.rank_and_size()[0] == 0:
-        engine.agreed(lambda: _ENCODING)
+    if ranks.rank_and_size()[0] == 0:
+        ranks.agreed(lambda: _ENCODING)
     return prepare.latent_encoder(codec.LatentCodec(lambda: vae), chosen)
 
 
@@ -1329,17 +1331,17 @@ def _with_helpers(store: Store, by: _LatentsBy, make: Callable[[], Artifact]) ->
     """What `make` gives in the first of several processes, while the others encode their share of latents for it."""
     if is_alone():
         return make()
-    from sidactl import engine
+    from sidactl.engine import ranks
 
-    if engine.rank_and_size()[0] == 0:
+    if ranks.rank_and_size()[0] == 0:
         made = make()
-        engine.agreed(lambda: made.oid)
+        ranks.agreed(lambda: made.oid)
         return made
-    told = engine.agreed(str)
+    told = ranks.agreed(str)
     if told == _ENCODING:
-        for _ in engine.handed_out(by.encoder(), ()):
+        for _ in ranks.handed_out(by.encoder(), ()):
             pass
-        told = engine.agreed(str)
+        told = ranks.agreed(str)
     return store.get(told)
 
 
@@ -1481,9 +1483,9 @@ def first_alone() -> Iterator[None]:
     if is_alone():
         yield
         return
-    from sidactl import engine
+    from sidactl.engine import ranks
 
-    with engine.first_alone():
+    with ranks.first_alone():
         yield
 
 
@@ -1496,9 +1498,9 @@ def on_all(store: Store, artifact: Artifact | None) -> Artifact | None:
     """The artifact that the first of several processes has, on all of them."""
     if is_alone():
         return artifact
-    from sidactl import engine
+    from sidactl.engine import ranks
 
-    oid = engine.agreed(lambda: artifact.oid if artifact else "")
+    oid = ranks.agreed(lambda: artifact.oid if artifact else "")
     return store.get(oid) if oid else None
 
 
@@ -1511,10 +1513,10 @@ def answering(
     None where the run directory takes nothing.
     """
     if not is_alone():
-        from sidactl import engine
+        from sidactl.engine import ranks
 
-        if engine.rank_and_size()[0] > 0:
-            kind, _, told = engine.agreed(str).partition(" ")
+        if ranks.rank_and_size()[0] > 0:
+            kind, _, told = ranks.agreed(str).partition(" ")
             yield store.get(told) if kind == "answer" else LiveDir(Path(told), is_writer=False) if told else None
             return
     with ExitStack() as stack:
@@ -1523,10 +1525,10 @@ def answering(
             store.check_writable()
             place = stack.enter_context(_answering(store, key, question.title, force, recheck, question))
         if not is_alone():
-            from sidactl import engine
+            from sidactl.engine import ranks
 
             told = f"answer {place.oid}" if isinstance(place, Artifact) else f"place {place.path if place else ''}"
-            engine.agreed(lambda: told)
+            ranks.agreed(lambda: told)
         yield place
 
 

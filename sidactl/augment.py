@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sidactl.diffusion import Draws
 from sidactl.errors import SidaError
+from sidactl.noise import Draws
 
 # Low-pass filter of the symlet wavelet with six vanishing moments (sym6), as PyWavelets tabulates it.
 SYM6 = (

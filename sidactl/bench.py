@@ -20,11 +20,13 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from sidactl import augment, catalog, detectors, engine, losses, nets, sampling, trainer
+from sidactl import augment, catalog, detectors, losses, nets, sampling, trainer
 from sidactl.codec import PixelCodec
 from sidactl.data import DataOrder
-from sidactl.diffusion import Preconditioned
+from sidactl.engine import configure, devices, gradients
+from sidactl.engine import threads as engine_threads
 from sidactl.errors import EXIT_FAILED, SidaError
+from sidactl.nets import Preconditioned
 from sidactl.nets.inception import FIDInception
 from sidactl.nets.vit import VisionTransformer
 from sidactl.recipes import Execution, NetSpec, OneStepSpec, Precision, Recipe, Setting, override
@@ -241,7 +243,7 @@ def run(
     Raises SidaError for a teacher that the catalog does not have, a mode without recipe, or counts below one.
     """
     recipe, spec = _recipe(teacher, mode, batch_size, num_rounds, num_steps, overrides or {})
-    chosen = engine.pick_device(device)
+    chosen = devices.pick_device(device)
     measured: list[Measured] = []
     eager: _Eager | None = None
     if against_eager:
@@ -277,7 +279,7 @@ def run(
 def sweep(device: str | None = None) -> list[Setting]:
     """The settings worth trying on a device: each precision that it has, by operations and compiled."""
     precisions: list[Precision] = ["fp32", "bf16"]
-    if engine.pick_device(device).type == "cuda":
+    if devices.pick_device(device).type == "cuda":
         precisions = ["fp32", "tf32", "bf16", "fp16"]
     forms = [(False, False), (True, False), (False, True), (True, True)]
     return [Setting(precision=p, channels_last=last, compile=compiled) for p in precisions for last, compiled in forms]
@@ -356,7 +358,7 @@ class _Subject:
         self.setting, self.device, self.spec, self._is_eager = setting, device, spec, is_eager
         self.recipe = override(recipe, {"precision": setting.precision})
         if not is_eager:
-            engine.keep_memory()  # as the loop does
+            devices.keep_memory()  # as the loop does
         batches = trainer.DatasetBatches(
             _MadeUp(spec),
             DataOrder(_MADE_UP_IMAGES, recipe.seed),
@@ -367,17 +369,17 @@ class _Subject:
         )
         self.batches = batches
         execution = Execution(compile=setting.compile, channels_last=setting.channels_last)
-        with engine.fitting_threads(is_eager):  # of one thread its passes go one after the other
+        with engine_threads.fitting_threads(is_eager):  # of one thread its passes go one after the other
             self.training = trainer.Distillation(self.recipe, _teacher(spec, device), None, batches, execution)
-        self.is_small = engine.is_small(self.training.teacher)
+        self.is_small = engine_threads.is_small(self.training.teacher)
         self.stages = STAGES if recipe.adversarial else STAGES[:2]
-        start, self._graphs_before = time.perf_counter(), engine.num_graphs()
+        start, self._graphs_before = time.perf_counter(), configure.num_graphs()
         for stage in self.stages:
             for _ in range(_WARM_UP_STEPS):
                 self.step(stage)
         self.sample()
         _wait(device)
-        self.warm_up_seconds, self._graphs = time.perf_counter() - start, engine.num_graphs()
+        self.warm_up_seconds, self._graphs = time.perf_counter() - start, configure.num_graphs()
         self._taken = _Timings()
         self._peak = Peak(matrix_product=0, convolution=0)
 
@@ -397,7 +399,7 @@ class _Subject:
 
     def measured(self, others: Sequence[Mapping[str, "Taken"]]) -> Measured:
         """All that was timed; others: what the eager step took each time."""
-        recompiled = engine.num_graphs() - self._graphs
+        recompiled = configure.num_graphs() - self._graphs
         flop = flop_of_parts(self.recipe, self.spec)
         with self.threads():
             parts = _time_parts(self, flop, 1 if self._is_eager else len(self._taken))
@@ -422,13 +424,13 @@ class _Subject:
     def step(self, stage: str) -> None:
         self.training.nimg = _STAGE_NIMG[stage]
         assert self.training.stage() == stage
-        engine.allow_tf32(self.setting.precision == "tf32")  # another setting may have been timed in between
+        devices.allow_tf32(self.setting.precision == "tf32")  # another setting may have been timed in between
         with self.threads():
             self.training.step()
 
     def threads(self) -> AbstractContextManager[None]:
         """Within it the threads are those of a training step."""
-        return engine.fitting_threads(self.is_small and not self._is_eager)
+        return engine_threads.fitting_threads(self.is_small and not self._is_eager)
 
     def sample(self) -> None:
         """Draws images in one step as in evaluations."""
@@ -614,7 +616,7 @@ def _parts_of_pass(
     generator.train()
     fake_score.eval()
     yield "generator forward with graph", lambda: generate(graph=True)
-    with engine.without_weight_gradients(fake_score):
+    with gradients.without_weight_gradients(fake_score):
         yield "teacher forward", lambda: forward(teacher)
         yield "teacher backward", backward
         yield "fake score forward", lambda: forward(fake_score)
@@ -682,9 +684,9 @@ def _time_parts(subject: _Subject, flop: Mapping[str, int], num_steps: int) -> l
 
 def peak_of(precision: str, device: torch.device) -> Peak:
     """Measures a matrix product and a convolution, large enough to keep the device busy, with the threads of now."""
-    dtype = engine.DTYPES[precision]
+    dtype = configure.DTYPES[precision]
     sides, nums = ((256, 512, 1024, 2048), (1, 4, 16)) if device.type == "cpu" else ((8192,), (512,))
-    engine.allow_tf32(precision == "tf32")
+    devices.allow_tf32(precision == "tf32")
 
     def product(side: int) -> tuple[Callable[[], object], int]:
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))

@@ -26,7 +26,8 @@ import typer
 from click_default_group import DefaultGroup
 from typer.core import TyperGroup
 
-from sidactl import __version__, heartbeat, inputs, ui
+from sidactl import __version__, inputs, ui, units
+from sidactl.engine import heartbeat
 from sidactl.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, SidaError
 from sidactl.recipes import Adversarial, Execution, HeunSpec, NetSpec, Recipe, Setting, TeacherRecipe, flag_of
 
@@ -227,7 +228,7 @@ def _told_plainly(error: Exception) -> SidaError:
     if isinstance(error, OSError) and frames[-1].startswith("click."):  # in printing --help
         return ui.stdout_error(error)
     if "torch" in sys.modules:
-        from sidactl.engine import told_plainly
+        from sidactl.engine.failures import told_plainly
 
         if plain := told_plainly(error):
             return plain
@@ -500,7 +501,7 @@ def _parser(field: dataclasses.Field[Any]) -> Callable[[str], Any]:
         if inputs.is_count(field) and "tuple" in str(field.type):
             return inputs.counts_of(text, flag) if text != "none" else ()
         if inputs.is_count(field):
-            return inputs.parse_count(text, flag)
+            return units.parse_count(text, flag)
         if "tuple[typing.Literal" in str(field.type):
             return inputs.words_of(text)
         if "Literal" in str(field.type) or field.type is str:
@@ -947,7 +948,7 @@ def sample(
     """
     if num is not None and seeds is not None:
         raise SidaError("--num and --seeds cannot both be given", "Pass one of them.")
-    chosen = ui.parse_seeds(seeds) if seeds is not None else range(_count(num, "--num") or 64)
+    chosen = units.parse_seeds(seeds) if seeds is not None else range(_count(num, "--num") or 64)
     from sidactl import ops
 
     with _ticking("sample") as tick:
@@ -1136,7 +1137,7 @@ def show(
     for role, parent in described.ancestors:
         ui.print_data(f"  {'from':8} {role}: {parent.kind} {parent.oid[:12]}")
     for name, path in described.paths.items():
-        ui.print_data(f"  {'file':8} {name} ({ui.format_bytes(artifact.files[name].size_bytes)}): {path}")
+        ui.print_data(f"  {'file':8} {name} ({units.format_bytes(artifact.files[name].size_bytes)}): {path}")
     for title, values in (("setting", artifact.params), ("result", artifact.results)):
         for key, value in values.items():
             told = _named_classes(value) if key == "class_names" else value  # type: ignore[arg-type]
@@ -1156,7 +1157,7 @@ def _print_entries(rows: "Sequence[Row]", as_json: bool) -> None:
     for row in rows:
         ui.print_data(f"{row.kind} {row.name}, in the catalog, not in the run directory")
         facts = {"about": row.about, "licence": row.licence, "url": row.url}
-        facts["size"] = None if row.size_bytes is None else ui.format_bytes(row.size_bytes)
+        facts["size"] = None if row.size_bytes is None else units.format_bytes(row.size_bytes)
         for name, fact in facts.items():
             if fact is not None:
                 ui.print_data(f"  {name:8} {fact}")
@@ -1243,7 +1244,7 @@ def _print_unfinished(run: Path | None, as_json: bool) -> None:
             each.question.title if each.question else "unknown, of an older version",
             _images(each.nimg, each.total_nimg),
             None if each.checkpoint_nimg is None else f"{each.checkpoint_nimg:,}",
-            ui.format_bytes(each.size_bytes),
+            units.format_bytes(each.size_bytes),
             f"process {each.process or '?'} works on it" if each.is_worked_on else "waits",
             datetime.fromtimestamp(each.touched).strftime("%Y-%m-%d %H:%M"),
         ]
@@ -1269,7 +1270,7 @@ def _images(done: int | None, total: int | None) -> str | None:
 
 
 def _size(artifact: "Artifact") -> str:
-    return ui.format_bytes(sum(entry.size_bytes for entry in artifact.files.values()))
+    return units.format_bytes(sum(entry.size_bytes for entry in artifact.files.values()))
 
 
 def _print_catalog(as_json: bool) -> None:
@@ -1382,7 +1383,7 @@ def gc(
         ui.print_data(name)
     verb = "would be removed" if dry_run else "removed"
     what = f"{len(report.removed)} unfinished" if live else f"{report.num_objects} objects"
-    ui.note(f"{what}, {ui.format_bytes(report.num_bytes)} {verb}")
+    ui.note(f"{what}, {units.format_bytes(report.num_bytes)} {verb}")
     if report.num_young:
         ui.note(f"{report.num_young} objects that no ref reaches are spared: within the last hour a process made them")
 
@@ -1439,7 +1440,7 @@ def env(run: Run = None, as_json: Json = False) -> None:
 
 
 def _count(text: str | None, flag: str, least: int = 1, what: str = "images") -> int | None:
-    count = None if text is None else ui.parse_count(text, flag, what)
+    count = None if text is None else units.parse_count(text, flag, what)
     if count is not None and count < least:
         named = "sample count" if flag == "--num" else flag
         raise SidaError(f"{named} must be >= {least}, got {count}", f"Pass {flag} {least} or more.")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from sidactl.catalog import LATENT_CHANNELS, VAE_FILES, VAE_NAME
-from sidactl.diffusion import Draws
 from sidactl.errors import SidaError
+from sidactl.noise import Draws
 
 _LATENT_MEAN, _LATENT_STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)
 """per channel, of ImageNet's raw latents; networks see them with mean 0 and standard deviation 0.5"""

@@ -88,10 +88,10 @@ def collect(
     early. refuse: takes what is wrong with features that are not finite, which are left out then.
     Raises SidaError, naming the image, for such features where nobody takes it.
     """
-    from sidactl import engine
+    from sidactl.engine import ranks
 
     state = _State.begin(work, place, name, before)
-    first = int(engine.agreed(lambda: str(state.num_batches)))
+    first = int(ranks.agreed(lambda: str(state.num_batches)))
     if tick:
         tick(state.num_images)
 
@@ -100,7 +100,7 @@ def collect(
             rows = {detector: by(images) for detector, by in work.detectors.items()}
             yield rows, _digests(images) if work.keeps else None
 
-    for rows, digests in engine.joined(computed(), work.num_batches - first, should_stop=should_stop):
+    for rows, digests in ranks.joined(computed(), work.num_batches - first, should_stop=should_stop):
         if (wrong := state.wrong_in(rows)) and refuse:
             refuse(wrong)
             continue
@@ -273,14 +273,14 @@ def of_images(
     keeps: Collection[str] = (),
 ) -> Work:
     """The images of a dataset at these positions, all by default, in order."""
-    from sidactl import engine
+    from sidactl.engine import ranks
 
     chosen = range(dataset.num_images) if positions is None else positions
     size = images_per_batch(dataset.num_channels, dataset.resolution, dataset.width)
     starts = range(0, len(chosen), size)
 
     def shared(first: int) -> "Iterator[Tensor]":
-        return (dataset.images(chosen[start : start + size]) for start in engine.share(starts[first:]))
+        return (dataset.images(chosen[start : start + size]) for start in ranks.share(starts[first:]))
 
     return Work(len(starts), shared, detectors, keeps)
 
@@ -300,7 +300,7 @@ def stats_of(
     """
     import numpy as np
 
-    from sidactl import engine
+    from sidactl.engine import ranks
 
     params: dict[str, Any] = {"detector": detector.identity}
     key = store.key("stats", params, {"dataset": data.oid})
@@ -311,7 +311,7 @@ def stats_of(
         work = of_images(dataset, {detector.name: detector})
         stats = collect(work, place, tick=out_of(tick, dataset.num_images)).stats[detector.name]
         kept, buffer = None, io.BytesIO()
-        if engine.rank_and_size()[0] == 0:
+        if ranks.rank_and_size()[0] == 0:
             np.savez(buffer, allow_pickle=False, **stats.arrays())
             files = {"stats.npz": buffer.getvalue()}
             with suppress(UnwritableError):  # whoever asks is told by what becomes of the score
@@ -387,11 +387,11 @@ def read(store: Store, artifacts: Mapping[str, Artifact | None]) -> Mapping[str,
     """
     import safetensors.torch
 
-    from sidactl import engine
+    from sidactl.engine import ranks
 
     found: dict[str, Features] = {}
-    for name, artifact in artifacts.items() if engine.rank_and_size()[0] == 0 else ():
+    for name, artifact in artifacts.items() if ranks.rank_and_size()[0] == 0 else ():
         held = safetensors.torch.load(store.read(artifact, "features.safetensors")) if artifact else {}
         if "digests" in held:
             found[name] = Features(held["features"], held["digests"])
-    return found if engine.agreed(lambda: "all" if len(found) == len(artifacts) else "") else None
+    return found if ranks.agreed(lambda: "all" if len(found) == len(artifacts) else "") else None

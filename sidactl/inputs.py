@@ -3,18 +3,16 @@
 import dataclasses
 import operator
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain, pairwise
 from typing import Any, Protocol, SupportsIndex, TypeAlias
 
 from sidactl.errors import SidaError
+from sidactl.units import parse_count, parse_seeds
 
-_COUNT = re.compile(r"([0-9]{1,15})(?:\.([0-9]{1,15}))?([kMG]?)", re.IGNORECASE)
-_ZEROS = {"": 0, "k": 3, "m": 6, "g": 9}
-_SEEDS = re.compile(r"\s*([0-9]{1,15})(?:-([0-9]{1,15}))?\s*")
 MAX_SEED = (1 << 32) - 1
+
 _MAX_SIDE = 16_384
+
 _COUNT_FIELDS = ("batch_size", "evaluate_num")
 
 
@@ -32,12 +30,19 @@ class ArrayLike(Protocol):
 
 
 Ref: TypeAlias = str | os.PathLike[str] | Stored
+
 """what names an artifact: an oid, a prefix, a ref, a catalog name, a URL or a file as text; a path; our own objects"""
+
 Count: TypeAlias = str | SupportsIndex
+
 """a number of images: 500, "50k", "1.5M", an integer of numpy or torch"""
+
 Seeds: TypeAlias = str | SupportsIndex | Iterable[SupportsIndex] | ArrayLike
+
 """seeds as `--seeds` takes them, one integer, or any sequence or array of integers"""
+
 Size: TypeAlias = str | SupportsIndex | Sequence[SupportsIndex]
+
 """width and height: "64x64", (64, 64) or 64"""
 
 
@@ -202,38 +207,3 @@ def _field_value(field: "dataclasses.Field[Any]", value: Any) -> Any:
 
 def _told(value: object) -> str:
     return repr(value) if isinstance(value, str | int | float) else f"{type(value).__module__}.{type(value).__name__}"
-
-
-def parse_count(text: str, flag: str, what: str = "images") -> int:
-    """'500', '10_000', '50k', '1.5M', '1G' -> that many images or else; SidaError names `flag` otherwise."""
-    match = _COUNT.fullmatch(text.strip().replace("_", ""))
-    whole, fraction, suffix = match.groups(default="") if match else ("", "", "")
-    zeros, fraction = _ZEROS[suffix.lower()], fraction.rstrip("0")
-    if not match or len(fraction) > zeros:
-        raise SidaError(f"{flag} must be a whole number of {what} such as 500, 50k or 1.5M, got {text!r}")
-    return int(whole + fraction.ljust(zeros, "0"))
-
-
-def parse_seeds(text: str, flag: str = "--seeds") -> Sequence[int]:
-    """'0-63,100,200-203' -> the seeds in this order, both ends of a range included.
-
-    Consecutive seeds come as a `range`, however many they are.
-    SidaError for anything else, for a range that runs downwards and for a seed that is named twice.
-    """
-    ranges: list[range] = []
-    for part in text.split(","):
-        match = _SEEDS.fullmatch(part)
-        if not match:
-            raise SidaError(f"{flag} must be seeds and ranges of seeds such as 0-63,100, got {text!r}")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise SidaError(f"{flag} must have ranges that run upwards, got '{part.strip()}'", f"Write {last}-{first}.")
-        if ranges and ranges[-1].stop == first:
-            ranges[-1] = range(ranges[-1].start, last + 1)
-        else:
-            ranges.append(range(first, last + 1))
-    ascending = sorted(ranges, key=lambda seeds: seeds.start)
-    for before, after in pairwise(ascending):
-        if after.start < before.stop:
-            raise SidaError(f"{flag} must name each seed once, got {after.start} twice in {text!r}")
-    return ranges[0] if len(ranges) == 1 else list(chain.from_iterable(ranges))

@@ -20,10 +20,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from sidactl import engine
-from sidactl.diffusion import Preconditioned
+from sidactl.engine import devices, ranks, sharding, threads
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.live import nimg_of
+from sidactl.nets import Preconditioned
 from sidactl.store import LiveDir
 
 CHECKPOINTS_KEPT = 2
@@ -230,14 +230,14 @@ def run(
 
     window: list[dict[str, Tensor]] = []
     reported_sec = time.monotonic()
-    engine.keep_memory()
+    devices.keep_memory()
     while not is_over() or awaits_evaluation():
         before = training.nimg
         if not awaits_evaluation():
             stage = training.stage()
-            with engine.fitting_threads(engine.is_small(training.ema)):
+            with threads.fitting_threads(threads.is_small(training.ema)):
                 window.append(training.step())
-            is_due = engine.any_process(time.monotonic() - reported_sec >= schedule.report_every_sec)
+            is_due = ranks.any_process(time.monotonic() - reported_sec >= schedule.report_every_sec)
             reports = training.nimg >= schedule.duration_nimg or training.step_index % schedule.report_every_steps == 0
             reports = reports or is_due
             if reports or training.skipped.is_at_hand:
@@ -255,7 +255,7 @@ def run(
                 yield note(_keep(evaluation, training, history, live))
                 if evaluation.warning:
                     yield note(Event("warning", training.nimg, {"message": evaluation.warning}))
-        stopping = engine.any_process(should_stop())
+        stopping = ranks.any_process(should_stop())
         is_last = is_over() and not awaits_evaluation()
         if evaluate is None and (is_last or schedule.is_evaluation_due(before, training.nimg)):
             _refuse_standstill(training, history, is_last=is_last)
@@ -302,14 +302,14 @@ def best_weights(history: History, live: LiveDir) -> bytes:
 
 def weights(net: nn.Module) -> bytes:
     """The net's state dict as safetensors bytes, the same bytes for the same weights."""
-    whole = {name: engine.whole(tensor.detach()) for name, tensor in net.state_dict().items()}
+    whole = {name: sharding.whole(tensor.detach()) for name, tensor in net.state_dict().items()}
     return safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in whole.items()})
 
 
 def _mean(window: list[dict[str, Tensor]]) -> dict[str, float]:
     """The mean over steps of what all processes' losses add up to."""
     means = {name: torch.stack([s[name].sum() for s in window if name in s]).mean() for name in window[-1]}
-    values = engine.summed(torch.stack(list(means.values())))
+    values = ranks.summed(torch.stack(list(means.values())))
     return dict(zip(means, values.tolist(), strict=True))
 
 
@@ -358,7 +358,7 @@ def _fallen(name: str, before: float, now: float) -> str:
 
 def _refuse_non_finite_weights(training: Training) -> None:
     wrong = next((name for name, tensor in _tensors(training).items() if not bool(torch.isfinite(tensor).all())), None)
-    if name := engine.first_told(wrong):
+    if name := ranks.first_told(wrong):
         net, _, key = name.partition(".")
         raise SidaError(
             f"weight {key} of the {net.replace('_', ' ')} is not finite at step {training.step_index} "
@@ -383,7 +383,7 @@ def _tensors(training: Training, *, parts: bool = True) -> dict[str, Tensor]:
             for group in module.param_groups:
                 for key, parameter in zip(group["param_names"], group["params"], strict=True):
                     tensors |= {f"{name}.{key}.{k}": value for k, value in module.state[parameter].items()}
-    return {name: engine.local(tensor) if parts else tensor for name, tensor in tensors.items()}
+    return {name: sharding.local(tensor) if parts else tensor for name, tensor in tensors.items()}
 
 
 _STATE, _DIGESTS = "state.json", "SHA256SUMS"
@@ -397,9 +397,9 @@ def save_checkpoint(training: Training, history: History, live: LiveDir) -> None
     # The same images with more evaluations are another checkpoint: one never takes the place of another.
     name = f"checkpoint-{training.nimg:010d}-{len(history.scores)}"
     with live.folder(name) as folder:
-        engine.agreed(str)  # the folder is there
+        ranks.agreed(str)  # the folder is there
         _save_tensors(_tensors(training, parts=False), folder)
-        if engine.rank_and_size()[0] == 0:
+        if ranks.rank_and_size()[0] == 0:
             state = {
                 "schema": CHECKPOINT_SCHEMA,
                 "nimg": training.nimg,
@@ -415,7 +415,7 @@ def save_checkpoint(training: Training, history: History, live: LiveDir) -> None
             }
             (folder / _STATE).write_text(json.dumps(state))
             (folder / _DIGESTS).write_text("".join(f"{_sha256(p)}  {p.name}\n" for p in sorted(folder.iterdir())))
-    engine.agreed(str)  # it is in its place
+    ranks.agreed(str)  # it is in its place
     if not live.is_writer:
         return
     # What is newer is a damaged one that was passed over; it must not take the place of a sound one.
@@ -436,10 +436,10 @@ def _save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
     from torch.distributed.checkpoint.state_dict_saver import save
 
     # safetensors knows no other order in memory
-    packed = {name: tensor if engine.is_sharded(tensor) else tensor.contiguous() for name, tensor in tensors.items()}
+    packed = {name: tensor if sharding.is_sharded(tensor) else tensor.contiguous() for name, tensor in tensors.items()}
     with _carrying_os_errors():
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        save(packed, storage_writer=writer, no_dist=engine.rank_and_size()[1] == 1)
+        save(packed, storage_writer=writer, no_dist=ranks.rank_and_size()[1] == 1)
 
 
 def _load_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
@@ -449,7 +449,7 @@ def _load_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
 
     with _carrying_os_errors():
         reader = HuggingFaceStorageReader(str(folder))
-        load(tensors, storage_reader=reader, no_dist=engine.rank_and_size()[1] == 1)
+        load(tensors, storage_reader=reader, no_dist=ranks.rank_and_size()[1] == 1)
 
 
 @contextmanager
@@ -497,11 +497,11 @@ def _resume(training: Training, history: History, live: LiveDir) -> list[Event]:
     problems: list[str] = []
     warnings: list[str] = []
     for path in reversed(_checkpoints(live)):
-        if problem := engine.agreed(lambda path=path: _problem_of(path)):  # type: ignore[misc]
+        if problem := ranks.agreed(lambda path=path: _problem_of(path)):  # type: ignore[misc]
             problems.append(f"{path.name} {problem}")
             continue
         tensors = _tensors(training, parts=False)
-        if reason := engine.agreed(lambda path=path, tensors=tensors: _reason_to_refuse(path, tensors)):  # type: ignore[misc]
+        if reason := ranks.agreed(lambda path=path, tensors=tensors: _reason_to_refuse(path, tensors)):  # type: ignore[misc]
             hint = f"Go on with the sidactl that wrote it, or begin anew after: sidactl gc --live {live.path.name[:12]}"
             raise SidaError(f"{path} {reason}", hint, exit_code=EXIT_FAILED)
         _load_tensors(tensors, path)

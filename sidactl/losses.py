@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sidactl.diffusion import Denoiser
+from sidactl.nets import Denoiser
 
 LOGIT_BOUND = 10.0
 """the generator's adversarial term clamps logits to +- this, as the published code does; not in the paper"""

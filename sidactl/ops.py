@@ -102,8 +102,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sidactl.detectors import Detector
-    from sidactl.diffusion import Preconditioned
     from sidactl.loop import Evaluate, Event, History, Schedule, Training
+    from sidactl.nets import Preconditioned
     from sidactl.trainer import Distillation, MicroBatches
 
 Watch = Callable[["Event"], None]
@@ -128,7 +128,7 @@ def dataset_stats(
 
     Latents have those of the pixels that they were made from. A name of the dataset gives them one, with the detector.
     """
-    from sidactl.engine import pick_device
+    from sidactl.engine.devices import pick_device
 
     store, detector = Store.open(run_of(ref, run)), optional_ref(detector, "the detector")
     with first_alone():
@@ -191,7 +191,7 @@ def train_teacher(
         import torch
 
         from sidactl import loop, nets, trainer
-        from sidactl.engine import pick_device
+        from sidactl.engine.devices import pick_device
 
         chosen_device = pick_device(device)
         with torch.random.fork_rng(devices=[]):
@@ -697,14 +697,14 @@ def _told_score(generator: Artifact) -> str:
 @contextmanager
 def _together(store: Store, key: str, question: Question) -> Iterator[LiveDir]:
     """The live directory of a question that several processes work on; the first one holds and fills it."""
-    from sidactl import engine
+    from sidactl.engine import ranks
 
-    if engine.rank_and_size()[0] > 0:
-        place = Path(engine.agreed(str))
+    if ranks.rank_and_size()[0] > 0:
+        place = Path(ranks.agreed(str))
         yield LiveDir(place, is_writer=False)
         return
     with at_work(store, key, question) as live:
-        engine.agreed(lambda: str(live.path))
+        ranks.agreed(lambda: str(live.path))
         yield live
 
 
@@ -764,7 +764,7 @@ def _resolved(
     if planned.missing:
         raise planned.missing[0]
     if planned.needs:  # nobody should wait for a download to hear of a device that is not there
-        from sidactl.engine import pick_device
+        from sidactl.engine.devices import pick_device
 
         pick_device(device)
     dataset, generator, reference = (options[name] for name in ("dataset", "generator", "reference"))
@@ -853,11 +853,12 @@ def _distill(
     """Trains, stores the last and the best generator under their keys, and a run that binds them."""
     import safetensors.torch
 
-    from sidactl import engine, loop, pictures, sampling, teachers, trainer
+    from sidactl import loop, report, sampling, teachers, trainer
+    from sidactl.engine import configure, devices, ranks, sharding
 
     recipe, execution, inputs, compared = wanted.recipe, wanted.execution, wanted.inputs, wanted.compared
-    chosen_device = engine.pick_device(device)
-    engine.passes_of(recipe, execution)  # what does not fit is told before anything is loaded
+    chosen_device = devices.pick_device(device)
+    configure.passes_of(recipe, execution)  # what does not fit is told before anything is loaded
     sampler = OneStepSpec(sigma_init=recipe.sigma_init)
     teacher = load_net(store, inputs["teacher"], chosen_device)
     start = load_net(store, inputs["generator"], chosen_device) if "generator" in inputs else None
@@ -915,8 +916,8 @@ def _distill(
         if history.best is None:
             raise SidaError("no evaluation gave a finite score", "Lower the learning rate.", exit_code=EXIT_FAILED)
         last, best = history.scores[-1], history.best
-    net = engine.gathered(training.ema, chosen_device)
-    is_first = engine.rank_and_size()[0] == 0
+    net = sharding.gathered(training.ema, chosen_device)
+    is_first = ranks.rank_and_size()[0] == 0
     untrained, made = recipe.untrained(), dict[str, Artifact]()
     also = {name: [[nimg, _finite(value)] for nimg, value in points] for name, points in history.also.items()}
     made_with = {"vae": wanted.vae.oid} if wanted.vae else {}
@@ -937,7 +938,7 @@ def _distill(
     def keep(of_teacher: float | None, *, is_published: bool = False) -> None:
         """Stores the last and the best generator, beside this score of the teacher."""
         if detector:
-            curve = pictures.curve(
+            curve = report.curve(
                 history.scores,
                 teacher_score=of_teacher,
                 title=f"{recipe.mode} of {recipe.teacher}, one step",
@@ -1035,15 +1036,15 @@ def _fitted(training: "Distillation", execution: Execution, live: LiveDir, devic
     Not where a number was asked for; nor on the CPU, whose memory gives no sign before it is full, nor sharded, where
     processes wait for each other: then it is one micro-batch.
     """
-    from sidactl import engine
+    from sidactl.engine import configure, devices, ranks
 
     if execution.batch_per_device or execution.shard or device.type == "cpu":
         return None
     remembered = live.path / "batch-per-device.json"
-    tried_on = [engine.rank_and_size()[1], engine.memory_of(device), execution.to_json()]
-    told = json.loads(engine.agreed(lambda: remembered.read_text() if remembered.exists() else "{}"))
+    tried_on = [ranks.rank_and_size()[1], devices.memory_of(device), execution.to_json()]
+    told = json.loads(ranks.agreed(lambda: remembered.read_text() if remembered.exists() else "{}"))
     if told.get("tried_on") == tried_on:
-        training.passes = engine.passes_of(training.recipe, Execution(batch_per_device=told["images"]))
+        training.passes = configure.passes_of(training.recipe, Execution(batch_per_device=told["images"]))
         return None
     images = training.fit_batch_per_device()
     live.write(remembered.name, json.dumps({"images": images, "tried_on": tried_on}).encode())
@@ -1070,7 +1071,8 @@ def _evaluation(
     """What scores a net while it trains, by the first of these scores and the others; and a grid of images."""
     import torch
 
-    from sidactl import engine, features, loop, sampling
+    from sidactl import features, loop, sampling
+    from sidactl.engine import ranks, sharding
 
     seeds = range(SELECTION_SEED, SELECTION_SEED + num_images)
     device = eyes[0].detector.device
@@ -1079,7 +1081,7 @@ def _evaluation(
     settings = {**scores.DEFAULTS, "order": "content"}  # as `evaluate` has them
 
     def evaluate(net: "Preconditioned", should_stop: Callable[[], bool]) -> loop.Evaluation | None:
-        net = engine.gathered(net, device)
+        net = sharding.gathered(net, device)
         size = features.images_per_batch(net.spec.img_channels, net.spec.img_resolution)
         samples = sampling.generate(
             net, seeds, sampler, device=device, class_counts=class_counts, load_vae=load_vae, batch_size=size
@@ -1101,9 +1103,9 @@ def _evaluation(
             should_stop=lambda: bool(problems) or should_stop(),
             refuse=problems.append,
         )
-        if engine.any_process(should_stop()):
+        if ranks.any_process(should_stop()):
             return None
-        if told := engine.first_told(problems[0] if problems else None):
+        if told := ranks.first_told(problems[0] if problems else None):
             return loop.Evaluation(math.nan, None, f"no score after these updates: {told}")
 
         def numbers() -> str:
@@ -1114,7 +1116,7 @@ def _evaluation(
                 found |= scores.numbers(eye.metric, eye.detector, stats, kept, eye.against, settings)
             return json.dumps(found)
 
-        found: dict[str, float] = json.loads(engine.agreed(numbers))
+        found: dict[str, float] = json.loads(ranks.agreed(numbers))
         value = found.pop(distance_name(eyes[0].detector))
         try:
             return loop.Evaluation(value, _preview(net, sampler, load_vae), also=found)
@@ -1264,7 +1266,8 @@ def _train(
     warnings: Sequence[str] = (),
 ) -> "History":
     """Runs the loop to its end, passing events on; an interruption leaves a checkpoint and raises, exit code 130."""
-    from sidactl import engine, loop
+    from sidactl import loop
+    from sidactl.engine import ranks
 
     history, interrupted = loop.History(), False
     tell = watch or (lambda event: None)
@@ -1279,7 +1282,7 @@ def _train(
             tell(event)
             interrupted |= event.kind == "interrupted"
         # Whichever of several processes was asked to stop, all of them have.
-        if engine.any_process(interrupted or should_stop()):
+        if ranks.any_process(interrupted or should_stop()):
             raise SidaError(
                 f"interrupted at {training.nimg:,} of {schedule.duration_nimg:,} images; the checkpoint is kept",
                 "Repeat the same command to go on.",
@@ -1328,12 +1331,12 @@ def _stop_on_signals() -> Iterator[Callable[[], bool]]:
 def _preview(
     net: "Preconditioned", sampler: OneStepSpec | HeunSpec, load_vae: Callable[[], Any] | None = None
 ) -> bytes:
-    from sidactl import pictures, sampling
+    from sidactl import report, sampling
 
     device, side = next(net.parameters()).device, preflight.drawn_by(net.spec)[1]
     seeds = PREVIEW_SEEDS[: _num_previewed(side)]
     batches = sampling.generate(net, seeds, sampler, device=device, load_vae=load_vae)
-    return pictures.grid(next(iter(batches)).images.permute(0, 2, 3, 1).numpy())
+    return report.grid(next(iter(batches)).images.permute(0, 2, 3, 1).numpy())
 
 
 def _num_previewed(side: int) -> int:
@@ -1447,10 +1450,13 @@ def sample(
     if decoder is None and is_of_latents(subject):
         check_vae_is_there(store)
 
-    from sidactl import engine, pictures, prepare, sampling
+    from sidactl import prepare, report, sampling
+    from sidactl.engine import configure, devices, ranks
 
-    chosen_device = engine.pick_device(device)
-    used = {role: engine.set_up(load_net(store, artifact, chosen_device), setting) for role, artifact in inputs.items()}
+    chosen_device = devices.pick_device(device)
+    used = {
+        role: configure.set_up(load_net(store, artifact, chosen_device), setting) for role, artifact in inputs.items()
+    }
     net = used["net"]
     size = images_per_batch(net.spec.img_channels, net.spec.img_resolution)
     batches = sampling.generate(
@@ -1464,10 +1470,10 @@ def sample(
         load_vae=vae_loader(store, decoder),
         batch_size=size,
     )
-    drawn = engine.joined(batches.shared(), len(batches))
-    if engine.rank_and_size()[0] > 0:
+    drawn = ranks.joined(batches.shared(), len(batches))
+    if ranks.rank_and_size()[0] > 0:
         list(drawn)  # nothing, but the others wait for this process's share
-        return Sampled(store.get(engine.agreed(str)), store)
+        return Sampled(store.get(ranks.agreed(str)), store)
     made_with = {"vae": decoder.oid} if decoder else {}
     by = {"vae": vae_label(decoder)} if decoder else {}
     with store.scratch() as path:
@@ -1483,13 +1489,13 @@ def sample(
         assert first is not None
         artifact = store.put(
             "samples",
-            {"images.zip": path, "grid.png": pictures.grid(first)},
+            {"images.zip": path, "grid.png": report.grid(first)},
             inputs={role: artifact.oid for role, artifact in inputs.items()} | made_with,
             params=params | {"name": subject.params["name"], "dataset": subject.params["dataset"]} | by,
             results={"num_images": len(seeds), "nfe": chosen.nfe},
         )
     artifact = answered(store, key, artifact, "sample", refs=refs, say=say)
-    return Sampled(store.get(engine.agreed(lambda: artifact.oid)), store)
+    return Sampled(store.get(ranks.agreed(lambda: artifact.oid)), store)
 
 
 def _seeds_to_json(seeds: Sequence[int]) -> dict[str, int] | list[int]:

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from sidactl import pictures
+from sidactl import report
 from sidactl.codec import LatentCodec
 from sidactl.data import (
     LABEL_FILE,
@@ -37,7 +37,8 @@ from sidactl.data import (
     first_line,
     image_formats,
 )
-from sidactl.engine import handed_out, in_order
+from sidactl.engine.ranks import handed_out
+from sidactl.engine.threads import in_order
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.sources import ClassOrder, Convention, Item, Pixels, Say, Source, open_source
 from sidactl.store import sealed, unsealed
@@ -386,7 +387,7 @@ def _sheet_of(items: Iterable[Item], zipped: "_Unfinished", change: "_Change") -
     # One that was changed meanwhile is no matter of the picture: whoever asked for latents looks after that.
     usable = [member for member in members if isinstance(member, _Member)]
     pixels = [member.pixels for member in usable if member.shape == zipped.first[1]]
-    return pictures.grid(np.stack(pixels).transpose(0, 2, 3, 1), columns=_SHEET_SIDE) if pixels else None
+    return report.grid(np.stack(pixels).transpose(0, 2, 3, 1), columns=_SHEET_SIDE) if pixels else None
 
 
 def _kept(items: Iterable[Item], skipped: Sequence[tuple[str, str]]) -> Iterator[Item]:
@@ -680,7 +681,7 @@ def contact_sheet(dataset: Dataset, *, columns: int = _SHEET_SIDE, rows: int = _
             f"a contact sheet must be of pixels, got latents in {dataset.path}", "Prepare pixels to see them."
         )
     images = dataset.images(_spread(dataset.num_images, columns * rows))
-    return pictures.grid(images.permute(0, 2, 3, 1).numpy(), columns=columns)
+    return report.grid(images.permute(0, 2, 3, 1).numpy(), columns=columns)
 
 
 def _spread(num_images: int, at_most: int) -> NDArray[np.int64]:

@@ -12,9 +12,13 @@ import torch
 from torch import Tensor
 
 from sidactl.codec import Codec, codec_for
-from sidactl.diffusion import Denoiser, Preconditioned, as_one_hot, karras_sigmas
-from sidactl.engine import batches_of, is_compiled, share
+from sidactl.engine.configure import is_compiled
+from sidactl.engine.ranks import share
+from sidactl.engine.threads import batches_of
 from sidactl.errors import EXIT_FAILED, SidaError
+from sidactl.nets import Denoiser, Preconditioned
+from sidactl.nets.denoiser import as_one_hot
+from sidactl.noise import karras_sigmas
 from sidactl.recipes import HeunSpec, OneStepSpec
 
 

@@ -255,23 +255,23 @@ def evaluate(ref: Ref, metrics: Sequence[str] | None = None, **options: Unpack[S
     if known := None if asked.force else agreed_answer(asked.store, asked.key):
         tell_old(asked.store, asked.key, asked.say)
         return score_of(known)
-    from sidactl import engine
+    from sidactl.engine import ranks
 
     with answering(asked.store, asked.key, asked.question(ref_text(ref), plain), force=asked.force) as place:
         if isinstance(place, Artifact):  # by a process that this one waited for
             return score_of(place)
         problem = _why_unkept(asked) if place is None else None
         measured = _measure(asked, place)
-        told = json.loads(engine.agreed(lambda: json.dumps(_keep(asked, measured, problem))))
+        told = json.loads(ranks.agreed(lambda: json.dumps(_keep(asked, measured, problem))))
     return Score(**told)
 
 
 def _why_unkept(asked: "_Question") -> str | None:
     """Why the run directory takes no score, said once, by the first of several processes."""
-    from sidactl import engine
+    from sidactl.engine import ranks
 
     try:
-        if engine.rank_and_size()[0] == 0:
+        if ranks.rank_and_size()[0] == 0:
             asked.store.check_writable()
     except UnwritableError as error:
         if asked.say:
@@ -543,26 +543,26 @@ def load_detector(
     store: Store, name: str, device: "torch.device", resize: "Resize" = "torch", *, trust_code: bool = False
 ) -> "Detector":
     """The named detector, downloaded if need be; or Inception from a file, in TorchScript (.pt) or as a state dict."""
-    from sidactl import detectors
+    from sidactl import detectors as detectors_module
 
     if references.is_detector_file(name):
         sha256 = file_digest(Path(name))
         if references.is_torchscript(name):
-            found = detectors.load_torchscript(name, device=device, trust_code=trust_code)
+            found = detectors_module.load_torchscript(name, device=device, trust_code=trust_code)
         else:
-            found = detectors.load("inception", read_state_dict(name), device=device)
+            found = detectors_module.load("inception", read_state_dict(name), device=device)
         if file_digest(Path(name)) != sha256:
             raise changed(name)
         return replace(found, is_published=_is_published("inception", sha256))
     artifact = fetch_detector(name, run=store.root)
     is_published = _is_published(name, str(artifact.params.get("source_sha256")))
     if "model.pt" in artifact.files:
-        found = detectors.load_torchscript(store.path(artifact, "model.pt"), device=device)
+        found = detectors_module.load_torchscript(store.path(artifact, "model.pt"), device=device)
         return replace(found, is_published=is_published)
     import safetensors.torch
 
     weights = safetensors.torch.load(store.read(artifact, "model.safetensors"))
-    return replace(detectors.load(name, weights, device=device, resize=resize), is_published=is_published)
+    return replace(detectors_module.load(name, weights, device=device, resize=resize), is_published=is_published)
 
 
 def _is_published(name: str, sha256: str) -> bool:
@@ -593,11 +593,11 @@ class _Measured:
 
 def _measure(asked: _Question, place: LiveDir | None) -> _Measured:
     """Runs all trials; every process computes its share of the images, rank 0 the numbers."""
-    from sidactl import engine
+    from sidactl.engine import devices, ranks
 
     if asked.vae is None and is_of_latents(asked.subject):
         check_vae_is_there(asked.store)
-    device = engine.pick_device(asked.device)
+    device = devices.pick_device(asked.device)
     resize = asked.settings["resize"]
     loaded = {
         name: load_detector(asked.store, name, device, resize, trust_code=asked.trust_code)
@@ -634,7 +634,7 @@ def _measure(asked: _Question, place: LiveDir | None) -> _Measured:
 
         def of_trial(trial: int = trial) -> Mapping[str, Mapping[str, float]]:
             seen = _features(asked, trial, loaded, keeps, place)
-            if engine.rank_and_size()[0] > 0:
+            if ranks.rank_and_size()[0] > 0:
                 return {}
             return {
                 m: numbers(m, by_metric[m], seen.stats[by], seen.features.get(by), against[m], asked.settings)
@@ -655,14 +655,14 @@ def _once(
     place: LiveDir | None, file: str, make: Callable[[], Mapping[str, Mapping[str, float]]]
 ) -> Mapping[str, Mapping[str, float]]:
     """What an interrupted score left in this file, or else what is made now; the first of several processes has it."""
-    from sidactl import engine
+    from sidactl.engine import ranks
 
     def left() -> str:
         with suppress(OSError, ValueError, LookupError):
             return json.dumps(unsealed((place.path / file).read_bytes())["numbers"]) if place else ""
         return ""
 
-    if told := engine.agreed(left):
+    if told := ranks.agreed(left):
         known: dict[str, dict[str, float]] = json.loads(told)
         return known
     made = make()
@@ -764,7 +764,7 @@ def _features(
 
 def _work(asked: _Question, seeds: range | None, loaded: Mapping[str, "Detector"], keeps: set[str]) -> features.Work:
     """The images to go through."""
-    from sidactl import engine
+    from sidactl.engine import configure
 
     if seeds is None:
         dataset = load_dataset(asked.store, asked.subject)
@@ -772,7 +772,7 @@ def _work(asked: _Question, seeds: range | None, loaded: Mapping[str, "Detector"
     from sidactl import sampling
 
     device = next(iter(loaded.values())).device
-    net = engine.set_up(load_net(asked.store, asked.subject, device), asked.setting)
+    net = configure.set_up(load_net(asked.store, asked.subject, device), asked.setting)
     counts: Sequence[int] | None = None
     if asked.settings["labels"] == "dataset" and net.spec.label_dim:
         held = references.dataset_of(asked.store, asked.subject).results["class_counts"]
@@ -829,31 +829,33 @@ def numbers(
 
     settings: convention, order, neighbours and num_splits, as far as the metric has them.
     """
-    from sidactl import metrics
+    from sidactl import metrics as metrics_module
 
     label = detector_label(detector)
     suffix = "" if label == "inception" else f" {label}"
     convention = settings["convention"]
     if isinstance(against, Moments):
         covariance = stats.covariance(ddof=0 if convention == "sid" else 1)
-        return {distance_name(detector): metrics.frechet_distance(stats.mean, covariance, *against)}
+        return {distance_name(detector): metrics_module.frechet_distance(stats.mean, covariance, *against)}
     assert kept
     is_by_content = "order" in settings
     ours = kept.by_content() if is_by_content else kept.rows
     if against is None:
-        score, _ = metrics.inception_score(detector.logits(ours), settings["num_splits"])
+        score, _ = metrics_module.inception_score(detector.logits(ours), settings["num_splits"])
         return {f"IS{suffix}": score}
     theirs = against.by_content() if is_by_content else against.rows
     if metric == "kid":
-        distance, _ = metrics.kernel_distance(theirs, ours, subset_size=min(1000, len(theirs), len(ours)), seed=0)
+        distance, _ = metrics_module.kernel_distance(
+            theirs, ours, subset_size=min(1000, len(theirs), len(ours)), seed=0
+        )
         return {f"KID{suffix}": distance}
     real, generated = theirs.to(detector.device), ours.to(detector.device)
     k = settings["neighbours"]
     if convention == "guided-diffusion":
-        precision, recall = metrics.guided_diffusion_precision_recall(real, generated, k)
+        precision, recall = metrics_module.guided_diffusion_precision_recall(real, generated, k)
     else:
         dtype: Literal["float16", "float32"] = "float16" if convention == "sid" else "float32"
-        precision, recall = metrics.precision_recall(real, generated, k, precision=dtype)
+        precision, recall = metrics_module.precision_recall(real, generated, k, precision=dtype)
     return {"precision": precision, "recall": recall}
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sidactl import nets, pickles
-from sidactl.diffusion import Preconditioned
 from sidactl.errors import SidaError
+from sidactl.nets import Preconditioned
 from sidactl.nets.edm2 import force_normalize_
 from sidactl.recipes import NetSpec
 from sidactl.text import visible

@@ -14,12 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from sidactl import engine, losses
+from sidactl import losses
 from sidactl.augment import AugmentPipe
 from sidactl.codec import LatentCodec, PixelCodec
-from sidactl.diffusion import Draws, Preconditioned, sigma_of_time
+from sidactl.engine import configure, ranks, sharding, threads
+from sidactl.engine import devices as engine_devices
+from sidactl.engine import gradients as engine_gradients
 from sidactl.errors import SidaError
+from sidactl.nets import Preconditioned
 from sidactl.nets.edm2 import drop_logvar_, force_normalize_
+from sidactl.noise import Draws, sigma_of_time
 from sidactl.recipes import Execution, NetSpec, Recipe, TeacherRecipe
 
 STREAMS = {"latent": 0, "diffusion": 1, "augment": 2, "dropout": 3, "posterior": 4}
@@ -154,7 +158,7 @@ class DatasetBatches:
 
     def get(self, batch: int, round: int) -> MicroBatch:
         return MicroBatch(
-            engine.sent(self._dataset.one_hot(self._chosen(batch, round)), self._device),
+            engine_devices.sent(self._dataset.one_hot(self._chosen(batch, round)), self._device),
             self._draws("latent", batch, round),
             self._draws("diffusion", batch, round),
             self._draws("augment", batch, round),
@@ -163,7 +167,7 @@ class DatasetBatches:
 
     def images(self, batch: int, round: int) -> Tensor:
         """Real images in [-1, 1]; of a dataset of latents, samples of their posterior that every visit draws anew."""
-        items = engine.sent(self._dataset.images(self._chosen(batch, round)), self._device)
+        items = engine_devices.sent(self._dataset.images(self._chosen(batch, round)), self._device)
         return self._codec.encode(items, self._draws("posterior", batch, round))
 
     def _chosen(self, batch: int, round: int) -> Any:
@@ -185,8 +189,8 @@ def update_ema(
     if rampup_ratio is not None:
         halflife = min(halflife, nimg * rampup_ratio)
     average = get_ema_multi_avg_fn(0.5 ** (batch_size / max(halflife, 1e-8)))
-    means = [engine.local(p.detach()) for p in ema.parameters()]
-    values = [engine.local(p.detach()) for p in net.parameters()]
+    means = [sharding.local(p.detach()) for p in ema.parameters()]
+    values = [sharding.local(p.detach()) for p in net.parameters()]
     with torch.no_grad():
         average(means, [p.to(mean.device) for p, mean in zip(values, means, strict=True)], torch.tensor(0))
 
@@ -197,13 +201,13 @@ def apply_gradients(optimizer: torch.optim.Optimizer, clip_value: float | None) 
     The answer stays on the device, where the fused optimiser reads it: nothing waits for it.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    gradients = [engine.local(p.grad) for p in parameters]
+    gradients = [sharding.local(p.grad) for p in parameters]
     finite = torch.isfinite(torch.nn.utils.get_total_norm(gradients))
     if clip_value is not None:
         torch._foreach_clamp_min_(gradients, -clip_value)
         torch._foreach_clamp_max_(gradients, clip_value)
-    if any(map(engine.is_sharded, parameters)):  # of which each process sees a part
-        finite = torch.tensor(not engine.any_process(not bool(finite)))
+    if any(map(sharding.is_sharded, parameters)):  # of which each process sees a part
+        finite = torch.tensor(not ranks.any_process(not bool(finite)))
         if finite:
             optimizer.step()
     else:
@@ -220,7 +224,7 @@ def adam(net: nn.Module, *, lr: float, beta1: float, beta2: float, eps: float) -
     """
     named = list(net.named_parameters())
     # The kernel takes either kind by itself.
-    parts = [[(name, p) for name, p in named if engine.is_sharded(p) == sharded] for sharded in (False, True)]
+    parts = [[(name, p) for name, p in named if sharding.is_sharded(p) == sharded] for sharded in (False, True)]
     groups = [{"params": part} for part in parts if part]
     optimizer = torch.optim.Adam(groups, lr=lr, betas=(beta1, beta2), eps=eps, fused=True)
     for parameter in net.parameters():
@@ -368,10 +372,10 @@ class Distillation:
         if self._normalizes_ema:
             force_normalize_(self.ema)
         execution = execution or Execution()
-        engine.arrange(recipe, execution, self.teacher, self.fake_score, self.generator, self.ema)
-        self.passes = engine.passes_of(recipe, execution)
+        configure.arrange(recipe, execution, self.teacher, self.fake_score, self.generator, self.ema)
+        self.passes = configure.passes_of(recipe, execution)
         # Passes of a small net take a core each. Dropout's masks come of one generator, and FSDP2 counts its passes.
-        alone = not engine.is_small(self.teacher) or self.fake_score.spec.dropout > 0 or execution.shard
+        alone = not threads.is_small(self.teacher) or self.fake_score.spec.dropout > 0 or execution.shard
         self.num_threads = 1 if alone else torch.get_num_threads()
         self._batches = batches
         self._fakes: Tensor | None = None
@@ -433,8 +437,8 @@ class Distillation:
         micro_batch = recipe.batch_size // recipe.num_accumulation_rounds
         sizes = [n for n in range(num_rounds, 0, -1) if num_rounds % n == 0 and (n == 1 or recipe.joins_micro_batches)]
         fitting = next((n for n in sizes if self._fits(n)), 1)
-        images = engine.smallest(fitting) * micro_batch
-        self.passes = engine.passes_of(recipe, Execution(batch_per_device=images))
+        images = ranks.smallest(fitting) * micro_batch
+        self.passes = configure.passes_of(recipe, Execution(batch_per_device=images))
         return images
 
     def _fits(self, num_micro_batches: int) -> bool:
@@ -497,7 +501,7 @@ class Distillation:
         gradients = self._gradient_sum("fake_score", psi)
 
         def gradients_of(rounds: Sequence[int]) -> tuple[dict[str, Tensor], Sequence[Tensor | None]]:
-            engine.sync_gradients(psi, rounds is self.passes[-1])
+            engine_gradients.sync_gradients(psi, rounds is self.passes[-1])
             batch = self._batch(2 * self.step_index, rounds)
             fakes = self._shared_fakes(batch) if shares else self._generate_alone(batch)
             sigma = (recipe.P_std * batch.diffusion.normal((len(fakes), 1, 1, 1)) + recipe.P_mean).exp()
@@ -536,7 +540,7 @@ class Distillation:
         gradients = self._gradient_sum("generator", self.generator)
 
         def gradients_of(rounds: Sequence[int]) -> tuple[dict[str, Tensor], Sequence[Tensor | None]]:
-            engine.sync_gradients(self.generator, rounds is self.passes[-1])
+            engine_gradients.sync_gradients(self.generator, rounds is self.passes[-1])
             batch = self._batch(2 * self.step_index + 1, rounds)
             if self.recipe.share_fakes:
                 first = self._batch(2 * self.step_index, rounds)
@@ -550,22 +554,22 @@ class Distillation:
                 (gradient,) = torch.autograd.grad(gradients.scaled(loss), images)
                 return stats, gradients.of(fakes, gradient)
 
-        with engine.without_weight_gradients(self.fake_score):
+        with engine_gradients.without_weight_gradients(self.fake_score):
             return self._summed(gradients_of, gradients, is_trial)
 
-    def _gradient_sum(self, name: str, net: nn.Module) -> engine.GradientSum:
+    def _gradient_sum(self, name: str, net: nn.Module) -> engine_gradients.GradientSum:
         scale = self._loss_scales[name].value if name in self._loss_scales else None
-        return engine.GradientSum(net, len(self.passes), scale)
+        return engine_gradients.GradientSum(net, len(self.passes), scale)
 
     def _summed(
         self,
         gradients_of: Callable[[Sequence[int]], tuple[dict[str, Tensor], Sequence[Tensor | None]]],
-        gradients: engine.GradientSum,
+        gradients: engine_gradients.GradientSum,
         is_trial: bool,
     ) -> dict[str, Tensor]:
         """Goes through the passes and gives the net the sum of their gradients; returns their losses."""
         passes: list[dict[str, Tensor]] = []
-        for stats, taken in engine.side_by_side(gradients_of, self.passes, self.num_threads):
+        for stats, taken in threads.side_by_side(gradients_of, self.passes, self.num_threads):
             gradients.add(taken)
             passes.append({name: value.detach() for name, value in stats.items()})
         if not is_trial:

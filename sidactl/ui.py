@@ -1,4 +1,4 @@
-"""What people meet: data on stdout, everything else on stderr, progress, and how counts, sizes and times are written.
+"""What people meet: data on stdout, everything else on stderr, and progress.
 
 Nothing heavy is imported here; rich comes in only where something is drawn on a terminal.
 """
@@ -16,17 +16,20 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, TextIO
 
 from sidactl.errors import EXIT_FAILED, SidaError
-from sidactl.inputs import parse_count as parse_count
-from sidactl.inputs import parse_seeds as parse_seeds
 from sidactl.text import visible
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+from sidactl.units import format_bytes, format_count, format_duration
 
 _RATE_WINDOW_SEC = 30.0
+
 _RATE_FROM_SEC = 2.0
+
 """a speed measured over less says nothing yet"""
+
 _MAX_EVERY_SEC = 600.0
+
 _BREAKS = re.compile(r"\s*[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]\s*")
 
 
@@ -305,37 +308,6 @@ def progress(
     """
     with display() as shown:
         yield shown.show(title, total, unit, every_sec=every_sec, clock=clock)
-
-
-def format_count(count: int) -> str:
-    """50000 -> '50k', 200000000 -> '200M', 1797 -> '1,797': exact, with a suffix where that is shorter."""
-    for size, suffix, decimals in ((10**6, "M", 2), (10**3, "k", 1)):
-        if count >= size and count % (size // 10**decimals) == 0:
-            digits = f"{count % size * 10**decimals // size:0{decimals}}".rstrip("0")
-            return f"{count // size:,}{'.' if digits else ''}{digits}{suffix}"
-    return f"{count:,}"
-
-
-def format_duration(duration_sec: float) -> str:
-    """3.25 -> '3.2s', 185 -> '3m 05s', 8040 -> '2h 14m', 273600 -> '3d 04h': two units at most, rounded down."""
-    if duration_sec < 10:
-        return f"{math.floor(duration_sec * 10) / 10:.1f}s"
-    minutes, seconds = divmod(int(duration_sec), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days:,}d {hours:02}h"
-    if hours:
-        return f"{hours}h {minutes:02}m"
-    return f"{minutes}m {seconds:02}s" if minutes else f"{seconds}s"
-
-
-def format_bytes(num_bytes: int) -> str:
-    """512 -> '512 B', 95600000 -> '95.6 MB': powers of 1000, three digits."""
-    size, units = float(num_bytes), ["B", "kB", "MB", "GB", "TB"]
-    while size >= 999.5 and len(units) > 1:
-        size, units = size / 1000, units[1:]
-    return f"{size:.3g} {units[0]}" if size < 999.5 else f"{size:,.0f} {units[0]}"
 
 
 def _fact(value: str | float) -> str:

@@ -27,8 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sidactl import catalog, nets, ops, preflight
-from sidactl.diffusion import Preconditioned
-from sidactl.nets import inception, vit
+from sidactl.nets import Preconditioned, inception, vit
 from sidactl.recipes import NetSpec
 from tests.hostile.doors import cifar, picture, tarred, zipped
 from tests.playback import save_vae

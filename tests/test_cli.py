@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sidactl import __version__, prepare, ui
+from sidactl import __version__, prepare, ui, units
 from sidactl.recipes import HeunSpec
 from sidactl.store import Store
 from tests.golden import golden
@@ -548,7 +548,7 @@ def test_fetch_teacher_tells_bytes_as_they_come(tmp_path: Path, monkeypatch: pyt
     data = golden("networks/edm_ddpmpp_uncond.pkl").read_bytes()
     with serving({"/net.pkl": data}) as site:
         done = sidactl("fetch-teacher", f"{site.url}/net.pkl", run=tmp_path / "run")
-    size = ui.format_bytes(len(data))
+    size = units.format_bytes(len(data))
     assert f"fetch-teacher: {size} / {size} (100%), " in done.stderr
     assert Store.open(tmp_path / "run").get(done.stdout.strip()).kind == "teacher"
 

@@ -19,6 +19,7 @@ from sidactl.artifacts import prepare_data, read_state_dict
 from sidactl.errors import SidaError
 from sidactl.metrics import frechet_distance
 from sidactl.nets import inception
+from sidactl.nets import random_features as nets_random_features
 from sidactl.store import Store
 
 
@@ -98,7 +99,7 @@ def random_features() -> detectors.Detector:
 
 
 def test_the_seeded_detector_is_the_same_for_ever(random_features: detectors.Detector) -> None:
-    weights = detectors.RandomFeatures.drawn()
+    weights = nets_random_features.RandomFeatures.drawn()
     assert random_features.identity == "random-features@967b4065e63610d7-fp32"
     assert [tuple(w.shape) for w in weights.values()] == [(16, 3, 3, 3), (16, 16, 3, 3), (16, 16, 3, 3)]
     # Half of the filters see no flat colour; the float32 sum of 27 or 144 weights leaves rounding alone.

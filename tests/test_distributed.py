@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from sidactl import catalog, engine, heartbeat, ops
+from sidactl import catalog, ops
+from sidactl.engine import configure, heartbeat
+from sidactl.engine import ranks as engine_ranks
 from sidactl.errors import SidaError
 from sidactl.recipes import Execution, override
 from sidactl.store import Store, rehash
@@ -213,14 +215,14 @@ def test_where_the_process_that_holds_the_store_hangs_the_others_end_with_a_line
 PATIENT = """
 import os, time
 from pathlib import Path
-from sidactl import engine
-with engine.first_alone():
+from sidactl.engine import ranks
+with ranks.first_alone():
     if os.environ["RANK"] == "0":
         time.sleep(2.5)  # at work for longer than the time
 Path(os.environ["FOLDER"], os.environ["RANK"]).touch()
 while not Path(os.environ["FOLDER"], "continued").exists():
     time.sleep(0.1)
-engine.agreed(str)
+ranks.agreed(str)
 if os.environ["RANK"] == "0":
     time.sleep(2.5)  # after the other one has left
 """
@@ -252,18 +254,18 @@ def test_a_hang_timeout_is_seconds_up_to_a_day(given: str) -> None:
 
 def test_what_does_not_fit_the_processes_is_told_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = override(catalog.recipe_for("tiny-digits", "sida"), {"num_accumulation_rounds": 4})
-    instead_of(engine.rank_and_size, lambda: (0, 3), monkeypatch)
+    instead_of(engine_ranks.rank_and_size, lambda: (0, 3), monkeypatch)
     with pytest.raises(SidaError, match=r"^the 4 micro-batches of a batch must be shared evenly, got 3 processes"):
-        engine.passes_of(recipe, Execution())
-    instead_of(engine.rank_and_size, lambda: (1, 2), monkeypatch)
-    assert [list(rounds) for rounds in engine.passes_of(recipe, Execution())] == [[1], [3]]
-    assert [list(rounds) for rounds in engine.passes_of(recipe, Execution(batch_per_device=64))] == [[1, 3]]
+        configure.passes_of(recipe, Execution())
+    instead_of(engine_ranks.rank_and_size, lambda: (1, 2), monkeypatch)
+    assert [list(rounds) for rounds in configure.passes_of(recipe, Execution())] == [[1], [3]]
+    assert [list(rounds) for rounds in configure.passes_of(recipe, Execution(batch_per_device=64))] == [[1, 3]]
     with pytest.raises(SidaError, match=r"^batch-per-device must be one of 32, 64 \(micro-batches of 32\), got 16"):
-        engine.passes_of(recipe, Execution(batch_per_device=16))
+        configure.passes_of(recipe, Execution(batch_per_device=16))
     with pytest.raises(SidaError, match=r"^with dropout a pass holds one micro-batch of 32, got --batch-per-device 64"):
-        engine.passes_of(override(recipe, {"dropout": 0.1}), Execution(batch_per_device=64))
+        configure.passes_of(override(recipe, {"dropout": 0.1}), Execution(batch_per_device=64))
     with pytest.raises(SidaError, match=r"^with augmentation a pass holds one micro-batch of 32, got"):
-        engine.passes_of(override(recipe, {"augment_p": 0.1}), Execution(batch_per_device=64))
+        configure.passes_of(override(recipe, {"augment_p": 0.1}), Execution(batch_per_device=64))
 
 
 def test_a_teacher_is_trained_by_one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sidactl import artifacts, detectors, engine, features, live, ops, references, scores
+from sidactl import artifacts, detectors, features, live, ops, references, scores
+from sidactl.engine import ranks
 from sidactl.errors import SidaError
 from sidactl.store import Artifact, LiveDir, Store, UnwritableError, rehash, sealed, unsealed
 from tests.conftest import Forbid, instead_of
@@ -121,7 +122,7 @@ def net_of_digits(tmp_path: Path) -> Store:
 
 def interrupt_after(num_batches: int, patch: pytest.MonkeyPatch) -> None:
     """Ends a score where so many batches are done."""
-    joined = engine.joined
+    joined = ranks.joined
 
     def some(*of_all: Any, **options: Any) -> Iterator[Any]:
         nonlocal num_batches
@@ -131,7 +132,7 @@ def interrupt_after(num_batches: int, patch: pytest.MonkeyPatch) -> None:
             num_batches -= 1
             yield made
 
-    instead_of(engine.joined, some, patch)
+    instead_of(ranks.joined, some, patch)
 
 
 def test_a_score_goes_on_where_it_was_interrupted(
@@ -193,7 +194,7 @@ def test_features_of_a_reference_go_on_and_answer_the_next_score(
                 ask(net_of_digits, data, detector)
         ask(net_of_digits, data, detector, lambda *tick, done=done: done.append(tick))
         assert done[0] == (1000, 1797)
-        with forbidden(engine.joined):
+        with forbidden(ranks.joined):
             ask(net_of_digits, data, detector)
     assert live.unfinished(net_of_digits) == []
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from sidactl import losses, nets, pickles, teachers
 from sidactl.augment import AugmentPipe
-from sidactl.diffusion import Preconditioned, sigma_of_time
 from sidactl.errors import SidaError
+from sidactl.nets import Preconditioned
 from sidactl.nets.edm2 import drop_logvar_
+from sidactl.noise import sigma_of_time
 from sidactl.recipes import NetSpec
 from tests.golden import golden
 from tests.playback import Playback

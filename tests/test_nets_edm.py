@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sidactl import catalog, nets, pickles, teachers
-from sidactl.diffusion import Preconditioned
 from sidactl.errors import SidaError
+from sidactl.nets import Preconditioned
 from sidactl.recipes import NetSpec
 from tests.golden import golden
 

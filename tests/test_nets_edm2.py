@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sidactl import nets, pickles
-from sidactl.diffusion import Preconditioned
 from sidactl.errors import SidaError
+from sidactl.nets import Preconditioned
 from sidactl.nets.edm2 import Block, MPConv, MPFourier, force_normalize_, mp_cat, mp_silu, mp_sum, normalize, resample
 from sidactl.recipes import NetSpec
 from tests.golden import golden

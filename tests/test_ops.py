@@ -24,7 +24,6 @@ from sidactl import (
     artifacts,
     catalog,
     cli,
-    engine,
     inventory,
     loop,
     metrics,
@@ -36,8 +35,9 @@ from sidactl import (
     trainer,
 )
 from sidactl.artifacts import mapping
-from sidactl.diffusion import Preconditioned
+from sidactl.engine import devices, ranks
 from sidactl.errors import SidaError
+from sidactl.nets import Preconditioned
 from sidactl.recipes import Execution, HeunSpec, Mode, OneStepSpec, Setting
 from sidactl.store import Artifact, Store, UnwritableError, collect_garbage, digest, rehash
 from tests.conftest import SHORT, Finished, Forbid, instead_of, read_only, short_distill
@@ -80,9 +80,9 @@ def test_the_images_at_a_time_are_tried_anew_with_other_processes_devices_and_se
 
     def tries(size: int, memory: int, execution: Execution) -> int:
         before = num_tries
-        instead_of(engine.rank_and_size, lambda: (0, size), monkeypatch)
-        instead_of(engine.agreed, lambda make: make(), monkeypatch)
-        instead_of(engine.memory_of, lambda device: ["a GPU", memory], monkeypatch)
+        instead_of(ranks.rank_and_size, lambda: (0, size), monkeypatch)
+        instead_of(ranks.agreed, lambda make: make(), monkeypatch)
+        instead_of(devices.memory_of, lambda device: ["a GPU", memory], monkeypatch)
         training = SimpleNamespace(recipe=catalog.recipe_for("tiny-digits", "sida"), fit_batch_per_device=fit)
         ops._fitted(cast(Any, training), execution, live, gpu)
         return num_tries - before

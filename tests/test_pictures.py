@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from sidactl import pictures
+from sidactl import report
 from sidactl.errors import SidaError
 
 BLUE, TEACHER, GRID, AXIS = (0, 114, 178), (77, 77, 77), (207, 207, 207), (34, 34, 34)
@@ -24,7 +24,7 @@ def noise(*shape: int) -> NDArray[np.uint8]:
 
 
 def plot(points: list[tuple[int, float]], teacher: float | None = None, higher_is_better: bool = False) -> bytes:
-    return pictures.curve(
+    return report.curve(
         points, teacher_score=teacher, title="tiny-digits", ylabel="FD", higher_is_better=higher_is_better
     )
 
@@ -37,7 +37,7 @@ def rows_of(picture: NDArray[np.uint8], colour: tuple[int, int, int], least: int
 @pytest.mark.parametrize("channels", [1, 3])
 def test_grid_tiles_equal_the_source_pixels_in_reading_order_with_white_gaps(channels: int) -> None:
     images = noise(5, 40, 48, channels)
-    canvas = decoded(pictures.grid(images, columns=3)).reshape(82, 148, channels)
+    canvas = decoded(report.grid(images, columns=3)).reshape(82, 148, channels)
     for index, image in enumerate(images):
         top, left = index // 3 * 42, index % 3 * 50
         np.testing.assert_array_equal(canvas[top : top + 40, left : left + 48], image)
@@ -48,34 +48,34 @@ def test_grid_tiles_equal_the_source_pixels_in_reading_order_with_white_gaps(cha
 
 def test_grid_enlarges_small_images_by_a_whole_factor_without_blending() -> None:
     images = noise(1, 10, 20, 3)
-    canvas = decoded(pictures.grid(images))
+    canvas = decoded(report.grid(images))
     np.testing.assert_array_equal(canvas, images[0].repeat(4, axis=0).repeat(4, axis=1))
 
 
 @pytest.mark.parametrize(("num_images", "size"), [(1, (32, 32)), (4, (66, 66)), (5, (66, 100)), (7, (100, 100))])
 def test_grid_defaults_to_a_square(num_images: int, size: tuple[int, int]) -> None:
-    assert decoded(pictures.grid(noise(num_images, 32, 32, 1))).shape == size
+    assert decoded(report.grid(noise(num_images, 32, 32, 1))).shape == size
 
 
 def test_grid_with_more_columns_than_images_has_no_empty_columns() -> None:
-    assert decoded(pictures.grid(noise(2, 32, 32, 3), columns=9)).shape == (32, 66, 3)
+    assert decoded(report.grid(noise(2, 32, 32, 3), columns=9)).shape == (32, 66, 3)
 
 
 def test_grid_refuses_what_is_not_images() -> None:
     with pytest.raises(SidaError) as caught:
-        pictures.grid(np.zeros((2, 3, 8, 8), dtype=np.uint8))
+        report.grid(np.zeros((2, 3, 8, 8), dtype=np.uint8))
     assert str(caught.value) == (
         "a grid must have uint8 images [N, H, W, C] with 1 or 3 channels, got uint8 [2, 3, 8, 8]. "
         "Pass at least one grey or RGB image."
     )
     with pytest.raises(SidaError, match=r"got uint8 \[0, 8, 8, 3\]"):
-        pictures.grid(np.zeros((0, 8, 8, 3), dtype=np.uint8))
+        report.grid(np.zeros((0, 8, 8, 3), dtype=np.uint8))
     with pytest.raises(SidaError, match="columns of a grid must be >= 1, got 0"):
-        pictures.grid(noise(2, 8, 8, 1), columns=0)
+        report.grid(noise(2, 8, 8, 1), columns=0)
 
 
 def test_same_input_gives_the_same_bytes() -> None:
-    assert pictures.grid(noise(3, 8, 8, 3)) == pictures.grid(noise(3, 8, 8, 3))
+    assert report.grid(noise(3, 8, 8, 3)) == report.grid(noise(3, 8, 8, 3))
     assert plot(FALLING, 2.0) == plot(FALLING, 2.0)
     assert plot(FALLING[::-1], 2.0) == plot(FALLING, 2.0)
 
@@ -150,7 +150,7 @@ def test_curve_draws_few_and_equal_points(points: list[tuple[int, float]]) -> No
 
 def test_curve_of_other_runs_gets_a_legend_and_further_colours() -> None:
     def drawn(series: dict[str, list[tuple[int, float]]] | None) -> NDArray[np.uint8]:
-        return decoded(pictures.curve(FALLING, teacher_score=None, title="", ylabel="", series=series))
+        return decoded(report.curve(FALLING, teacher_score=None, title="", ylabel="", series=series))
 
     orange = (213, 94, 0)
     picture = drawn({"SiD": [(1000, 50.0), (100_000, 20.0)]})

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sidactl import cli, download, features, ops, pictures, references, sampling, scores, trainer
+from sidactl import cli, download, features, ops, references, report, sampling, scores, trainer
 from sidactl.store import Artifact, LiveDir, Store, digest
 from tests import standins
 from tests.conftest import instead_of
@@ -282,7 +282,7 @@ def test_a_road_that_fails_at_each_of_its_stages_loses_nothing(
             *((ops, name) for name in ("load_net", "load_detector", "_try_scoring", "_preview")),
             *((scores, name) for name in ("load_net", "load_detector", "numbers")),
             *((sampling, "generate"), (features, "collect"), (references, "moments")),
-            *((pictures, "grid"), (pictures, "curve")),
+            *((report, "grid"), (report, "curve")),
         ):
             cuts.at(owner, name)
         for _ in range(200):

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from sidactl import catalog, nets, sampling, teachers
 from sidactl.codec import LatentCodec, PixelCodec, decode_affine
-from sidactl.diffusion import Preconditioned, karras_sigmas
 from sidactl.errors import SidaError
+from sidactl.nets import Preconditioned
+from sidactl.noise import karras_sigmas
 from sidactl.recipes import HeunSpec, OneStepSpec
 from tests.golden import golden, golden_metrics
 from tests.playback import IdentityVae

@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from sidactl import catalog, engine, loop, losses, nets, trainer
+from sidactl import catalog, loop, losses, nets, trainer
 from sidactl.codec import decode_affine
-from sidactl.diffusion import _channel_mean
+from sidactl.engine import configure
+from sidactl.engine import gradients as engine_gradients
+from sidactl.engine import threads as engine_threads
 from sidactl.errors import SidaError
+from sidactl.nets.denoiser import _channel_mean
 from sidactl.recipes import Adversarial, Execution, NetSpec, Recipe, Setting, TeacherRecipe
 from sidactl.store import Store
 from tests.conftest import Forbid, instead_of
@@ -688,10 +691,10 @@ def test_traced_nets_compute_no_gradients_of_frozen_weights(monkeypatch: pytest.
 def test_threads_that_need_a_graph_together_compile_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
     trace_alone(monkeypatch)
     torch._dynamo.reset()  # nets of one shape share their graphs
-    net = engine.set_up(nets.build(TINY).eval().requires_grad_(False), Setting(compile=True))
-    x, before = torch.zeros(2, 1, 8, 8), engine.num_graphs()
-    made = list(engine.side_by_side(lambda _: net(x, 2.5), range(4), 2))
-    assert engine.num_graphs() - before == 1
+    net = configure.set_up(nets.build(TINY).eval().requires_grad_(False), Setting(compile=True))
+    x, before = torch.zeros(2, 1, 8, 8), configure.num_graphs()
+    made = list(engine_threads.side_by_side(lambda _: net(x, 2.5), range(4), 2))
+    assert configure.num_graphs() - before == 1
     assert all(torch.equal(each, made[0]) for each in made)
 
 
@@ -799,7 +802,7 @@ def test_a_loss_scale_asks_nothing_of_the_device() -> None:
     scale = trainer.LossScale(64, torch.device("meta"))
     for _ in range(3):
         scale.follow(torch.tensor(True, device="meta"))
-    gradients = engine.GradientSum(torch.nn.Linear(2, 2, device="meta"), 1, scale.value)
+    gradients = engine_gradients.GradientSum(torch.nn.Linear(2, 2, device="meta"), 1, scale.value)
     assert gradients.scaled(torch.ones((), device="meta")).shape == ()
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sidactl import engine, pickles, teachers, trainer
+from sidactl import pickles, teachers, trainer
 from sidactl.codec import LatentCodec, PixelCodec
-from sidactl.diffusion import Preconditioned
+from sidactl.engine import sharding
+from sidactl.nets import Preconditioned
 from sidactl.recipes import Adversarial, Recipe
 from tests.golden import golden
 from tests.playback import Playback
@@ -144,7 +145,7 @@ def plain_kernels() -> Iterator[None]:
 def test_training_steps_follow_the_golden_trajectory(tag: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run, arrays, settings, batches = golden_distillation(tag)
 
-    num_blocks = len(engine.blocks_of(run.fake_score))
+    num_blocks = len(sharding.blocks_of(run.fake_score))
 
     def recorded_dropout(x: Tensor, p: float, training: bool) -> Tensor:
         if not training:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pytest
 
-from sidactl import ui
+from sidactl import ui, units
 from sidactl.errors import SidaError
 
 
@@ -182,7 +182,7 @@ def test_progress_off_a_terminal_is_told_ever_more_seldom_up_to_ten_minutes(caps
             p.update(int(clock.now_sec))
             clock.now_sec += 1
     counts = re.findall(r"([\d,.]+k?) images,", capsys.readouterr().err)
-    told = [ui.parse_count(count.replace(",", ""), "") - 1000 for count in counts]
+    told = [units.parse_count(count.replace(",", ""), "") - 1000 for count in counts]
     assert told == [0, 10, 30, 70, 150, 310, 630, 1230, 1830, 2430, 3030, 3630, 3999]
 
 
@@ -384,8 +384,8 @@ def test_progress_on_a_real_terminal_leaves_stdout_to_the_data() -> None:
     ],
 )
 def test_format_count_is_exact_and_read_back(count: int, text: str) -> None:
-    assert ui.format_count(count) == text
-    assert ui.parse_count(text.replace(",", "_"), "--num") == count
+    assert units.format_count(count) == text
+    assert units.parse_count(text.replace(",", "_"), "--num") == count
 
 
 @pytest.mark.parametrize(
@@ -396,7 +396,7 @@ def test_format_count_is_exact_and_read_back(count: int, text: str) -> None:
     ],
 )
 def test_parse_count_reads_suffixes_exactly(text: str, count: int) -> None:
-    assert ui.parse_count(text, "--num") == count
+    assert units.parse_count(text, "--num") == count
 
 
 @pytest.mark.parametrize(
@@ -404,13 +404,13 @@ def test_parse_count_reads_suffixes_exactly(text: str, count: int) -> None:
 )
 def test_parse_count_refuses_anything_else_in_one_line(text: str) -> None:
     with pytest.raises(SidaError) as caught:
-        ui.parse_count(text, "--duration")
+        units.parse_count(text, "--duration")
     assert str(caught.value) == f"--duration must be a whole number of images such as 500, 50k or 1.5M, got {text!r}"
 
 
 def test_parse_seeds_keeps_the_order_and_both_ends() -> None:
-    assert ui.parse_seeds("0-3,100,7-8") == [0, 1, 2, 3, 100, 7, 8]
-    assert ui.parse_seeds("5, 3") == [5, 3]
+    assert units.parse_seeds("0-3,100,7-8") == [0, 1, 2, 3, 100, 7, 8]
+    assert units.parse_seeds("5, 3") == [5, 3]
 
 
 @pytest.mark.parametrize(
@@ -418,7 +418,7 @@ def test_parse_seeds_keeps_the_order_and_both_ends() -> None:
     [("0-49999", range(50_000)), ("7", range(7, 8)), ("0-1,2,3-5", range(6)), ("0-99999999999", range(10**11))],
 )
 def test_parse_seeds_that_are_consecutive_are_a_range(text: str, seeds: range) -> None:
-    assert ui.parse_seeds(text) == seeds
+    assert units.parse_seeds(text) == seeds
 
 
 @pytest.mark.parametrize(
@@ -436,26 +436,26 @@ def test_parse_seeds_that_are_consecutive_are_a_range(text: str, seeds: range) -
 )
 def test_parse_seeds_tells_what_is_wrong_in_one_line(text: str, message: str) -> None:
     with pytest.raises(SidaError) as caught:
-        ui.parse_seeds(text)
+        units.parse_seeds(text)
     assert str(caught.value) == message
 
 
 @pytest.mark.parametrize(
     ("format_value", "value", "text"),
     [
-        (ui.format_duration, 0.0, "0.0s"),
-        (ui.format_duration, 9.99, "9.9s"),
-        (ui.format_duration, 42, "42s"),
-        (ui.format_duration, 185, "3m 05s"),
-        (ui.format_duration, 3599.9, "59m 59s"),
-        (ui.format_duration, 8040, "2h 14m"),
-        (ui.format_duration, 273_600, "3d 04h"),
-        (ui.format_bytes, 512, "512 B"),
-        (ui.format_bytes, 999_499, "999 kB"),
-        (ui.format_bytes, 999_500, "1 MB"),
-        (ui.format_bytes, 95_600_000, "95.6 MB"),
-        (ui.format_bytes, 1_120_000_000, "1.12 GB"),
-        (ui.format_bytes, 10**16, "10,000 TB"),
+        (units.format_duration, 0.0, "0.0s"),
+        (units.format_duration, 9.99, "9.9s"),
+        (units.format_duration, 42, "42s"),
+        (units.format_duration, 185, "3m 05s"),
+        (units.format_duration, 3599.9, "59m 59s"),
+        (units.format_duration, 8040, "2h 14m"),
+        (units.format_duration, 273_600, "3d 04h"),
+        (units.format_bytes, 512, "512 B"),
+        (units.format_bytes, 999_499, "999 kB"),
+        (units.format_bytes, 999_500, "1 MB"),
+        (units.format_bytes, 95_600_000, "95.6 MB"),
+        (units.format_bytes, 1_120_000_000, "1.12 GB"),
+        (units.format_bytes, 10**16, "10,000 TB"),
     ],
 )
 def test_durations_and_sizes_read_well(format_value: Callable[[float], str], value: float, text: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sidactl.diffusion import Encoded, own_node
+from sidactl.nets.denoiser import Encoded, own_node
 from sidactl.recipes import NetSpec
 
 Resample = Literal["up", "down"]

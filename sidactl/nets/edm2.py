@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sidactl.diffusion import Encoded, Preconditioned, as_sigma, own_node
+from sidactl.nets.denoiser import Encoded, Preconditioned, as_sigma, own_node
 from sidactl.recipes import NetSpec
 
 Resample = Literal["up", "down"]

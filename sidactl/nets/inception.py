@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sidactl.errors import SidaError
-from sidactl.nets import misfits_of
+from sidactl.nets.assembly import misfits_of
 
 RESOLUTION = 299
 NUM_FEATURES = 2048

@@ -1,7 +1,6 @@
-"""What makes a network a denoiser: preconditioning, the logits map, noise levels. No architecture lives here."""
+"""What makes a network a denoiser: preconditioning and the logits map. No architecture lives here."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -10,16 +9,6 @@ from torch.nn import functional as F
 
 from sidactl.errors import SidaError
 from sidactl.recipes import NetSpec
-
-
-class Draws(Protocol):
-    """A source of random numbers, float32 (integers: int64), which the caller seeds and places."""
-
-    def normal(self, shape: Sequence[int]) -> Tensor: ...
-
-    def uniform(self, shape: Sequence[int]) -> Tensor: ...
-
-    def integers(self, high: int, shape: Sequence[int]) -> Tensor: ...
 
 
 class Encoded(NamedTuple):
@@ -195,22 +184,3 @@ def as_one_hot(labels: Tensor | None, label_dim: int, device: torch.device) -> T
     if labels.ndim == 1 and not labels.is_floating_point():
         labels = F.one_hot(labels.to(torch.int64), label_dim)
     return labels.to(torch.float32).reshape(-1, label_dim)
-
-
-def karras_sigmas(
-    num_steps: int, sigma_min: float, sigma_max: float, rho: float, *, dtype: torch.dtype = torch.float64
-) -> Tensor:
-    """Noise levels of a multi-step sampler, [num_steps + 1], falling, ending in 0. Source: EDM (2206.00364), eq. 5."""
-    i = torch.arange(num_steps, dtype=dtype)
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    sigmas = (high + i / max(num_steps - 1, 1) * (low - high)) ** rho
-    return torch.cat([sigmas, sigmas.new_zeros(1)])
-
-
-def sigma_of_time(t: Tensor, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
-    """The noise level at time t in [0, 1]: t = 0 gives sigma_min, t = 1 sigma_max.
-
-    Source: EDM (2206.00364), eq. 5, as SiD uses it to diffuse the generator's output.
-    """
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return torch.pow(high + (1 - t) * (low - high), rho)

@@ -1,60 +1,35 @@
-"""Pictures for people, as PNG bytes: a grid of images and a curve of scores; nothing here reads or writes a file."""
+"""A curve of scores as PNG bytes; nothing here reads or writes a file."""
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from sidactl.errors import SidaError
+from sidactl.report.grid import png_of
 
-GRID_GAP = 2
 CURVE_SIZE = (900, 600)
+
 MAIN_SERIES = "this run"
 
 _SUPERSAMPLING = 2
+
 _INK, _GREY, _GRID, _FINE_GRID, _PAPER = "#222222", "#6b6b6b", "#cfcfcf", "#eeeeee", "#ffffff"
+
 _TEACHER = "#4d4d4d"
+
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by colour-blind readers too
+
 _TICK_SETS = (
     (1.0,),
     (1.0, 2.0, 5.0),
     (1.0, 2.0, 3.0, 5.0, 7.0),
     (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0),
 )
+
 _MIN_DECADES = math.log10(2)  # an axis of equal values still spans a factor of 2
+
 _MAX_MARKERS = 80  # more evaluations than this are drawn as a line without dots
-
-
-def grid(images: NDArray[np.uint8], *, columns: int | None = None, min_tile: int = 32) -> bytes:
-    """PNG of `images` in reading order, white between and behind them; the same input gives the same bytes.
-
-    `images`: [N, H, W, C] uint8, C = 1 (grey) or 3 (RGB). `columns` defaults to the square root of N, rounded up.
-    Images with a side shorter than `min_tile` pixels are enlarged by a whole factor, each pixel becoming a square.
-    SidaError for any other shape or type, no image, or columns < 1.
-    """
-    if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape or images.shape[3] not in (1, 3):
-        raise SidaError(
-            f"a grid must have uint8 images [N, H, W, C] with 1 or 3 channels, got {images.dtype} {list(images.shape)}",
-            "Pass at least one grey or RGB image.",
-        )
-    num_images, height, width, channels = images.shape
-    columns = math.ceil(math.sqrt(num_images)) if columns is None else columns
-    if columns < 1:
-        raise SidaError(f"columns of a grid must be >= 1, got {columns}", "Leave it out for a square grid.")
-    scale = max(1, math.ceil(min_tile / min(height, width)))
-    tiles = images.repeat(scale, axis=1).repeat(scale, axis=2)
-    down, across = height * scale + GRID_GAP, width * scale + GRID_GAP
-    columns = min(columns, num_images)
-    rows = math.ceil(num_images / columns)
-    canvas = np.full((rows * down - GRID_GAP, columns * across - GRID_GAP, channels), 255, dtype=np.uint8)
-    for index, tile in enumerate(tiles):
-        top, left = index // columns * down, index % columns * across
-        canvas[top : top + height * scale, left : left + width * scale] = tile
-    return _png(Image.fromarray(canvas[..., 0] if channels == 1 else canvas))
 
 
 def curve(
@@ -220,7 +195,7 @@ class _Sheet:
         return top + 26
 
     def png(self) -> bytes:
-        return _png(self.image.reduce(_SUPERSAMPLING))
+        return png_of(self.image.reduce(_SUPERSAMPLING))
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:
@@ -243,9 +218,3 @@ def _short_count(num_images: float) -> str:
         if num_images >= size:
             return f"{float(f'{num_images / size:.3g}'):g}{suffix}"
     return f"{num_images:g}"
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()

@@ -1,0 +1,1 @@
+"""Where the arithmetic happens: devices, threads, processes, precision. No loss and no network lives here."""

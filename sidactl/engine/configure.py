@@ -1,0 +1,131 @@
+"""The precision, place and form of networks before they train or are sampled."""
+
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from sidactl.engine.devices import allow_tf32
+from sidactl.engine.ranks import rank_and_size
+from sidactl.engine.sharding import blocks_of, shard_
+from sidactl.engine.threads import Out, is_small
+from sidactl.nets import Denoiser, Preconditioned
+from sidactl.recipes import Execution, Recipe, Setting
+from sidactl.recipes import passes_of as rounds_of
+
+
+def passes_of(recipe: Recipe, execution: Execution) -> list[Sequence[int]]:
+    """The accumulation rounds of this process, in groups that go through the nets at once; see `recipe.passes_of`."""
+    return rounds_of(recipe, execution, *rank_and_size())
+
+
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def arrange(
+    recipe: Recipe,
+    execution: Execution,
+    teacher: Preconditioned,
+    fake_score: Preconditioned,
+    generator: Preconditioned,
+    ema: Preconditioned,
+) -> None:
+    """Gives the nets of a distillation their precision, place and form, before any optimiser is made."""
+    for net in (teacher, fake_score, generator, ema):
+        net.compute_dtype = DTYPES[recipe.precision]
+    if recipe.teacher_precision:
+        teacher.compute_dtype = DTYPES[recipe.teacher_precision]
+    allow_tf32(recipe.precision == "tf32")
+    if execution.channels_last:
+        for net in (teacher, fake_score, generator, ema):
+            # FSDP2 takes weights in the usual order alone; then every convolution turns them
+            lay_out_by_pixel(net, weights=not execution.shard)
+    if execution.checkpoint_activations:
+        for net in (teacher, fake_score, generator):
+            for block in blocks_of(net):
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if execution.ema_on_cpu:
+        ema.cpu()
+    if execution.shard:
+        for net in (teacher, fake_score, generator, ema):
+            shard_(net)
+    if execution.compile:
+        for net in (teacher, fake_score, generator, ema):
+            compile_(net)
+
+
+def set_up(net: Preconditioned, setting: Setting) -> Preconditioned:
+    """Gives a net that is sampled its precision and form, and returns it."""
+    net.compute_dtype = DTYPES[setting.precision]
+    if setting.channels_last:
+        lay_out_by_pixel(net)
+    if setting.compile:
+        compile_(net)
+    return net
+
+
+def lay_out_by_pixel(net: Preconditioned, *, weights: bool = True) -> None:
+    """Puts the net's activations, and its weights, into channels-last order."""
+    net.memory_format = torch.channels_last
+    if weights:
+        cast(Any, net).to(memory_format=torch.channels_last)
+
+
+_GRAPHS_OF_A_METHOD = 64
+
+"""a method of all nets, in training and not, with each size of batch"""
+
+
+def compile_(net: Preconditioned) -> None:
+    """Compiles the net's passes, when they first run with inputs of a form; its weights and their names stay."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS_OF_A_METHOD)
+    # C++ all through takes longer to compile, but passes side by side then do not wait for Python's lock.
+    all_through: dict[str, Any] = {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}
+    options = all_through if is_small(net) else None
+    for method in ("forward", "denoise_and_logits", "logits"):
+        compiled = torch.compile(getattr(net, method), dynamic=False, options=options)
+        setattr(net, method, _compiled_once(net, compiled))
+
+
+def _compiled_once(net: Preconditioned, compiled: Callable[..., Out]) -> Callable[..., Out]:
+    """The compiled method; of threads that call it with inputs of a new form the first compiles, the others wait.
+
+    torch would compile it once for each of them.
+    """
+    lock, known = threading.Lock(), set[Any]()
+
+    def call(*inputs: Any, **options: Any) -> Out:
+        trains = net.training, next(net.parameters()).requires_grad
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        form = trains, modes, *map(_form, inputs), *((name, _form(value)) for name, value in options.items())
+        if form in known:
+            return compiled(*inputs, **options)
+        with lock:
+            output = compiled(*inputs, **options)
+        known.add(form)
+        return output
+
+    return call
+
+
+def _form(value: Any) -> Any:
+    """What of an input a compiled graph depends on."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.requires_grad
+    return value
+
+
+def is_compiled(net: Denoiser) -> bool:
+    """Whether `compile_` was here."""
+    return "forward" in vars(net)
+
+
+def num_graphs() -> int:
+    """How many graphs this process has compiled."""
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]

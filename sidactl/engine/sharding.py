@@ -1,0 +1,73 @@
+"""Networks whose parameters are split over the processes (FSDP2)."""
+
+import torch
+from torch import Tensor, nn
+
+from sidactl import nets
+from sidactl.engine.ranks import join, rank_and_size
+from sidactl.nets import Preconditioned
+from sidactl.nets.edm import UNetBlock
+from sidactl.nets.edm2 import Block
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor; asked without importing that class, which takes longer than many a command."""
+    return hasattr(tensor, "to_local")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor that lies in this process; others as they are."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a sharded tensor, in every process; others as they are."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def blocks_of(net: nn.Module) -> list[nn.Module]:
+    """The U-Net's residual blocks."""
+    return [module for module in net.modules() if isinstance(module, (UNetBlock, Block))]
+
+
+_VECTOR_SIZE = 16
+
+"""numbers of float32 that a CPU's kernels take at a time, at most"""
+
+
+def shard_(net: Preconditioned) -> None:
+    """Splits the net's parameters over the processes with FSDP2; its numbers stay the same.
+
+    Small ones stay whole: single numbers (EDM2's gains), which FSDP2 cannot split, and what does not split into full
+    vectors, since the optimiser's kernel rounds the rest of a vector in another way.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    kind = next(net.parameters()).device.type
+    size = rank_and_size()[1]
+    if size == 1:  # without torchrun FSDP2 needs a group of one
+        join(store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh(kind, (size,))
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float64)  # see GradientSum
+    stay_whole = {p for p in net.parameters() if p.ndim == 0 or len(p) % size or p.numel() // size % _VECTOR_SIZE}
+    for module in (*blocks_of(net), net):
+        sharded = fully_shard(
+            module, mesh=mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=stay_whole
+        )
+        sharded.set_gradient_divide_factor(1.0)  # gradients are summed: losses are divided by the whole batch
+    for method in ("denoise_and_logits", "logits", "logvar"):
+        register_fsdp_forward_method(net, method)
+
+
+def gathered(net: Preconditioned, device: torch.device) -> Preconditioned:
+    """The net whole and on this device, to sample from; the net itself where it is that already."""
+    place = next(net.parameters()).device
+    if place.type == device.type and device.index in (None, place.index) and not any(map(is_sharded, net.parameters())):
+        return net
+    with torch.device("meta"):
+        copied = nets.build(net.spec)
+    state = {name: whole(tensor.detach()).to(device) for name, tensor in net.state_dict().items()}
+    copied.load_state_dict(state, assign=True)
+    copied.compute_dtype, copied.memory_format = net.compute_dtype, net.memory_format
+    return copied.eval().requires_grad_(False)

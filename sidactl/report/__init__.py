@@ -1,0 +1,6 @@
+"""Pictures for people, as bytes; nothing here reads or writes a file."""
+
+from sidactl.report.curve import curve
+from sidactl.report.grid import grid
+
+__all__ = ["curve", "grid"]
