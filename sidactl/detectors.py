@@ -30,13 +30,11 @@ RESIZES: tuple[Resize, ...] = ("torch", "pil")
 BUILT_IN = "tiny-digits"
 
 SMALL = (BUILT_IN, RANDOM_FEATURES)
-
 """what needs no download"""
 
 NAMES = (*SMALL, "inception", "dinov2")
 
 IMAGES_AT_ONCE = 64
-
 """images that a large network sees at a time"""
 
 

@@ -30,19 +30,15 @@ class ArrayLike(Protocol):
 
 
 Ref: TypeAlias = str | os.PathLike[str] | Stored
-
 """what names an artifact: an oid, a prefix, a ref, a catalog name, a URL or a file as text; a path; our own objects"""
 
 Count: TypeAlias = str | SupportsIndex
-
 """a number of images: 500, "50k", "1.5M", an integer of numpy or torch"""
 
 Seeds: TypeAlias = str | SupportsIndex | Iterable[SupportsIndex] | ArrayLike
-
 """seeds as `--seeds` takes them, one integer, or any sequence or array of integers"""
 
 Size: TypeAlias = str | SupportsIndex | Sequence[SupportsIndex]
-
 """width and height: "64x64", (64, 64) or 64"""
 
 

@@ -25,7 +25,6 @@ from sidactl.units import format_bytes, format_count, format_duration
 _RATE_WINDOW_SEC = 30.0
 
 _RATE_FROM_SEC = 2.0
-
 """a speed measured over less says nothing yet"""
 
 _MAX_EVERY_SEC = 600.0

@@ -68,9 +68,7 @@ def test_a_run_that_another_process_was_told_to_stop_is_interrupted(
     assert caught.value.exit_code == 130
 
 
-def test_the_images_at_a_time_are_tried_anew_with_other_processes_devices_and_settings(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_images_at_a_time_are_tried_anew_with_other_processes_devices_and_settings(tmp_path: Path) -> None:
     gpu, num_tries = torch.device("cuda:0"), 0
 
     def fit() -> int:
@@ -80,11 +78,12 @@ def test_the_images_at_a_time_are_tried_anew_with_other_processes_devices_and_se
 
     def tries(size: int, memory: int, execution: Execution) -> int:
         before = num_tries
-        instead_of(ranks.rank_and_size, lambda: (0, size), monkeypatch)
-        instead_of(ranks.agreed, lambda make: make(), monkeypatch)
-        instead_of(devices.memory_of, lambda device: ["a GPU", memory], monkeypatch)
         training = SimpleNamespace(recipe=catalog.recipe_for("tiny-digits", "sida"), fit_batch_per_device=fit)
-        ops._fitted(cast(Any, training), execution, live, gpu)
+        with pytest.MonkeyPatch.context() as patch:
+            instead_of(ranks.rank_and_size, lambda: (0, size), patch)
+            instead_of(ranks.agreed, lambda make: make(), patch)
+            instead_of(devices.memory_of, lambda device: ["a GPU", memory], patch)
+            ops._fitted(cast(Any, training), execution, live, gpu)
         return num_tries - before
 
     with Store(tmp_path).live("key") as live:

@@ -79,13 +79,11 @@ DATASETS: Mapping[str, Dataset] = {
 }
 
 VAE_NAME = "stabilityai/sd-vae-ft-mse"
-
 """the VAE that latents are encoded and decoded with unless another is named; of all in the hub by OWNER/NAME"""
 
 VAE_CONFIG, VAE_WEIGHTS = VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 
 LATENT_CHANNELS, LATENT_SCALE = 4, 8
-
 """channels of a latent, and pixels a side of which one of its values stands"""
 
 

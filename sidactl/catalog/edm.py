@@ -12,7 +12,6 @@ from sidactl.recipes import Adversarial, HeunSpec, Mode, NetSpec, Recipe
 MIMG = 1_000_000
 
 FP16: Mapping[str, Any] = {"precision": "fp16", "adam_eps": 1e-6}
-
 """how all published runs but those on CIFAR-10 were made"""
 
 

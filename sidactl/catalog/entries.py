@@ -35,7 +35,6 @@ class Published(NamedTuple):
 
 
 ASSETS = Path(__file__).parents[1] / "assets"
-
 """where the files of the built-in entries are"""
 
 

@@ -132,7 +132,6 @@ _CM_FIDS = {
     "sCT": ((10.13, 9.86), (5.84, 5.53), (5.15, 4.65), (4.33, 3.73), (4.29, 3.76)),
     "sCD": ((3.07, 2.50), (2.75, 2.26), (2.55, 2.04), (2.40, 1.93), (2.28, 1.88)),
 }
-
 """of the sizes of EDM2, with guidance, at 1 and at 2 evaluations"""
 
 # method, dataset as generators' names have it, where the number is from, scores

@@ -54,11 +54,9 @@ def _costs() -> Iterator[tuple[tuple[str, Mode], Cost]]:
 
 
 OWN_DURATIONS: Mapping[Mode, int] = {"sid": 20 * MIMG, "sida": 20 * MIMG, "sid2a": 10 * MIMG}
-
 """images that a teacher of one's own of a published one's size is distilled on, unless asked otherwise"""
 
 COSTS: Mapping[tuple[str, Mode], Cost] = dict(_costs())
-
 """by teacher and mode; a step of sid2a is one of sida. Source: SiDA (2410.14919), table 8."""
 
 

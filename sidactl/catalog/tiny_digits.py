@@ -32,7 +32,6 @@ SMALL_NETS: Mapping[str, NetSpec] = {
         logvar_channels=16,
     ),
 }
-
 """what train-teacher starts from, by the name of the form; shaped to the dataset"""
 
 

@@ -76,7 +76,6 @@ def lay_out_by_pixel(net: Preconditioned, *, weights: bool = True) -> None:
 
 
 _GRAPHS_OF_A_METHOD = 64
-
 """a method of all nets, in training and not, with each size of batch"""
 
 

@@ -16,23 +16,18 @@ from sidactl.text import visible
 VARIABLE = "SIDACTL_HANG_TIMEOUT"
 
 DEFAULT_SEC = 300
-
 """longer than anything holds Python's lock, without which no sign is given; short beside the hours that runs take"""
 
 LONGEST = timedelta(days=1)
-
 """for which processes wait for each other's work, too"""
 
 _SIGNS = 10
-
 """given within the time: so many must be missing, since one may come late, and a tenth more is soon enough"""
 
 _LEFT = -(1 << 62)
-
 """added to the count of signs it makes it negative for good"""
 
 _LEAVING_SEC = 5.0
-
 """a last sign takes milliseconds; that it cannot be given shall not keep a process from ending"""
 
 

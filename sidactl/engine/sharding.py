@@ -31,7 +31,6 @@ def blocks_of(net: nn.Module) -> list[nn.Module]:
 
 
 _VECTOR_SIZE = 16
-
 """numbers of float32 that a CPU's kernels take at a time, at most"""
 
 

@@ -14,7 +14,6 @@ from sidactl.engine.devices import keep_memory
 from sidactl.nets import Denoiser, Preconditioned
 
 SMALL_NET = 1 << 25
-
 """parameters times pixels below which a net on the CPU is run by one thread"""
 
 In = TypeVar("In")

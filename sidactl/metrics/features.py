@@ -21,12 +21,10 @@ ONE_DETECTOR = "Take both from the same detector."
 NOT_STATISTICS = "These are no moments of features: make them again."
 
 ROUNDING = 1e-5
-
 """how far from symmetric and positive semidefinite a covariance may be, of its largest value: sums in float32 over some
 thousand features leave 1e-6, those in float64, as published, less than 1e-12"""
 
 LARGEST = 1e100
-
 """beyond this squares of features, and sums of them, would overflow"""
 
 

@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Literal, Self, Union
 from sidactl.errors import SidaError
 
 HIGH_LR = 0.1
-
 """learning rates above it are warned of"""
 
 
@@ -80,7 +79,6 @@ def _declared(cls: Any) -> dict[str, Any]:
 
 
 _types: Callable[[Any], dict[str, Any]] = cache(_declared)
-
 """the declared types of a dataclass's fields"""
 
 

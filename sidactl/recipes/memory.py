@@ -8,15 +8,12 @@ from sidactl.recipes.execution import Execution
 from sidactl.recipes.networks import NetSpec
 
 BASE_BYTES = 250_000_000
-
 """of a process that has loaded torch, on the CPU"""
 
 _GRAPHS = 3
-
 """networks whose activations a generator step holds at once: generator, fake score, teacher"""
 
 _SAVED_VALUES = {"SongUNet": 11, "DhariwalUNet": 21, "EDM2": 13}
-
 """values kept for the backward pass per channel and pixel of a U-Net block, as counted in our networks"""
 
 

@@ -20,11 +20,9 @@ from sidactl.store.objects import Store
 from sidactl.text import shell_word
 
 _DIGESTS = "SHA256SUMS"
-
 """the file in a folder of live/ that lists the others, as `sha256sum` does"""
 
 COLLECTED = "-collected.json"
-
 """how files of unfinished scores end that say which others hold their features"""
 
 
@@ -40,7 +38,6 @@ class GcReport:
 
 
 _UNSEEN_COMMANDS = ("fetch-detector", "fetch-reference", "import-stats", "stats", "features", "score")
-
 """what answers are logged under that are part of other commands"""
 
 _EVENT_FIELDS = {"event": str, "nimg": int}

@@ -49,19 +49,15 @@ from sidactl.store.live import QUESTION, LiveDir, lock_live
 T = TypeVar("T")
 
 _LARGE_BYTES = 1 << 30
-
 """of a file that is not read to its end at every start, but once, and again when it was touched"""
 
 SETTLED_NS = 2 * 10**9
-
 """how long a file must have been left alone before it was read for its times to tell whether it was changed since"""
 
 _MAX_NAME_BYTES = 255
-
 """of a file's name, on every file system there is"""
 
 _OID_FILE_BYTES = 256
-
 """more than a ref or an answer holds"""
 
 _FOLDERS = ("objects", "refs", "asked", "live", "tmp")
