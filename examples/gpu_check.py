@@ -22,8 +22,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from sidactl import catalog, nets, ops, teachers, trainer
+from sidactl import catalog, nets, ops, trainer
 from sidactl.engine import devices
+from sidactl.foreign import networks
 from sidactl.recipes import BASE_BYTES, PRECISIONS, Execution, Memory, NetSpec, Recipe, override
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
@@ -90,7 +91,7 @@ def golden_parity(device: torch.device) -> dict[str, Any]:
         arrays = np.load(arrays_path)
         if not {"x", "sigma", "denoised"} <= set(arrays.files):
             continue
-        net = teachers.read_network(path).to(device).eval()
+        net = networks.read_network(path).to(device).eval()
         labels = torch.from_numpy(arrays["class_labels"]).to(device) if "class_labels" in arrays.files else None
         x, sigma = (torch.from_numpy(arrays[name]).to(device) for name in ("x", "sigma"))
         with torch.no_grad():

@@ -4,8 +4,9 @@ __version__ = "0.1.0"
 
 TYPE_CHECKING = False  # as type checkers know it; nothing is imported here, so that no Ctrl-C meets an import
 if TYPE_CHECKING:
-    from sidactl import detectors, losses, metrics, nets, noise, ops, pickles, recipes, sampling, store
+    from sidactl import detectors, losses, metrics, nets, noise, ops, recipes, sampling, store
     from sidactl.errors import SidaError
+    from sidactl.foreign import pickles
     from sidactl.inventory import env, export, files, gc, look, ls, show, verify
     from sidactl.ops import (
         distill,
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     )
 
 _INVENTORY = {"env", "export", "files", "gc", "look", "ls", "show", "verify"}
-_MODULES = {"detectors", "losses", "metrics", "nets", "noise", "ops", "pickles", "recipes", "sampling", "store"}
+_MODULES = {
+    name: f"sidactl.{name}" for name in ("detectors", "losses", "metrics", "nets", "noise", "ops", "recipes", "store")
+} | {"pickles": "sidactl.foreign.pickles", "sampling": "sidactl.sampling"}
 
 __all__ = [
     "SidaError",
@@ -67,7 +70,7 @@ if not TYPE_CHECKING:  # they know the names above, and would take any other for
         import importlib
 
         if name in _MODULES:
-            return importlib.import_module(f"sidactl.{name}")
+            return importlib.import_module(_MODULES[name])
         if name not in __all__:
             raise AttributeError(f"module 'sidactl' has no attribute {name!r}")
         place = "inventory" if name in _INVENTORY else "errors" if name == "SidaError" else "ops"

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeAlias
 from urllib.parse import urlsplit
 
-from sidactl import catalog, download
+from sidactl import catalog
 from sidactl.errors import EXIT_FAILED, MissingError, SidaError
+from sidactl.foreign import download, http
 from sidactl.inputs import Count, Ref, Size, count_of, optional_ref, ref_text, run_of, size_of, whole
 from sidactl.live import Question, begin, option_words
 from sidactl.outputs import manifest_of
@@ -33,10 +34,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from sidactl.data import Dataset
+    from sidactl.data.dataset import Dataset
+    from sidactl.data.listing import ClassOrder, Convention
+    from sidactl.data.prepare import Encoder
+    from sidactl.data.unfinished import PreparedDataset
     from sidactl.nets import Preconditioned
-    from sidactl.prepare import Encoder, PreparedDataset
-    from sidactl.sources import ClassOrder, Convention
     from sidactl.trainer import ImageSource
 
 Tick = Callable[[int, int], None]
@@ -270,10 +272,10 @@ def load_net(store: Store, artifact: Artifact, device: "str | torch.device") -> 
     import safetensors.torch
 
     from sidactl import nets as nets_module
-    from sidactl import teachers
+    from sidactl.foreign import networks
 
     net = nets_module.build(NetSpec.from_json(mapping(artifact.params["net"])))
-    teachers.load_weights(net, safetensors.torch.load(store.read(artifact, "model.safetensors")))
+    networks.load_weights(net, safetensors.torch.load(store.read(artifact, "model.safetensors")))
     return net.eval().requires_grad_(False).to(device)
 
 
@@ -284,7 +286,7 @@ def mapping(value: Any) -> Mapping[str, Any]:
 
 def load_dataset(store: Store, artifact: Artifact) -> "Dataset":
     """The images of a dataset or samples artifact; raises SidaError for classes alone."""
-    from sidactl.data import Dataset
+    from sidactl.data.dataset import Dataset
 
     require_images(artifact)
     return Dataset(store.path(artifact, "images.zip"))
@@ -294,9 +296,10 @@ def image_source(store: Store, artifact: Artifact) -> "ImageSource":
     """What training needs of a dataset artifact, be it of images or of classes alone."""
     if artifact.results["kind"] != "labels":
         return load_dataset(store, artifact)
-    from sidactl import data, trainer
+    from sidactl import trainer
+    from sidactl.data import labels as data_labels
 
-    found = data.read_labels(store.path(artifact, data.LABEL_FILE))
+    found = data_labels.read_labels(store.path(artifact, data_labels.LABEL_FILE))
     return trainer.ClassesAlone(found.label_dim, list((found.labels or {}).values()))
 
 
@@ -430,7 +433,7 @@ def _locate(source: str) -> tuple[catalog.Teacher | catalog.Generator | None, st
         check_has_file(entry)
         return entry, entry.source.url if entry.source else None
     if is_url := "://" in source:
-        download.check_url(source)
+        http.check_url(source)
     if _suffix(source) not in NET_FILES:
         if is_url or Path(source).exists():
             raise SidaError(f"a network file must be {' or '.join(NET_FILES)}, got {source}", "Convert it to one.")
@@ -538,22 +541,22 @@ class _Foreign:
 
 
 def _read_pickle(path: Path) -> _Foreign:
-    from sidactl import pickles, teachers
+    from sidactl.foreign import networks, pickles, records
 
     contents = pickles.read(path)
     record = contents.get("ema")
-    if not isinstance(record, pickles.Record):
+    if not isinstance(record, records.Record):
         raise SidaError(f"{path} holds no network named 'ema'", "Give a snapshot that EDM, SiD or SiDA published.")
     # SiD and SiDA save nothing but the net; teachers come with their loss and the settings of their data.
     is_snapshot = len(contents) == 1 or record.class_name.endswith(("_EncoderDecoder", "_Generator"))
     kind: NetKind = "generator" if is_snapshot else "teacher"
-    return _Foreign(teachers.load_record(record), pickles.state_dict(record), kind)
+    return _Foreign(networks.load_record(record), pickles.state_dict(record), kind)
 
 
 def _read_safetensors(path: Path) -> _Foreign:
     import safetensors.torch
 
-    from sidactl import teachers
+    from sidactl.foreign import networks
 
     try:
         with safetensors.safe_open(path, "pt") as file:
@@ -573,7 +576,7 @@ def _read_safetensors(path: Path) -> _Foreign:
             raise ValueError("a name that is no text")
         if not isinstance(params.get("recipe"), Mapping | None):
             raise ValueError("a recipe that is none")
-        layout = teachers.laid_out(spec)
+        layout = networks.laid_out(spec)
     except (
         SidaError,
         LookupError,
@@ -589,7 +592,7 @@ def _read_safetensors(path: Path) -> _Foreign:
             f"{path} does not say which network it holds{told}",
             "Give one that sidactl export --to safetensors wrote.",
         ) from error
-    return _Foreign(teachers.filled(layout, stored), stored, kind, True, sampler, params)
+    return _Foreign(networks.filled(layout, stored), stored, kind, True, sampler, params)
 
 
 def _described(path: Path, metadata: Mapping[str, str]) -> Any:
@@ -921,7 +924,7 @@ def vae_loader(
         return {name: store.path(held, name) for name in catalog.VAE_FILES}
 
     def load() -> Any:
-        from sidactl import codec
+        from sidactl.data import codec
 
         return codec.stable_diffusion_vae(files=files, is_usual=vae is None, purpose=purpose)
 
@@ -940,7 +943,7 @@ def read_state_dict(path: Path | str) -> "dict[str, Tensor]":
     """The tensors by name of a .safetensors or .pth file. Raises SidaError for any other, and for a damaged one."""
     import safetensors.torch
 
-    from sidactl import pickles
+    from sidactl.foreign import pickles
 
     if Path(path).suffix.lower() != ".safetensors":
         return pickles.read_weights(path)
@@ -969,7 +972,7 @@ def fetched_file(
     if "://" not in source:
         yield Path(source), file_digest(Path(source))
         return
-    name = Path(urlsplit(download.check_url(source)).path).name[-_MAX_NAME:]
+    name = Path(urlsplit(http.check_url(source)).path).name[-_MAX_NAME:]
     path = store.root / "tmp" / f"file-{store.key('download', {'source': source}, {})[:16]}-{name}"
     say = download.to_stderr
     with download.exclusive(path.with_suffix(".lock"), lambda: say(f"waiting for another process: {what}")):
@@ -1065,7 +1068,7 @@ def prepare_data(
         raise SidaError("a source is needed, got none", "Name a folder, an archive, or tiny-digits.")
     if latents:
         if resolution is not None:
-            from sidactl import prepare
+            from sidactl.data import prepare
 
             prepare.check_latents_size(transform, size_of(resolution, "--resolution"))
         if with_stats and _streams(store, source, options):
@@ -1158,7 +1161,7 @@ def _prepare_images(
             tell_old(store, key, say)
             _tell_count(catalog.DATASETS.get(options["preset"] or ""), work, say)
             return named(store, called_so(store, work, name), refs, say)
-        from sidactl import prepare
+        from sidactl.data import prepare
 
         path = work.path / "images.zip"
         chosen = {option: value for option, value in options.items() if option != "subset"}
@@ -1269,7 +1272,7 @@ def _prepare_latents(
         if isinstance(work, Artifact):
             tell_old(store, key, say)
             return named(store, called_so(store, work, name), refs, say)
-        from sidactl import prepare
+        from sidactl.data import prepare
 
         made = prepare.prepare(
             store.path(pixels, "images.zip"),
@@ -1317,7 +1320,7 @@ class _LatentsBy:
 
 def _encoder(load_vae: Callable[[], Any], device: str | None) -> "Encoder":
     """The VAE, once it is there; tells the other processes, which are to help with it."""
-    from sidactl import codec, prepare
+    from sidactl.data import codec, prepare
     from sidactl.engine import devices, ranks
 
     chosen = devices.pick_device(device)
@@ -1347,8 +1350,8 @@ def _with_helpers(store: Store, by: _LatentsBy, make: Callable[[], Artifact]) ->
 
 def _files_made(path: Path, made: "PreparedDataset") -> dict[str, Path | bytes]:
     """A prepared zip with its contact sheet."""
-    from sidactl import prepare
-    from sidactl.data import Dataset
+    from sidactl.data import prepare
+    from sidactl.data.dataset import Dataset
 
     sheet = prepare.contact_sheet(Dataset(path)) if made.kind == "pixels" else made.contact_sheet
     return {"images.zip": path, **({"contact-sheet.png": sheet} if sheet else {})}
@@ -1387,14 +1390,14 @@ def _prepare_labels(
     if entry and entry.source:
         _plain_source(str(source))
         source = entry.source.url
-    url = download.check_url(source) if source and "://" in source else None
+    url = http.check_url(source) if source and "://" in source else None
     identity = source_identity(store, source, recheck=force or recheck) if source else None
     key = store.key("prepare-data", {"labels_only": identity, "classes": classes}, {})
     refs = [*([entry.name] if entry else []), *([name] if name else [])]
     if not force and (known := store.asked(key, whole=recheck)):
         tell_old(store, key, say)
         return named(store, known if entry else called_so(store, known, name), refs, say)
-    from sidactl.data import LABEL_FILE, MAX_LABEL, LabelFile, class_counts, read_labels
+    from sidactl.data.labels import LABEL_FILE, MAX_LABEL, LabelFile, class_counts, read_labels
 
     origin: dict[str, Any] = {}
     if source is not None:

@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from sidactl import augment, catalog, detectors, losses, nets, sampling, trainer
-from sidactl.codec import PixelCodec
-from sidactl.data import DataOrder
+from sidactl import catalog, detectors, losses, nets, sampling, trainer
+from sidactl.data import augment
+from sidactl.data.codec import PixelCodec
+from sidactl.data.order import DataOrder
 from sidactl.engine import configure, devices, gradients
 from sidactl.engine import threads as engine_threads
 from sidactl.errors import EXIT_FAILED, SidaError

@@ -10,9 +10,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sidactl import download
 from sidactl.artifacts import Tick, answered, answering, load_dataset, on_all
 from sidactl.errors import SidaError
+from sidactl.foreign import download
 from sidactl.live import Question
 from sidactl.store import COLLECTED, Artifact, LiveDir, Store, UnwritableError, sealed, unsealed
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from sidactl.data import Dataset
+    from sidactl.data.dataset import Dataset
     from sidactl.detectors import Detector
     from sidactl.metrics import FeatureStats
 
@@ -340,7 +340,7 @@ def real_features(
     """
     import numpy as np
 
-    from sidactl.data import drawn_subset
+    from sidactl.data.dataset import drawn_subset
 
     params: dict[str, Any] = {"detector": detector.identity, "at_most": MAX_REAL_IMAGES}
     key = store.key("features", params, {"subject": data.oid})

@@ -130,7 +130,7 @@ def look(path: os.PathLike[str] | str) -> dict[str, Any]:
     with place.open("rb") as file:
         is_pickle = file.read(1) == b"\x80"  # the opcode that begins protocol 2 and later
     if is_pickle:
-        from sidactl import pickles
+        from sidactl.foreign import pickles
 
         contents = pickles.outline(place)
         return {"format": "pickle", "contents": {name: _looked_at(value) for name, value in contents.items()}}
@@ -152,10 +152,10 @@ def _looked_at(value: Any) -> Any:
     """A value of a pickle as JSON has it."""
     import numpy as np
 
-    from sidactl import pickles
+    from sidactl.foreign import pickles, records
 
     match value:
-        case pickles.Record():
+        case records.Record():
             tensors = pickles.state_dict(value).items()
             built_with = {"class": value.class_name, "args": value.init_args, "options": value.init_kwargs}
             return {name: _looked_at(part) for name, part in built_with.items()} | {
@@ -165,7 +165,7 @@ def _looked_at(value: Any) -> Any:
                 ],
                 "tensors": [{"name": name, "dtype": t.dtype, "shape": list(t.shape)} for name, t in tensors],
             }
-        case pickles.Outline() | np.ndarray():
+        case records.Outline() | np.ndarray():
             return {"dtype": str(value.dtype), "shape": list(value.shape)}
         case dict():
             told = {str(name): _looked_at(each) for name, each in value.items()}
@@ -174,7 +174,7 @@ def _looked_at(value: Any) -> Any:
             return told if is_plain else [[name, _looked_at(each)] for name, each in value.items()]
         case list() | tuple() | set():
             return [_looked_at(each) for each in value]
-        case pickles.Hook(name):
+        case records.Hook(name):
             return {"hook": name}
         case float() if not math.isfinite(value):
             return str(value)  # for which JSON has no word
@@ -508,7 +508,7 @@ def _usage(artifact: Artifact, form: ExportForm, file: str) -> list[str]:
     channels, size, classes = net["img_channels"], net["img_resolution"], net["label_dim"]
     shape = f"[N, {channels}, {size}, {size}]"
     is_latent = channels == catalog.LATENT_CHANNELS
-    what = "normalised latents (`sidactl.codec` decodes them)" if is_latent else "pixels in [-1, 1]"
+    what = "normalised latents (`sidactl.data.codec` decodes them)" if is_latent else "pixels in [-1, 1]"
     code = [
         "import numpy as np",
         "import onnxruntime",
@@ -526,7 +526,7 @@ def _usage(artifact: Artifact, form: ExportForm, file: str) -> list[str]:
 
 
 def _export_png(store: Store, artifact: Artifact, folder: Path) -> None:
-    from sidactl.prepare import encode_png
+    from sidactl.data.images import encode_png
 
     dataset = load_dataset(store, artifact)
     for index in range(dataset.num_images):

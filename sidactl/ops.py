@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeAlias
 
-from sidactl import catalog, download, preflight, references, scores
+from sidactl import catalog, preflight, references, scores
 from sidactl.artifacts import (
     NET_FILES,
     NETS,
@@ -59,6 +59,7 @@ from sidactl.artifacts import load as load
 from sidactl.artifacts import prepare_data as prepare_data
 from sidactl.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, MissingError, SidaError
 from sidactl.features import images_per_batch, stats_of
+from sidactl.foreign import download
 from sidactl.inputs import Count, Ref, Seeds, count_of, field_values, optional_ref, ref_text, run_of, seeds_of, whole
 from sidactl.live import Question, option_words
 from sidactl.recipes import (
@@ -853,8 +854,9 @@ def _distill(
     """Trains, stores the last and the best generator under their keys, and a run that binds them."""
     import safetensors.torch
 
-    from sidactl import loop, report, sampling, teachers, trainer
+    from sidactl import loop, report, sampling, trainer
     from sidactl.engine import configure, devices, ranks, sharding
+    from sidactl.foreign import networks
 
     recipe, execution, inputs, compared = wanted.recipe, wanted.execution, wanted.inputs, wanted.compared
     chosen_device = devices.pick_device(device)
@@ -924,7 +926,7 @@ def _distill(
     files: dict[str, dict[str, bytes]] = {}
     for which in ("last", "best") if is_first else ():
         if which == "best" and history.best:
-            teachers.load_weights(net, safetensors.torch.load(loop.best_weights(history, live)))
+            networks.load_weights(net, safetensors.torch.load(loop.best_weights(history, live)))
         files[which] = {"model.safetensors": loop.weights(net)}
         try:
             files[which]["grid.png"] = _preview(net, sampler, load_vae)
@@ -1246,7 +1248,7 @@ def _batches(
     store: Store, data: Artifact, batch_size: int, num_rounds: int, seed: int, device: "torch.device"
 ) -> "MicroBatches":
     from sidactl import trainer
-    from sidactl.data import DataOrder
+    from sidactl.data.order import DataOrder
 
     dataset = image_source(store, data)
     order = DataOrder(dataset.num_images, seed)
@@ -1450,7 +1452,8 @@ def sample(
     if decoder is None and is_of_latents(subject):
         check_vae_is_there(store)
 
-    from sidactl import prepare, report, sampling
+    from sidactl import report, sampling
+    from sidactl.data import archive_writer
     from sidactl.engine import configure, devices, ranks
 
     chosen_device = devices.pick_device(device)
@@ -1478,7 +1481,7 @@ def sample(
     by = {"vae": vae_label(decoder)} if decoder else {}
     with store.scratch() as path:
         first: NDArray[np.uint8] | None = None
-        with prepare.ZipWriter(path) as writer:
+        with archive_writer.ZipWriter(path) as writer:
             for batch in drawn:
                 images = batch.images.permute(0, 2, 3, 1).numpy()
                 first = images[: _num_previewed(images.shape[1])] if first is None else first

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from sidactl import artifacts, catalog, download, references
+from sidactl import artifacts, catalog, references
 from sidactl.artifacts import (
     NET_FILES,
     NETS,
@@ -26,6 +26,7 @@ from sidactl.artifacts import (
     vae_for,
 )
 from sidactl.errors import SidaError
+from sidactl.foreign import download
 from sidactl.recipes import NetSpec, Recipe
 from sidactl.store import Artifact, Store
 

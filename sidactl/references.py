@@ -303,7 +303,7 @@ def _imported(store: Store, source: str, entry: catalog.Reference | None, rechec
         return named(store, known, refs)
     import numpy as np
 
-    from sidactl import pickles
+    from sidactl.foreign import pickles
 
     with fetched_file(store, source, f"statistics {entry.name}" if entry else source, entry) as (path, sha256):
         contents = pickles.read(path) if path.suffix.lower() == ".pkl" else None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sidactl.codec import Codec, codec_for
+from sidactl.data.codec import Codec, codec_for
 from sidactl.engine.configure import is_compiled
 from sidactl.engine.ranks import share
 from sidactl.engine.threads import batches_of

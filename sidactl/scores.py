@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypedDict, Unpack
 
-from sidactl import __version__, catalog, download, features, references
+from sidactl import __version__, catalog, features, references
 from sidactl.artifacts import (
     NETS,
     RunDir,
@@ -39,6 +39,7 @@ from sidactl.artifacts import (
     vae_loader,
 )
 from sidactl.errors import EXIT_FAILED, MissingError, SidaError
+from sidactl.foreign import download
 from sidactl.inputs import Count, Ref, count_of, optional_ref, ref_text, run_of, seeds_of, whole
 from sidactl.live import Question, option_words
 from sidactl.recipes import HeunSpec, OneStepSpec, Setting, flag_of
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from sidactl.data import Dataset
+    from sidactl.data.dataset import Dataset
     from sidactl.detectors import Detector, Resize
     from sidactl.metrics import FeatureStats
 
@@ -798,11 +799,11 @@ def _work(asked: _Question, seeds: range | None, loaded: Mapping[str, "Detector"
 
 def _positions(asked: _Question, dataset: "Dataset") -> "Sequence[int] | NDArray[np.int64]":
     """Which images of a dataset are scored."""
-    from sidactl import data
+    from sidactl.data import dataset as data_dataset
 
     if "subset_seed" not in asked.settings:
         return range(asked.num)
-    return data.drawn_subset(dataset.num_images, asked.num, asked.settings["subset_seed"])
+    return data_dataset.drawn_subset(dataset.num_images, asked.num, asked.settings["subset_seed"])
 
 
 def _against(asked: _Question, metric: str, detector: "Detector") -> "Moments | features.Features | None":

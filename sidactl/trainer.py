@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sidactl import losses
-from sidactl.augment import AugmentPipe
-from sidactl.codec import LatentCodec, PixelCodec
+from sidactl.data.augment import AugmentPipe
+from sidactl.data.codec import LatentCodec, PixelCodec
 from sidactl.engine import configure, ranks, sharding, threads
 from sidactl.engine import devices as engine_devices
 from sidactl.engine import gradients as engine_gradients

@@ -30,7 +30,7 @@ if __name__ == "__main__":
     from sidactl.__main__ import main
 
     if "--latents" in sys.argv:
-        from sidactl import codec
+        from sidactl.data import codec
         from tests.playback import SmallVae
 
         codec.stable_diffusion_vae = lambda **options: SmallVae()

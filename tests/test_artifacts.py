@@ -25,7 +25,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from sidactl import artifacts, catalog, inventory, nets, ops, pickles, references, sampling, scores
+from sidactl import artifacts, catalog, inventory, nets, ops, references, sampling, scores
 from sidactl.artifacts import (
     fetch_teacher,
     image_source,
@@ -36,9 +36,10 @@ from sidactl.artifacts import (
     resolve,
     shape_for_nets,
 )
-from sidactl.codec import LatentCodec
-from sidactl.data import DataOrder
+from sidactl.data.codec import LatentCodec
+from sidactl.data.order import DataOrder
 from sidactl.errors import SidaError
+from sidactl.foreign import pickles
 from sidactl.inventory import ExportForm
 from sidactl.loop import Event
 from sidactl.recipes import HeunSpec, NetSpec, OneStepSpec
@@ -1732,7 +1733,8 @@ def test_latents_of_several_processes_are_those_of_one(
     prepare_data("in", name="mine", skip_bad=True, run=run)
     code = (
         "import sys\n"
-        "from sidactl import codec, ops\n"
+        "from sidactl import ops\n"
+        "from sidactl.data import codec\n"
         "from tests.playback import SmallVae\n"
         "codec.stable_diffusion_vae = lambda **options: SmallVae()\n"
         "skip_bad = sys.argv[2] == './in'\n"

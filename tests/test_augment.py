@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sidactl import augment
-from sidactl.augment import AugmentPipe
+from sidactl.data import augment
+from sidactl.data.augment import AugmentPipe
 from sidactl.errors import SidaError
 from tests.golden import golden
 

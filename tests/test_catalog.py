@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from sidactl import catalog, nets, teachers
+from sidactl import catalog, nets
 from sidactl.catalog import (
     COMPARISONS,
     DATASETS,
@@ -24,7 +24,8 @@ from sidactl.catalog import (
     Published,
 )
 from sidactl.errors import SidaError
-from sidactl.pickles import Record
+from sidactl.foreign import networks
+from sidactl.foreign.records import Record
 from sidactl.recipes import MODES, Adversarial, Execution, HeunSpec, Memory, Mode, OneStepSpec, Recipe
 from tests.golden import golden
 
@@ -61,7 +62,7 @@ def test_teacher_network_has_the_published_names_shapes_and_options(name: str, l
     assert {key: list(p.shape) for key, p in net.named_parameters()} == layout["parameters"]
     assert {key: list(b.shape) for key, b in net.named_buffers()} == layout["buffers"]
     assert sum(p.numel() for p in net.parameters()) == layout["num_parameters"]
-    assert teachers.spec_of(Record(layout["class_name"], init_kwargs=layout["init_kwargs"])) == spec
+    assert networks.spec_of(Record(layout["class_name"], init_kwargs=layout["init_kwargs"])) == spec
 
 
 @pytest.mark.parametrize("size", EDM2_SIZES)
@@ -269,7 +270,7 @@ def test_the_recipe_of_a_teacher_of_ones_own_grows_with_its_network_and_trains_a
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name.startswith("edm2")])
 def test_an_edm2_teacher_of_ones_own_of_published_size_takes_as_many_images_at_once(name: str) -> None:
     layout = json.loads(golden(f"layouts/{LAYOUTS[name]}").read_text())
-    spec = teachers.spec_of(Record(layout["class_name"], init_kwargs=layout["init_kwargs"]))
+    spec = networks.spec_of(Record(layout["class_name"], init_kwargs=layout["init_kwargs"]))
     for mode in MODES:
         recipe = catalog.recipe_for("mine", mode, spec, layout["num_parameters"])
         published = TEACHERS[name].recipes[mode]
@@ -531,7 +532,7 @@ def test_entries_name_datasets_and_detectors_that_exist() -> None:
 
 
 def test_datasets_are_the_built_in_one_and_the_presets() -> None:
-    from sidactl.prepare import PRESETS
+    from sidactl.data.prepare import PRESETS
 
     assert [name for name, entry in DATASETS.items() if not entry.labels_of] == ["tiny-digits", *PRESETS]
     labels = DATASETS["imagenet512-labels"]

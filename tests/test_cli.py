@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from sidactl import __version__, prepare, ui, units
+from sidactl import __version__, ui, units
+from sidactl.data import prepare, transforms
 from sidactl.recipes import HeunSpec
 from sidactl.store import Store
 from tests.golden import golden
@@ -91,7 +92,7 @@ def test_help_of_every_command_begins_with_a_verb_and_has_an_example(command: st
 
 def test_help_lists_every_member_of_a_closed_set() -> None:
     prepared, trained = [" ".join(sidactl(command, "--help").stdout.split()) for command in ("prepare-data", "distill")]
-    for name in (*prepare.PRESETS, *prepare.TRANSFORMS):
+    for name in (*prepare.PRESETS, *transforms.TRANSFORMS):
         assert re.search(rf"\b{name}\b", prepared), name
     assert "--precision fp32|tf32|fp16|bf16 " in trained
     assert "--forced-normalization off|published|intended " in trained
@@ -729,13 +730,14 @@ def test_interrupted_prepare_data_goes_on_with_the_same_command(tmp_path: Path) 
     # The signal comes from within, at an image that is known.
     script = (
         "import os, signal, sys\n"
-        "from sidactl import cli, prepare\n"
-        "encode, calls = prepare.encode_png, []\n"
+        "from sidactl import cli\n"
+        "from sidactl.data import transforms\n"
+        "encode, calls = transforms.encode_png, []\n"
         "def stopping(pixels):\n"
         "    calls.append(1)\n"
         "    if len(calls) == 25: os.kill(os.getpid(), signal.SIGINT)\n"
         "    return encode(pixels)\n"
-        "prepare.encode_png = stopping\n"
+        "transforms.encode_png = stopping\n"
         "cli.main(sys.argv[1:])\n"
     )
     arguments = ["prepare-data", str(folder), "--workers", "1", "--run"]

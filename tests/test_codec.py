@@ -10,8 +10,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from sidactl import codec
-from sidactl.codec import LatentCodec, PixelCodec, codec_for, decode_affine, encode_affine, stable_diffusion_vae
+from sidactl import catalog
+from sidactl.data.codec import LatentCodec, PixelCodec, codec_for, decode_affine, encode_affine, stable_diffusion_vae
 from sidactl.errors import SidaError
 from tests.golden import golden, golden_metrics
 from tests.playback import IdentityVae, Playback, save_vae
@@ -104,7 +104,7 @@ class Hub:
         self.cached = cached
 
     def from_pretrained(self, name: str, **options: bool) -> torch.nn.Module:
-        assert name == codec.VAE_NAME
+        assert name == catalog.VAE_NAME
         assert options == {"local_files_only": True, "use_safetensors": True, "low_cpu_mem_usage": False}
         if not self.cached:
             raise OSError("no such file")

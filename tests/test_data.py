@@ -29,12 +29,18 @@ import pytest
 import torch
 from PIL import Image
 
-from sidactl import data as data_module
-from sidactl import prepare as prepare_module
-from sidactl.codec import LatentCodec
-from sidactl.data import DataOrder, Dataset, ZipArchive, drawn_subset, tiny_digits_arrays
+from sidactl.data import archive as data_archive
+from sidactl.data import archive_writer
+from sidactl.data import prepare as data_prepare
+from sidactl.data.archive import ZipArchive
+from sidactl.data.archive_writer import ZipWriter
+from sidactl.data.codec import LatentCodec
+from sidactl.data.dataset import Dataset, drawn_subset, tiny_digits_arrays
+from sidactl.data.images import encode_png
+from sidactl.data.order import DataOrder
+from sidactl.data.prepare import PRESETS, contact_sheet, latent_encoder, prepare
+from sidactl.data.unfinished import PreparedDataset
 from sidactl.errors import SidaError
-from sidactl.prepare import PRESETS, PreparedDataset, ZipWriter, contact_sheet, encode_png, latent_encoder, prepare
 from tests.conftest import instead_of
 from tests.golden import golden_metrics
 from tests.playback import SmallVae
@@ -426,8 +432,8 @@ def test_interrupted_preparation_goes_on_to_the_same_bytes(workers: int, tmp_pat
 
 def test_killed_preparation_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     script = (
-        "import os, sys, pathlib; from sidactl import prepare\n"
-        "prepare.SAVE_EVERY_SEC = float(sys.argv[1])\n"
+        "import os, sys, pathlib; from sidactl.data import prepare, unfinished\n"
+        "unfinished.SAVE_EVERY_SEC = float(sys.argv[1])\n"
         "kill = lambda done, total: os.kill(os.getpid(), 9) if done == 30 else None\n"
         "folder = pathlib.Path(sys.argv[2])\n"
         "prepare.prepare('tiny-digits', folder / 'out.zip', work=folder / 'work', progress=kill)\n"
@@ -488,7 +494,7 @@ def zipfile_bytes(path: Path, members: list[tuple[str, bytes]]) -> bytes:
 @pytest.mark.parametrize("limit", [(1 << 31) - 1, 500])
 def test_zip_is_that_of_zipfile_beyond_2_gb_too(limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zipfile, "ZIP64_LIMIT", limit)
-    monkeypatch.setattr(prepare_module, "_ZIP64_LIMIT", limit)
+    monkeypatch.setattr(archive_writer, "_ZIP64_LIMIT", limit)
     with ZipWriter(tmp_path / "ours.zip") as writer:
         for index in range(7):
             writer.add(noise(4, 4, 3, seed=index), index % 3)
@@ -581,8 +587,8 @@ def test_entries_that_are_read_at_once_are_as_if_read_one_by_one(
         path.write_bytes(data)
         at_once = members_of(path)
         with monkeypatch.context() as patched:
-            instead_of(data_module._num_alike, lambda data, num_bytes: 1, patched)
-            instead_of(data_module._names_at_once, lambda data, entries: [], patched)
+            instead_of(data_archive._num_alike, lambda data, num_bytes: 1, patched)
+            instead_of(data_archive._names_at_once, lambda data, entries: [], patched)
             assert members_of(path) == at_once
         kinds.add(re.sub(r"\d+|'[^']*'", "", at_once) if isinstance(at_once, str) else "read")
     assert len(kinds) > 5
@@ -592,8 +598,8 @@ def test_entries_out_of_order_are_not_compared_again_and_again(tmp_path: Path, m
     names = [f"00000/img{index * 769 % 2000:08d}.png" for index in range(2000)]
     path = make_zip(tmp_path / "d.zip", [(name, b"") for name in names])
     looked: list[int] = []
-    num_alike = data_module._num_alike
-    instead_of(data_module._num_alike, lambda *a: looked.append(1) or num_alike(*a), monkeypatch)
+    num_alike = data_archive._num_alike
+    instead_of(data_archive._num_alike, lambda *a: looked.append(1) or num_alike(*a), monkeypatch)
     assert ZipArchive(path).names == tuple(names)
     assert len(looked) < 20
 
@@ -654,7 +660,8 @@ def test_dataset_of_imagenet_512_in_latents_stays_small(tmp_path: Path) -> None:
 
 def check_that_it_stays_small(path: Path, num: int) -> None:
     script = (
-        "import pathlib, sys, resource; from sidactl.data import Dataset, DataOrder\n"
+        "import pathlib, sys, resource\n"
+        "from sidactl.data.dataset import Dataset; from sidactl.data.order import DataOrder\n"
         "rss = lambda: int(pathlib.Path('/proc/self/statm').read_text().split()[1]) * resource.getpagesize()\n"
         "before = rss(); dataset = Dataset(pathlib.Path(sys.argv[1])); order = DataOrder(dataset.num_images, 0)\n"
         "for start in range(0, 4096, 32): assert not dataset.images(order.indices(start, 32)).any()\n"
@@ -799,7 +806,7 @@ def test_bad_input_for_latents_leaves_nothing_and_room_that_is_gone_what_there_w
         encoded(source, work / "images.zip", **options)
     assert json.loads((work / "state.json").read_bytes())["state"]["done"] == 9
     assert told == []
-    monkeypatch.setattr(prepare_module, "_TOLD_BYTES", room)
+    monkeypatch.setattr(data_prepare, "_TOLD_BYTES", room)
     needed["free"] = 1 << 40
     encoded(source, tmp_path / "latents.zip", progress=stopping_at(0, seen), **options)
     assert seen == [9, 13]
@@ -1187,7 +1194,7 @@ def read_bytes(dataset: Dataset, indices: list[int]) -> bytes:
 def test_forked_processes_read_through_one_map(tmp_path: Path) -> None:
     make_zip(tmp_path / "d.zip", layout(64))
     script = (
-        "import os, sys, pathlib; from sidactl.data import Dataset\n"
+        "import os, sys, pathlib; from sidactl.data.dataset import Dataset\n"
         "d = Dataset(pathlib.Path(sys.argv[1]), cache_bytes=0); alone = d.images(range(64))\n"
         "children = [os.fork() for _ in range(1)]\n"
         "good = all(bool((d.images(range(64)) == alone).all()) for _ in range(20))\n"

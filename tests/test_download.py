@@ -12,8 +12,9 @@ from urllib.request import Request
 
 import pytest
 
-from sidactl import artifacts, download
+from sidactl import artifacts
 from sidactl.errors import EXIT_FAILED, EXIT_USAGE, SidaError
+from sidactl.foreign import download, http
 from sidactl.store import Store
 from tests.web import Site, serving
 
@@ -212,7 +213,7 @@ def test_server_error(site: Site, target: Path) -> None:
     site.status = 503
     assert refused(site, target) == f"{site.url}/a/net.pkl answered 503 Service Unavailable. Try again later."
     for status, reason in ((401, "Unauthorized"), (403, "Forbidden")):
-        assert str(download._answered("https://host/net.pkl", status, reason)) == (
+        assert str(http.answered("https://host/net.pkl", status, reason)) == (
             f"https://host/net.pkl answered {status} {reason}. Check the address: what needs a login must be "
             "downloaded otherwise."
         )
@@ -318,7 +319,7 @@ def test_content_length_that_is_no_size(site: Site, target: Path, size: str) -> 
 def test_body_that_trickles_is_left_and_continued(
     site: Site, target: Path, is_chunked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(download, "SLOW_SEC", 0.2)
+    monkeypatch.setattr(http, "SLOW_SEC", 0.2)
     site.piece_bytes, site.pause_sec, site.is_chunked = 10, 0.02, is_chunked
     text = refused(site, target)
     assert text.startswith("net ended after ")
@@ -335,7 +336,7 @@ def test_body_that_trickles_is_left_and_continued(
 def test_head_and_chunk_sizes_that_trickle_are_left(
     site: Site, target: Path, head: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(download, "SLOW_SEC", 0.2)
+    monkeypatch.setattr(http, "SLOW_SEC", 0.2)
     site.raw, site.endless, site.pause_sec = {"/a/net.pkl": head}, b"1", 0.02
     assert ": only " in refused(site, target)
 
@@ -458,8 +459,8 @@ def test_address_that_is_none(
     ],
 )
 def test_address_is_asked_for_in_the_letters_of_one(url: str, asked: str) -> None:
-    assert download.check_url(url) == asked
-    assert download.check_url(asked) == asked
+    assert http.check_url(url) == asked
+    assert http.check_url(asked) == asked
 
 
 def test_blanks_and_other_letters_of_a_path_arrive(site: Site, target: Path) -> None:
@@ -556,7 +557,7 @@ def test_redirect_to_a_local_file_is_not_followed(site: Site, target: Path) -> N
 
 def test_redirect_from_https_to_http_is_not_followed() -> None:
     with pytest.raises(SidaError, match=r"https://a/net\.pkl leads to http://b/net\.pkl, which is not followed"):
-        download._Redirects().redirect_request(Request("https://a/net.pkl"), None, 302, "", {}, "http://b/net.pkl")  # type: ignore[arg-type]
+        http._Redirects().redirect_request(Request("https://a/net.pkl"), None, 302, "", {}, "http://b/net.pkl")  # type: ignore[arg-type]
 
 
 # ---- mirrors, offline ----

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sidactl import losses, nets, pickles, teachers
-from sidactl.augment import AugmentPipe
+from sidactl import losses, nets
+from sidactl.data.augment import AugmentPipe
 from sidactl.errors import SidaError
+from sidactl.foreign import networks, pickles
 from sidactl.nets import Preconditioned
 from sidactl.nets.edm2 import drop_logvar_
 from sidactl.noise import sigma_of_time
@@ -34,8 +35,8 @@ def case(request: pytest.FixtureRequest) -> SimpleNamespace:
     arrays = np.load(golden(file))
     summary = json.loads(golden("losses/summary.json").read_text())[Path(file).stem]
     record = pickles.read(golden(summary["teacher"]))["ema"]
-    fake_score = nets.build(teachers.spec_of(record))
-    teachers.load_weights(
+    fake_score = nets.build(networks.spec_of(record))
+    networks.load_weights(
         fake_score,
         pickles.state_dict(record) | {k[10:]: tensor(arrays, k) for k in arrays if k.startswith("psi_param/")},
     )
@@ -61,7 +62,7 @@ def case(request: pytest.FixtureRequest) -> SimpleNamespace:
         }
     return SimpleNamespace(
         arrays=arrays,
-        teacher=teachers.load_record(record),
+        teacher=networks.load_record(record),
         fake_score=fake_score,
         parameter_order=summary["grad_param_order"],
         P_mean=summary.get("P_mean", -1.2),

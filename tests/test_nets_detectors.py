@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sidactl import detectors
-from sidactl.data import Dataset, drawn_subset
+from sidactl.data.dataset import Dataset, drawn_subset
 from sidactl.errors import SidaError
 from sidactl.metrics import FeatureStats, frechet_distance
 from sidactl.nets import inception

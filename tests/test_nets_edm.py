@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sidactl import catalog, nets, pickles, teachers
+from sidactl import catalog, nets
 from sidactl.errors import SidaError
+from sidactl.foreign import networks, records
 from sidactl.nets import Preconditioned
 from sidactl.recipes import NetSpec
 from tests.golden import golden
@@ -51,7 +52,7 @@ class Arrays:
 
 
 def load(name: str) -> Preconditioned:
-    return teachers.read_network(golden(f"networks/{name}.pkl"))
+    return networks.read_network(golden(f"networks/{name}.pkl"))
 
 
 def assert_close(ours: Tensor, expected: Tensor) -> None:
@@ -137,10 +138,10 @@ def formula(like: Tensor, k: int) -> Tensor:
 
 
 def spec_of(settings: dict[str, object]) -> NetSpec:
-    record = pickles.Record(
+    record = records.Record(
         class_name=str(settings["class_name"]), init_args=(), init_kwargs=settings["init_kwargs"], state={}
     )
-    return teachers.spec_of(record)
+    return networks.spec_of(record)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -205,7 +206,7 @@ def test_weights_that_do_not_fit_are_listed() -> None:
     state = dict(net.state_dict())
     state["model.extra"] = state.pop("model.map_layer0.weight")
     with pytest.raises(SidaError) as error:
-        teachers.load_weights(net, state)
+        networks.load_weights(net, state)
     assert str(error.value).startswith(
         "the weights do not fit the network: 1 missing (model.map_layer0.weight); 1 unexpected (model.extra)."
     )

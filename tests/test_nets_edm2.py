@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sidactl import nets, pickles
+from sidactl import nets
 from sidactl.errors import SidaError
+from sidactl.foreign import pickles
 from sidactl.nets import Preconditioned
 from sidactl.nets.edm2 import Block, MPConv, MPFourier, force_normalize_, mp_cat, mp_silu, mp_sum, normalize, resample
 from sidactl.recipes import NetSpec

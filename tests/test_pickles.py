@@ -26,10 +26,10 @@ import safetensors.torch
 import torch
 
 import sidactl
-from sidactl import pickles
 from sidactl.cli import main
 from sidactl.errors import SidaError
-from sidactl.pickles import Hook, Record
+from sidactl.foreign import pickles
+from sidactl.foreign.records import Hook, Record
 from tests.golden import golden, golden_metrics
 
 PUBLISHER = "Nothing was executed. Get the file from its publisher, or export it as safetensors there."

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from sidactl import cli, download, features, ops, references, report, sampling, scores, trainer
+from sidactl import cli, features, ops, references, report, sampling, scores, trainer
+from sidactl.foreign import download
 from sidactl.store import Artifact, LiveDir, Store, digest
 from tests import standins
 from tests.conftest import instead_of

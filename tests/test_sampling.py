@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sidactl import catalog, nets, sampling, teachers
-from sidactl.codec import LatentCodec, PixelCodec, decode_affine
+from sidactl import catalog, nets, sampling
+from sidactl.data.codec import LatentCodec, PixelCodec, decode_affine
 from sidactl.errors import SidaError
+from sidactl.foreign import networks
 from sidactl.nets import Preconditioned
 from sidactl.noise import karras_sigmas
 from sidactl.recipes import HeunSpec, OneStepSpec
@@ -78,7 +79,7 @@ def seeds_of(arrays: Any) -> list[int]:
 def test_heun_sampler_matches_golden(name: str) -> None:
     settings = json.loads(golden(f"samplers/{name}.json").read_text())
     arrays = np.load(golden(f"samplers/{name}.npz"))
-    net = teachers.read_network(golden(settings["network"]))
+    net = networks.read_network(golden(settings["network"]))
     options = settings["sampler_kwargs"]
     sampler = HeunSpec.from_json({k: float(v) if k.startswith("S_") else v for k, v in options.items()})
     class_index = settings.get("class_idx")
@@ -96,10 +97,10 @@ def test_heun_sampler_matches_golden(name: str) -> None:
 def test_edm2_heun_sampler_matches_golden(name: str) -> None:
     settings = json.loads(golden(f"samplers/{name}.json").read_text())
     arrays = np.load(golden(f"samplers/{name}.npz"))
-    net = teachers.read_network(golden(settings["net"]))
+    net = networks.read_network(golden(settings["net"]))
     if settings["params"] == "as stored (fp16)":
         net.half()
-    guide = teachers.read_network(golden(settings["gnet"])) if settings["gnet"] else None
+    guide = networks.read_network(golden(settings["gnet"])) if settings["gnet"] else None
     options = settings["sampler_kwargs"]
     guidance = options.pop("guidance", 1.0)
     sampler, class_index = HeunSpec.from_json({"convention": "edm2"} | options), settings["class_idx"]
@@ -120,7 +121,7 @@ def one_step(name: str) -> tuple[Preconditioned, OneStepSpec, int | None, Any]:
     """Generator, sampler settings, fixed class and arrays of a golden file, its draws checked."""
     arrays = np.load(golden(f"samplers/{name}.npz"))
     network = name.removeprefix("onestep_").removesuffix("_class1_sigma1.75")
-    net = teachers.read_network(golden(f"networks/{network}.pkl"))
+    net = networks.read_network(golden(f"networks/{network}.pkl"))
     class_index = 1 if "class1" in name else None
     assert_same_start(net, arrays, class_index)
     return net, OneStepSpec(sigma_init=float(arrays["sigma_G"])), class_index, arrays

@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from sidactl import artifacts, cli, detectors, features, inventory, metrics, ops, prepare, references, scores
+from sidactl import artifacts, cli, detectors, features, inventory, metrics, ops, references, scores
 from sidactl.artifacts import load_dataset, load_net, resolve
+from sidactl.data import images as data_images
 from sidactl.errors import SidaError
 from sidactl.recipes import OneStepSpec, Setting
 from sidactl.store import Store, UnwritableError, rehash
@@ -388,7 +389,7 @@ def test_numbers_of_images_in_parts_depend_on_the_images_alone(
     reversed_zip = tmp_path / "reversed.zip"
     with zipfile.ZipFile(reversed_zip, "w") as archive:
         for index, image in enumerate(images.flip(0)):
-            archive.writestr(f"{index:05d}.png", prepare.encode_png(image.permute(1, 2, 0).squeeze(2).numpy()))
+            archive.writestr(f"{index:05d}.png", data_images.encode_png(image.permute(1, 2, 0).squeeze(2).numpy()))
     options: dict[str, Any] = {"reference": "dataset/tiny-digits", "run": finished.root}
     subjects = [diverse, str(folder), str(npz), str(reversed_zip)]
     found = [scores.evaluate(ref, ["inception-score", "kid"], **options) for ref in subjects]

@@ -19,9 +19,11 @@ from PIL import Image
 from sidactl import inventory, ops
 from sidactl.artifacts import fetch_teacher, prepare_data, resolve
 from sidactl.cli import main
-from sidactl.data import Dataset
+from sidactl.data.dataset import Dataset
+from sidactl.data.images import encode_png
+from sidactl.data.prepare import prepare
+from sidactl.data.unfinished import PreparedDataset
 from sidactl.errors import SidaError
-from sidactl.prepare import PreparedDataset, encode_png, prepare
 from sidactl.store import KINDS, Store
 from tests.test_data import (
     Stop,

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from sidactl import nets, pickles, teachers
+from sidactl import nets
 from sidactl.errors import SidaError
+from sidactl.foreign import networks, pickles, records
 from sidactl.nets.edm2 import drop_logvar_
 from sidactl.recipes import NetSpec
 from tests.conftest import instead_of
@@ -35,14 +36,14 @@ EDM2_LAYOUTS = [f"edm2-img512-{size}" for size in ("xs", "s", "m", "l", "xl", "x
 MINIMAL = {"img_resolution": 64, "img_channels": 4, "label_dim": 1000}
 
 
-def record(class_name: str, **options: Any) -> pickles.Record:
-    return pickles.Record(class_name=class_name, init_kwargs=MINIMAL | options)
+def record(class_name: str, **options: Any) -> records.Record:
+    return records.Record(class_name=class_name, init_kwargs=MINIMAL | options)
 
 
 @pytest.mark.parametrize(("config", "name"), [(config, name) for config, names in CONFIGS.items() for name in names])
 def test_spec_has_the_options_that_the_golden_config_states(config: str, name: str) -> None:
     settings = json.loads(golden(f"networks/{config}").read_text())[name]
-    net = teachers.read_network(golden(f"networks/{name}.pkl"))
+    net = networks.read_network(golden(f"networks/{name}.pkl"))
     stated = {k: v for k, v in settings["init_kwargs"].items() if k not in ("use_fp16", "model_type")}
     told = net.spec.to_json()
     assert {k: told.get(k, getattr(net.spec, k)) for k in stated} == stated
@@ -54,7 +55,7 @@ def test_spec_has_the_options_that_the_golden_config_states(config: str, name: s
 
 @pytest.mark.parametrize("name", SNAPSHOTS)
 def test_snapshots_of_generators_load(name: str) -> None:
-    net = teachers.read_network(golden(f"networks/{name}.pkl"))
+    net = networks.read_network(golden(f"networks/{name}.pkl"))
     assert net.spec.logvar_channels == 0
     assert net.spec.architecture == ("EDM2" if "edm2" in name else "SongUNet")
     assert sum(p.numel() for p in net.parameters()) == (45811 if "edm2" in name else 43825)
@@ -63,7 +64,7 @@ def test_snapshots_of_generators_load(name: str) -> None:
 @pytest.mark.parametrize("name", EDM2_LAYOUTS)
 def test_spec_of_a_published_edm2_network_has_its_names_and_shapes(name: str) -> None:
     layout = json.loads(golden(f"layouts/{name}.json").read_text())
-    spec = teachers.spec_of(pickles.Record(class_name="Precond", init_kwargs=layout["init_kwargs"]))
+    spec = networks.spec_of(records.Record(class_name="Precond", init_kwargs=layout["init_kwargs"]))
     with torch.device("meta"):
         net = nets.build(spec)
     assert {key: list(p.shape) for key, p in net.named_parameters()} == layout["parameters"]
@@ -75,7 +76,7 @@ def test_spec_of_a_published_edm2_network_has_its_names_and_shapes(name: str) ->
     [("Precond", 128), ("EDM_2_Precond_EncoderDecoder", 128), ("EDM_2_Precond_Generator", 0)],
 )
 def test_what_an_edm2_checkpoint_leaves_out_has_the_published_defaults(class_name: str, logvar_channels: int) -> None:
-    spec = teachers.spec_of(record(class_name, dropout=0, use_fp16=True, force_normalization=True, use_gan=True))
+    spec = networks.spec_of(record(class_name, dropout=0, use_fp16=True, force_normalization=True, use_gan=True))
     stated = {k: getattr(spec, k) for k in MINIMAL}
     assert stated == MINIMAL
     assert (spec.architecture, spec.model_channels, spec.channel_mult, spec.num_blocks) == (
@@ -90,13 +91,13 @@ def test_what_an_edm2_checkpoint_leaves_out_has_the_published_defaults(class_nam
 
 
 def test_head_that_a_generator_states_but_does_not_have_is_not_built() -> None:
-    assert teachers.spec_of(record("EDM_2_Precond_Generator", logvar_channels=32)).logvar_channels == 0
+    assert networks.spec_of(record("EDM_2_Precond_Generator", logvar_channels=32)).logvar_channels == 0
 
 
 def test_weights_of_a_hooked_snapshot_are_normalised_once_and_others_are_not() -> None:
     for name in ("sida_gen_edm2_gan_forcenorm", "sid_gen_edm2_nogan"):
         path = golden(f"networks/{name}.pkl")
-        loaded = teachers.read_network(path).state_dict()
+        loaded = networks.read_network(path).state_dict()
         stored = pickles.state_dict(pickles.read(path)["ema"])
         is_hooked = name == "sida_gen_edm2_gan_forcenorm"
         for key, weight in stored.items():
@@ -110,7 +111,7 @@ def test_weights_of_a_hooked_snapshot_are_normalised_once_and_others_are_not() -
 def test_half_precision_weights_become_float32_without_change() -> None:
     path = golden("networks/edm2_cond_logvar.pkl")
     stored = pickles.state_dict(pickles.read(path)["ema"])
-    loaded = teachers.read_network(path).state_dict()
+    loaded = networks.read_network(path).state_dict()
     assert {t.dtype for t in stored.values()} == {torch.float16}
     assert all(torch.equal(loaded[key], tensor.to(torch.float32)) for key, tensor in stored.items())
 
@@ -135,37 +136,37 @@ def test_half_precision_weights_become_float32_without_change() -> None:
 )
 def test_network_of_another_kind_is_one_line(class_name: str, options: dict[str, Any], text: str) -> None:
     with pytest.raises(SidaError) as error:
-        teachers.spec_of(record(class_name, **options))
+        networks.spec_of(record(class_name, **options))
     assert str(error.value) == text
 
 
 def test_option_that_is_not_known_is_refused_by_its_name() -> None:
     with pytest.raises(SidaError, match=r"^unknown NetSpec field 'more_balance'\. "):
-        teachers.spec_of(record("Precond", more_balance=0.5))
+        networks.spec_of(record("Precond", more_balance=0.5))
 
 
 def test_balances_limit_and_noise_levels_of_a_checkpoint_are_read_and_stored_where_they_are_not_the_usual() -> None:
     options = {"res_balance": 0.5, "attn_balance": 0.2, "clip_act": None}
-    spec = teachers.spec_of(record("Precond", **options))
+    spec = networks.spec_of(record("Precond", **options))
     assert {name: getattr(spec, name) for name in options} == options
     assert NetSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
-    usual = teachers.spec_of(record("Precond", res_balance=0.3, attn_balance=0.3, clip_act=256))
-    assert usual == teachers.spec_of(record("Precond"))
+    usual = networks.spec_of(record("Precond", res_balance=0.3, attn_balance=0.3, clip_act=256))
+    assert usual == networks.spec_of(record("Precond"))
     assert not {*options, "sigma_min", "sigma_max"} & set(usual.to_json())
     levels = {"model_type": "SongUNet", "sigma_min": 0.01, "sigma_max": 50}
-    bounded = teachers.spec_of(record("EDMPrecond", **levels))
+    bounded = networks.spec_of(record("EDMPrecond", **levels))
     assert (bounded.sigma_min, bounded.sigma_max) == (0.01, 50)
     with pytest.raises(SidaError, match=r"^sigma_max must be above sigma_min, 2, got 1\.0\. "):
-        teachers.spec_of(record("EDMPrecond", **levels | {"sigma_min": 2, "sigma_max": 1}))
+        networks.spec_of(record("EDMPrecond", **levels | {"sigma_min": 2, "sigma_max": 1}))
 
 
 def test_weights_that_do_not_fit_are_listed_first_five_then_counted() -> None:
-    net = teachers.read_network(golden("networks/edm2_cond_logvar_traj.pkl"))
+    net = networks.read_network(golden("networks/edm2_cond_logvar_traj.pkl"))
     state = net.state_dict()
     kept = {k: v for k, v in state.items() if "logvar" not in k} | {"a": torch.zeros(1), "b": torch.zeros(1)}
     kept["unet.out_conv.weight"] = torch.zeros(1)
     with pytest.raises(SidaError) as error:
-        teachers.load_weights(net, kept)
+        networks.load_weights(net, kept)
     assert str(error.value) == (
         "the weights do not fit the network: "
         "3 missing (logvar_fourier.freqs, logvar_fourier.phases, logvar_linear.weight); 2 unexpected (a, b); "
@@ -173,7 +174,7 @@ def test_weights_that_do_not_fit_are_listed_first_five_then_counted() -> None:
         "Check that the file holds the network that its settings describe."
     )
     with pytest.raises(SidaError) as error:
-        teachers.load_weights(net, {})
+        networks.load_weights(net, {})
     names = ", ".join(list(state)[:5])
     assert str(error.value).startswith(f"the weights do not fit the network: {len(state)} missing ({names}, ...). ")
 
@@ -181,14 +182,14 @@ def test_weights_that_do_not_fit_are_listed_first_five_then_counted() -> None:
 def test_file_without_a_network_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     instead_of(pickles.read, lambda path: {"loss_fn": 1}, monkeypatch)
     with pytest.raises(SidaError) as error:
-        teachers.read_network(tmp_path / "x.pkl")
+        networks.read_network(tmp_path / "x.pkl")
     assert str(error.value) == (
         f"{tmp_path / 'x.pkl'} holds no network named 'ema'. Give a snapshot that EDM, SiD or SiDA published."
     )
 
 
 def test_head_can_be_dropped_and_what_is_left_denoises_alike() -> None:
-    net = teachers.read_network(golden("networks/edm2_cond_logvar_traj.pkl"))
+    net = networks.read_network(golden("networks/edm2_cond_logvar_traj.pkl"))
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     before = net(x, 1.5)
     for _ in range(2):

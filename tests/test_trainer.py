@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sidactl import catalog, loop, losses, nets, trainer
-from sidactl.codec import decode_affine
+from sidactl.data.codec import decode_affine
 from sidactl.engine import configure
 from sidactl.engine import gradients as engine_gradients
 from sidactl.engine import threads as engine_threads

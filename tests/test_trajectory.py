@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sidactl import pickles, teachers, trainer
-from sidactl.codec import LatentCodec, PixelCodec
+from sidactl import trainer
+from sidactl.data.codec import LatentCodec, PixelCodec
 from sidactl.engine import sharding
+from sidactl.foreign import networks, pickles
 from sidactl.nets import Preconditioned
 from sidactl.recipes import Adversarial, Recipe
 from tests.golden import golden
@@ -108,7 +109,7 @@ def golden_distillation(tag: str) -> tuple[trainer.Distillation, Any, dict[str, 
         forced_normalization="published" if settings.get("force_normalization") else "off",
         logvar=settings.get("return_logvar", True),
     )
-    teacher = teachers.read_network(golden(f"networks/{settings['teacher']}.pkl"))
+    teacher = networks.read_network(golden(f"networks/{settings['teacher']}.pkl"))
     samples_latents = is_edm2 and settings["use_gan"]
     batches = GoldenBatches(arrays, recipe.num_accumulation_rounds, samples_latents=samples_latents)
     run = trainer.Distillation(recipe, teacher, None, batches)
@@ -116,7 +117,7 @@ def golden_distillation(tag: str) -> tuple[trainer.Distillation, Any, dict[str, 
     if files:
         for net, name in ((run.fake_score, "psi"), (run.generator, "G"), (run.ema, "G_ema")):
             start = {k: v for k, v in start_state(files[name]).items() if recipe.logvar or "logvar" not in k}
-            teachers.load_weights(net, net.state_dict() | start)
+            networks.load_weights(net, net.state_dict() | start)
     run.nimg = settings["cur_kimg"] * 1000
     return run, arrays, settings, batches
 

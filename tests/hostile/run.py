@@ -28,8 +28,10 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from sidactl import detectors, inventory, live, nets, ops, pickles, references, scores, sources, teachers
+from sidactl import detectors, inventory, live, nets, ops, references, scores
+from sidactl.data import sources
 from sidactl.errors import SidaError
+from sidactl.foreign import networks, pickles
 from tests.hostile.corpus import Content, corpus
 from tests.hostile.doors import DOORS
 
@@ -49,7 +51,7 @@ _WARM = (
     references,
     scores,
     sources,
-    teachers,
+    networks,
 )
 """imported before processes are forked, so that each of them is quick and its memory its own"""
 

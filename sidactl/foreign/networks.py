@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sidactl import nets, pickles
+from sidactl import nets
 from sidactl.errors import SidaError
+from sidactl.foreign import pickles, records
 from sidactl.nets import Preconditioned
 from sidactl.nets.edm2 import force_normalize_
 from sidactl.recipes import NetSpec
@@ -42,14 +43,18 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "logvar_channels": 128,
     },
 }
+
 _EDM_CLASSES = ("EDMPrecond", "EDMPrecond_EncoderDecoder")
+
 _EDM2_CLASSES = ("Precond", "EDM_2_Precond_EncoderDecoder", "EDM_2_Precond_Generator")
+
 # Options of the published classes that say how a net runs, not what it is.
 _IGNORED = {"use_fp16", "model_type", "force_normalization", "use_gan", "label_dropout"}
+
 _OTHER_SCHEDULES = ("VPPrecond", "VEPrecond", "iDDPMPrecond")
 
 
-def spec_of(record: pickles.Record) -> NetSpec:
+def spec_of(record: records.Record) -> NetSpec:
     """The NetSpec of a network record read from a published pickle.
 
     Raises SidaError for a class that is not one of the published ones, and for an option that we do not know.
@@ -83,7 +88,7 @@ def spec_of(record: pickles.Record) -> NetSpec:
     return NetSpec.from_json({"architecture": architecture} | {k: _jsonable(v) for k, v in fields.items()})
 
 
-def load_record(record: pickles.Record) -> Preconditioned:
+def load_record(record: records.Record) -> Preconditioned:
     """The denoiser that a record describes, with its weights, in eval mode and float32.
 
     Raises SidaError for weights that do not fit it, or are not real and finite.
@@ -129,7 +134,7 @@ def _refuse_misfits(net: Preconditioned, state: Mapping[str, Tensor]) -> None:
 def read_network(path: Path) -> Preconditioned:
     """The network in a published pickle (its "ema" entry). Executes nothing; raises SidaError if there is none."""
     record = pickles.read(path).get("ema")
-    if not isinstance(record, pickles.Record):
+    if not isinstance(record, records.Record):
         raise SidaError(f"{path} holds no network named 'ema'", "Give a snapshot that EDM, SiD or SiDA published.")
     return load_record(record)
 

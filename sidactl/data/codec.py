@@ -16,6 +16,7 @@ from sidactl.noise import Draws
 
 _LATENT_MEAN, _LATENT_STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)
 """per channel, of ImageNet's raw latents; networks see them with mean 0 and standard deviation 0.5"""
+
 _VAE_BATCH = 8  # images at a time: those of 512x512 pixels take a gigabyte or so in the decoder
 
 

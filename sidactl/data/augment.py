@@ -17,10 +17,13 @@ SYM6 = (
     0.4910559419267466, 0.787641141030194, 0.3379294217276218, -0.07263752278646252,
     -0.021060292512300564, 0.04472490177066578, 0.0017677118642428036, -0.007800708325034148,
 )  # fmt: skip
+
 SUPPORT = len(SYM6) // 4  # half the filter's width in pixels of the input: its taps sit at twice that resolution
 
 SCALE_STD = 0.2  # log2 units, for isotropic and for anisotropic scaling
+
 ANISO_ROTATE_PROB = 0.5
+
 TRANSLATE_STD = 0.125  # of the image's width and height
 
 
