@@ -85,7 +85,7 @@ def resolve(
         if problem := None if "://" in text or os.path.exists(text) else _not_readable(store, text, kinds):
             raise problem
         if not is_net and "dataset" in kinds:
-            return prepare_data(text, any_size=any_size, run=store.root, recheck=recheck, say=None)
+            return prepared_as_usual(store, text, any_size=any_size, recheck=recheck)
         if not nets:
             raise SidaError(f"{text} cannot be read as a {' or '.join(kinds)}", "Give an artifact or another file.")
         kind = nets[0] if len(nets) == 1 else None
@@ -149,12 +149,12 @@ def dataset_called(store: Store, name: str, *, recheck: bool = False, may_downlo
     """
     entry = catalog.DATASETS.get(name)
     if entry and entry.builtin:
-        return prepare_data(f"dataset/{name}", run=store.root, recheck=recheck, say=None)
+        return prepared_as_usual(store, f"dataset/{name}", recheck=recheck)
     if store.ref("dataset", name):
         found = store.resolve(f"dataset/{name}", ["dataset"])
         return repaired(store, found) if recheck else found
     if entry and entry.source and may_download:
-        return prepare_data(f"dataset/{name}", run=store.root, recheck=recheck, say=None)
+        return prepared_as_usual(store, f"dataset/{name}", recheck=recheck)
     if entry:
         raise not_prepared(entry)
     raise MissingError(
@@ -247,7 +247,7 @@ def repaired(store: Store, artifact: Artifact) -> Artifact:
     if artifact.kind == "detector":
         fetch_detector(name, run=store.root, recheck=True)
     elif artifact.kind == "dataset" and name in catalog.DATASETS and catalog.DATASETS[name].builtin:
-        prepare_data(f"dataset/{name}", run=store.root, force=True, say=None)
+        prepared_as_usual(store, f"dataset/{name}", force=True)
     elif artifact.kind in NETS and (url or name in catalog.TEACHERS) and "dataset" not in artifact.inputs:
         fetch_teacher(str(url or name), run=store.root, force=True, is_inner=True)
     return artifact
@@ -1091,6 +1091,30 @@ def prepare_data(
     usual = _as_usual(source, options)
     return _prepare_images(
         store, source, usual, workers, name, force, recheck, say, tick, offline, mirror, any_size=any_size
+    )
+
+
+def prepared_as_usual(
+    store: Store, source: str, *, any_size: bool = False, force: bool = False, recheck: bool = False
+) -> Artifact:
+    """The dataset of a path, or of a name of the catalog, without options and without a word."""
+    if _labels_called(source):
+        return _prepare_labels(store, source, None, None, force, recheck, None, None, False, None)
+    source = _plain_source(source)
+    usual = _as_usual(source, dict.fromkeys(("preset", "transform", "resolution", "max_images")))
+    return _prepare_images(
+        store,
+        source,
+        {**usual, "skip_bad": False},
+        None,
+        None,
+        force,
+        recheck,
+        None,
+        None,
+        False,
+        None,
+        any_size=any_size,
     )
 
 

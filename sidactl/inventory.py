@@ -495,7 +495,7 @@ def _usage(artifact: Artifact, form: ExportForm, file: str) -> list[str]:
         spec = "HeunSpec" if artifact.kind == "teacher" else "OneStepSpec"
         code = [
             "import torch",
-            "from sidactl import sampling",
+            "from sidactl import nets, sampling",
             f"from sidactl.recipes import {', '.join(sorted(['NetSpec', spec]))}",
             "",
             f"net = nets.build(NetSpec.from_json({dict(net)})).eval()",
