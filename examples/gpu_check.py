@@ -22,7 +22,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from sidactl import catalog, nets, ops, trainer
+import sidactl
+from sidactl import catalog, nets, trainer
 from sidactl.engine import devices
 from sidactl.foreign import networks
 from sidactl.recipes import BASE_BYTES, PRECISIONS, Execution, Memory, NetSpec, Recipe, override
@@ -107,7 +108,7 @@ def short_run(device: torch.device, execution: Execution, **overrides: Any) -> d
     """A short distillation of tiny-digits, to its end: its score, and how many updates had to be skipped."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        made = ops.distill(
+        made = sidactl.distill(
             teacher="tiny-digits",
             mode="sida",
             run=folder,

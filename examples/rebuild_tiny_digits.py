@@ -15,7 +15,8 @@ import torch
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
-from sidactl import catalog, ops
+import sidactl
+from sidactl import catalog
 from sidactl.nets import digits as nets_digits
 from sidactl.store import Store
 
@@ -63,7 +64,7 @@ def build_detector(num_epochs: int = 30) -> tuple[bytes, float]:
 
 def build_teacher(run: Path) -> bytes:
     """The teacher, by the public command's function, with its default recipe."""
-    teacher = ops.train_teacher("tiny-digits", name="tiny-digits-rebuilt", run=run)
+    teacher = sidactl.train_teacher("tiny-digits", name="tiny-digits-rebuilt", run=run)
     return Store.open(run).read(teacher, "model.safetensors")
 
 

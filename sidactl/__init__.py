@@ -4,29 +4,59 @@ __version__ = "0.1.0"
 
 TYPE_CHECKING = False  # as type checkers know it; nothing is imported here, so that no Ctrl-C meets an import
 if TYPE_CHECKING:
-    from sidactl import detectors, losses, metrics, nets, noise, ops, recipes, sampling, store
+    from sidactl import detectors, losses, metrics, nets, noise, recipes, sampling, store
+    from sidactl.commands.distill import distill, finetune_sid2a
+    from sidactl.commands.export import export
+    from sidactl.commands.fetch import fetch_teacher
+    from sidactl.commands.inventory import env, files, gc, look, ls, show, verify
+    from sidactl.commands.prepare import prepare_data
+    from sidactl.commands.resolve import load
+    from sidactl.commands.sample import sample
+    from sidactl.commands.score import evaluate, fd_dinov2, fid, inception_score, prec_recall
+    from sidactl.commands.train import train_teacher
     from sidactl.errors import SidaError
     from sidactl.foreign import pickles
-    from sidactl.inventory import env, export, files, gc, look, ls, show, verify
-    from sidactl.ops import (
-        distill,
-        evaluate,
-        fd_dinov2,
-        fetch_teacher,
-        fid,
-        finetune_sid2a,
-        inception_score,
-        load,
-        prec_recall,
-        prepare_data,
-        sample,
-        train_teacher,
-    )
 
-_INVENTORY = {"env", "export", "files", "gc", "look", "ls", "show", "verify"}
 _MODULES = {
-    name: f"sidactl.{name}" for name in ("detectors", "losses", "metrics", "nets", "noise", "ops", "recipes", "store")
-} | {"pickles": "sidactl.foreign.pickles", "sampling": "sidactl.sampling"}
+    "detectors": "sidactl.detectors",
+    "losses": "sidactl.losses",
+    "metrics": "sidactl.metrics",
+    "nets": "sidactl.nets",
+    "noise": "sidactl.noise",
+    "pickles": "sidactl.foreign.pickles",
+    "recipes": "sidactl.recipes",
+    "sampling": "sidactl.sampling",
+    "store": "sidactl.store",
+}
+_PLACES = {
+    "distill": (
+        "distill",
+        "finetune_sid2a",
+    ),
+    "export": ("export",),
+    "fetch": ("fetch_teacher",),
+    "inventory": (
+        "env",
+        "files",
+        "gc",
+        "look",
+        "ls",
+        "show",
+        "verify",
+    ),
+    "prepare": ("prepare_data",),
+    "resolve": ("load",),
+    "sample": ("sample",),
+    "score": (
+        "evaluate",
+        "fd_dinov2",
+        "fid",
+        "inception_score",
+        "prec_recall",
+    ),
+    "train": ("train_teacher",),
+}
+"""the public functions, by the module of `commands` that they are in"""
 
 __all__ = [
     "SidaError",
@@ -50,7 +80,6 @@ __all__ = [
     "metrics",
     "nets",
     "noise",
-    "ops",
     "pickles",
     "prec_recall",
     "prepare_data",
@@ -71,10 +100,12 @@ if not TYPE_CHECKING:  # they know the names above, and would take any other for
 
         if name in _MODULES:
             return importlib.import_module(_MODULES[name])
-        if name not in __all__:
-            raise AttributeError(f"module 'sidactl' has no attribute {name!r}")
-        place = "inventory" if name in _INVENTORY else "errors" if name == "SidaError" else "ops"
-        return getattr(importlib.import_module(f"sidactl.{place}"), name)
+        if name == "SidaError":
+            return importlib.import_module("sidactl.errors").SidaError
+        for module, functions in _PLACES.items():
+            if name in functions:
+                return getattr(importlib.import_module(f"sidactl.commands.{module}"), name)
+        raise AttributeError(f"module 'sidactl' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -26,15 +26,16 @@ import typer
 from click_default_group import DefaultGroup
 from typer.core import TyperGroup
 
-from sidactl import __version__, inputs, ui, units
+from sidactl import __version__, ui, units
+from sidactl.commands import inputs
 from sidactl.engine import heartbeat
 from sidactl.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, SidaError
 from sidactl.recipes import Adversarial, Execution, HeunSpec, NetSpec, Recipe, Setting, TeacherRecipe, flag_of
 
 if TYPE_CHECKING:
     from sidactl.catalog import Published, Row
+    from sidactl.commands.scores import Score
     from sidactl.loop import Event
-    from sidactl.scores import Score
     from sidactl.store import Artifact
 
 
@@ -291,12 +292,12 @@ def fetch_teacher(
 
     Example: sidactl fetch-teacher tiny-digits
     """
-    from sidactl import ops
+    from sidactl.commands import fetch
 
     if kind not in (None, "teacher", "generator"):
         raise SidaError(f"--as must be teacher or generator, got {kind!r}", "Leave it out to go by the file.")
     with _ticking("fetch-teacher", unit="bytes") as tick:
-        artifact = ops.fetch_teacher(
+        artifact = fetch.fetch_teacher(
             source,
             kind=kind,  # type: ignore[arg-type]  # checked above
             dataset=dataset,
@@ -391,12 +392,12 @@ def prepare_data(
 
     Example: sidactl prepare-data tiny-digits
     """
-    from sidactl import ops
+    from sidactl.commands import dataset_stats, prepare
 
     if detector and not stats:
         raise SidaError("--detector is for --stats, got it alone", "Pass --stats, or leave it out.")
     with _ticking("prepare-data") as tick:
-        artifact = ops.prepare_data(
+        artifact = prepare.prepare_data(
             source,
             preset=preset,
             transform=transform,
@@ -426,7 +427,9 @@ def prepare_data(
     _tell_classes(artifact.results)
     if stats:
         with _ticking("feature statistics") as tick:
-            made = ops.dataset_stats(artifact.oid, detector=detector, run=run, device=device, force=force, tick=tick)
+            made = dataset_stats.dataset_stats(
+                artifact.oid, detector=detector, run=run, device=device, force=force, tick=tick
+            )
         ui.note(f"feature statistics: {made.oid}")
     _print_artifact(artifact, as_json)
 
@@ -585,10 +588,10 @@ def train_teacher(
 
     Example: sidactl train-teacher tiny-digits --name my-teacher --duration 50k
     """
-    from sidactl import ops
+    from sidactl.commands import train
 
     with _watching(log) as watch:
-        artifact = ops.train_teacher(
+        artifact = train.train_teacher(
             dataset, name=name, net=net, run=run, device=device, force=force, say=ui.note, watch=watch, **overrides
         )
     _print_artifact(artifact, as_json)
@@ -712,7 +715,7 @@ def _distill(
     dry_run: bool,
 ) -> None:
     """Distills and prints the generator; or prints the plan, which the arguments in `planned` alone shape."""
-    from sidactl import ops
+    from sidactl.commands import distill as commands_distill
 
     settings = {f.name for f in dataclasses.fields(Execution)}
     execution = Execution(**{name: value for name, value in overrides.items() if name in settings})
@@ -724,7 +727,9 @@ def _distill(
         _print_plan(planned, others["run"], overrides, execution)
         return
     with _watching(log) as watch:
-        artifact = ops.distill(**planned, **others, execution=execution, say=ui.note, watch=watch, **overrides)
+        artifact = commands_distill.distill(
+            **planned, **others, execution=execution, say=ui.note, watch=watch, **overrides
+        )
     _print_generator(artifact, as_json)
 
 
@@ -734,10 +739,10 @@ def _print_plan(
     overrides: Mapping[str, Any],
     execution: Execution,
 ) -> None:
-    from sidactl import ops, preflight
+    from sidactl.commands import plan, preflight
     from sidactl.store import Store
 
-    planned = ops.plan(**arguments, store=Store.open(run), overrides=overrides, execution=execution)
+    planned = plan.plan(**arguments, store=Store.open(run), overrides=overrides, execution=execution)
     for warning in planned.warnings:
         ui.warn(warning)
     for note in planned.notes:
@@ -949,10 +954,10 @@ def sample(
     if num is not None and seeds is not None:
         raise SidaError("--num and --seeds cannot both be given", "Pass one of them.")
     chosen = units.parse_seeds(seeds) if seeds is not None else range(_count(num, "--num") or 64)
-    from sidactl import ops
+    from sidactl.commands import sample as commands_sample
 
     with _ticking("sample") as tick:
-        result = ops.sample(
+        result = commands_sample.sample(
             _from_pipe(ref),
             seeds=chosen,
             class_index=int(class_index) if class_index and re.fullmatch("-?[0-9]{1,9}", class_index) else class_index,
@@ -1013,7 +1018,7 @@ def score_flags(command: Callable[..., "Score"]) -> Callable[..., None]:
     own = [p for p in inspect.signature(command).parameters.values() if p.name not in ("ref", "options")]
 
     def with_flags(ref: str | None, as_json: bool, overrides: Mapping[str, Any], **arguments: Any) -> None:
-        from sidactl import scores
+        from sidactl.commands import scores as commands_scores
 
         special = {p.name: arguments.pop(p.name) for p in own}
         arguments |= _drawn_by(overrides)
@@ -1024,7 +1029,7 @@ def score_flags(command: Callable[..., "Score"]) -> Callable[..., None]:
         with _ticking(command.__name__.replace("_", "-")) as tick:
             score = command(_from_pipe(ref), arguments | {"tick": tick, "say": ui.note}, **special)
         # The display has ended: what it draws last would erase a result that is printed within.
-        against = scores.against(score, arguments["run"])
+        against = commands_scores.against(score, arguments["run"])
         _print_score(score, against, as_json, all_lines=command.__name__ == "evaluate")
         if limit is not None and float(score) > limit:
             raise SidaError(f"the score {float(score):.6g} is above {limit:g}", "", exit_code=EXIT_FAILED)
@@ -1048,9 +1053,9 @@ def fid(ref: str, options: Mapping[str, Any], fail_above: FailAbove = None) -> "
 
     Example: sidactl fid generator/best --num 10k --trials 10
     """
-    from sidactl import ops
+    from sidactl.commands import score as commands_score
 
-    return ops.fid(ref, **options)
+    return commands_score.fid(ref, **options)
 
 
 @app.command("fd-dinov2")
@@ -1060,9 +1065,9 @@ def fd_dinov2(ref: str, options: Mapping[str, Any], resize: Resize = "torch", fa
 
     Example: sidactl fd-dinov2 generator/best --ref imagenet512
     """
-    from sidactl import ops
+    from sidactl.commands import score as commands_score
 
-    return ops.fd_dinov2(ref, resize=resize, **options)
+    return commands_score.fd_dinov2(ref, resize=resize, **options)
 
 
 @app.command("prec-recall")
@@ -1072,9 +1077,9 @@ def prec_recall(ref: str, options: Mapping[str, Any], neighbours: Neighbours = 3
 
     Example: sidactl prec-recall generator/best --num 10k
     """
-    from sidactl import ops
+    from sidactl.commands import score as commands_score
 
-    return ops.prec_recall(ref, neighbours=neighbours, **options)
+    return commands_score.prec_recall(ref, neighbours=neighbours, **options)
 
 
 @app.command("inception-score")
@@ -1084,9 +1089,9 @@ def inception_score(ref: str, options: Mapping[str, Any], num_splits: NumSplits 
 
     Example: sidactl inception-score generator/best --num 10k
     """
-    from sidactl import ops
+    from sidactl.commands import score as commands_score
 
-    return ops.inception_score(ref, num_splits=num_splits, **options)
+    return commands_score.inception_score(ref, num_splits=num_splits, **options)
 
 
 @app.command()
@@ -1102,9 +1107,9 @@ def evaluate(
 
     Example: sidactl evaluate generator/best --num 10k --trials 10
     """
-    from sidactl import ops
+    from sidactl.commands import score as commands_score
 
-    return ops.evaluate(ref, resize=resize, neighbours=neighbours, num_splits=num_splits, **options)
+    return commands_score.evaluate(ref, resize=resize, neighbours=neighbours, num_splits=num_splits, **options)
 
 
 # The run directory
@@ -1120,7 +1125,8 @@ def show(
 
     Example: sidactl show generator/best
     """
-    from sidactl import inventory, scores
+    from sidactl.commands import inventory
+    from sidactl.commands import scores as commands_scores
 
     ref = _from_pipe(ref)
     if rows := inventory.unfetched(ref, run=run):
@@ -1143,7 +1149,7 @@ def show(
             told = _named_classes(value) if key == "class_names" else value  # type: ignore[arg-type]
             ui.print_data(f"  {title:8} {key}: {_short(told)}")
     for score in described.scores:
-        for line in _score_lines(score, scores.against(score, run)):
+        for line in _score_lines(score, commands_scores.against(score, run)):
             ui.print_data(f"  {'score':8} {line}")
     for name, number in described.published.items():
         ui.print_data(f"  {number.source:8} {_published(name, number)}")
@@ -1199,7 +1205,7 @@ def list_artifacts(
     if live:
         _print_unfinished(run, as_json)
         return
-    from sidactl import inventory
+    from sidactl.commands import inventory
 
     if as_json:
         found = inventory.ls(kind, run=run)
@@ -1214,7 +1220,7 @@ def list_artifacts(
 def _print_unfinished(run: Path | None, as_json: bool) -> None:
     from datetime import UTC, datetime
 
-    from sidactl import inventory
+    from sidactl.commands import inventory
 
     found = inventory.unfinished(run=run)
     place = None if run is None else str(run)
@@ -1295,7 +1301,7 @@ def look(
 
     Example: sidactl look network-snapshot.pkl
     """
-    from sidactl import inventory
+    from sidactl.commands import inventory
 
     held = inventory.look(file)
     if as_json:
@@ -1332,7 +1338,7 @@ def verify(
 
     Example: sidactl verify
     """
-    from sidactl import inventory
+    from sidactl.commands import inventory
 
     if (signature is None) != (key is None):
         raise SidaError("--signature and --key belong together, got one", "Pass both, or neither.")
@@ -1373,7 +1379,7 @@ def gc(
 
     Example: sidactl gc --dry-run
     """
-    from sidactl import inventory
+    from sidactl.commands import inventory
 
     report = inventory.gc(dry_run=dry_run, drop=drop or [], unfinished=live or [], run=run)
     if as_json:
@@ -1411,9 +1417,9 @@ def export(
 
     Example: sidactl export generator/best my-generator
     """
-    from sidactl import inventory
+    from sidactl.commands import export as commands_export
 
-    path = inventory.export(ref, destination, form=form, sign=sign, run=run, force=force)  # type: ignore[arg-type]
+    path = commands_export.export(ref, destination, form=form, sign=sign, run=run, force=force)  # type: ignore[arg-type]
     if as_json:
         ui.print_json({"path": str(path)})
     else:
@@ -1426,7 +1432,7 @@ def env(run: Run = None, as_json: Json = False) -> None:
 
     Example: sidactl env
     """
-    from sidactl import inventory
+    from sidactl.commands import inventory
 
     described = inventory.env(run=run)
     if as_json:
@@ -1462,7 +1468,7 @@ def _print_artifact(artifact: "Artifact", as_json: bool) -> None:
 
 
 def _print_generator(artifact: "Artifact", as_json: bool) -> None:
-    from sidactl.scores import score_name
+    from sidactl.commands.scores import score_name
 
     results: Mapping[str, Any] = artifact.results
     recipe, seen = Recipe.from_json(artifact.params["recipe"]), results["images_seen"]  # type: ignore[arg-type]
@@ -1527,7 +1533,7 @@ def _score_lines(score: "Score", against: Mapping[str, str]) -> list[str]:
 
 def _told_sampler(sampler: Mapping[str, Any]) -> str:
     """A sampler that is not the net's own, by the flags that differ from its kind's defaults."""
-    from sidactl.scores import sampler_from
+    from sidactl.commands.samplers import sampler_from
 
     spec = sampler_from(sampler)
     usual = type(spec)(num_steps=spec.num_steps)

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from sidactl.engine import devices, ranks, sharding, threads
 from sidactl.errors import EXIT_FAILED, SidaError
-from sidactl.live import nimg_of
 from sidactl.nets import Preconditioned
 from sidactl.store import LiveDir
+from sidactl.store.events import nimg_of
 
 CHECKPOINTS_KEPT = 2
 CHECKPOINT_SCHEMA = 2

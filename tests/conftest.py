@@ -95,18 +95,20 @@ class Finished:
 
 def short_distill(root: Path, watch: "Callable[[Event], None] | None" = None, **overrides: Any) -> "Artifact":
     """A very short distillation of tiny-digits in mode sida."""
-    from sidactl import ops
+    import sidactl
 
-    return ops.distill(teacher="tiny-digits", mode="sida", run=root, watch=watch, device="cpu", **(SHORT | overrides))
+    return sidactl.distill(
+        teacher="tiny-digits", mode="sida", run=root, watch=watch, device="cpu", **(SHORT | overrides)
+    )
 
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory with teacher, dataset, statistics, and the teacher's score; to be copied."""
-    from sidactl import ops
+    import sidactl
 
     root = tmp_path_factory.mktemp("prepared") / "run"
-    ops.fid("tiny-digits", num=SHORT["evaluate_num"], run=root, device="cpu")
+    sidactl.fid("tiny-digits", num=SHORT["evaluate_num"], run=root, device="cpu")
     return root
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sidactl import inventory
+import sidactl
 from sidactl.store import Store, rehash
 from tests.web import Site, serving
 
@@ -154,7 +154,7 @@ def started(
             process.kill()
 
 
-def sidactl(*words: str, fatal: int | None = None) -> list[str]:
+def command_line(*words: str, fatal: int | None = None) -> list[str]:
     """A command line; fatal: the change of the disk before which it dies, none for 0, and then they are counted."""
     if "--latents" in words:  # which takes a stand-in of the VAE there
         fatal = fatal or 0
@@ -226,7 +226,7 @@ class Bench:
     def words(self, command: str, root: Path, fatal: int | None = None) -> list[str]:
         given = re.findall(r"{(\w+)}", COMMANDS[command])
         places = {name: outside(root) if name == "out" else getattr(self, name) for name in given}
-        return sidactl(*(word.format(**places) for word in COMMANDS[command].split()), fatal=fatal)
+        return command_line(*(word.format(**places) for word in COMMANDS[command].split()), fatal=fatal)
 
     def begin(self, command: str, folder: Path) -> Path:
         """A run directory as the command finds it."""
@@ -266,7 +266,7 @@ class Bench:
             "--no-score --teacher-score none --name start",
             "sample tiny-digits --num 40 --device cpu --name drawn",
         ):
-            done = run(sidactl(*line.split()), root)
+            done = run(command_line(*line.split()), root)
             assert done.returncode == 0, done.stderr
         return root
 
@@ -294,7 +294,7 @@ class Bench:
     def file(self) -> Path:
         """A network that says itself what it is."""
         to = self.folder / "model.safetensors"
-        return inventory.export("teacher/tiny-digits", to, form="safetensors", run=self.prepared)
+        return sidactl.export("teacher/tiny-digits", to, form="safetensors", run=self.prepared)
 
     @cached_property
     def url(self) -> str:
@@ -348,7 +348,7 @@ def assert_goes_on(bench: Bench, command: str, root: Path, tally: Counter[str]) 
         assert asked == [f"bytes={saved.bytes_downloaded}-"]
 
     # What takes room goes; an empty lock may stay.
-    inventory.gc(run=root)
+    sidactl.gc(run=root)
     left = [*root.glob("live/*"), *root.glob("tmp/*"), *root.with_name("scratch").rglob("*")]
     assert [path for path in left if path.parent.name == "live" or (path.is_file() and path.stat().st_size)] == []
     tally["repeated to the same bytes, with nothing lost and verify clean"] += 1
@@ -411,7 +411,7 @@ def main() -> int:
     runs = [json.loads(line) for line in whole_lines(asked.results)]
     known, num_killed = {(each["command"], each["seed"]) for each in runs}, sum(each["killed"] for each in runs)
     folder = Path(tempfile.mkdtemp(prefix="kills-"))
-    done = run(sidactl("fid", "tiny-digits", "--num", "64", "--device", "cpu"), folder / "prepared" / "run")
+    done = run(command_line("fid", "tiny-digits", "--num", "64", "--device", "cpu"), folder / "prepared" / "run")
     assert done.returncode == 0, done.stderr
     with serving({}) as site, asked.results.open("a") as file:
         site.piece_bytes, site.pause_sec = SLOWLY

@@ -26,7 +26,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sidactl import catalog, nets, ops, preflight
+from sidactl import catalog, nets
+from sidactl.commands import evaluation, preflight
 from sidactl.nets import Preconditioned, inception, vit
 from sidactl.recipes import NetSpec
 from tests.hostile.doors import cifar, picture, tarred, zipped
@@ -99,7 +100,7 @@ def small_catalog(patch: pytest.MonkeyPatch, mirror: Path) -> None:
     patch.setattr(vit, "VisionTransformer", SMALL_VIT)
     features = {"inception": SmallInception.NUM_FEATURES, "dinov2": DINO_FEATURES}
     patch.setattr(preflight, "_NUM_FEATURES", {**preflight._NUM_FEATURES, **features})
-    patch.setattr(ops, "PREVIEW_SEEDS", range(4))
+    patch.setattr(evaluation, "PREVIEW_SEEDS", range(4))
 
 
 def _as_written(entry: Any, mirror: Path) -> Any:

@@ -25,22 +25,17 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from sidactl import artifacts, catalog, inventory, nets, ops, references, sampling, scores
-from sidactl.artifacts import (
-    fetch_teacher,
-    image_source,
-    load,
-    load_dataset,
-    mapping,
-    prepare_data,
-    resolve,
-    shape_for_nets,
-)
+import sidactl
+from sidactl import catalog, fetch_teacher, load, nets, prepare_data, sampling
+from sidactl.commands import dataset_stats, export, identity, plan, reference, running, scorers, words
+from sidactl.commands import vae as commands_vae
+from sidactl.commands.export import ExportForm
+from sidactl.commands.resolve import image_source, load_dataset, resolve
+from sidactl.commands.words import mapping, shape_for_nets
 from sidactl.data.codec import LatentCodec
 from sidactl.data.order import DataOrder
 from sidactl.errors import SidaError
 from sidactl.foreign import pickles
-from sidactl.inventory import ExportForm
 from sidactl.loop import Event
 from sidactl.recipes import HeunSpec, NetSpec, OneStepSpec
 from sidactl.store import KINDS, Artifact, LiveDir, Store
@@ -167,7 +162,7 @@ def test_weights_are_stored_in_the_precision_of_their_source(name: str, run: Pat
 
 
 def test_imported_generator_is_sampled_like_any_other(run: Path) -> None:
-    sampled = ops.sample(str(network("sida_gen_edm")), seeds=range(4), run=run, device="cpu")
+    sampled = sidactl.sample(str(network("sida_gen_edm")), seeds=range(4), run=run, device="cpu")
     assert sampled.images.shape[0] == 4
     assert Store(run).get(sampled.artifact.inputs["net"]).kind == "generator"
 
@@ -183,10 +178,10 @@ def test_kind_and_dataset_can_be_said(run: Path) -> None:
 
 def test_kind_follows_from_where_the_file_is_named(run: Path) -> None:
     store, path = Store(run), str(network("sid_v1_gen_edm"))
-    assert resolve(store, path, artifacts.NETS).kind == "generator"
+    assert resolve(store, path, words.NETS).kind == "generator"
     assert resolve(store, path, ["teacher"]).kind == "teacher"
     assert resolve(store, path, ["generator"]).kind == "generator"
-    assert resolve(store, path, artifacts.NETS).kind == "generator"
+    assert resolve(store, path, words.NETS).kind == "generator"
 
 
 @pytest.mark.parametrize(
@@ -254,7 +249,7 @@ def test_source_that_is_said_to_be_something_else_is_not_fetched_again(site: Sit
 def test_repeated_import_needs_no_torch(run: Path) -> None:
     artifact = fetch_teacher(str(network(SMALL)), run=run)
     code = (
-        "import sys; from sidactl.artifacts import fetch_teacher; "
+        "import sys; from sidactl import fetch_teacher; "
         "print(fetch_teacher(sys.argv[1], run=sys.argv[2]).oid, 'torch' in sys.modules)"
     )
     again = subprocess.run(
@@ -395,7 +390,7 @@ def test_pickle_without_a_network_is_refused(run: Path, tmp_path: Path) -> None:
 
 def exported(run: Path, source: str, to: Path) -> Artifact:
     artifact = fetch_teacher(source, run=run, say=silent)
-    inventory.export(artifact.oid, to, form="safetensors", run=run)
+    sidactl.export(artifact.oid, to, form="safetensors", run=run)
     return artifact
 
 
@@ -540,7 +535,7 @@ def test_a_word_that_names_a_folder_and_an_artifact_is_refused_with_both_ways_to
     assert resolve(store, "./images", ["dataset"]).results["num_images"] == 3
     assert resolve(store, str(tmp_path / "images"), ["dataset"]).results["num_images"] == 3
     with pytest.raises(SidaError, match=r"^'images' is the name of a folder and of dataset/images"):
-        references.find(store, "images", digits, "images")
+        reference.find(store, "images", digits, "images")
     with pytest.raises(SidaError, match=r"^'images' is the name of a folder and of dataset/images"):
         prepare_data("images", latents=True, run=run)
     # A ref of a kind that is not asked for hides nothing.
@@ -569,9 +564,9 @@ def test_a_folder_called_as_an_entry_of_the_catalog_is_refused_where_it_could_be
     with pytest.raises(SidaError, match=r"Write \./cifar10 for the folder, or dataset/cifar10"):
         prepare_data("cifar10", run=run)
     own = store.put("generator", {}, params={"net": {}, "dataset": "tiny-digits"})
-    assert references.dataset_of(store, own).results["num_images"] == 1797
+    assert reference.dataset_of(store, own).results["num_images"] == 1797
     with pytest.raises(SidaError) as caught:
-        references.find(store, "cifar10", own, "moments")
+        reference.find(store, "cifar10", own, "moments")
     assert str(caught.value) == (
         "'cifar10' is the name of a folder and of dataset/cifar10 and stats/cifar10. "
         "Write ./cifar10 for the folder, or dataset/cifar10 or stats/cifar10."
@@ -989,24 +984,24 @@ def test_a_name_that_another_artifact_had_is_told(run: Path, tmp_path: Path) -> 
 def test_networks_statistics_and_detectors_are_known_by_their_content(run: Path, tmp_path: Path) -> None:
     store, subject = Store(run), Store(run).put("dataset", {}, params={"name": "x"})
     np.savez(tmp_path / "s.npz", mu=np.zeros(2), sigma=np.eye(2))
-    first = references.find(store, "s.npz", subject, "moments")
+    first = reference.find(store, "s.npz", subject, "moments")
     same = tmp_path / "t.npz"
     np.savez(same, mu=np.ones(2), sigma=np.eye(2))
     rewrite(tmp_path / "s.npz", same.read_bytes())
-    assert references.find(store, "s.npz", subject, "moments").files != first.files
+    assert reference.find(store, "s.npz", subject, "moments").files != first.files
     data = (tmp_path / "s.npz").read_bytes()
     (tmp_path / "d.pth").write_bytes(data)
-    weights = scores._weights_digest(store, "d.pth")
+    weights = scorers._weights_digest(store, "d.pth")
     (tmp_path / "moved").mkdir()
     shutil.move(tmp_path / "d.pth", tmp_path / "moved/e.pth")
-    assert scores._weights_digest(store, "moved/e.pth") == weights
+    assert scorers._weights_digest(store, "moved/e.pth") == weights
     rewrite(tmp_path / "moved/e.pth", data[:-1] + b"?")
-    assert scores._weights_digest(store, "moved/e.pth") != weights
-    exported = inventory.export(fetch_teacher("tiny-digits", run=run).oid, tmp_path / "net", run=run)
-    known = artifacts.source_identity(store, str(exported / "model.safetensors"))
+    assert scorers._weights_digest(store, "moved/e.pth") != weights
+    exported = sidactl.export(fetch_teacher("tiny-digits", run=run).oid, tmp_path / "net", run=run)
+    known = identity.source_identity(store, str(exported / "model.safetensors"))
     manifest = exported / "manifest.json"
     rewrite(manifest, manifest.read_bytes().replace(b"tiny-digits", b"other-names"))
-    assert artifacts.source_identity(store, str(exported / "model.safetensors")) != known
+    assert identity.source_identity(store, str(exported / "model.safetensors")) != known
 
 
 def test_a_source_that_was_left_alone_is_hashed_once(
@@ -1014,17 +1009,17 @@ def test_a_source_that_was_left_alone_is_hashed_once(
 ) -> None:
     flat(tmp_path / "in/a.bmp", 10)
     first, read = prepare_data("in", run=run), list[Path]()
-    digest = artifacts.file_digest
-    instead_of(artifacts.file_digest, lambda path: read.append(path) or digest(path), monkeypatch)
+    digest = identity.file_digest
+    instead_of(identity.file_digest, lambda path: read.append(path) or digest(path), monkeypatch)
     assert prepare_data("in", run=run) == first
     assert len(read) == 1  # it was written a moment ago
-    monkeypatch.setattr(artifacts, "SETTLED_NS", -(10**12))
+    monkeypatch.setattr(identity, "SETTLED_NS", -(10**12))
     for expected in (2, 2, 2):
         assert prepare_data("in", run=run) == first
         assert len(read) == expected
     assert prepare_data("in", run=run, recheck=True) == first
     assert len(read) == 3
-    monkeypatch.setattr(artifacts, "SETTLED_NS", 2 * 10**9)
+    monkeypatch.setattr(identity, "SETTLED_NS", 2 * 10**9)
     rewrite(tmp_path / "in/a.bmp", (tmp_path / "in/a.bmp").read_bytes()[:-3] + bytes(3))
     assert prepare_data("in", run=run) != first
     # What cannot be noted is no error.
@@ -1038,7 +1033,7 @@ def test_a_rewrite_within_one_tick_of_the_clock_is_seen(
 ) -> None:
     flat(tmp_path / "in/a.bmp", 10)
     now = time.time_ns()
-    instead_of(artifacts._look_at, lambda files: ("as before", now), monkeypatch)
+    instead_of(identity._look_at, lambda files: ("as before", now), monkeypatch)
     first = prepare_data("in", run=run)
     flat(tmp_path / "in/a.bmp", 30)
     assert prepare_data("in", run=run) != first
@@ -1111,7 +1106,7 @@ def test_latents_of_a_path_are_made_without_its_pixels(run: Path, tmp_path: Path
     assert prepare_data("in", latents=True, run=run, device="cpu", tick=stop_at(8, []), **options) == latents
     assert Store(run).refs() == {"dataset/mine": latents.oid}
     with pytest.raises(SidaError, match=r"^latents have no images to compare with, got mine\. Pass --ref with"):
-        references.find(Store(run), "mine", pixels, "moments")
+        reference.find(Store(run), "mine", pixels, "moments")
     # A dataset is trained on as before.
     assert image_source(Store(run), latents).images([0]).shape == (1, 8, 2, 2)
 
@@ -1194,15 +1189,15 @@ def test_vae_of_a_folder_is_known_by_its_content_wherever_it_lies(run: Path, tmp
     save_vae(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "elsewhere/b")
     store = Store.open(run)
-    one = artifacts.fetch_vae(store, "a")
-    assert artifacts.fetch_vae(store, "elsewhere/b") == one
-    assert artifacts.fetch_vae(store, one.oid) == one
+    one = commands_vae.fetch_vae(store, "a")
+    assert commands_vae.fetch_vae(store, "elsewhere/b") == one
+    assert commands_vae.fetch_vae(store, one.oid) == one
     assert one.params == {"name": "a", "licence": None, "source_url": None}
     assert store.refs() == {}  # so that the folder's name stays that of the folder
     digest = hashlib.sha256("".join(one.files[name].sha256 for name in catalog.VAE_FILES).encode()).hexdigest()[:16]
-    assert artifacts.vae_label(one) == f"a@{digest}"
-    other = artifacts.fetch_vae(store, str(save_vae(tmp_path / "c", seed=1)))
-    assert artifacts.vae_digest(other) != digest
+    assert commands_vae.vae_label(one) == f"a@{digest}"
+    other = commands_vae.fetch_vae(store, str(save_vae(tmp_path / "c", seed=1)))
+    assert commands_vae.vae_digest(other) != digest
 
 
 VAE_CONFIG = {"_class_name": "AutoencoderKL", "latent_channels": 4, "block_out_channels": [1, 1, 1, 1]}
@@ -1260,7 +1255,7 @@ def test_folder_that_is_no_vae_of_latents_is_refused_before_any_work(
         (tmp_path / "v/config.json").write_text(json.dumps(config))
     assert refused_data(run, "in", latents=True, vae="v") == message
     with pytest.raises(SidaError) as caught:
-        artifacts.check_vae_is_there(Store.open(run), "v")
+        commands_vae.check_vae_is_there(Store.open(run), "v")
     assert (str(caught.value), caught.value.exit_code) == (message, 2)
 
 
@@ -1304,7 +1299,7 @@ def test_mirror_serves_the_usual_vae_and_others_by_name(
         "https://huggingface.co/stabilityai/sd-vae-ft-ema/resolve/main/diffusion_pytorch_model.safetensors"
     )
     assert by_other.inputs == {"dataset": pixels.oid, "vae": fetched.oid}
-    assert by_other.params["vae"] == artifacts.vae_label(fetched)
+    assert by_other.params["vae"] == commands_vae.vae_label(fetched)
     assert by_other.files["images.zip"] != latents.files["images.zip"]
     monkeypatch.delenv("SIDACTL_MIRROR")  # and nothing is fetched twice
     capfd.readouterr()
@@ -1323,13 +1318,13 @@ def test_vae_that_diffusers_has_in_its_cache_is_not_downloaded(
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: str(cached / file))
     monkeypatch.setenv("SIDACTL_OFFLINE", "1")
     store = Store.open(run)
-    assert artifacts.check_vae_is_there(store, "someone/vae") is None
-    found = artifacts.fetch_vae(store, "someone/vae")
+    assert commands_vae.check_vae_is_there(store, "someone/vae") is None
+    found = commands_vae.fetch_vae(store, "someone/vae")
     assert (found.params["name"], store.refs()) == ("someone/vae", {"vae/someone/vae": found.oid})
     (tmp_path / "flux").mkdir()
     (tmp_path / "flux/config.json").write_text(json.dumps(VAE_CONFIG | {"latent_channels": 16}))
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: str(tmp_path / "flux" / file))
-    for ask in (artifacts.check_vae_is_there, artifacts.fetch_vae):
+    for ask in (commands_vae.check_vae_is_there, commands_vae.fetch_vae):
         with pytest.raises(SidaError) as caught:
             ask(store, "someone/flux")
         assert str(caught.value) == f"the VAE someone/flux must be a VAE with latent_channels 4, got 16. {SUCH_AS}"
@@ -1413,18 +1408,18 @@ def test_classes_without_images_are_refused_where_images_are_needed(run: Path) -
     classes = prepare_data(None, classes=10, name="ten", run=run)
     text = f"images are needed, got dataset {classes.oid[:12]} of classes alone. Give a dataset with images."
     for use in (
-        lambda: ops.fid("dataset/ten", run=run),
-        lambda: ops.prec_recall("dataset/ten", run=run),
-        lambda: ops.train_teacher("dataset/ten", name="x", run=run),
-        lambda: ops.dataset_stats("dataset/ten", run=run),
+        lambda: sidactl.fid("dataset/ten", run=run),
+        lambda: sidactl.prec_recall("dataset/ten", run=run),
+        lambda: sidactl.train_teacher("dataset/ten", name="x", run=run),
+        lambda: dataset_stats.dataset_stats("dataset/ten", run=run),
         lambda: prepare_data("dataset/ten", latents=True, run=run),
-        lambda: inventory.export("dataset/ten", run / "out", form="png", run=run),
+        lambda: sidactl.export("dataset/ten", run / "out", form="png", run=run),
     ):
         with pytest.raises(SidaError) as caught:
             use()
         assert str(caught.value) == text
     with pytest.raises(SidaError) as caught:
-        ops.fid("tiny-digits", reference="dataset/ten", run=run)
+        sidactl.fid("tiny-digits", reference="dataset/ten", run=run)
     assert str(caught.value) == (
         "there are no images to compare with: ten is of classes alone. Pass --ref with a folder or a dataset of images."
     )
@@ -1435,10 +1430,10 @@ def test_classes_without_images_fit_any_net_of_as_many_classes(run: Path) -> Non
         data = prepare_data(None, classes=number, run=run)
         net = catalog.TEACHERS["tiny-digits"].net
         if number == 10:
-            ops._check_fit(shape_for_nets(data), net, "teacher")
+            running.check_fit(shape_for_nets(data), net, "teacher")
             continue
         with pytest.raises(SidaError, match=r"^the dataset must fit the teacher"):
-            ops._check_fit(shape_for_nets(data), net, "teacher")
+            running.check_fit(shape_for_nets(data), net, "teacher")
 
 
 @pytest.mark.parametrize(
@@ -1476,12 +1471,12 @@ def test_bad_words_about_labels_are_refused(
 
 def test_statistics_of_a_dataset_are_those_that_scores_use(run: Path) -> None:
     digits = prepare_data("tiny-digits", run=run)
-    made = ops.dataset_stats("tiny-digits", run=run, device="cpu")
+    made = dataset_stats.dataset_stats("tiny-digits", run=run, device="cpu")
     assert made.kind == "stats"
     assert made.inputs == {"dataset": digits.oid}
     assert Store(run).refs()["stats/tiny-digits-tiny-digits"] == made.oid
     before = [*Store(run).artifacts()]
-    assert ops.fid("dataset/tiny-digits", reference=made.oid, run=run).value == pytest.approx(0, abs=1e-6)
+    assert sidactl.fid("dataset/tiny-digits", reference=made.oid, run=run).value == pytest.approx(0, abs=1e-6)
     assert [artifact.kind for artifact in Store(run).artifacts() if artifact not in before] == ["score"]
 
 
@@ -1507,10 +1502,10 @@ def test_a_generator_in_onnx_draws_the_same_images(run: Path, tmp_path: Path, so
         params = {"name": source, "net": net.spec.to_json(), "sampler": OneStepSpec(sigma_init=1.5).to_json()}
         oid = Store.open(run).put("generator", weights, params=params | {"dataset": None}).oid
     else:
-        oid = artifacts.fetch_teacher(str(network(source)), kind="generator", run=run).oid
-    path = inventory.export(oid, tmp_path / "g.onnx", form="onnx", run=run)
+        oid = sidactl.fetch_teacher(str(network(source)), kind="generator", run=run).oid
+    path = sidactl.export(oid, tmp_path / "g.onnx", form="onnx", run=run)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    net = artifacts.load(oid, run=run)
+    net = sidactl.load(oid, run=run)
     sigma_init = float(mapping(Store.open(run).get(oid).params["sampler"])["sigma_init"])
     for batch in (1, 3):
         latents = torch.randn(batch, net.spec.img_channels, net.spec.img_resolution, net.spec.img_resolution)
@@ -1553,9 +1548,9 @@ def executed(card: str, folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", ["teacher", "generator"])
 def test_the_card_of_a_state_dict_draws_the_same_images(run: Path, tmp_path: Path, kind: Literal["teacher"]) -> None:
     oid = fetch_teacher(str(network(SMALL)), kind=kind, run=run).oid
-    inventory.export(oid, tmp_path / "n.pt", form="state-dict", run=run)
+    sidactl.export(oid, tmp_path / "n.pt", form="state-dict", run=run)
     images = executed((tmp_path / "n.pt.md").read_text(), tmp_path)["images"]
-    drawn = ops.sample(oid, seeds=range(64), run=run, device="cpu").images
+    drawn = sidactl.sample(oid, seeds=range(64), run=run, device="cpu").images
     assert (images.permute(0, 2, 3, 1).numpy() == drawn).all()
 
 
@@ -1567,7 +1562,7 @@ def test_the_built_in_teacher_takes_a_name_of_your_own(run: Path) -> None:
 @pytest.mark.parametrize("form", ["files", "safetensors"])
 def test_the_card_says_how_an_exported_network_comes_back(run: Path, tmp_path: Path, form: ExportForm) -> None:
     original = fetch_teacher("tiny-digits", run=run)
-    path = inventory.export(original.oid, tmp_path / "my net.safetensors", form=form, run=run)
+    path = sidactl.export(original.oid, tmp_path / "my net.safetensors", form=form, run=run)
     card = path / "README.md" if form == "files" else tmp_path / f"{path.name}.md"
     (command,) = re.findall(r"sidactl fetch-teacher (.*) \| sidactl sample --num 64", card.read_text())
     assert [command] == (["model.safetensors"] if form == "files" else ["'my net.safetensors'"])
@@ -1581,15 +1576,15 @@ def test_the_card_says_how_an_exported_network_comes_back(run: Path, tmp_path: P
 def test_forms_of_one_network_go_side_by_side(run: Path, tmp_path: Path) -> None:
     oid = fetch_teacher("tiny-digits", run=run).oid
     (tmp_path / "to").mkdir()
-    inventory.export(oid, tmp_path / "to/v1.5.safetensors", form="safetensors", run=run)
-    inventory.export(oid, tmp_path / "to/v1.5.pt", form="state-dict", run=run)
-    inventory.export(oid, tmp_path / "to/v1.5", run=run)
+    sidactl.export(oid, tmp_path / "to/v1.5.safetensors", form="safetensors", run=run)
+    sidactl.export(oid, tmp_path / "to/v1.5.pt", form="state-dict", run=run)
+    sidactl.export(oid, tmp_path / "to/v1.5", run=run)
     names = ["v1.5", "v1.5.pt", "v1.5.pt.md", "v1.5.safetensors", "v1.5.safetensors.md"]
     assert sorted(path.name for path in (tmp_path / "to").iterdir()) == names
 
 
 def test_a_manifest_speaks_for_its_own_files_alone(run: Path, tmp_path: Path) -> None:
-    folder = inventory.export(fetch_teacher("tiny-digits", run=run).oid, tmp_path / "out", run=run)
+    folder = sidactl.export(fetch_teacher("tiny-digits", run=run).oid, tmp_path / "out", run=run)
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     safetensors.torch.save_file({k: v + 1 for k, v in weights.items()}, folder / "model.safetensors")
     assert refused(str(folder / "model.safetensors"), run / "other") == (
@@ -1599,14 +1594,14 @@ def test_a_manifest_speaks_for_its_own_files_alone(run: Path, tmp_path: Path) ->
 
 
 def test_export_to_onnx_says_what_is_missing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    oid = artifacts.fetch_teacher(str(network("sida_gen_edm")), kind="generator", run=run).oid
+    oid = sidactl.fetch_teacher(str(network("sida_gen_edm")), kind="generator", run=run).oid
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(SidaError, match=r"^export to ONNX needs the package onnx\. pip install 'sidactl\[onnx\]'"):
-        inventory.export(oid, tmp_path / "g.onnx", form="onnx", run=run)
+        sidactl.export(oid, tmp_path / "g.onnx", form="onnx", run=run)
     monkeypatch.delitem(sys.modules, "onnx")
-    monkeypatch.setattr(inventory, "ONNX_MAX_BYTES", 1000)
+    monkeypatch.setattr(export, "ONNX_MAX_BYTES", 1000)
     with pytest.raises(SidaError, match=r"^an ONNX file holds at most 2 GB, this network is larger\. "):
-        inventory.export(oid, tmp_path / "g.onnx", form="onnx", run=run)
+        sidactl.export(oid, tmp_path / "g.onnx", form="onnx", run=run)
     assert not list(tmp_path.glob("g*"))
 
 
@@ -1615,24 +1610,24 @@ def test_latents_are_trained_on_as_four_channels_and_scored_by_pixels_alone(run:
     for index in range(4):
         picture(tmp_path / f"in/{index % 2}/{index}.png", size=(64, 64))
     latents = prepare_data("in", latents=True, name="mine", run=run, device="cpu")
-    teacher = ops.train_teacher("mine", name="t", run=run, device="cpu", duration_nimg=32, batch_size=16)
+    teacher = sidactl.train_teacher("mine", name="t", run=run, device="cpu", duration_nimg=32, batch_size=16)
     assert teacher.inputs == {"dataset": latents.oid}
-    net = NetSpec.from_json(artifacts.mapping(teacher.params["net"]))
+    net = NetSpec.from_json(words.mapping(teacher.params["net"]))
     assert (net.img_resolution, net.img_channels, net.label_dim) == (8, 4, 2)
     told = "latents have no images to compare with, got mine. Pass --ref with the dataset of pixels, or with published"
     asked: dict[str, Any] = {"teacher": "t", "mode": "sida", "generator": None, "dataset": None, "overrides": {}}
     for ask in (
-        lambda: ops.plan(**asked, store=Store(run)),
-        lambda: ops.distill(teacher="t", mode="sida", run=run, device="cpu"),
-        lambda: ops.dataset_stats("mine", run=run, device="cpu"),
+        lambda: plan.plan(**asked, store=Store(run)),
+        lambda: sidactl.distill(teacher="t", mode="sida", run=run, device="cpu"),
+        lambda: dataset_stats.dataset_stats("mine", run=run, device="cpu"),
     ):
         with pytest.raises(SidaError, match=f"^{re.escape(told)}"):
             ask()
     pixels = prepare_data("in", name="pixels", run=run)
     assert prepare_data("pixels", latents=True, run=run, device="cpu").files == latents.files
-    assert references.find(Store(run), "pixels", teacher, "moments") == pixels
+    assert reference.find(Store(run), "pixels", teacher, "moments") == pixels
     digits = prepare_data("tiny-digits", latents=True, name="small", run=run, device="cpu")
-    stats = ops.dataset_stats("small", run=run, device="cpu")
+    stats = dataset_stats.dataset_stats("small", run=run, device="cpu")
     assert stats.inputs == digits.inputs
     assert Store(run).refs()["stats/small-tiny-digits"] == stats.oid
 
@@ -1704,7 +1699,7 @@ def test_a_small_teacher_learns_from_real_fashion_mnist(run: Path) -> None:
     size = {"model_channels": 4, "num_blocks": 1, "channel_mult": (1, 2), "attn_resolutions": (), "dropout": 0.0}
     rates = {"batch_size": 16, "duration_nimg": 4800, "lr": 3e-3, "lr_rampup_nimg": 500}
     start_sec = time.monotonic()
-    ops.train_teacher("fashion32", name="small", run=run, device="cpu", watch=watch, **size, **rates)
+    sidactl.train_teacher("fashion32", name="small", run=run, device="cpu", watch=watch, **size, **rates)
     trained_sec = time.monotonic() - start_sec
     first, last = np.mean(losses[:3]), np.mean(losses[-3:])
     assert last < 0.6 * first
@@ -1733,13 +1728,13 @@ def test_latents_of_several_processes_are_those_of_one(
     prepare_data("in", name="mine", skip_bad=True, run=run)
     code = (
         "import sys\n"
-        "from sidactl import ops\n"
+        "import sidactl\n"
         "from sidactl.data import codec\n"
         "from tests.playback import SmallVae\n"
         "codec.stable_diffusion_vae = lambda **options: SmallVae()\n"
         "skip_bad = sys.argv[2] == './in'\n"
         "for _ in range(2):  # the second time it is answered\n"
-        "    made = ops.prepare_data(sys.argv[2], latents=True, skip_bad=skip_bad, run=sys.argv[1], device='cpu')\n"
+        "    made = sidactl.prepare_data(sys.argv[2], latents=True, skip_bad=skip_bad, run=sys.argv[1], device='cpu')\n"
         "    print(f'oid={made.oid}')\n"
     )
     script = tmp_path / "encode.py"
@@ -1762,20 +1757,20 @@ def test_latents_of_several_processes_are_those_of_one(
 
 
 def test_a_network_in_an_exported_folder_is_called_as_the_folder_is(run: Path, tmp_path: Path) -> None:
-    folder = inventory.export(fetch_teacher("tiny-digits", run=run).oid, tmp_path / "my-net", run=run)
+    folder = sidactl.export(fetch_teacher("tiny-digits", run=run).oid, tmp_path / "my-net", run=run)
     made = fetch_teacher(str(folder / "model.safetensors"), run=tmp_path / "other")
     assert Store.open(tmp_path / "other").names_of(made.oid) == ["teacher/my-net"]
 
 
 def test_a_local_file_is_held_to_the_limit_as_well(run: Path, tmp_path: Path) -> None:
-    path = inventory.export(fetch_teacher("tiny-digits", run=run).oid, tmp_path / "net.safetensors", run=run)
+    path = sidactl.export(fetch_teacher("tiny-digits", run=run).oid, tmp_path / "net.safetensors", run=run)
     with pytest.raises(SidaError, match="net must have at most 1,000 bytes"):
         fetch_teacher(str(path), max_bytes="1k", run=tmp_path / "other")
     assert fetch_teacher(str(path), max_bytes="1M", run=tmp_path / "other").kind == "teacher"
 
 
 def test_a_pipe_in_the_place_of_a_manifest_is_not_waited_for(run: Path, tmp_path: Path) -> None:
-    folder = inventory.export(fetch_teacher("tiny-digits", run=run).oid, tmp_path / "net", run=run)
+    folder = sidactl.export(fetch_teacher("tiny-digits", run=run).oid, tmp_path / "net", run=run)
     (folder / "manifest.json").unlink()
     os.mkfifo(folder / "manifest.json")
     with pytest.raises(SidaError, match="does not say which network it holds"):

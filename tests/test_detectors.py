@@ -14,8 +14,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from sidactl import catalog, detectors, features, inventory, ops, scores
-from sidactl.artifacts import prepare_data, read_state_dict
+import sidactl
+from sidactl import catalog, detectors, prepare_data
+from sidactl.commands import dataset_stats, scorers, scores
+from sidactl.commands import features as commands_features
+from sidactl.commands.files import read_state_dict
 from sidactl.errors import SidaError
 from sidactl.metrics import frechet_distance
 from sidactl.nets import inception
@@ -23,9 +26,11 @@ from sidactl.nets import random_features as nets_random_features
 from sidactl.store import Store
 
 
-def collected(detector: detectors.Detector, batches: Sequence[Tensor]) -> features.Collected:
+def collected(detector: detectors.Detector, batches: Sequence[Tensor]) -> commands_features.Collected:
     """What is collected of these batches, under the name "d"."""
-    return features.collect(features.Work(len(batches), lambda first: iter(batches[first:]), {"d": detector}, ["d"]))
+    return commands_features.collect(
+        commands_features.Work(len(batches), lambda first: iter(batches[first:]), {"d": detector}, ["d"])
+    )
 
 
 @pytest.fixture(scope="module")
@@ -235,11 +240,11 @@ def scripted(tmp_path: Path) -> Path:
 
 def test_an_evaluation_by_a_detector_without_classes_leaves_out_what_needs_them(scripted: Path, tmp_path: Path) -> None:
     data = prepare_data("tiny-digits", run=tmp_path / "run").oid
-    score = scores.evaluate(data, reference=data, detector=str(scripted), trust_code=True, run=tmp_path / "run")
+    score = sidactl.evaluate(data, reference=data, detector=str(scripted), trust_code=True, run=tmp_path / "run")
     by = detectors.load_torchscript(scripted, trust_code=True).short_identity
     assert sorted(score.values) == [f"FD {by}", f"KID {by}", "precision", "recall"]
     with pytest.raises(SidaError) as caught:
-        scores.inception_score(data, detector=str(scripted), trust_code=True, run=tmp_path / "run")
+        sidactl.inception_score(data, detector=str(scripted), trust_code=True, run=tmp_path / "run")
     told = f"the inception score needs classes, detector {scripted} gives none. Pass --detector inception."
     assert str(caught.value) == told
 
@@ -314,7 +319,7 @@ def test_what_a_detector_must_not_give_ends_the_score_in_one_line(
         torch.jit.script(net).save(path)
     data = prepare_data("tiny-digits", run=run).oid
     with pytest.raises(SidaError, match=f"^{told}") as caught:
-        scores.fid(data, reference=data, num=70, detector=str(path), trust_code=True, run=run)
+        sidactl.fid(data, reference=data, num=70, detector=str(path), trust_code=True, run=run)
     assert "\n" not in str(caught.value)
     assert not [artifact for artifact in Store.open(run).artifacts() if artifact.kind in ("score", "stats")]
 
@@ -376,17 +381,17 @@ def test_torchscript_of_others_runs_only_where_it_is_trusted(tmp_path: Path) -> 
     )
     asked: list[Callable[[], object]] = [
         lambda: detectors.load_torchscript(path),
-        lambda: scores.fid("tiny-digits", num=4, detector=str(path), run=run, device="cpu"),
-        lambda: scores.evaluate("tiny-digits", num=4, detector=str(path), run=run, device="cpu"),
-        lambda: ops.distill(teacher="tiny-digits", mode="sida", detector=str(path), run=run, device="cpu"),
-        lambda: ops.dataset_stats("tiny-digits", detector=str(path), run=run, device="cpu"),
+        lambda: sidactl.fid("tiny-digits", num=4, detector=str(path), run=run, device="cpu"),
+        lambda: sidactl.evaluate("tiny-digits", num=4, detector=str(path), run=run, device="cpu"),
+        lambda: sidactl.distill(teacher="tiny-digits", mode="sida", detector=str(path), run=run, device="cpu"),
+        lambda: dataset_stats.dataset_stats("tiny-digits", detector=str(path), run=run, device="cpu"),
     ]
     for ask in asked:
         with pytest.raises(SidaError) as caught:
             ask()
         assert str(caught.value) == told
         assert not written.exists()
-    scores.fid("tiny-digits", num=4, detector=str(path), trust_code=True, run=run, device="cpu")
+    sidactl.fid("tiny-digits", num=4, detector=str(path), trust_code=True, run=run, device="cpu")
     assert written.exists()
 
 
@@ -401,7 +406,7 @@ def test_only_the_published_files_give_a_number_called_fid(
     images = prepare_data("tiny-digits", run=run, max_images=12).oid
 
     for path, entry in ((own, "inception"), (scripted, "inception-torchscript")):
-        by = scores.load_detector(store, str(path), cpu, trust_code=True)
+        by = scorers.load_detector(store, str(path), cpu, trust_code=True)
         assert scores.distance_name(by) == f"FD {by.short_identity}" != "FID"
         assert by.short_identity.startswith(f"{entry}@")
         # If it were the one that is published, it would be the FID.
@@ -410,10 +415,10 @@ def test_only_the_published_files_give_a_number_called_fid(
         source = dataclasses.replace(known.source, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
         with monkeypatch.context() as patch:
             patch.setitem(catalog.DETECTORS, entry, dataclasses.replace(known, source=source))  # type: ignore[arg-type]
-            assert scores.distance_name(scores.load_detector(store, str(path), cpu)) == "FID"
-    told = scores.evaluate(images, ["fid", "kid"], reference=images, detector=str(scripted), trust_code=True, run=run)
+            assert scores.distance_name(scorers.load_detector(store, str(path), cpu)) == "FID"
+    told = sidactl.evaluate(images, ["fid", "kid"], reference=images, detector=str(scripted), trust_code=True, run=run)
     assert [(name, number["name"]) for name, number in told.to_json()["scores"].items()] == [
         (name, name) for name in (f"FD {by.short_identity}", f"KID {by.short_identity}")
     ]
-    (shown,) = inventory.show(images, run=run).scores
+    (shown,) = sidactl.show(images, run=run).scores
     assert list(shown.values) == list(told.values)

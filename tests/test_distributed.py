@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from sidactl import catalog, ops
+import sidactl
+from sidactl import catalog
 from sidactl.engine import configure, heartbeat
 from sidactl.engine import ranks as engine_ranks
 from sidactl.errors import SidaError
@@ -271,7 +272,7 @@ def test_what_does_not_fit_the_processes_is_told_before_anything_is_loaded(monke
 def test_a_teacher_is_trained_by_one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SidaError, match=r"^train-teacher runs in one process"):
-        ops.train_teacher("tiny-digits", name="mine", run=tmp_path)
+        sidactl.train_teacher("tiny-digits", name="mine", run=tmp_path)
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ from urllib.request import Request
 
 import pytest
 
-from sidactl import artifacts
+import sidactl
+from sidactl.commands import files
 from sidactl.errors import EXIT_FAILED, EXIT_USAGE, SidaError
 from sidactl.foreign import download, http
 from sidactl.store import Store
@@ -444,7 +445,7 @@ def test_address_that_is_none(
     monkeypatch.setenv("SIDACTL_MIRROR", os.fsencode(url).decode(errors="surrogateescape") if how == "variable" else "")
     ways = {"url": {"url": url}, "mirror": {"mirror": url}, "variable": {}}
     with pytest.raises(SidaError) as caught:
-        artifacts.fetch_teacher(url, run=target) if how == "command" else fetch(site, target, **ways[how])
+        sidactl.fetch_teacher(url, run=target) if how == "command" else fetch(site, target, **ways[how])
     assert (str(caught.value), caught.value.exit_code) == (text, EXIT_USAGE)
     assert site.requests == []
 
@@ -493,11 +494,11 @@ def test_file_that_cannot_be_read(site: Site, target: Path, tmp_path: Path) -> N
 def test_long_name_needs_no_long_file_name(site: Site, target: Path) -> None:
     url = f"{site.url}/{'x' * 300}.pkl"
     site.files = {f"/{'x' * 300}.pkl": BODY}
-    with artifacts.fetched_file(Store(target), url, "net") as (path, digest):
+    with files.fetched_file(Store(target), url, "net") as (path, digest):
         assert (digest, path.suffix) == (DIGEST, ".pkl")
     site.files = {}
     with pytest.raises(SidaError, match=r"\.pkl is not there\. Check the address\.$"):
-        artifacts.fetch_teacher(url, run=target)
+        sidactl.fetch_teacher(url, run=target)
 
 
 # ---- redirects ----

@@ -21,10 +21,12 @@ import numpy as np
 import pytest
 import safetensors.torch
 
-from sidactl import inventory, outputs, prepare_data, sample
+from sidactl import export, prepare_data, sample
+from sidactl.commands import export as commands_export
+from sidactl.commands import inventory
+from sidactl.commands.export import EXPORT_FORMS, ExportForm
 from sidactl.errors import SidaError
-from sidactl.inventory import EXPORT_FORMS, ExportForm, export
-from sidactl.store import Store
+from sidactl.store import Store, outputs
 
 REPOSITORY = Path(__file__).parents[1]
 TEACHER = "teacher/tiny-digits"
@@ -290,11 +292,12 @@ KILL_DRIVER = """
 import os, shutil, signal, sys
 from pathlib import Path
 import safetensors.torch, torch
-from sidactl import inventory, outputs
+from sidactl.commands import export
+from sidactl.store import outputs
 from tests.mortal import die_before
 
 base, run, ref, form, force = Path(sys.argv[1]), *sys.argv[2:5], sys.argv[5] == "force"
-inventory.export(ref, base / "warm", form=form, run=run)
+export.export(ref, base / "warm", form=form, run=run)
 if sys.argv[6] == "plain":
     outputs._renameat2 = lambda *arguments: False
 for fatal in range(1, 400):
@@ -303,7 +306,7 @@ for fatal in range(1, 400):
     pid = os.fork()
     if pid == 0:
         die_before(fatal)
-        inventory.export(ref, root / "out", form=form, run=run, force=force)
+        export.export(ref, root / "out", form=form, run=run, force=force)
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     print(fatal, code, flush=True)
@@ -355,7 +358,7 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_and_the_command_again_fi
         root = tmp_path / str(moment)
         found = exported(root)
         for name in {*before, *whole}:
-            if form in inventory.FOLDER_FORMS:
+            if form in commands_export.FOLDER_FORMS:
                 is_aside = system == "plain" and not found and len(list(root.glob(".sidactl-export-*/old-0"))) == 1
                 assert found in (before, whole) or is_aside
             else:
@@ -462,7 +465,7 @@ def test_a_disk_that_refuses_is_one_line_and_leaves_what_was_there(
         raise OSError(number, os.strerror(number))
 
     rename = outputs._renameat2
-    where = {"mkdtemp": "tempfile.mkdtemp", "fsync": "os.fsync", "rename": "sidactl.outputs._renameat2"}[call]
+    where = {"mkdtemp": "tempfile.mkdtemp", "fsync": "os.fsync", "rename": "sidactl.store.outputs._renameat2"}[call]
     Store(run).resolve(TEACHER)
     data = safetensors.torch.load_file(path)
     safetensors.torch.save_file({name: tensor + 1 for name, tensor in data.items()}, path)
@@ -568,7 +571,7 @@ def test_a_dataset_that_a_foreign_network_names_is_never_read_as_a_path(run: Pat
 
 
 def test_a_catalog_dataset_is_not_read_from_a_folder_of_its_name(run: Path, tmp_path: Path) -> None:
-    from sidactl.references import dataset_of
+    from sidactl.commands.reference import dataset_of
 
     export("samples/four", tmp_path / "cwd/ffhq64", form="png", run=run)
     own, oid = hostile(run, tmp_path, "ffhq64")

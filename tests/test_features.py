@@ -10,7 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sidactl import artifacts, detectors, features, live, ops, references, scores
+import sidactl
+from sidactl import detectors
+from sidactl.commands import dataset_stats, features, moments
+from sidactl.commands import question as commands_question
 from sidactl.engine import ranks
 from sidactl.errors import SidaError
 from sidactl.store import Artifact, LiveDir, Store, UnwritableError, rehash, sealed, unsealed
@@ -116,7 +119,7 @@ def test_a_save_that_fails_is_told_once_and_ends_nothing(
 
 @pytest.fixture
 def net_of_digits(tmp_path: Path) -> Store:
-    ops.fetch_teacher("tiny-digits", run=tmp_path / "run")
+    sidactl.fetch_teacher("tiny-digits", run=tmp_path / "run")
     return Store.open(tmp_path / "run")
 
 
@@ -144,16 +147,16 @@ def test_a_score_goes_on_where_it_was_interrupted(
     with monkeypatch.context() as patch:
         interrupt_after(references_batches + 4, patch)  # one batch into the second trial
         with pytest.raises(KeyboardInterrupt):
-            scores.fid("tiny-digits", **options)
-    (unfinished,) = live.unfinished(net_of_digits)
+            sidactl.fid("tiny-digits", **options)
+    (unfinished,) = commands_question.unfinished(net_of_digits)
     assert unfinished.nimg == 56
     expected = "sidactl fid tiny-digits --ref dataset/tiny-digits --num 40 --trials 2 --steps 2"
     assert unfinished.go_on() == expected
     capfd.readouterr()
-    again = scores.fid("tiny-digits", **options)
+    again = sidactl.fid("tiny-digits", **options)
     assert capfd.readouterr().err.splitlines() == ["going on after 56 images, which were measured before"]
-    assert live.unfinished(net_of_digits) == []
-    assert scores.fid("tiny-digits", **options, force=True) == again
+    assert commands_question.unfinished(net_of_digits) == []
+    assert sidactl.fid("tiny-digits", **options, force=True) == again
 
 
 def test_the_numbers_of_a_finished_trial_are_not_computed_again_and_damage_is_seen(
@@ -163,7 +166,7 @@ def test_the_numbers_of_a_finished_trial_are_not_computed_again_and_damage_is_se
     with monkeypatch.context() as patch:
         interrupt_after(-(-1797 // 250) + 1, patch)
         with pytest.raises(KeyboardInterrupt):
-            scores.prec_recall("tiny-digits", **options)
+            sidactl.prec_recall("tiny-digits", **options)
     assert list(rehash(net_of_digits)) == []
     (key,) = net_of_digits.live_names()
     rows = next((net_of_digits.root / "live" / key).glob("trial-0-rows-*"))
@@ -176,15 +179,15 @@ def test_the_numbers_of_a_finished_trial_are_not_computed_again_and_damage_is_se
     with monkeypatch.context() as patch:
         collect = features.collect
         instead_of(features.collect, lambda *a, **o: seen.append(o["name"]) or collect(*a, **o), patch)
-        score = scores.prec_recall("tiny-digits", **options)
+        score = sidactl.prec_recall("tiny-digits", **options)
     assert seen == ["trial-1"]
-    assert scores.prec_recall("tiny-digits", **options, force=True) == score
+    assert sidactl.prec_recall("tiny-digits", **options, force=True) == score
 
 
 def test_features_of_a_reference_go_on_and_answer_the_next_score(
     net_of_digits: Store, monkeypatch: pytest.MonkeyPatch, forbidden: Forbid
 ) -> None:
-    data, detector = artifacts.prepare_data("tiny-digits", run=net_of_digits.root), detectors.load("tiny-digits")
+    data, detector = sidactl.prepare_data("tiny-digits", run=net_of_digits.root), detectors.load("tiny-digits")
     monkeypatch.setattr(features, "MAX_BATCH_SIZE", 200)
     for ask in (features.stats_of, features.real_features):
         done: list[tuple[int, int]] = []
@@ -196,36 +199,36 @@ def test_features_of_a_reference_go_on_and_answer_the_next_score(
         assert done[0] == (1000, 1797)
         with forbidden(ranks.joined):
             ask(net_of_digits, data, detector)
-    assert live.unfinished(net_of_digits) == []
+    assert commands_question.unfinished(net_of_digits) == []
 
 
 def test_of_two_processes_that_ask_the_same_the_second_waits_and_has_the_answer(
     net_of_digits: Store, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    key, question = "ab" * 32, live.Question(command="fid", subject="tiny-digits", words=[], params={})
+    key, question = "ab" * 32, commands_question.Question(command="fid", subject="tiny-digits", words=[], params={})
     made = net_of_digits.resolve("teacher/tiny-digits")
     begun, found = threading.Event(), list[object]()
 
     def second() -> None:
         begun.wait()
-        with artifacts.answering(net_of_digits, key, question) as place:
+        with commands_question.answering(net_of_digits, key, question) as place:
             found.append(place)
 
     other = threading.Thread(target=second)
     other.start()
-    with artifacts.answering(net_of_digits, key, question) as place:
+    with commands_question.answering(net_of_digits, key, question) as place:
         assert isinstance(place, LiveDir)
         begun.set()
         while "waiting for another process" not in (told := capfd.readouterr().err):
             assert not told
-        artifacts.answered(net_of_digits, key, made, "score")
+        commands_question.answered(net_of_digits, key, made, "score")
     other.join()
     assert isinstance(found[0], Artifact)
     assert found[0].oid == made.oid
 
 
 def test_a_run_directory_that_takes_nothing_has_no_place(net_of_digits: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = artifacts.prepare_data("tiny-digits", run=net_of_digits.root)
+    data = sidactl.prepare_data("tiny-digits", run=net_of_digits.root)
 
     def full(self: Store) -> None:
         raise UnwritableError("the disk is full", "Free some.")
@@ -235,6 +238,6 @@ def test_a_run_directory_that_takes_nothing_has_no_place(net_of_digits: Store, m
     detector = detectors.load("tiny-digits")
     stats, kept = features.stats_of(net_of_digits, data, detector)
     assert (stats.num_items, kept) == (1797, None)
-    assert references.moments(net_of_digits, data, detector)
+    assert moments.moments(net_of_digits, data, detector)
     with pytest.raises(SidaError, match="the disk is full"):
-        ops.dataset_stats(data.oid, run=net_of_digits.root)
+        dataset_stats.dataset_stats(data.oid, run=net_of_digits.root)

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sidactl import cli, inventory, ops
+import sidactl
+from sidactl import cli
+from sidactl.commands import dataset_stats
 from sidactl.store import Store
 from tests import standins
 from tests.conftest import SHORT
@@ -60,11 +62,11 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Town]:
         patch.delenv("SIDACTL_OFFLINE", raising=False)
         standins.small_catalog(patch, root / "mirror")
         options = {name: value for name, value in SHORT.items() if not name.startswith("adversarial")}
-        made = ops.distill(teacher="tiny-digits", mode="sid", run=run, device="cpu", say=None, **options)
-        ops.sample(made, num=4, name="four", run=run, device="cpu")
-        ops.prepare_data(root / "pictures", any_size=True, name="wide", run=run)
-        ops.dataset_stats("dataset/tiny-digits", detector="random-features", run=run, device="cpu")
-        inventory.export(made, root / "exported", run=run)
+        made = sidactl.distill(teacher="tiny-digits", mode="sid", run=run, device="cpu", say=None, **options)
+        sidactl.sample(made, num=4, name="four", run=run, device="cpu")
+        sidactl.prepare_data(root / "pictures", any_size=True, name="wide", run=run)
+        dataset_stats.dataset_stats("dataset/tiny-digits", detector="random-features", run=run, device="cpu")
+        sidactl.export(made, root / "exported", run=run)
         yield Town(root, run)
 
 

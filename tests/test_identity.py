@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sidactl import catalog, loop, ops, references
+import sidactl
+from sidactl import catalog, loop
+from sidactl.commands import reference
 from sidactl.recipes import MODES
 from sidactl.store import Store, digest
 from tests.conftest import SHORT, instead_of
@@ -120,19 +122,23 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """A run directory in which every command was asked once, of inputs that are the same on every machine."""
     folder = tmp_path_factory.mktemp("asked")
     run = folder / "run"
-    teacher = ops.fetch_teacher("tiny-digits", run=run)
-    labels = ops.prepare_data(None, classes=10, name="ten", run=run)
+    teacher = sidactl.fetch_teacher("tiny-digits", run=run)
+    labels = sidactl.prepare_data(None, classes=10, name="ten", run=run)
     np.savez(folder / "statistics.npz", mu=np.zeros(64), sigma=np.eye(64))
     images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), np.uint8)
     np.savez(folder / "images.npz", arr_0=images)
-    data = ops.prepare_data(folder / "images.npz", name="images", run=run)
-    ops.sample(teacher, seeds=range(2), steps=1, run=run)
-    ops.evaluate(data, ["fid", "prec-recall"], reference=data, detector="random-features", run=run)
-    ops.fid(teacher, num=4, steps=1, heun={"S_churn": 1}, run=run)
-    references.find(Store.open(run), str(folder / "statistics.npz"), teacher, "moments")
-    ops.train_teacher(data, name="mine", duration_nimg=32, batch_size=16, model_channels=8, channel_mult=(1,), run=run)
-    ops.distill(teacher=teacher, mode="sid", dataset=labels, score=False, run=run, device="cpu", **SMALL)
-    ops.distill(teacher=teacher, mode="sida", adversarial_from=0, teacher_score="none", run=run, device="cpu", **SMALL)
+    data = sidactl.prepare_data(folder / "images.npz", name="images", run=run)
+    sidactl.sample(teacher, seeds=range(2), steps=1, run=run)
+    sidactl.evaluate(data, ["fid", "prec-recall"], reference=data, detector="random-features", run=run)
+    sidactl.fid(teacher, num=4, steps=1, heun={"S_churn": 1}, run=run)
+    reference.find(Store.open(run), str(folder / "statistics.npz"), teacher, "moments")
+    sidactl.train_teacher(
+        data, name="mine", duration_nimg=32, batch_size=16, model_channels=8, channel_mult=(1,), run=run
+    )
+    sidactl.distill(teacher=teacher, mode="sid", dataset=labels, score=False, run=run, device="cpu", **SMALL)
+    sidactl.distill(
+        teacher=teacher, mode="sida", adversarial_from=0, teacher_score="none", run=run, device="cpu", **SMALL
+    )
     return Store.open(run)
 
 
@@ -164,7 +170,7 @@ def test_checkpoints_keep_the_names_and_shapes_of_their_tensors(
 
         with monkeypatch.context() as patch:
             instead_of(loop._save_tensors, take, patch)
-            ops.distill(
+            sidactl.distill(
                 teacher="tiny-digits",
                 mode=mode,
                 score=False,

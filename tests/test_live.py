@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 
-from sidactl import cli, inventory, live, loop, ops
+import sidactl
+from sidactl import cli, loop
+from sidactl.commands import inventory
+from sidactl.commands import question as commands_question
 from sidactl.errors import SidaError
 from sidactl.recipes import Adversarial, Recipe
 from sidactl.store import QUESTION, Store, collect_garbage
@@ -41,7 +44,7 @@ def run(interrupted: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(interrupted, tmp_path / "copy"))
 
 
-def sidactl(*words: str) -> None:
+def command_line(*words: str) -> None:
     cli.app(list(words), standalone_mode=False)
 
 
@@ -49,7 +52,7 @@ def test_unfinished_work_is_listed_with_the_command_that_goes_on(
     run: Path, finished: Finished, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (key,) = os.listdir(run / "live")
-    sidactl("ls", "--live", "--run", str(run), "--json")
+    command_line("ls", "--live", "--run", str(run), "--json")
     (told,) = json.loads(capsys.readouterr().out)
     size_bytes = sum(path.stat().st_size for path in (run / "live").rglob("*") if path.is_file())
     assert {name: value for name, value in told.items() if name not in ("touched", "go_on")} == {
@@ -63,17 +66,17 @@ def test_unfinished_work_is_listed_with_the_command_that_goes_on(
         "is_worked_on": False,
         "process": None,
     }
-    sidactl("ls", "--live", "--run", str(run))
+    command_line("ls", "--live", "--run", str(run))
     table = capsys.readouterr().out
     assert "distill tiny-digits sida  48 / 96  48" in table
     assert told["go_on"] in table
     name, *words = shlex.split(told["go_on"])
     assert name == "sidactl"
-    sidactl(*words)
+    command_line(*words)
     out, err = capsys.readouterr()
     assert out.strip() == finished.best.oid
     assert "going on from the checkpoint at 48 images" in err
-    sidactl("ls", "--live", "--run", str(run))
+    command_line("ls", "--live", "--run", str(run))
     assert capsys.readouterr() == ("", "no unfinished work\n")
 
 
@@ -82,11 +85,11 @@ def test_what_a_process_works_on_is_listed_as_such_and_not_removed(
 ) -> None:
     (key,) = os.listdir(run / "live")
     with Store.open(run).live(key):
-        sidactl("ls", "--live", "--run", str(run))
+        command_line("ls", "--live", "--run", str(run))
         assert f"process {os.getpid()} works on it" in capsys.readouterr().out
         for options in ([], ["--dry-run"]):
             with pytest.raises(SidaError) as caught:
-                sidactl("gc", "--live", key[:8], "--run", str(run), *options)
+                command_line("gc", "--live", key[:8], "--run", str(run), *options)
             assert str(caught.value) == (
                 f"unfinished work {key[:12]} is being worked on by process {os.getpid()}. "
                 "Wait for it, or stop it first."
@@ -97,14 +100,14 @@ def test_what_a_process_works_on_is_listed_as_such_and_not_removed(
 
 @pytest.mark.parametrize("is_there", [True, False])
 def test_verify_knows_the_best_generator_so_far(run: Path, is_there: bool) -> None:
-    assert inventory.verify(run=run) == []
+    assert sidactl.verify(run=run) == []
     (best,) = run.glob("live/*/best-*.safetensors")
     best.write_bytes(best.read_bytes()[:-1] + b"?") if is_there else best.unlink()
     key = best.parent.name[:12]
     told = f"is {'damaged' if is_there else 'missing'}, and the run could not end with it. Put it back, or begin anew"
-    assert inventory.verify(run=run) == [(f"live/{key}/{best.name}", f"{told} after: sidactl gc --live {key}")]
-    sidactl("gc", "--live", key, "--run", str(run))
-    assert inventory.verify(run=run) == []
+    assert sidactl.verify(run=run) == [(f"live/{key}/{best.name}", f"{told} after: sidactl gc --live {key}")]
+    command_line("gc", "--live", key, "--run", str(run))
+    assert sidactl.verify(run=run) == []
 
 
 def test_gc_live_removes_that_work_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,23 +116,23 @@ def test_gc_live_removes_that_work_alone(run: Path, capsys: pytest.CaptureFixtur
     shutil.copytree(run / "live" / key, other)
     objects = sorted((run / "objects").rglob("*"))
     before = sorted((run / "live").rglob("*"))
-    sidactl("gc", "--live", key[:12], "--dry-run", "--run", str(run))
+    command_line("gc", "--live", key[:12], "--dry-run", "--run", str(run))
     out, err = capsys.readouterr()
     assert out == f"live/{key}\n"
     assert err.startswith("1 unfinished, ")
     assert err.endswith(" would be removed\n")
     assert sorted((run / "live").rglob("*")) == before
-    sidactl("gc", "--live", key[:12], "--run", str(run))
+    command_line("gc", "--live", key[:12], "--run", str(run))
     assert capsys.readouterr().err.endswith(" removed\n")
     assert [path.name for path in (run / "live").iterdir()] == [other.name]
     assert sorted((run / "objects").rglob("*")) == objects
     assert not (run / "logs").exists()
     with pytest.raises(SidaError) as caught:
-        inventory.gc(unfinished=[key[:12]], run=run)
+        sidactl.gc(unfinished=[key[:12]], run=run)
     assert caught.value.message == f"no unfinished work in {run} has a key that starts with '{key[:12]}'"
     shutil.copytree(other, other.with_name("abcd" + "0" * 60))
     with pytest.raises(SidaError, match=r"^'ab' fits 2 pieces of unfinished work: ab"):
-        inventory.gc(unfinished=["ab"], run=run)
+        sidactl.gc(unfinished=["ab"], run=run)
 
 
 def test_a_changed_option_begins_anew_and_says_what_differs(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,7 +160,7 @@ def test_work_of_an_older_version_is_listed_and_named_where_it_does_not_go_on(
 ) -> None:
     (key,) = os.listdir(run / "live")
     (run / "live" / key / QUESTION).unlink()
-    sidactl("ls", "--live", "--run", str(run))
+    command_line("ls", "--live", "--run", str(run))
     table = capsys.readouterr().out
     assert f"{key[:12]}  unknown, of an older version  48      48" in table
     assert "repeat its command, which says whether it goes on" in table
@@ -189,10 +192,10 @@ def test_foreign_files_in_live_are_no_error(run: Path, capsys: pytest.CaptureFix
     found = inventory.unfinished(run=run)
     assert {each.key for each in found} == set(os.listdir(run / "live")) - {"notes.txt"}
     assert {each.nimg for each in found} == {48, None}
-    sidactl("ls", "--live", "--run", str(run))
+    command_line("ls", "--live", "--run", str(run))
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(found)
     shutil.rmtree(run / "live" / "odd0" / "lock")
-    inventory.gc(unfinished=["odd0", "odd-params"], run=run)
+    sidactl.gc(unfinished=["odd0", "odd-params"], run=run)
     assert {each.key for each in found} - {each.key for each in inventory.unfinished(run=run)} == {"odd0", "odd-params"}
 
 
@@ -214,7 +217,7 @@ def test_an_unfinished_preparation_is_listed_with_its_options(tmp_path: Path) ->
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ops.prepare_data(str(source), resolution=(8, 8), transform="center-crop", name="mine", run=root, tick=tick)
+        sidactl.prepare_data(str(source), resolution=(8, 8), transform="center-crop", name="mine", run=root, tick=tick)
     (each,) = inventory.unfinished(run=root)
     assert each.question
     assert (each.question.title, each.nimg) == (f"prepare-data {source}", 3)
@@ -231,7 +234,7 @@ def test_an_unfinished_preparation_is_listed_with_its_options(tmp_path: Path) ->
         "--name",
         "mine",
     ]
-    sidactl(*words, "--run", str(root))
+    command_line(*words, "--run", str(root))
     assert os.listdir(root / "live") == []
 
 
@@ -243,7 +246,7 @@ def test_an_unfinished_teacher_is_listed_with_its_options(fresh_run: Path) -> No
         interrupted_at(32)(event)
 
     with pytest.raises(SidaError, match=r"^interrupted at 64 of 96 images"):
-        ops.train_teacher(
+        sidactl.train_teacher(
             "tiny-digits",
             name="mine",
             duration_nimg=96,
@@ -272,10 +275,10 @@ def test_a_forced_repetition_is_listed_with_force(run: Path, finished: Finished)
 
 def test_work_that_has_left_nothing_to_go_on_from_leaves_no_directory(tmp_path: Path) -> None:
     store = Store.open(tmp_path)
-    question = live.Question(command="distill", subject="a b", words=["distill"], params={})
+    question = commands_question.Question(command="distill", subject="a b", words=["distill"], params={})
     for name, left in ((None, []), ("batch-per-device.json", ["key"])):
         with store.live("key") as place:
-            assert live.begin(store, place, question) == []
+            assert commands_question.begin(store, place, question) == []
             if name:
                 place.write(name, b"{}")
         assert os.listdir(tmp_path / "live") == left
@@ -283,7 +286,7 @@ def test_work_that_has_left_nothing_to_go_on_from_leaves_no_directory(tmp_path: 
 
 def test_options_in_python_become_the_words_of_the_command() -> None:
     options: dict[str, Any] = {"name": None, "no_score": False, "allow_untrained": True, "dataset": "a b"}
-    assert live.option_words(options) == ["--allow-untrained", "--dataset", "a b"]
+    assert commands_question.option_words(options) == ["--allow-untrained", "--dataset", "a b"]
     fields: dict[str, Any] = {
         "duration_nimg": 200_000,
         "generator_from_nimg": None,
@@ -292,7 +295,7 @@ def test_options_in_python_become_the_words_of_the_command() -> None:
         "clip_gradient_value": None,
         "P_mean": -0.4,
     }
-    words = live.option_words(fields, Recipe, Adversarial)
+    words = commands_question.option_words(fields, Recipe, Adversarial)
     assert " ".join(words) == (
         "--duration 200000 --generator-from none --share-fakes --logvar false --clip-gradient-value none --p-mean -0.4"
     )
@@ -328,7 +331,7 @@ def test_gc_tells_how_many_young_objects_it_spares(tmp_path: Path, capsys: pytes
     kept = store.put("dataset", {"c": b"c"})
     store.set_ref("dataset", "kept", kept.oid)
     for options in (["--dry-run"], []):
-        sidactl("gc", "--run", str(tmp_path), *options)
+        command_line("gc", "--run", str(tmp_path), *options)
         assert capsys.readouterr().err.splitlines()[1:] == [
             "3 objects that no ref reaches are spared: within the last hour a process made them"
         ]
@@ -347,9 +350,9 @@ def test_ls_lists_a_thousand_at_a_time_those_with_names_first(
     assert [len(part) for part in parts] == [1000, 2]
     assert (parts[0][0][0].oid, parts[0][0][1]) == (last, ["score/the-last"])
     assert sorted(artifact.oid for part in parts for artifact, _ in part) == sorted(oids)
-    assert [artifact.oid for artifact, _ in inventory.ls(run=tmp_path)] == [last, *sorted(set(oids) - {last})]
-    sidactl("ls", "--run", str(tmp_path))
+    assert [artifact.oid for artifact, _ in sidactl.ls(run=tmp_path)] == [last, *sorted(set(oids) - {last})]
+    command_line("ls", "--run", str(tmp_path))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1002 + 2 * len(["kind"])
-    sidactl("ls", "teacher", "--run", str(tmp_path))
+    command_line("ls", "teacher", "--run", str(tmp_path))
     assert capsys.readouterr().out.split() == ["kind", "oid", "names", "size"]

@@ -20,21 +20,14 @@ import pytest
 import torch
 from PIL import Image
 
-from sidactl import (
-    artifacts,
-    catalog,
-    cli,
-    inventory,
-    loop,
-    metrics,
-    ops,
-    preflight,
-    references,
-    sampling,
-    scores,
-    trainer,
-)
-from sidactl.artifacts import mapping
+import sidactl
+from sidactl import catalog, cli, loop, metrics, sampling, trainer
+from sidactl.commands import assemble, dataset_stats, distill, evaluation, resolve, running, sample, scorers, vae
+from sidactl.commands import moments as commands_moments
+from sidactl.commands import plan as commands_plan
+from sidactl.commands import reference as commands_reference
+from sidactl.commands import scores as commands_scores
+from sidactl.commands.words import mapping
 from sidactl.engine import devices, ranks
 from sidactl.errors import SidaError
 from sidactl.nets import Preconditioned
@@ -63,7 +56,7 @@ def test_a_run_that_another_process_was_told_to_stop_is_interrupted(
     instead_of(loop.run, lambda *arguments, **options: iter([loop.Event("interrupted", 64)]), monkeypatch)
     schedule = loop.Schedule(duration_nimg=640, evaluate_every_nimg=64, checkpoint_every_nimg=64)
     with Store(tmp_path).live("key") as live, pytest.raises(SidaError) as caught:
-        ops._train(cast(Any, SimpleNamespace(nimg=64)), schedule, live, None, None, {})
+        running.run_training(cast(Any, SimpleNamespace(nimg=64)), schedule, live, None, None, {})
     assert caught.value.message == "interrupted at 64 of 640 images; the checkpoint is kept"
     assert caught.value.exit_code == 130
 
@@ -83,7 +76,7 @@ def test_the_images_at_a_time_are_tried_anew_with_other_processes_devices_and_se
             instead_of(ranks.rank_and_size, lambda: (0, size), patch)
             instead_of(ranks.agreed, lambda make: make(), patch)
             instead_of(devices.memory_of, lambda device: ["a GPU", memory], patch)
-            ops._fitted(cast(Any, training), execution, live, gpu)
+            assemble.find_batch_per_device(cast(Any, training), execution, live, gpu)
         return num_tries - before
 
     with Store(tmp_path).live("key") as live:
@@ -117,11 +110,15 @@ def test_a_distillation_leaves_its_best_and_its_last_generator_under_their_names
 
 
 def test_the_score_of_the_best_is_that_of_its_weights_on_the_selection_seeds(finished: Finished) -> None:
-    score = ops.fid(
-        finished.best.oid, num=SHORT["evaluate_num"], first_seed=ops.SELECTION_SEED, run=finished.root, device="cpu"
+    score = sidactl.fid(
+        finished.best.oid,
+        num=SHORT["evaluate_num"],
+        first_seed=evaluation.SELECTION_SEED,
+        run=finished.root,
+        device="cpu",
     )
     assert score.value == finished.best.results["selection_score"]
-    teacher = ops.fid("tiny-digits", num=SHORT["evaluate_num"], run=finished.root)
+    teacher = sidactl.fid("tiny-digits", num=SHORT["evaluate_num"], run=finished.root)
     assert teacher.value == finished.best.results["teacher_score"]
 
 
@@ -131,7 +128,7 @@ def test_a_generator_carries_its_pictures(finished: Finished) -> None:
     for name in ("curve.png", "grid.png"):
         with Image.open(store.path(finished.best, name)) as picture:
             assert picture.format == "PNG"
-    drawn = ops.sample(finished.best.oid, seeds=ops.PREVIEW_SEEDS, run=finished.root, device="cpu")
+    drawn = sidactl.sample(finished.best.oid, seeds=evaluation.PREVIEW_SEEDS, run=finished.root, device="cpu")
     assert store.read(drawn.artifact, "grid.png") == store.read(finished.best, "grid.png")
 
 
@@ -180,7 +177,7 @@ def test_the_papers_scores_are_shown_beside_a_generator_trained_as_theirs(
     recipe = catalog.recipe_for("edm-cifar10-uncond", mode)
     params = {"name": f"edm-cifar10-uncond-{mode}", "recipe": replace(recipe, alpha=alpha).to_json()}
     made = Store(tmp_path).put("generator", {"model.safetensors": b""}, params=params)
-    published = inventory.show(made.oid, run=tmp_path).published
+    published = sidactl.show(made.oid, run=tmp_path).published
     assert {name: tuple(number) for name, number in published.items() if name == "FID"} == scores
 
 
@@ -198,7 +195,7 @@ def test_how_often_is_evaluated_does_not_alter_the_last_weights(finished: Finish
 def test_teacher_by_name_oid_or_ref_is_one_question(finished: Finished) -> None:
     oid = refs(finished.root)["teacher/tiny-digits"]
     for teacher in (oid, oid[:12], "teacher/tiny-digits"):
-        again = ops.distill(teacher=teacher, mode="sida", run=finished.root, watch=never, **SHORT)
+        again = sidactl.distill(teacher=teacher, mode="sida", run=finished.root, watch=never, **SHORT)
         assert again == finished.best
 
 
@@ -210,10 +207,10 @@ def test_a_finished_command_is_answered_at_once_and_without_torch(finished: Fini
     code = f"""
 import sys, time
 started = time.process_time()
-from sidactl import ops
+import sidactl
 short, run = {SHORT!r}, {str(finished.root)!r}
-oid = ops.distill(teacher="tiny-digits", mode="sida", run=run, **short).oid
-ops.fid("tiny-digits", num={SHORT["evaluate_num"]}, run=run)
+oid = sidactl.distill(teacher="tiny-digits", mode="sida", run=run, **short).oid
+sidactl.fid("tiny-digits", num={SHORT["evaluate_num"]}, run=run)
 duration_sec = time.process_time() - started
 print(oid, duration_sec, *sorted({{"torch", "numpy", "scipy", "PIL", "safetensors"}} & set(sys.modules)))
 """
@@ -263,7 +260,7 @@ def test_best_moves_to_a_better_generator_of_the_same_dataset_detector_and_refer
             },
             results={"selection_score": score, "detector": detector if score is not None else None},
         )
-        ops._name_generators(store, {"best": generator, "last": generator}, data[dataset], said.append)
+        distill._name_generators(store, {"best": generator, "last": generator}, data[dataset], said.append)
         assert refs(store.root)["generator/latest"] == generator.oid
         return generator.oid
 
@@ -359,7 +356,7 @@ def test_a_signal_ends_the_run_after_the_step_and_the_same_call_goes_on(
 
 
 def test_a_second_signal_acts_as_usual(fresh_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ops.REPEATS_SEC, signal.SIGINT, 0.0)
+    monkeypatch.setitem(running.REPEATS_SEC, signal.SIGINT, 0.0)
 
     def watch(event: loop.Event) -> None:
         os.kill(os.getpid(), signal.SIGINT)
@@ -389,10 +386,10 @@ def test_a_signal_acts_as_usual_once_it_is_no_repetition(
     monkeypatch: pytest.MonkeyPatch, number: signal.Signals, repeats_sec: float
 ) -> None:
     now = iter([100.0, 100.0 + repeats_sec - 0.1, 100.0 + repeats_sec])
-    monkeypatch.setattr(ops, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    monkeypatch.setattr(running, "time", SimpleNamespace(monotonic=lambda: next(now)))
     usual = signal.signal(number, signal.default_int_handler)
     try:
-        with ops._stop_on_signals() as should_stop:
+        with running._stop_on_signals() as should_stop:
             for _ in range(2):
                 os.kill(os.getpid(), number)
                 assert should_stop()
@@ -613,7 +610,7 @@ def test_killed_at_random_moments_the_same_call_goes_on_to_the_same_oid(
 def test_sid2a_starts_from_a_generator_and_says_so(finished: Finished, fresh_run: Path) -> None:
     shutil.copytree(finished.root, fresh_run, dirs_exist_ok=True)
     options = SHORT | {"duration_nimg": 32, "adversarial_from_nimg": 0, "generator_lr": 1e-12}
-    tuned = ops.finetune_sid2a(
+    tuned = sidactl.finetune_sid2a(
         teacher="tiny-digits", generator="generator/last", name="tuned", run=fresh_run, device="cpu", **options
     )
     store = Store.open(fresh_run)
@@ -621,7 +618,7 @@ def test_sid2a_starts_from_a_generator_and_says_so(finished: Finished, fresh_run
     assert tuned == start
     assert set(tuned.inputs) == {"teacher", "dataset", "generator"}
     assert tuned.params["name"] == "tiny-digits-sid2a"
-    before, after = (ops.load(oid, fresh_run).state_dict() for oid in (tuned.inputs["generator"], tuned.oid))
+    before, after = (sidactl.load(oid, fresh_run).state_dict() for oid in (tuned.inputs["generator"], tuned.oid))
     assert all(bool((before[name] - after[name]).abs().max() < 1e-6) for name in before)
 
 
@@ -638,7 +635,7 @@ def test_sid2a_says_where_its_generator_is_not_of_mode_sid(finished: Finished, f
     of_sida = store.resolve("generator/last")
     of_sid = changed(fresh_run, of_sida, recipe={**mapping(of_sida.params["recipe"]), "mode": "sid"})
     planned: dict[str, Any] = {"teacher": "tiny-digits", "mode": "sid2a", "dataset": None, "overrides": {}}
-    notes = [ops.plan(generator=name, store=store, **planned).notes for name in (of_sid, "generator/last")]
+    notes = [commands_plan.plan(generator=name, store=store, **planned).notes for name in (of_sid, "generator/last")]
     line = "SiD2A starts from a generator of mode sid, generator/last is one of mode sida"
     assert (notes[0], notes[1]) == ([], [line])
 
@@ -691,7 +688,7 @@ def test_sid2a_says_where_its_generator_is_not_of_mode_sid(finished: Finished, f
 )
 def test_distill_refuses_what_it_cannot_do(fresh_run: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(SidaError) as caught:
-        ops.distill(**({"teacher": "tiny-digits", "mode": "sida", "run": fresh_run} | options))
+        sidactl.distill(**({"teacher": "tiny-digits", "mode": "sida", "run": fresh_run} | options))
     assert str(caught.value) == message.format(root=fresh_run, gpus=torch.cuda.device_count())
     assert caught.value.exit_code == 2
     assert nothing_is_wrong(fresh_run)
@@ -699,7 +696,7 @@ def test_distill_refuses_what_it_cannot_do(fresh_run: Path, options: dict[str, A
 
 def test_an_unknown_recipe_field_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
     with pytest.raises(SidaError, match=r"^unknown recipe field 'learning_rate'\. Fields are P_mean, .*tmax\.$"):
-        ops.distill(teacher="tiny-digits", mode="sida", run=tmp_path / "run", learning_rate=1)
+        sidactl.distill(teacher="tiny-digits", mode="sida", run=tmp_path / "run", learning_rate=1)
     assert not (tmp_path / "run").exists()
 
 
@@ -715,7 +712,7 @@ def test_a_generator_must_fit_the_teacher(finished: Finished, fresh_run: Path) -
         ),
     ):
         with pytest.raises(SidaError) as caught:
-            ops.finetune_sid2a(
+            sidactl.finetune_sid2a(
                 teacher="tiny-digits", generator=changed(fresh_run, finished.best, **params), run=fresh_run
             )
         assert str(caught.value) == f"{message}. {hint}"
@@ -730,7 +727,7 @@ def test_a_dataset_must_fit_the_teacher(fresh_run: Path) -> None:
         other = store.put("dataset", files, params={"name": "other"}, results=results | wrong)
         got = results | wrong
         with pytest.raises(SidaError) as caught:
-            ops.distill(teacher="tiny-digits", mode="sid", dataset=other.oid, run=fresh_run)
+            sidactl.distill(teacher="tiny-digits", mode="sid", dataset=other.oid, run=fresh_run)
         assert str(caught.value) == (
             "the dataset must fit the teacher (resolution, channels, classes = 8, 1, 10), "
             f"got {got['resolution']}, {got['num_channels']}, {got['label_dim']}. "
@@ -741,7 +738,7 @@ def test_a_dataset_must_fit_the_teacher(fresh_run: Path) -> None:
 def test_a_teacher_of_unknown_dataset_needs_one(fresh_run: Path) -> None:
     teacher = changed(fresh_run, Store.open(fresh_run).resolve("teacher/tiny-digits"), dataset=None)
     with pytest.raises(SidaError) as caught:
-        ops.distill(teacher=teacher, mode="sid", run=fresh_run)
+        sidactl.distill(teacher=teacher, mode="sid", run=fresh_run)
     assert str(caught.value) == f"teacher {teacher} does not say what it was trained on. Pass --dataset REF."
 
 
@@ -758,7 +755,7 @@ def test_a_prefix_of_two_artifacts_is_ambiguous(tmp_path: Path) -> None:
     store = Store.open(tmp_path / "run")
     oids = sorted(store.put("generator", {}, params={"n": n}).oid for n in twins)
     with pytest.raises(SidaError) as caught:
-        ops.sample(oids[0][:4], seeds=[0], run=store.root)
+        sidactl.sample(oids[0][:4], seeds=[0], run=store.root)
     assert str(caught.value) == (
         f"'{oids[0][:4]}' fits 2 artifacts: {oids[0][:12]} (generator), {oids[1][:12]} (generator). Give more digits."
     )
@@ -767,10 +764,10 @@ def test_a_prefix_of_two_artifacts_is_ambiguous(tmp_path: Path) -> None:
 # What is refused before anything is computed, fetched or written
 
 
-def planned(root: Path, **options: Any) -> ops.Plan:
+def planned(root: Path, **options: Any) -> commands_plan.Plan:
     """The plan of a distillation of tiny-digits; everything that plan refuses, distill refuses before it begins."""
     chosen: dict[str, Any] = {"teacher": "tiny-digits", "mode": "sida", "generator": None, "dataset": None}
-    return ops.plan(**(chosen | {"overrides": {}} | options), store=Store.open(root))
+    return commands_plan.plan(**(chosen | {"overrides": {}} | options), store=Store.open(root))
 
 
 @pytest.mark.parametrize(
@@ -813,7 +810,7 @@ def test_a_run_that_would_not_train_what_its_mode_is_for_is_refused(
 ) -> None:
     for act in (
         lambda: planned(tmp_path / "run", mode=mode, overrides=overrides),
-        lambda: ops.distill(teacher="tiny-digits", mode=mode, run=tmp_path / "run", **overrides),
+        lambda: sidactl.distill(teacher="tiny-digits", mode=mode, run=tmp_path / "run", **overrides),
     ):
         with pytest.raises(SidaError) as caught:
             act()
@@ -840,7 +837,7 @@ def test_asked_for_a_run_that_trains_nothing_says_so_and_returns_the_teacher(
     fresh_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     events: list[loop.Event] = []
-    made = ops.distill(
+    made = sidactl.distill(
         teacher="tiny-digits",
         mode="sida",
         run=fresh_run,
@@ -851,7 +848,7 @@ def test_asked_for_a_run_that_trains_nothing_says_so_and_returns_the_teacher(
     told = "the generator trains from 50 images on, the run ends at 32: it would return its teacher"
     assert [e.values["message"] for e in events if e.kind == "warning"] == [told]
     assert made.results["untrained"] == ["generator", "adversarial part"]
-    teacher, generator = (ops.load(ref, fresh_run).state_dict() for ref in ("tiny-digits", made.oid))
+    teacher, generator = (sidactl.load(ref, fresh_run).state_dict() for ref in ("tiny-digits", made.oid))
     assert all(torch.equal(teacher[name], generator[name]) for name in generator)
     cli._print_generator(made, as_json=False)
     assert capsys.readouterr().err.startswith(
@@ -883,14 +880,14 @@ def test_what_shapes_no_generator_is_no_part_of_the_question(finished: Finished)
     again = short_distill(finished.root, never, checkpoint_every_nimg=7, stop_if_nan_steps=3)
     assert again == finished.best
     options: dict[str, Any] = {"teacher": "tiny-digits", "mode": "sida", "run": finished.root, "watch": never}
-    assert ops.distill(**options, teacher_score="none", detector="tiny-digits", **SHORT) == finished.best
+    assert sidactl.distill(**options, teacher_score="none", detector="tiny-digits", **SHORT) == finished.best
 
 
 def test_the_question_of_the_default_recipe_is_what_it_was(finished: Finished) -> None:
     store = Store.open(finished.root)
     options = {"teacher": "tiny-digits", "mode": "sida", "generator": None, "dataset": None, "reference": None}
     more = {"score": True, "detector": None, "allow_untrained": False, "overrides": {}}
-    asked_for = ops._resolved(store, execution=Execution(), device=None, recheck=False, **options, **more)
+    asked_for = assemble.assembled(store, execution=Execution(), device=None, recheck=False, **options, **more)
     oids = {role: refs(finished.root)[f"{role}/tiny-digits"] for role in ("teacher", "dataset")}
     recipe = catalog.TEACHERS["tiny-digits"].recipes["sida"].to_json()
     assert asked_for.keys(store)["best"] == store.key("distill", {"recipe": recipe, "which": "best"}, oids)
@@ -900,8 +897,10 @@ def test_without_scores_the_last_generator_is_the_result_and_nothing_is_needed_f
     finished: Finished, fresh_run: Path, forbidden: Forbid
 ) -> None:
     events: list[loop.Event] = []
-    with forbidden(scores.load_detector):
-        made = ops.distill(teacher="tiny-digits", mode="sida", score=False, run=fresh_run, watch=events.append, **SHORT)
+    with forbidden(scorers.load_detector):
+        made = sidactl.distill(
+            teacher="tiny-digits", mode="sida", score=False, run=fresh_run, watch=events.append, **SHORT
+        )
     assert messages(events) == ["nothing is scored, and the last generator is the result"]
     assert {event.kind for event in events} == {"started", "note", "progress", "checkpoint"}
     assert (made.results["selection_score"], made.results["detector"], made.results["scores"]) == (None, None, [])
@@ -910,7 +909,7 @@ def test_without_scores_the_last_generator_is_the_result_and_nothing_is_needed_f
     for options, got in (({"reference": "tiny-digits"}, "--ref"), ({"detector": "inception"}, "--detector")):
         (value,) = options.values()
         with pytest.raises(SidaError) as caught:
-            ops.distill(teacher="tiny-digits", mode="sida", score=False, run=fresh_run, **options)
+            sidactl.distill(teacher="tiny-digits", mode="sida", score=False, run=fresh_run, **options)
         assert str(caught.value) == f"{got} is for scoring, got {value} and --no-score. Leave out one of the two."
 
 
@@ -951,9 +950,9 @@ def latent(tmp_path_factory: pytest.TempPathFactory) -> Latent:
         )
     vaes = [save_vae(folder / name, seed) for seed, name in enumerate(("x", "y", "mirror/sd-vae-ft-mse"))]
     root = folder / "run"
-    pixels = ops.prepare_data(str(folder / "in"), run=root)
-    ops.prepare_data(pixels, latents=True, vae=vaes[0], name="lat", run=root, device="cpu")
-    ops.train_teacher("lat", name="t", run=root, device="cpu", duration_nimg=16, batch_size=16)
+    pixels = sidactl.prepare_data(str(folder / "in"), run=root)
+    sidactl.prepare_data(pixels, latents=True, vae=vaes[0], name="lat", run=root, device="cpu")
+    sidactl.train_teacher("lat", name="t", run=root, device="cpu", duration_nimg=16, batch_size=16)
     return Latent(root, vaes[0], vaes[1], folder / "mirror")
 
 
@@ -966,20 +965,20 @@ def latent_run(latent: Latent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def label_of(folder: Path, root: Path) -> str:
-    return artifacts.vae_label(artifacts.fetch_vae(Store.open(root), str(folder)))
+    return vae.vae_label(vae.fetch_vae(Store.open(root), str(folder)))
 
 
 def test_a_generator_remembers_the_vae_that_decodes_its_latents(latent_run: Latent, tmp_path: Path) -> None:
     root, x, y = latent_run.root, latent_run.x, latent_run.y
     told: list[str] = []
-    made = ops.distill(teacher="t", mode="sid", run=root, say=told.append, **FEW)  # the teacher's own
+    made = sidactl.distill(teacher="t", mode="sid", run=root, say=told.append, **FEW)  # the teacher's own
     x_label, y_label = label_of(x, root), label_of(y, root)
     assert made.params["vae"] == Store.open(root).resolve("teacher/t").params["vae"] == x_label
-    assert made.inputs["vae"] == artifacts.fetch_vae(Store.open(root), str(x)).oid
-    assert ops.distill(teacher="t", mode="sid", vae=x, run=root, say=None, **FEW) == made
+    assert made.inputs["vae"] == vae.fetch_vae(Store.open(root), str(x)).oid
+    assert sidactl.distill(teacher="t", mode="sid", vae=x, run=root, say=None, **FEW) == made
 
     def drawn(say: Any = None, **options: Any) -> Any:
-        return ops.sample(made, num=2, run=root, device="cpu", say=say, **options).artifact
+        return sidactl.sample(made, num=2, run=root, device="cpu", say=say, **options).artifact
 
     own = drawn(told.append)
     assert not [line for line in told if "warning" in line]
@@ -993,34 +992,34 @@ def test_a_generator_remembers_the_vae_that_decodes_its_latents(latent_run: Late
     assert usual.files["images.zip"] not in (own.files["images.zip"], other.files["images.zip"])
 
     scored: dict[str, Any] = {"num": 4, "run": root, "device": "cpu", "say": None}
-    score, by_x, by_y = (ops.fid(made, **scored, **more) for more in ({}, {"vae": x}, {"vae": y}))
+    score, by_x, by_y = (sidactl.fid(made, **scored, **more) for more in ({}, {"vae": x}, {"vae": y}))
     assert by_x.oid == score.oid
     assert score.settings["vae"] == x_label.partition("@")[2]
     assert f"t-sid was made with the VAE {x_label}, latents are decoded by {y_label} here (--vae)" in by_y.warnings
     assert float(by_y) != float(score)
-    assert not [line for line in ops.fid(own, **scored | {"num": 2}).warnings if "VAE" in line]
+    assert not [line for line in sidactl.fid(own, **scored | {"num": 2}).warnings if "VAE" in line]
     with pytest.raises(SidaError) as caught:
-        ops.fid(own, vae=x, **scored)
+        sidactl.fid(own, vae=x, **scored)
     assert str(caught.value) == "a VAE is of a net that draws latents, got fixed images. Leave out --vae."
 
 
 def test_a_generator_whose_vae_is_not_there_says_which_one(latent_run: Latent, tmp_path: Path) -> None:
-    made = ops.distill(teacher="t", mode="sid", run=latent_run.root, score=False, say=None, **FEW)
-    inventory.export(made, tmp_path / "g.safetensors", run=latent_run.root)
+    made = sidactl.distill(teacher="t", mode="sid", run=latent_run.root, score=False, say=None, **FEW)
+    sidactl.export(made, tmp_path / "g.safetensors", run=latent_run.root)
     elsewhere = tmp_path / "elsewhere"
-    ops.fetch_teacher(tmp_path / "g.safetensors", run=elsewhere)
+    sidactl.fetch_teacher(tmp_path / "g.safetensors", run=elsewhere)
     label = label_of(latent_run.x, latent_run.root)
     with pytest.raises(SidaError) as caught:
-        ops.sample("g", num=2, run=elsewhere, device="cpu")
+        sidactl.sample("g", num=2, run=elsewhere, device="cpu")
     assert str(caught.value) == (
         f"g was made with the VAE {label}, which is not in {elsewhere}. Pass it as --vae PATH or OWNER/NAME, or --vae "
         "stabilityai/sd-vae-ft-mse for the usual one."
     )
     told: list[str] = []
-    by_x = ops.sample("g", num=2, vae=latent_run.x, run=elsewhere, device="cpu", say=told.append)
+    by_x = sidactl.sample("g", num=2, vae=latent_run.x, run=elsewhere, device="cpu", say=told.append)
     assert not told
-    assert ops.sample("g", num=2, run=elsewhere, device="cpu").artifact == by_x.artifact
-    card = (inventory.export(made, tmp_path / "out", run=latent_run.root) / "README.md").read_text()
+    assert sidactl.sample("g", num=2, run=elsewhere, device="cpu").artifact == by_x.artifact
+    card = (sidactl.export(made, tmp_path / "out", run=latent_run.root) / "README.md").read_text()
     assert f"- its latents are decoded by the VAE {label}" in card
 
 
@@ -1028,7 +1027,7 @@ def test_a_run_that_decodes_by_another_vae_than_its_inputs_were_made_with_is_tol
     root, x, y = latent_run.root, latent_run.x, latent_run.y
     x_label, y_label = label_of(x, root), label_of(y, root)
     events: list[loop.Event] = []
-    made = ops.distill(teacher="t", mode="sid", vae=y, run=root, watch=events.append, say=None, **FEW)
+    made = sidactl.distill(teacher="t", mode="sid", vae=y, run=root, watch=events.append, say=None, **FEW)
     told = f"was made with the VAE {x_label}, latents are decoded by {y_label} here (--vae)"
     warned = [event.values["message"] for event in events if event.kind == "warning"]
     assert warned == [f"t {told}", f"lat {told}"]
@@ -1037,7 +1036,7 @@ def test_a_run_that_decodes_by_another_vae_than_its_inputs_were_made_with_is_tol
     told = f"t-sid was made with the VAE {y_label}, latents are decoded by {x_label} here (--vae)"
     assert told in plan.warnings
     pixels = Store.open(root).resolve("dataset/lat").inputs["dataset"]
-    ops.prepare_data(pixels, latents=True, name="usual", run=root, device="cpu")
+    sidactl.prepare_data(pixels, latents=True, name="usual", run=root, device="cpu")
     plan = planned(root, teacher="t", mode="sid", dataset="usual")
     told = f"usual was made with the VAE stabilityai/sd-vae-ft-mse, latents are decoded by {x_label} here (--vae)"
     assert told in plan.warnings
@@ -1086,7 +1085,7 @@ def test_a_vae_is_checked_before_a_run_begins(
         "'sidactl[vae]', or pass --no-score."
     )
     told: list[str] = []
-    made = ops.distill(teacher="t", mode="sid", score=False, run=root, say=told.append, **FEW)
+    made = sidactl.distill(teacher="t", mode="sid", score=False, run=root, say=told.append, **FEW)
     assert "grid.png" not in made.files
     assert told == [
         "warning: there is no picture of the generator: decoding latents needs the VAE of diffusers, which is not "
@@ -1104,8 +1103,8 @@ def colourful(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pixels = random.integers(0, 256, (16, 16, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{index % 2}" / f"{index}.png")
     root = tmp_path_factory.mktemp("colourful") / "run"
-    ops.prepare_data(str(folder), name="mine", run=root)
-    ops.train_teacher("mine", name="own", run=root, duration_nimg=64, batch_size=32, model_channels=8)
+    sidactl.prepare_data(str(folder), name="mine", run=root)
+    sidactl.train_teacher("mine", name="own", run=root, duration_nimg=64, batch_size=32, model_channels=8)
     return root
 
 
@@ -1113,7 +1112,7 @@ def test_a_teacher_of_ones_own_is_distilled_and_scored_offline(
     colourful: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SIDACTL_OFFLINE", "1")
-    made = ops.distill(
+    made = sidactl.distill(
         teacher="own", mode="sida", run=colourful, **SHORT | {"duration_nimg": 48, "adversarial_from_nimg": 16}
     )
     assert made.results["detector"] == "random-features"
@@ -1131,7 +1130,7 @@ def test_a_teacher_of_ones_own_is_distilled_and_scored_offline(
 
 
 def test_another_detector_is_another_question(finished: Finished, fresh_run: Path) -> None:
-    made = ops.distill(
+    made = sidactl.distill(
         teacher="tiny-digits", mode="sida", detector="random-features", run=fresh_run, teacher_score="none", **SHORT
     )
     assert (made.results["detector"], made.results["teacher_score"]) == ("random-features", None)
@@ -1148,13 +1147,13 @@ def test_a_dataset_of_the_catalog_keeps_its_detector(tmp_path: Path, name: str) 
     for params in ({"name": name}, {"name": "mine.zip", "preset": name}):
         results: dict[str, Any] = {"resolution": 32, "num_channels": 3, "kind": "pixels"}
         data = Store(tmp_path).put("dataset", {}, params=params, results=results)
-        assert references.training_detector(data) == catalog.DATASETS[name].detector
+        assert commands_moments.training_detector(data) == catalog.DATASETS[name].detector
 
 
 def test_what_the_detector_cannot_take_is_refused_before_the_first_step(colourful: Path) -> None:
-    ops.fetch_teacher("tiny-digits", run=colourful)
-    ops.prepare_data("tiny-digits", run=colourful)
-    digits = ops.dataset_stats("tiny-digits", run=colourful)
+    sidactl.fetch_teacher("tiny-digits", run=colourful)
+    sidactl.prepare_data("tiny-digits", run=colourful)
+    digits = dataset_stats.dataset_stats("tiny-digits", run=colourful)
     for options, message in (
         (
             {"reference": "tiny-digits"},
@@ -1181,13 +1180,13 @@ def test_what_the_detector_cannot_take_is_refused_before_the_first_step(colourfu
             planned(colourful, teacher="own", **options)
         assert (str(caught.value), caught.value.exit_code) == (message, 2)
         with pytest.raises(SidaError) as caught:
-            ops.distill(teacher="own", mode="sida", run=colourful, watch=never, **options)
+            sidactl.distill(teacher="own", mode="sida", run=colourful, watch=never, **options)
         assert str(caught.value) == message
     # Where features do not say by whom they are, two images do.
-    random = ops.load_detector(Store.open(colourful), "random-features", torch.device("cpu"))
-    wrong = references.Moments(np.zeros(64), np.eye(64))
+    random = scorers.load_detector(Store.open(colourful), "random-features", torch.device("cpu"))
+    wrong = commands_moments.Moments(np.zeros(64), np.eye(64))
     with pytest.raises(SidaError) as caught:
-        ops._try_scoring(random, wrong, ops.load("own", colourful), OneStepSpec())
+        evaluation.try_scoring(random, wrong, sidactl.load("own", colourful), OneStepSpec())
     assert str(caught.value) == (
         "the reference has 64 features, detector random-features gives 128. Pass another --ref, or --detector."
     )
@@ -1272,7 +1271,7 @@ def test_a_plan_names_what_is_fetched_first_and_what_only_the_user_can_get(
     faces = planned(tmp_path / "run", teacher="edm-ffhq64")
     assert [error.message for error in faces.missing] == ["dataset ffhq64 must be prepared from its files"]
     with pytest.raises(SidaError, match=r"^dataset ffhq64 must be prepared from its files\. "):
-        ops.distill(teacher="edm-ffhq64", mode="sida", run=tmp_path / "run")
+        sidactl.distill(teacher="edm-ffhq64", mode="sida", run=tmp_path / "run")
     with pytest.raises(SidaError, match=r"^the dataset must fit the teacher .* = 64, 3, 0\), got 32, 3, 10\. "):
         planned(tmp_path / "run", teacher="edm-ffhq64", dataset="cifar10")
     monkeypatch.setenv("SIDACTL_OFFLINE", "1")
@@ -1303,7 +1302,7 @@ def test_a_disk_without_room_for_the_checkpoints_is_told_before_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil._ntuple_diskusage(10**12, 0, 10**10) if hasattr(shutil, "_ntuple_diskusage") else None
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(SidaError) as caught:
         planned(tmp_path / "run", teacher="edm2-s", mode="sid", score=False)
     assert str(caught.value) == (
@@ -1320,9 +1319,9 @@ def test_a_teacher_that_cannot_be_scored_costs_no_generator(
     def fails(*arguments: Any, **options: Any) -> Any:
         raise error
 
-    instead_of(ops.fid, fails, monkeypatch)
+    instead_of(sidactl.fid, fails, monkeypatch)
     events: list[loop.Event] = []
-    made = ops.distill(
+    made = sidactl.distill(
         teacher="tiny-digits", mode="sid", run=fresh_run, watch=events.append, **SHORT_SID | {"duration_nimg": 32}
     )
     reason = "MemoryError()" if isinstance(error, MemoryError) else "no answer"
@@ -1339,7 +1338,7 @@ def test_a_teacher_that_cannot_be_scored_costs_no_generator(
 def test_what_is_rarely_meant_is_warned_of(fresh_run: Path) -> None:
     events: list[loop.Event] = []
     overrides = SHORT_SID | {"duration_nimg": 16, "alpha": -3.0, "fake_score_lr": 0.5}
-    ops.distill(teacher="tiny-digits", mode="sid", score=False, run=fresh_run, watch=events.append, **overrides)
+    sidactl.distill(teacher="tiny-digits", mode="sid", score=False, run=fresh_run, watch=events.append, **overrides)
     assert [event.values["message"] for event in events if event.kind == "warning"] == [
         "fake_score_lr is 0.5; Adam's rates above 0.1 rarely train anything",
         "alpha is -3; values from 0 to 2 are known, 1.0 and 1.2 the published ones",
@@ -1347,7 +1346,7 @@ def test_what_is_rarely_meant_is_warned_of(fresh_run: Path) -> None:
 
 
 def test_a_plan_writes_nothing_and_needs_no_run_directory(tmp_path: Path) -> None:
-    planned = ops.plan(
+    planned = commands_plan.plan(
         teacher="tiny-digits",
         mode="sida",
         generator=None,
@@ -1362,7 +1361,7 @@ def test_a_plan_writes_nothing_and_needs_no_run_directory(tmp_path: Path) -> Non
 
 def test_a_plan_for_a_foreign_file_asks_to_import_it_first(tmp_path: Path) -> None:
     with pytest.raises(SidaError) as caught:
-        ops.plan(
+        commands_plan.plan(
             teacher="net.pkl",
             mode="sid",
             generator=None,
@@ -1382,11 +1381,11 @@ TEACHER = {"duration_nimg": 96, "batch_size": 32, "model_channels": 4, "channel_
 
 
 def test_a_trained_teacher_can_be_sampled_scored_and_distilled(fresh_run: Path) -> None:
-    teacher = ops.train_teacher("tiny-digits", name="mine", run=fresh_run, device="cpu", **TEACHER)
+    teacher = sidactl.train_teacher("tiny-digits", name="mine", run=fresh_run, device="cpu", **TEACHER)
     assert refs(fresh_run)["teacher/mine"] == teacher.oid
     assert mapping(teacher.params["net"])["label_dim"] == 10
-    assert ops.sample("mine", seeds=range(2), steps=2, run=fresh_run).images.shape == (2, 8, 8, 1)
-    generator = ops.distill(teacher="mine", mode="sid", run=fresh_run, device="cpu", **one_step(SHORT))
+    assert sidactl.sample("mine", seeds=range(2), steps=2, run=fresh_run).images.shape == (2, 8, 8, 1)
+    generator = sidactl.distill(teacher="mine", mode="sid", run=fresh_run, device="cpu", **one_step(SHORT))
     assert (generator.params["name"], generator.inputs["teacher"]) == ("mine-sid", teacher.oid)
     assert refs(fresh_run)["generator/mine-sid"] == generator.oid
 
@@ -1396,9 +1395,9 @@ def one_step(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_an_interrupted_teacher_goes_on_to_the_same_oid(fresh_run: Path, tmp_path: Path) -> None:
-    straight = ops.train_teacher("tiny-digits", name="mine", run=tmp_path / "other", device="cpu", **TEACHER)
+    straight = sidactl.train_teacher("tiny-digits", name="mine", run=tmp_path / "other", device="cpu", **TEACHER)
     with pytest.raises(SidaError, match=r"^interrupted at 64 of 96 images"):
-        ops.train_teacher(
+        sidactl.train_teacher(
             "tiny-digits",
             name="mine",
             run=fresh_run,
@@ -1406,32 +1405,32 @@ def test_an_interrupted_teacher_goes_on_to_the_same_oid(fresh_run: Path, tmp_pat
             watch=interrupting(signal.SIGINT, "checkpoint", 32, []),
             **TEACHER,
         )
-    assert ops.train_teacher("tiny-digits", name="mine", run=fresh_run, device="cpu", **TEACHER) == straight
-    again = ops.train_teacher("tiny-digits", name="mine", run=fresh_run, watch=never, **TEACHER)
+    assert sidactl.train_teacher("tiny-digits", name="mine", run=fresh_run, device="cpu", **TEACHER) == straight
+    again = sidactl.train_teacher("tiny-digits", name="mine", run=fresh_run, watch=never, **TEACHER)
     assert again == straight
     assert nothing_is_wrong(fresh_run)
 
 
 def test_a_teacher_may_leave_classes_out_but_not_differ_in_size(fresh_run: Path) -> None:
-    teacher = ops.train_teacher("tiny-digits", name="plain", run=fresh_run, device="cpu", label_dim=0, **TEACHER)
+    teacher = sidactl.train_teacher("tiny-digits", name="plain", run=fresh_run, device="cpu", label_dim=0, **TEACHER)
     assert mapping(teacher.params["net"])["label_dim"] == 0
-    assert ops.sample("plain", seeds=range(2), steps=1, run=fresh_run).labels is None
+    assert sidactl.sample("plain", seeds=range(2), steps=1, run=fresh_run).labels is None
     with pytest.raises(SidaError) as caught:
-        ops.train_teacher("tiny-digits", name="mine", run=fresh_run, img_resolution=16)
+        sidactl.train_teacher("tiny-digits", name="mine", run=fresh_run, img_resolution=16)
     assert str(caught.value) == (
         "the dataset must fit the network (resolution, channels, classes = 16, 1, 10), got 8, 1, 10. "
         "Pass another --dataset, or prepare this one to fit."
     )
     with pytest.raises(SidaError, match=r"^unknown recipe field 'colour'\. Fields are P_mean, "):
-        ops.train_teacher("tiny-digits", name="mine", run=fresh_run, colour=1)
+        sidactl.train_teacher("tiny-digits", name="mine", run=fresh_run, colour=1)
 
 
 # Sampling
 
 
 def test_an_image_depends_on_its_seed_alone(finished: Finished) -> None:
-    many = ops.sample("generator/best", seeds=range(600), run=finished.root, device="cpu")
-    few = ops.sample("generator/best", seeds=[599, 3, 501], run=finished.root, device="cpu")
+    many = sidactl.sample("generator/best", seeds=range(600), run=finished.root, device="cpu")
+    few = sidactl.sample("generator/best", seeds=[599, 3, 501], run=finished.root, device="cpu")
     assert many.images.dtype == np.uint8
     assert many.images.shape == (600, 8, 8, 1)
     assert np.array_equal(few.images, many.images[[599, 3, 501]])
@@ -1443,9 +1442,9 @@ def test_an_image_depends_on_its_seed_alone(finished: Finished) -> None:
 
 
 def test_a_class_can_be_chosen_and_leaves_the_noise_alone(finished: Finished) -> None:
-    free = ops.sample("generator/best", seeds=range(40), run=finished.root)
+    free = sidactl.sample("generator/best", seeds=range(40), run=finished.root)
     assert free.labels is not None
-    fixed = ops.sample("generator/best", seeds=range(40), class_index=3, run=finished.root)
+    fixed = sidactl.sample("generator/best", seeds=range(40), class_index=3, run=finished.root)
     assert fixed.labels is not None
     assert set(fixed.labels) == {3}
     same = free.labels == 3
@@ -1454,17 +1453,17 @@ def test_a_class_can_be_chosen_and_leaves_the_noise_alone(finished: Finished) ->
 
 
 def test_a_repeated_sample_is_answered_from_the_run_directory(finished: Finished, forbidden: Forbid) -> None:
-    first = ops.sample("generator/best", seeds=range(10), run=finished.root)
-    with forbidden(artifacts.load_net):
-        again = ops.sample("generator/best", seeds=range(10), name="ten", run=finished.root)
+    first = sidactl.sample("generator/best", seeds=range(10), run=finished.root)
+    with forbidden(resolve.load_net):
+        again = sidactl.sample("generator/best", seeds=range(10), name="ten", run=finished.root)
     assert again.artifact == first.artifact
     assert refs(finished.root)["samples/ten"] == first.artifact.oid
 
 
 def test_force_samples_again_and_gets_the_same(finished: Finished) -> None:
     ticks: list[tuple[int, int]] = []
-    first = ops.sample("generator/best", seeds=[5, 9], run=finished.root)
-    again = ops.sample(
+    first = sidactl.sample("generator/best", seeds=[5, 9], run=finished.root)
+    again = sidactl.sample(
         "generator/best", seeds=[5, 9], force=True, run=finished.root, tick=lambda *done: ticks.append(done)
     )
     assert again.artifact == first.artifact
@@ -1473,7 +1472,7 @@ def test_force_samples_again_and_gets_the_same(finished: Finished) -> None:
 
 def test_steps_and_sampler_are_those_of_the_net_unless_asked_for(finished: Finished) -> None:
     def nfe(ref: str, **options: Any) -> object:
-        return ops.sample(ref, seeds=[0], run=finished.root, **options).artifact.results["nfe"]
+        return sidactl.sample(ref, seeds=[0], run=finished.root, **options).artifact.results["nfe"]
 
     assert nfe("tiny-digits") == 35
     assert nfe("tiny-digits", steps=4) == 7
@@ -1486,15 +1485,15 @@ def test_steps_and_sampler_are_those_of_the_net_unless_asked_for(finished: Finis
 def test_settings_of_heuns_sampler_take_the_place_of_the_teachers_own(finished: Finished) -> None:
     heun: dict[str, float] = {"sigma_min": 0.01, "sigma_max": 40, "rho": 5, "S_churn": 3, "S_min": 0.1, "S_max": 20}
 
-    def drawn(**options: Any) -> ops.Sampled:
-        return ops.sample("tiny-digits", num=2, run=finished.root, **options)
+    def drawn(**options: Any) -> sample.Sampled:
+        return sidactl.sample("tiny-digits", num=2, run=finished.root, **options)
 
     made = drawn(steps=4, heun=heun | {"S_noise": 1.01})
     spec = HeunSpec(
         num_steps=4, sigma_min=0.01, sigma_max=40.0, rho=5.0, S_churn=3.0, S_min=0.1, S_max=20.0, S_noise=1.01
     )
     assert made.artifact.params["sampler"] == spec.to_json()
-    net = ops.load("tiny-digits", finished.root)
+    net = sidactl.load("tiny-digits", finished.root)
     (batch,) = sampling.generate(net, range(2), spec, device=torch.device("cpu"))
     assert np.array_equal(made.images, batch.images.permute(0, 2, 3, 1).numpy())
     assert drawn(steps=4).oid != made.oid
@@ -1513,8 +1512,10 @@ def test_another_precision_is_another_question_and_another_form_is_not(
 
     instead_of(sampling.generate, noting, monkeypatch)
 
-    def images(force: bool = False, **setting: Any) -> ops.Sampled:
-        return ops.sample("generator/best", seeds=range(80), setting=Setting(**setting), force=force, run=finished.root)
+    def images(force: bool = False, **setting: Any) -> sample.Sampled:
+        return sidactl.sample(
+            "generator/best", seeds=range(80), setting=Setting(**setting), force=force, run=finished.root
+        )
 
     usual, half, by_pixel = images(force=True), images(precision="bf16"), images(force=True, channels_last=True)
     assert seen == [
@@ -1611,13 +1612,13 @@ def test_another_precision_is_another_question_and_another_form_is_not(
 )
 def test_sample_refuses_what_it_cannot_do(finished: Finished, ref: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(SidaError) as caught:
-        ops.sample(ref, **({"seeds": range(3), "run": finished.root, "force": True} | options))
+        sidactl.sample(ref, **({"seeds": range(3), "run": finished.root, "force": True} | options))
     assert str(caught.value) == message.format(root=finished.root, gpus=torch.cuda.device_count())
     assert caught.value.exit_code == 2
 
 
 def test_load_gives_the_denoiser_ready_for_use(finished: Finished) -> None:
-    net = ops.load("generator/best", finished.root)
+    net = sidactl.load("generator/best", finished.root)
     assert not net.training
     assert not any(parameter.requires_grad for parameter in net.parameters())
     assert {parameter.dtype for parameter in net.parameters()} == {torch.float32}
@@ -1631,7 +1632,9 @@ def test_load_gives_the_denoiser_ready_for_use(finished: Finished) -> None:
 def edm2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run directory with a tiny EDM2 teacher, and its oid."""
     root = tmp_path_factory.mktemp("edm2") / "run"
-    return root, ops.train_teacher("tiny-digits", name="e", net="edm2", duration_nimg=512, batch_size=64, run=root).oid
+    return root, sidactl.train_teacher(
+        "tiny-digits", name="e", net="edm2", duration_nimg=512, batch_size=64, run=root
+    ).oid
 
 
 def test_an_edm2_teacher_has_its_uncertainty_head_its_rate_and_its_sampler(edm2: tuple[Path, str]) -> None:
@@ -1640,35 +1643,35 @@ def test_an_edm2_teacher_has_its_uncertainty_head_its_rate_and_its_sampler(edm2:
     assert mapping(teacher.params["net"])["logvar_channels"] == 16
     assert mapping(teacher.params["sampler"])["convention"] == "edm2"
     assert mapping(teacher.params["recipe"])["lr"] == 1e-2
-    assert ops.load(oid, run=root).logvar(torch.tensor([0.01, 10.0])).shape == (2, 1, 1, 1)
+    assert sidactl.load(oid, run=root).logvar(torch.tensor([0.01, 10.0])).shape == (2, 1, 1, 1)
 
 
 def test_edm2_end_to_end_in_every_mode(edm2: tuple[Path, str]) -> None:
     root, teacher = edm2
-    made = {"sid": ops.distill(teacher=teacher, mode="sid", run=root, device="cpu", **SHORT_SID)}
-    made["sida"] = ops.distill(teacher=teacher, mode="sida", run=root, device="cpu", **SHORT)
-    made["sid2a"] = ops.finetune_sid2a(teacher=teacher, generator=made["sid"].oid, run=root, device="cpu", **SHORT)
+    made = {"sid": sidactl.distill(teacher=teacher, mode="sid", run=root, device="cpu", **SHORT_SID)}
+    made["sida"] = sidactl.distill(teacher=teacher, mode="sida", run=root, device="cpu", **SHORT)
+    made["sid2a"] = sidactl.finetune_sid2a(teacher=teacher, generator=made["sid"].oid, run=root, device="cpu", **SHORT)
     for mode, generator in made.items():
         recipe = mapping(generator.params["recipe"])
         assert (recipe["mode"], recipe["forced_normalization"]) == (mode, "published")
         assert mapping(generator.params["net"])["logvar_channels"] == 0
-        drawn = ops.sample(generator.oid, seeds=range(50), run=root)
+        drawn = sidactl.sample(generator.oid, seeds=range(50), run=root)
         assert drawn.images.shape == (50, 8, 8, 1)
-        score = ops.fid(drawn.artifact.oid, run=root)
-        assert score.value == ops.fid(generator.oid, num=50, run=root).value
+        score = sidactl.fid(drawn.artifact.oid, run=root)
+        assert score.value == sidactl.fid(generator.oid, num=50, run=root).value
         assert score.value > 0
     assert made["sid2a"].inputs["generator"] == made["sid"].oid
 
 
 def test_mode_sid_needs_classes_alone_and_is_scored_against_the_teachers_dataset(edm2: tuple[Path, str]) -> None:
     root, teacher = edm2
-    classes = ops.prepare_data(None, classes=10, run=root)
-    made = ops.distill(teacher=teacher, mode="sid", dataset=classes.oid, run=root, device="cpu", **SHORT_SID)
+    classes = sidactl.prepare_data(None, classes=10, run=root)
+    made = sidactl.distill(teacher=teacher, mode="sid", dataset=classes.oid, run=root, device="cpu", **SHORT_SID)
     store = Store.open(root)
     assert made.inputs["dataset"] == classes.oid
     assert made.inputs["reference"] == store.resolve("dataset/tiny-digits").oid
     with pytest.raises(SidaError, match=r"^images are needed, got dataset [0-9a-f]{12} of classes alone\. "):
-        ops.distill(teacher=teacher, mode="sida", dataset=classes.oid, run=root, **SHORT)
+        sidactl.distill(teacher=teacher, mode="sida", dataset=classes.oid, run=root, **SHORT)
 
 
 def moved_away(root: Path, oid: str, dataset: str) -> str:
@@ -1687,7 +1690,7 @@ def test_mode_sid_falls_back_on_classes_where_the_dataset_is_not_there(edm2: tup
     root, oid = edm2
     far, store, events = moved_away(root, oid, "imagenet512"), Store.open(root), list[loop.Event]()
     options = {"reference": "tiny-digits", "run": root, "device": "cpu"}
-    made = ops.distill(teacher=far, mode="sid", watch=events.append, **options, **SHORT_SID)
+    made = sidactl.distill(teacher=far, mode="sid", watch=events.append, **options, **SHORT_SID)
     assert made.params["dataset"] == "imagenet512"
     assert store.get(made.inputs["dataset"]).results["kind"] == "labels"
     assert messages(events)[0] == (
@@ -1695,7 +1698,7 @@ def test_mode_sid_falls_back_on_classes_where_the_dataset_is_not_there(edm2: tup
         "--dataset imagenet512-labels downloads the published ones"
     )
     with pytest.raises(SidaError, match=r"^dataset imagenet512 must be prepared from its files\. "):
-        ops.distill(teacher=far, mode="sida", **options, **SHORT)
+        sidactl.distill(teacher=far, mode="sida", **options, **SHORT)
 
 
 def test_mode_sid_without_images_and_without_a_reference_ends_in_the_last_generator(
@@ -1703,7 +1706,7 @@ def test_mode_sid_without_images_and_without_a_reference_ends_in_the_last_genera
 ) -> None:
     root, oid = edm2
     far, events = moved_away(root, oid, "elsewhere"), list[loop.Event]()
-    made = ops.distill(teacher=far, mode="sid", run=root, device="cpu", watch=events.append, **SHORT_SID)
+    made = sidactl.distill(teacher=far, mode="sid", run=root, device="cpu", watch=events.append, **SHORT_SID)
     assert messages(events) == [
         "dataset elsewhere: mode sid needs no images, training on classes alone",
         "nothing is scored, and the last generator is the result: the network is of dataset 'elsewhere', which is no "
@@ -1720,13 +1723,13 @@ def test_mode_sid_without_images_and_without_a_reference_ends_in_the_last_genera
         "skipped_updates": 0,
     }
     assert sorted(made.files) == ["grid.png", "model.safetensors"]
-    assert ops.distill(teacher=far, mode="sid", run=root, watch=never, **SHORT_SID) == made
+    assert sidactl.distill(teacher=far, mode="sid", run=root, watch=never, **SHORT_SID) == made
     cli._print_generator(made, as_json=False)
     told = capsys.readouterr()
     assert told.out == f"{made.oid}\n"
     assert told.err.splitlines()[-1].startswith("last generator, not scored: 96 images, one step. Look at it: ")
     # The scores do not steer the training: with them the last generator has the same weights.
-    ops.distill(teacher=far, mode="sid", reference="tiny-digits", run=root, device="cpu", **SHORT_SID)
+    sidactl.distill(teacher=far, mode="sid", reference="tiny-digits", run=root, device="cpu", **SHORT_SID)
     assert Store.open(root).resolve("generator/last").files["model.safetensors"] == made.files["model.safetensors"]
 
 
@@ -1737,7 +1740,7 @@ def test_what_was_asked_for_and_cannot_be_had_stays_an_error_in_mode_sid(
     far = moved_away(root, oid, "elsewhere")
     for options in ({"reference": "nowhere"}, {"dataset": "nowhere"}):
         with pytest.raises(SidaError) as caught:
-            ops.distill(teacher=far, mode="sid", run=root, device="cpu", **options, **SHORT_SID)
+            sidactl.distill(teacher=far, mode="sid", run=root, device="cpu", **options, **SHORT_SID)
         assert str(caught.value) == (
             f"no ref 'nowhere' in {root}, and no such file or folder. See what there is with: sidactl ls"
         )
@@ -1745,9 +1748,9 @@ def test_what_was_asked_for_and_cannot_be_had_stays_an_error_in_mode_sid(
     def broken(*arguments: object, recheck: bool) -> Artifact:
         raise SidaError("the download broke off", "Try again later.", exit_code=1)
 
-    instead_of(ops.references.find, broken, monkeypatch)
+    instead_of(commands_reference.find, broken, monkeypatch)
     with pytest.raises(SidaError, match=r"^the download broke off\. Try again later\.$"):
-        ops.distill(teacher=far, mode="sid", run=root, device="cpu", **SHORT_SID)
+        sidactl.distill(teacher=far, mode="sid", run=root, device="cpu", **SHORT_SID)
 
 
 def test_a_dataset_that_cannot_be_written_is_not_taken_for_one_that_is_not_there(
@@ -1758,9 +1761,9 @@ def test_a_dataset_that_cannot_be_written_is_not_taken_for_one_that_is_not_there
     def full(*arguments: object, **options: object) -> Artifact:
         raise UnwritableError("the run directory cannot be written: No space left on device", "Free some space.")
 
-    instead_of(ops.dataset_called, full, monkeypatch)
+    instead_of(resolve.dataset_called, full, monkeypatch)
     with pytest.raises(SidaError, match=r"No space left on device\. Free some space\.$"):
-        ops.distill(teacher=moved_away(root, oid, "imagenet512"), mode="sid", run=root, device="cpu", **SHORT_SID)
+        sidactl.distill(teacher=moved_away(root, oid, "imagenet512"), mode="sid", run=root, device="cpu", **SHORT_SID)
 
 
 def test_samples_that_could_not_be_kept_are_not_drawn(
@@ -1768,28 +1771,30 @@ def test_samples_that_could_not_be_kept_are_not_drawn(
 ) -> None:
     monkeypatch.setattr(Store, "_writing", read_only)
     with (
-        forbidden(artifacts.load_net),
+        forbidden(resolve.load_net),
         pytest.raises(SidaError, match=r"^the run directory .* cannot be written: Read-only file system\."),
     ):
-        ops.sample("generator/best", seeds=range(777), run=finished.root)
+        sidactl.sample("generator/best", seeds=range(777), run=finished.root)
 
 
 def test_mode_sid_of_a_teacher_without_classes_needs_no_dataset_either(edm2: tuple[Path, str]) -> None:
     root, _ = edm2
-    plain = ops.train_teacher("tiny-digits", name="plain", run=root, device="cpu", label_dim=0, **TEACHER).oid
-    made = ops.distill(
+    plain = sidactl.train_teacher("tiny-digits", name="plain", run=root, device="cpu", label_dim=0, **TEACHER).oid
+    made = sidactl.distill(
         teacher=moved_away(root, plain, "elsewhere"), mode="sid", run=root, device="cpu", **one_step(SHORT)
     )
     assert mapping(made.params["net"])["label_dim"] == 0
-    assert ops.sample(made.oid, seeds=range(2), run=root).labels is None
+    assert sidactl.sample(made.oid, seeds=range(2), run=root).labels is None
 
 
 @pytest.mark.parametrize("form", ["ncsnpp", "adm"])
 def test_a_teacher_of_every_form_can_be_trained(tmp_path: Path, form: str) -> None:
-    made = ops.train_teacher("tiny-digits", name="x", net=form, duration_nimg=64, batch_size=32, run=tmp_path / "run")
-    assert len(ops.sample(made.oid, seeds=[0], run=tmp_path / "run").images) == 1
+    made = sidactl.train_teacher(
+        "tiny-digits", name="x", net=form, duration_nimg=64, batch_size=32, run=tmp_path / "run"
+    )
+    assert len(sidactl.sample(made.oid, seeds=[0], run=tmp_path / "run").images) == 1
     with pytest.raises(SidaError) as caught:
-        ops.train_teacher("tiny-digits", name="y", net="unet", run=tmp_path / "run")
+        sidactl.train_teacher("tiny-digits", name="y", net="unet", run=tmp_path / "run")
     assert str(caught.value) == "the net must be one of ddpmpp, ncsnpp, adm, edm2, got 'unet'. Pass --net ddpmpp."
 
 
@@ -1798,10 +1803,10 @@ def test_a_teacher_of_every_form_can_be_trained(tmp_path: Path, form: str) -> No
 
 def test_guidance_moves_away_from_the_guide(edm2: tuple[Path, str], finished: Finished) -> None:
     root, _ = edm2
-    weak = ops.train_teacher("tiny-digits", name="weak", duration_nimg=64, batch_size=32, run=root).oid
-    plain = ops.sample("tiny-digits", seeds=range(4), steps=4, run=root)
-    same = ops.sample("tiny-digits", seeds=range(4), steps=4, guide=weak, guidance=1.0, run=root)
-    guided = ops.sample("tiny-digits", seeds=range(4), steps=4, guide=weak, guidance=2.0, run=root)
+    weak = sidactl.train_teacher("tiny-digits", name="weak", duration_nimg=64, batch_size=32, run=root).oid
+    plain = sidactl.sample("tiny-digits", seeds=range(4), steps=4, run=root)
+    same = sidactl.sample("tiny-digits", seeds=range(4), steps=4, guide=weak, guidance=1.0, run=root)
+    guided = sidactl.sample("tiny-digits", seeds=range(4), steps=4, guide=weak, guidance=2.0, run=root)
     assert (same.images == plain.images).all()
     assert (guided.images != plain.images).any()
     assert guided.artifact.inputs["guide"] == weak
@@ -1816,13 +1821,13 @@ def test_guidance_moves_away_from_the_guide(edm2: tuple[Path, str], finished: Fi
         ({"guidance": float("inf")}, "guidance must be finite, got inf. Pass another --guidance."),
     ):
         with pytest.raises(SidaError) as caught:
-            ops.sample("tiny-digits", seeds=[0], run=root, **options)  # type: ignore[arg-type]
+            sidactl.sample("tiny-digits", seeds=[0], run=root, **options)  # type: ignore[arg-type]
         assert str(caught.value) == message
 
 
 def test_a_one_step_generator_does_not_guide(finished: Finished) -> None:
     with pytest.raises(SidaError) as caught:
-        ops.sample("tiny-digits", seeds=[0], guide="generator/best", guidance=2.0, run=finished.root)
+        sidactl.sample("tiny-digits", seeds=[0], guide="generator/best", guidance=2.0, run=finished.root)
     assert str(caught.value) == (
         "'generator/best' must be of kind teacher, got generator. See what there is with: sidactl ls"
     )
@@ -1832,8 +1837,8 @@ def test_an_evaluation_gives_further_scores_which_a_resumed_run_keeps(fresh_run:
     again = Path(shutil.copytree(fresh_run, tmp_path / "again"))
     events: list[loop.Event] = []
     best = short_distill(fresh_run, events.append, evaluate_also="inception-score")
-    name, first_seed = "IS tiny-digits", ops.SELECTION_SEED
-    measured = ops.inception_score(best, num=SHORT["evaluate_num"], first_seed=first_seed, run=fresh_run)
+    name, first_seed = "IS tiny-digits", evaluation.SELECTION_SEED
+    measured = sidactl.inception_score(best, num=SHORT["evaluate_num"], first_seed=first_seed, run=fresh_run)
     also: Any = best.results["also"]
     assert dict(also[name])[best.results["images_seen"]] == pytest.approx(measured.value, rel=1e-6)
     assert [nimg for nimg, _ in also[name]] == [32, 64, 96]
@@ -1850,14 +1855,17 @@ def test_an_evaluation_gives_further_scores_which_a_resumed_run_keeps(fresh_run:
 
 def test_a_further_distance_is_by_its_own_detector(fresh_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # DINOv2 is too large for a test; another distance stands for it.
-    other = {**ops.METRICS, "fd-dinov2": replace(ops.METRICS["fd-dinov2"], detector="random-features")}
-    monkeypatch.setattr(ops, "METRICS", other)
+    other = {
+        **commands_scores.METRICS,
+        "fd-dinov2": replace(commands_scores.METRICS["fd-dinov2"], detector="random-features"),
+    }
+    monkeypatch.setattr(commands_scores, "METRICS", other)
     best = short_distill(fresh_run, evaluate_also="fd-dinov2")
     scored: Any = best.results["also"]
-    options: Any = {"num": SHORT["evaluate_num"], "first_seed": ops.SELECTION_SEED, "run": fresh_run}
-    measured = ops.fid(best, detector="random-features", **options)
+    options: Any = {"num": SHORT["evaluate_num"], "first_seed": evaluation.SELECTION_SEED, "run": fresh_run}
+    measured = sidactl.fid(best, detector="random-features", **options)
     assert dict(scored["random-features FD"])[best.results["images_seen"]] == pytest.approx(measured.value, rel=1e-6)
-    assert ops.fid(best, **options).value == pytest.approx(best.results["selection_score"], rel=1e-6)
+    assert sidactl.fid(best, **options).value == pytest.approx(best.results["selection_score"], rel=1e-6)
 
 
 @pytest.mark.parametrize(

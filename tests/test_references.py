@@ -13,8 +13,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from sidactl import artifacts, catalog, detectors, features, ops, references, scores
-from sidactl.artifacts import prepare_data
+import sidactl
+from sidactl import catalog, detectors, prepare_data
+from sidactl.commands import features, fetch, moments, reference, resolve, scorers
+from sidactl.commands import score as commands_score
 from sidactl.errors import SidaError
 from sidactl.nets import inception
 from sidactl.store import Store
@@ -53,9 +55,9 @@ def fifty(tmp_path: Path) -> Path:
 @pytest.fixture
 def by_golden_features(golden: dict[str, np.ndarray[Any, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {"inception": golden["gen_fid"], "dinov2": golden["gen_fd_dinov2"]}
-    instead_of(scores._weights_digest, lambda store, name: name, monkeypatch)
+    instead_of(scorers._weights_digest, lambda store, name: name, monkeypatch)
     instead_of(
-        scores.load_detector,
+        scorers.load_detector,
         lambda store, name, device, resize, trust_code: by_rows(
             name, rows[name], f"{name}@golden{'-pil' * (resize == 'pil')}"
         ),
@@ -86,7 +88,7 @@ def test_scores_against_published_files_are_the_golden_ones(
     for key in expected:
         value = value[key]
     path = str(golden_metrics(f"stats_formats/{file}"))
-    score = getattr(scores, command)(str(fifty), reference=path, convention=convention, run=tmp_path / "run")
+    score = getattr(commands_score, command)(str(fifty), reference=path, convention=convention, run=tmp_path / "run")
     assert score.value == pytest.approx(value, rel=tolerance)
     name = {"fid": "FID", "fd_dinov2": "FD-DINOv2"}[command]
     assert list(score.values) == [name]
@@ -98,18 +100,18 @@ def test_scores_against_published_files_are_the_golden_ones(
 def test_an_evaluation_takes_all_that_a_reference_allows_in_one_pass(fifty: Path, tmp_path: Path) -> None:
     path, run = str(golden_metrics("stats_formats/ref_edm2.pkl")), tmp_path / "run"
     ticks: list[tuple[int, int]] = []
-    score = scores.evaluate(
+    score = sidactl.evaluate(
         str(fifty), ["fid", "fd-dinov2"], reference=path, run=run, tick=lambda *told: ticks.append(told)
     )
     assert list(score.values) == ["FD-DINOv2", "FID"] or list(score.values) == ["FID", "FD-DINOv2"]
     assert ticks == [(0, 50), (50, 50)]
-    chosen = scores._applicable(
-        Store.open(run), artifacts.resolve(Store.open(run), str(fifty), ["dataset"]), {"reference": path}
+    chosen = scorers.applicable_metrics(
+        Store.open(run), resolve.resolve(Store.open(run), str(fifty), ["dataset"]), {"reference": path}
     )
     assert chosen == ["fid", "fd-dinov2", "inception-score"]
 
 
-def refused(run: Path, ref: str, command: Any = scores.fid, **options: Any) -> str:
+def refused(run: Path, ref: str, command: Any = sidactl.fid, **options: Any) -> str:
     before = sorted(run.rglob("*")) if (run / "asked").exists() else []
     with pytest.raises(SidaError) as caught:
         command(ref, run=run, **options)
@@ -128,16 +130,16 @@ def test_what_a_reference_cannot_be(fifty: Path, tmp_path: Path) -> None:
     )
     assert refused(run, ref) == "a dataset needs another to be compared with, got none. Pass --ref DATASET."
     for path in (stats, pkl):
-        assert refused(run, ref, scores.prec_recall, reference=path) == (
+        assert refused(run, ref, sidactl.prec_recall, reference=path) == (
             f"precision, recall and KID need images, got the statistics {path}. Pass --ref with a dataset or a folder."
         )
-    assert refused(run, ref, scores.fd_dinov2, reference=stats) == (
+    assert refused(run, ref, sidactl.fd_dinov2, reference=stats) == (
         "ref_edm.npz holds statistics by inception, not by dinov2. Pass another --ref, or --detector."
     )
-    assert refused(run, ref, scores.fd_dinov2, reference=pkl, resize="pil") == (
+    assert refused(run, ref, sidactl.fd_dinov2, reference=pkl, resize="pil") == (
         "published statistics by dinov2 hold for --resize torch, got pil. Score against the dataset itself."
     )
-    assert refused(run, ref, scores.fd_dinov2, reference=pkl, detector="inception") == (
+    assert refused(run, ref, sidactl.fd_dinov2, reference=pkl, detector="inception") == (
         "fd-dinov2 is by detector dinov2, got 'inception'. Leave out --detector."
     )
     half = tmp_path / "half.npz"
@@ -201,7 +203,7 @@ def test_impossible_statistics_are_refused_before_a_detector_is_looked_for(
     def never(*arguments: Any) -> None:
         raise AssertionError("a detector was looked for")
 
-    instead_of(scores._weights_digest, never, monkeypatch)
+    instead_of(scorers._weights_digest, never, monkeypatch)
     mu, sigma, message = IMPOSSIBLE[name]
     path, pickled = tmp_path / "stats.npz", tmp_path / "stats.pkl"
     np.savez(path, mu=mu, sigma=sigma)
@@ -231,11 +233,11 @@ def test_published_statistics_of_few_images_are_warned_of(fifty: Path, tmp_path:
     for num, warnings in ((8, 1), (9, 0)):
         path = tmp_path / f"of-{num}.pkl"
         path.write_bytes(pickle.dumps({"num_images": num, "fid": {"mu": np.zeros(8), "sigma": np.eye(8)}}))
-        score = scores.fid(str(fifty), reference=str(path), run=run)
+        score = sidactl.fid(str(fifty), reference=str(path), run=run)
         assert len(score.warnings) == warnings
         kept = Store.open(run).get(score.references["FID"])
         assert ("num_images" in kept.params) == bool(warnings)
-    first = scores.fid(str(fifty), reference=str(tmp_path / "of-8.pkl"), run=run).warnings[0]
+    first = sidactl.fid(str(fifty), reference=str(tmp_path / "of-8.pkl"), run=run).warnings[0]
     assert first.startswith("8 reference images are few for 8 features: ")
 
 
@@ -256,17 +258,17 @@ def test_a_reference_that_would_execute_is_refused(
 
 def test_statistics_under_another_identity_do_not_compare(fifty: Path, tmp_path: Path) -> None:
     store = Store.open(tmp_path / "run")
-    data = artifacts.resolve(store, str(fifty), ["dataset"])
+    data = resolve.resolve(store, str(fifty), ["dataset"])
     rng = np.random.default_rng(0)
     first, second = (by_rows("inception", rng.standard_normal((50, 4)), f"inception@{i}") for i in "ab")
     features.stats_of(store, data, first)
     stats = next(a for a in store.artifacts() if a.kind == "stats")
-    assert references.detector_name(stats) == "inception"
-    held = references.moments(store, stats, first)
+    assert moments.detector_name(stats) == "inception"
+    held = moments.moments(store, stats, first)
     assert held
     assert held.mean.shape == (4,)
     with pytest.raises(SidaError) as caught:
-        references.moments(store, stats, second)
+        moments.moments(store, stats, second)
     assert str(caught.value) == (
         "statistics compare under one detector alone, these are by inception@a, the images are measured by "
         "inception@b. Score with the detector file that made them, or against the dataset itself."
@@ -278,8 +280,8 @@ def test_features_that_are_not_finite_name_the_image(
 ) -> None:
     rows = golden["gen_fid"].copy()
     rows[37] = np.nan
-    instead_of(scores._weights_digest, lambda store, name: name, monkeypatch)
-    instead_of(scores.load_detector, lambda *arguments, **options: by_rows("inception", rows), monkeypatch)
+    instead_of(scorers._weights_digest, lambda store, name: name, monkeypatch)
+    instead_of(scorers.load_detector, lambda *arguments, **options: by_rows("inception", rows), monkeypatch)
     message = refused(tmp_path / "run", str(fifty), reference=str(golden_metrics("stats_formats/ref_edm.npz")))
     assert message == "features by inception must be finite, those of image 37 are not. Look at that image."
 
@@ -288,7 +290,7 @@ def test_features_that_are_not_finite_name_the_image(
 def test_few_images_and_imagenet64s_swapped_files_are_warned_of(fifty: Path, tmp_path: Path) -> None:
     swapped = tmp_path / "VIRTUAL_imagenet64_labeled.npz"
     swapped.write_bytes(golden_metrics("stats_formats/VIRTUAL_standin.npz").read_bytes())
-    few = scores.fid(str(fifty), num=8, reference=str(swapped), run=tmp_path / "run")
+    few = sidactl.fid(str(fifty), num=8, reference=str(swapped), run=tmp_path / "run")
     assert few.warnings == [
         "8 images are few for 8 features: the distance is far too high by their number alone; compare only with scores "
         "of as many, better of 50,000",
@@ -296,14 +298,14 @@ def test_few_images_and_imagenet64s_swapped_files_are_warned_of(fifty: Path, tmp
     ]
     assert few.to_json()["warnings"] == few.warnings
     plain = golden_metrics("stats_formats/ref_edm.npz")
-    assert scores.fid(str(fifty), reference=str(plain), run=tmp_path / "run").warnings == []
+    assert sidactl.fid(str(fifty), reference=str(plain), run=tmp_path / "run").warnings == []
 
 
 def test_published_statistics_in_place_of_another_dataset_of_the_same_name_are_warned_of(
     fifty: Path, tmp_path: Path
 ) -> None:
     store = Store.open(tmp_path / "run")
-    data = artifacts.resolve(store, str(fifty), ["dataset"], any_size=True)
+    data = resolve.resolve(store, str(fifty), ["dataset"], any_size=True)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"")
     entry = catalog.REFERENCES["cifar10"]
@@ -312,19 +314,19 @@ def test_published_statistics_in_place_of_another_dataset_of_the_same_name_are_w
     generator = store.put("generator", {"model.safetensors": weights}, params={}, inputs={"dataset": data.oid})
     samples = store.put("samples", {"images.npy": weights}, params={}, inputs={"net": generator.oid})
     for subject in (generator, samples):
-        assert references.warning(store, subject, stats) == (
+        assert reference.warning(store, subject, stats) == (
             "the statistics of cifar10 are of 50,000 images, the network was trained on 50: "
             f"--ref {data.oid[:12]} compares with these"
         )
     teacher = store.put("teacher", {"model.safetensors": weights}, params={})
-    assert references.warning(store, teacher, stats) is None
-    assert references.warning(store, generator, data) is None
+    assert reference.warning(store, teacher, stats) is None
+    assert reference.warning(store, generator, data) is None
 
 
 @pytest.mark.usefixtures("by_golden_features")
 def test_precision_and_recall_take_the_images_of_a_virtual_batch(fifty: Path, tmp_path: Path) -> None:
     virtual = str(golden_metrics("stats_formats/VIRTUAL_standin.npz"))
-    score = scores.prec_recall(str(fifty), reference=virtual, convention="guided-diffusion", run=tmp_path / "run")
+    score = sidactl.prec_recall(str(fifty), reference=virtual, convention="guided-diffusion", run=tmp_path / "run")
     store = Store.open(tmp_path / "run")
     assert store.get(score.references["precision"]).kind == "dataset"
     assert store.get(score.references["precision"]).results["num_images"] == 24
@@ -351,15 +353,15 @@ def test_the_default_reference_of_a_published_dataset_is_its_published_statistic
     net = catalog.TEACHERS["tiny-digits"].net.to_json()
     params = {"name": "mine", "net": net, "dataset": "ffhq64"}
     subject = store.put("generator", {"model.safetensors": b""}, params=params)
-    found = references.find(store, None, subject, "moments")
+    found = reference.find(store, None, subject, "moments")
     assert (found.kind, found.params["name"]) == ("stats", "ffhq64")
-    assert references.find(store, "ffhq64", subject, "moments").oid == found.oid
-    assert references.detector_name(found) == "inception"
+    assert reference.find(store, "ffhq64", subject, "moments").oid == found.oid
+    assert moments.detector_name(found) == "inception"
     classes = prepare_data(None, classes=10, run=store.root)  # as mode sid trains on where images are not there
     free = store.put("generator", {"model.safetensors": b""}, inputs={"dataset": classes.oid}, params=params)
-    assert references.find(store, None, free, "moments").oid == found.oid
+    assert reference.find(store, None, free, "moments").oid == found.oid
     with pytest.raises(SidaError, match=r"^dataset ffhq64 must be prepared from its files\. "):
-        references.find(store, None, subject, "images")
+        reference.find(store, None, subject, "images")
 
 
 def test_a_detector_is_downloaded_once_checked_and_loaded_by_name(
@@ -371,15 +373,15 @@ def test_a_detector_is_downloaded_once_checked_and_loaded_by_name(
     torch.save({k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}, buffer)
     published(tmp_path, monkeypatch, inception=buffer.getvalue())
     store = Store.open(tmp_path / "run")
-    kept = artifacts.fetch_detector("inception", run=store.root)
+    kept = fetch.fetch_detector("inception", run=store.root)
     assert kept.kind == "detector"
     assert store.refs()["detector/inception"] == kept.oid
     (tmp_path / "pt_inception-2015-12-05-6726825d.pth").unlink()
-    loaded = scores.load_detector(store, "inception", CPU)
+    loaded = scorers.load_detector(store, "inception", CPU)
     assert loaded.identity == detectors.load("inception", state).identity
     path = tmp_path / "own.safetensors"
     safetensors.torch.save_file(state, path)
-    assert scores.load_detector(store, str(path), CPU).identity == loaded.identity
+    assert scorers.load_detector(store, str(path), CPU).identity == loaded.identity
 
 
 def test_a_file_that_is_not_the_detector_is_refused_and_leaves_nothing(
@@ -401,7 +403,7 @@ def test_a_file_that_is_not_the_detector_is_refused_and_leaves_nothing(
     ):
         published(tmp_path, monkeypatch, inception=data)
         with pytest.raises(SidaError, match=message):
-            artifacts.fetch_detector("inception", run=tmp_path / "run")
+            fetch.fetch_detector("inception", run=tmp_path / "run")
         store = Store.open(tmp_path / "run")
         assert not store.refs()
         assert not [p for p in (store.root / "tmp").glob("*") if p.suffix != ".lock"]
@@ -409,5 +411,5 @@ def test_a_file_that_is_not_the_detector_is_refused_and_leaves_nothing(
 
 def test_an_unknown_detector_has_its_nearest_name(tmp_path: Path) -> None:
     with pytest.raises(SidaError) as caught:
-        ops.fid("tiny-digits", num=2, detector="dinov3", run=tmp_path / "run")
+        sidactl.fid("tiny-digits", num=2, detector="dinov3", run=tmp_path / "run")
     assert str(caught.value) == "unknown detector 'dinov3'. Did you mean 'dinov2'?"

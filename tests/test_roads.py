@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 
-from sidactl import cli, features, ops, references, report, sampling, scores, trainer
+from sidactl import cli, report, sampling, trainer
+from sidactl.commands import evaluation, features, resolve, scorers
+from sidactl.commands import reference as commands_reference
+from sidactl.commands import scores as commands_scores
 from sidactl.foreign import download
 from sidactl.store import Artifact, LiveDir, Store, digest
 from tests import standins
@@ -244,7 +247,10 @@ class Cuts:
                 raise Cut(stage)
             return made
 
-        self.patch.setattr(owner, name, mortal)
+        if isinstance(owner, type) or not real.__module__.startswith("sidactl."):
+            self.patch.setattr(owner, name, mortal)
+        else:
+            instead_of(real, mortal, self.patch)
 
     def count(self) -> None:
         """Counts what the mirror serves, and the steps of training."""
@@ -280,9 +286,9 @@ def test_a_road_that_fails_at_each_of_its_stages_loses_nothing(
             *((download, name) for name in ("fetch", "_open_file")[: 1 + is_before]),  # an open file must be closed
             *((Store, name) for name in ("put", "answer", "set_ref", "log")),
             *((LiveDir, name) for name in ("write", "clear")),
-            *((ops, name) for name in ("load_net", "load_detector", "_try_scoring", "_preview")),
-            *((scores, name) for name in ("load_net", "load_detector", "numbers")),
-            *((sampling, "generate"), (features, "collect"), (references, "moments")),
+            *((resolve, "load_net"), (scorers, "load_detector"), (commands_scores, "numbers")),
+            *((evaluation, "try_scoring"), (evaluation, "preview_of")),
+            *((sampling, "generate"), (features, "collect"), (commands_reference, "moments")),
             *((report, "grid"), (report, "curve")),
         ):
             cuts.at(owner, name)

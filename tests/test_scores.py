@@ -15,8 +15,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from sidactl import artifacts, cli, detectors, features, inventory, metrics, ops, references, scores
-from sidactl.artifacts import load_dataset, load_net, resolve
+import sidactl
+from sidactl import cli, detectors, metrics
+from sidactl.commands import dataset_stats, features, moments, scorers, scores
+from sidactl.commands import evaluation as commands_evaluation
+from sidactl.commands import reference as commands_reference
+from sidactl.commands import resolve as commands_resolve
+from sidactl.commands.resolve import load_dataset, load_net, resolve
 from sidactl.data import images as data_images
 from sidactl.errors import SidaError
 from sidactl.recipes import OneStepSpec, Setting
@@ -29,13 +34,13 @@ FD = "FD tiny-digits"
 @pytest.fixture(scope="module")
 def collapsed(finished: Finished) -> str:
     """Samples of a generator that draws one class alone, in the run directory of `finished`."""
-    return ops.sample("tiny-digits", seeds=range(200), class_index=0, steps=10, run=finished.root).artifact.oid
+    return sidactl.sample("tiny-digits", seeds=range(200), class_index=0, steps=10, run=finished.root).artifact.oid
 
 
 @pytest.fixture(scope="module")
 def diverse(finished: Finished) -> str:
     """Samples of all classes, as good as those of `collapsed`."""
-    return ops.sample("tiny-digits", seeds=range(200), steps=10, run=finished.root).artifact.oid
+    return sidactl.sample("tiny-digits", seeds=range(200), steps=10, run=finished.root).artifact.oid
 
 
 def features_of(finished: Finished, ref: str) -> NDArray[np.float64]:
@@ -46,13 +51,13 @@ def features_of(finished: Finished, ref: str) -> NDArray[np.float64]:
 
 
 def test_a_dataset_against_itself_scores_zero(finished: Finished) -> None:
-    score = scores.fid("dataset/tiny-digits", reference="dataset/tiny-digits", run=finished.root)
+    score = sidactl.fid("dataset/tiny-digits", reference="dataset/tiny-digits", run=finished.root)
     assert score.value == pytest.approx(0, abs=1e-9)
     assert (score.num, score.seeds, {FD: score.subject}) == (1797, [], score.references)
 
 
 def test_fid_is_the_frechet_distance_of_the_moments_of_both_sets(finished: Finished, collapsed: str) -> None:
-    score = scores.fid(collapsed, run=finished.root)
+    score = sidactl.fid(collapsed, run=finished.root)
     ours, theirs = features_of(finished, collapsed), features_of(finished, "dataset/tiny-digits")
     expected = metrics.frechet_distance(
         ours.mean(0), np.cov(ours, rowvar=False), theirs.mean(0), np.cov(theirs, rowvar=False)
@@ -63,9 +68,9 @@ def test_fid_is_the_frechet_distance_of_the_moments_of_both_sets(finished: Finis
 
 @pytest.mark.parametrize("ref", ["generator/best", "tiny-digits"])
 def test_scoring_a_net_equals_scoring_its_samples(finished: Finished, ref: str) -> None:
-    drawn = ops.sample(ref, seeds=range(7, 67), run=finished.root).artifact
-    direct = scores.fid(ref, num=60, first_seed=7, run=finished.root)
-    assert scores.fid(drawn.oid, run=finished.root).value == pytest.approx(direct.value, rel=1e-9)
+    drawn = sidactl.sample(ref, seeds=range(7, 67), run=finished.root).artifact
+    direct = sidactl.fid(ref, num=60, first_seed=7, run=finished.root)
+    assert sidactl.fid(drawn.oid, run=finished.root).value == pytest.approx(direct.value, rel=1e-9)
     assert direct.seeds == [[7, 67]]
 
 
@@ -73,16 +78,16 @@ def test_the_reference_is_the_dataset_that_the_subject_descends_from(finished: F
     store = Store.open(finished.root)
     dataset = store.resolve("dataset/tiny-digits").oid
     for ref in ("dataset/tiny-digits", "teacher/tiny-digits", "generator/best", collapsed):
-        assert references.dataset_of(store, store.resolve(ref)).oid == dataset
+        assert commands_reference.dataset_of(store, store.resolve(ref)).oid == dataset
 
 
 def test_trials_take_fresh_seeds_and_are_told_by_mean_deviation_and_minimum(finished: Finished) -> None:
-    score = scores.fid("generator/best", num=30, trials=10, first_seed=100, run=finished.root)
+    score = sidactl.fid("generator/best", num=30, trials=10, first_seed=100, run=finished.root)
     assert score.seeds == [[100 + 30 * t, 130 + 30 * t] for t in range(10)]
     values = score.values[FD]
     assert len(set(values)) == 10
     for t in (0, 9):
-        single = scores.fid("generator/best", num=30, first_seed=100 + 30 * t, run=finished.root)
+        single = sidactl.fid("generator/best", num=30, first_seed=100 + 30 * t, run=finished.root)
         assert single.value == pytest.approx(values[t], rel=1e-9)
     told = score.to_json()
     assert told["scores"] == {
@@ -104,21 +109,21 @@ def test_trials_take_fresh_seeds_and_are_told_by_mean_deviation_and_minimum(fini
 def test_a_repeated_score_is_answered_from_the_run_directory_and_force_gives_the_same(
     finished: Finished, forbidden: Forbid
 ) -> None:
-    first = scores.fid("generator/best", num=40, run=finished.root)
+    first = sidactl.fid("generator/best", num=40, run=finished.root)
     ticks: list[tuple[int, int]] = []
-    again = scores.fid("generator/best", num=40, force=True, run=finished.root, tick=lambda *t: ticks.append(t))
+    again = sidactl.fid("generator/best", num=40, force=True, run=finished.root, tick=lambda *t: ticks.append(t))
     assert again == first
     assert ticks == [(0, 40), (40, 40)]
     with forbidden(detectors.load):
-        assert scores.fid("generator/best", num=40, run=finished.root) == first
+        assert sidactl.fid("generator/best", num=40, run=finished.root) == first
     assert scores.score_of(Store.open(finished.root).get(first.oid)) == first
 
 
 def test_a_score_does_not_depend_on_the_batch_size(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
     def measured() -> list[float]:
         found = [
-            scores.fid("generator/best", num=90, force=True, run=finished.root).value,
-            *scores.prec_recall("generator/best", num=90, force=True, run=finished.root).values.values(),
+            sidactl.fid("generator/best", num=90, force=True, run=finished.root).value,
+            *sidactl.prec_recall("generator/best", num=90, force=True, run=finished.root).values.values(),
         ]
         return [float(np.ravel(value)[0]) for value in found]
 
@@ -131,7 +136,7 @@ def test_a_collapsed_generator_has_high_precision_and_low_recall_in_this_order(
     finished: Finished, collapsed: str, diverse: str
 ) -> None:
     def measured(ref: str) -> list[float]:
-        score = scores.prec_recall(ref, run=finished.root)
+        score = sidactl.prec_recall(ref, run=finished.root)
         assert list(score.values) == ["precision", "recall"]
         return [values[0] for values in score.values.values()]
 
@@ -145,25 +150,25 @@ def test_a_collapsed_generator_has_high_precision_and_low_recall_in_this_order(
 def test_precision_and_recall_are_those_of_the_features(finished: Finished, diverse: str) -> None:
     real, ours = features_of(finished, "dataset/tiny-digits"), features_of(finished, diverse)
     for neighbours in (1, 3):
-        score = scores.prec_recall(diverse, neighbours=neighbours, run=finished.root)
+        score = sidactl.prec_recall(diverse, neighbours=neighbours, run=finished.root)
         expected = metrics.precision_recall(real, ours, neighbours, precision="float64")
         assert [score.values["precision"][0], score.values["recall"][0]] == pytest.approx(expected, abs=2e-3)
 
 
 def test_features_are_taken_once_for_all_trials_and_metrics(finished: Finished, forbidden: Forbid) -> None:
-    scores.prec_recall("generator/best", num=20, trials=3, first_seed=900, run=finished.root)
-    with forbidden(artifacts.load_net, artifacts.load_dataset):
-        known = scores.evaluate("generator/best", num=20, trials=2, first_seed=900, run=finished.root)
+    sidactl.prec_recall("generator/best", num=20, trials=3, first_seed=900, run=finished.root)
+    with forbidden(commands_resolve.load_net, commands_resolve.load_dataset):
+        known = sidactl.evaluate("generator/best", num=20, trials=2, first_seed=900, run=finished.root)
     assert list(known.values) == [FD, "IS tiny-digits", "KID tiny-digits", "precision", "recall"]
 
 
 def test_statistics_of_a_dataset_are_taken_once(finished: Finished) -> None:
     store = Store.open(finished.root)
     data = store.resolve("dataset/tiny-digits")
-    scores.fid("dataset/tiny-digits", reference="dataset/tiny-digits", run=finished.root)
+    sidactl.fid("dataset/tiny-digits", reference="dataset/tiny-digits", run=finished.root)
     stats = [a for a in store.artifacts(kind="stats") if a.inputs == {"dataset": data.oid}]
     assert len([a for a in stats if str(a.params["detector"]).startswith("tiny-digits@")]) == 1
-    kept = references.moments(store, data, detectors.load("tiny-digits"))
+    kept = moments.moments(store, data, detectors.load("tiny-digits"))
     assert kept
     expected = features_of(finished, "dataset/tiny-digits")
     np.testing.assert_allclose(kept.mean, expected.mean(0), rtol=1e-9)
@@ -172,26 +177,26 @@ def test_statistics_of_a_dataset_are_taken_once(finished: Finished) -> None:
 
 def test_a_score_in_another_precision_says_so_and_is_that_of_such_samples(finished: Finished) -> None:
     half = Setting(precision="bf16")
-    drawn = ops.sample("generator/best", seeds=range(50), setting=half, run=finished.root).artifact
-    score = scores.fid("generator/best", num=50, setting=half, run=finished.root)
-    assert score.value == pytest.approx(scores.fid(drawn.oid, run=finished.root).value, rel=1e-9)
+    drawn = sidactl.sample("generator/best", seeds=range(50), setting=half, run=finished.root).artifact
+    score = sidactl.fid("generator/best", num=50, setting=half, run=finished.root)
+    assert score.value == pytest.approx(sidactl.fid(drawn.oid, run=finished.root).value, rel=1e-9)
     assert score.to_json()["settings"]["precision"] == "bf16"
-    usual = scores.fid("generator/best", num=50, run=finished.root)
+    usual = sidactl.fid("generator/best", num=50, run=finished.root)
     assert "precision" not in usual.settings
     assert usual.value != score.value
 
 
 def test_a_score_by_another_sampler_says_so_and_is_that_of_such_samples(finished: Finished) -> None:
     churned: dict[str, Any] = {"steps": 3, "heun": {"S_churn": 2, "sigma_max": 40}}
-    drawn = ops.sample("tiny-digits", num=50, run=finished.root, **churned)
-    score = scores.fid("tiny-digits", num=50, run=finished.root, **churned)
-    assert score.value == pytest.approx(scores.fid(drawn, run=finished.root).value, rel=1e-9)
+    drawn = sidactl.sample("tiny-digits", num=50, run=finished.root, **churned)
+    score = sidactl.fid("tiny-digits", num=50, run=finished.root, **churned)
+    assert score.value == pytest.approx(sidactl.fid(drawn, run=finished.root).value, rel=1e-9)
     assert score.to_json()["settings"]["sampler"] == drawn.artifact.params["sampler"]
-    usual = scores.fid("tiny-digits", num=50, run=finished.root)
+    usual = sidactl.fid("tiny-digits", num=50, run=finished.root)
     assert "sampler" not in usual.settings
     assert usual.value != score.value
-    assert scores.fid("tiny-digits", num=50, steps=18, run=finished.root).oid == usual.oid  # the teacher's own
-    one = scores.fid("tiny-digits", num=50, sampler="one-step", run=finished.root)
+    assert sidactl.fid("tiny-digits", num=50, steps=18, run=finished.root).oid == usual.oid  # the teacher's own
+    one = sidactl.fid("tiny-digits", num=50, sampler="one-step", run=finished.root)
     assert one.settings["sampler"] == {"num_steps": 1, "sigma_init": 2.5}
 
 
@@ -283,9 +288,9 @@ def test_a_score_by_another_sampler_says_so_and_is_that_of_such_samples(finished
 def test_fid_and_prec_recall_refuse_what_they_cannot_do(
     finished: Finished, collapsed: str, ref: str, options: dict[str, Any], message: str
 ) -> None:
-    score = scores.fid("dataset/tiny-digits", reference="dataset/tiny-digits", run=finished.root).oid
+    score = sidactl.fid("dataset/tiny-digits", reference="dataset/tiny-digits", run=finished.root).oid
     subject = {"samples": collapsed, "score": score}.get(ref, ref)
-    for command in (scores.fid, scores.prec_recall):
+    for command in (sidactl.fid, sidactl.prec_recall):
         with pytest.raises(SidaError) as caught:
             command(subject, **({"run": finished.root} | options))
         assert str(caught.value) == message.format(score=score, gpus=torch.cuda.device_count())
@@ -293,15 +298,15 @@ def test_fid_and_prec_recall_refuse_what_they_cannot_do(
 
 
 def test_one_image_is_too_few_for_a_covariance(finished: Finished) -> None:
-    single = ops.sample("generator/best", seeds=[0], run=finished.root).artifact.oid
+    single = sidactl.sample("generator/best", seeds=[0], run=finished.root).artifact.oid
     with pytest.raises(SidaError) as caught:
-        scores.fid(single, run=finished.root)
+        sidactl.fid(single, run=finished.root)
     assert str(caught.value) == "a covariance needs >= 2 images, got 1. Score more images."
 
 
 def test_a_score_is_kept_with_what_it_was_made_from(finished: Finished, tmp_path: Path) -> None:
     store = Store.open(finished.root)
-    score = scores.fid("generator/best", num=25, first_seed=3, run=finished.root)
+    score = sidactl.fid("generator/best", num=25, first_seed=3, run=finished.root)
     kept = store.get(score.oid)
     assert kept.kind == "score"
     identity = detectors.load("tiny-digits").identity
@@ -321,32 +326,32 @@ def test_folders_zips_and_npz_files_score_as_the_samples_that_they_hold(
         path = Path(shutil.copy(path, tmp_path / "mine.zip"))
     else:
         destination = tmp_path / ("mine.npz" if form == "npz" else "mine")
-        path = inventory.export(collapsed, destination, form=form, run=finished.root)  # type: ignore[arg-type]
-    score = scores.fid(str(path), reference="dataset/tiny-digits", run=finished.root)
-    assert score.value == scores.fid(collapsed, run=finished.root).value
+        path = sidactl.export(collapsed, destination, form=form, run=finished.root)  # type: ignore[arg-type]
+    score = sidactl.fid(str(path), reference="dataset/tiny-digits", run=finished.root)
+    assert score.value == sidactl.fid(collapsed, run=finished.root).value
 
 
 def test_classes_can_be_drawn_as_in_the_dataset(finished: Finished) -> None:
-    uniform = scores.fid("generator/best", num=300, run=finished.root)
-    as_real = scores.fid("generator/best", num=300, labels="dataset", run=finished.root)
+    uniform = sidactl.fid("generator/best", num=300, run=finished.root)
+    as_real = sidactl.fid("generator/best", num=300, labels="dataset", run=finished.root)
     assert uniform.settings["labels"] == "uniform"
     assert as_real.settings["labels"] == "dataset"
     assert as_real.value != uniform.value
     with pytest.raises(SidaError) as caught:
-        scores.fid("generator/best", num=300, labels="balanced", run=finished.root)
+        sidactl.fid("generator/best", num=300, labels="balanced", run=finished.root)
     assert str(caught.value) == "labels must be one of uniform, dataset, got 'balanced'. Pass another."
 
 
 def test_the_seeded_detector_scores_anything_by_its_own_name(finished: Finished, collapsed: str, diverse: str) -> None:
     options: dict[str, Any] = {"detector": "random-features", "run": finished.root}
-    score = scores.evaluate(diverse, **options)
+    score = sidactl.evaluate(diverse, **options)
     assert list(score.values) == ["KID random-features", "precision", "random-features FD", "recall"]
-    distance = scores.fid(diverse, **options)
+    distance = sidactl.fid(diverse, **options)
     assert list(distance.values) == ["random-features FD"]
-    assert distance.value < scores.fid(collapsed, **options).value
+    assert distance.value < sidactl.fid(collapsed, **options).value
     assert distance.detectors == {"random-features FD": detectors.load("random-features").identity}
     with pytest.raises(SidaError, match=r"^the inception score needs classes, detector random-features gives none\."):
-        scores.inception_score(diverse, **options)
+        sidactl.inception_score(diverse, **options)
 
 
 def test_fewer_images_than_there_are_are_drawn_by_seed(finished: Finished) -> None:
@@ -362,16 +367,16 @@ def test_fewer_images_than_there_are_are_drawn_by_seed(finished: Finished) -> No
         np.random.RandomState(seed).shuffle(order)
         rows = found[np.sort(order[:120])]
         expected = metrics.frechet_distance(rows.mean(0), np.cov(rows, rowvar=False), *real)
-        score = scores.fid("dataset/tiny-digits", subset_seed=seed, **options)
+        score = sidactl.fid("dataset/tiny-digits", subset_seed=seed, **options)
         assert score.value == pytest.approx(expected, rel=1e-9)
         assert score.to_json()["settings"] | {"subset_seed": seed, "subset_of": 1797} == score.settings
         assert score.num == 120
-    assert scores.fid("dataset/tiny-digits", **options) == scores.fid("dataset/tiny-digits", subset_seed=0, **options)
+    assert sidactl.fid("dataset/tiny-digits", **options) == sidactl.fid("dataset/tiny-digits", subset_seed=0, **options)
     assert cli._score_lines(score, scores.against(score, finished.root)) == [
         f"{FD} {score.value:.4g}; 120 of 1,797 images, drawn by seed 5, {score.detectors[FD]}, against dataset "
         "tiny-digits"
     ]
-    whole = scores.fid("dataset/tiny-digits", **options | {"num": 1797})
+    whole = sidactl.fid("dataset/tiny-digits", **options | {"num": 1797})
     assert not {"subset_seed", "subset_of"} & set(whole.settings)
 
 
@@ -379,7 +384,7 @@ def test_numbers_of_images_in_parts_depend_on_the_images_alone(
     finished: Finished, diverse: str, tmp_path: Path
 ) -> None:
     """As samples in the order of seeds, and as a folder by class, an npz and a zip in reverse."""
-    folder = inventory.export(diverse, tmp_path / "folder", form="png", run=finished.root)
+    folder = sidactl.export(diverse, tmp_path / "folder", form="png", run=finished.root)
     by_class = load_dataset(Store.open(finished.root), resolve(Store.open(finished.root), str(folder), ["dataset"]))
     assert by_class.labels is not None
     assert (np.diff(by_class.labels) >= 0).all()
@@ -392,31 +397,31 @@ def test_numbers_of_images_in_parts_depend_on_the_images_alone(
             archive.writestr(f"{index:05d}.png", data_images.encode_png(image.permute(1, 2, 0).squeeze(2).numpy()))
     options: dict[str, Any] = {"reference": "dataset/tiny-digits", "run": finished.root}
     subjects = [diverse, str(folder), str(npz), str(reversed_zip)]
-    found = [scores.evaluate(ref, ["inception-score", "kid"], **options) for ref in subjects]
+    found = [sidactl.evaluate(ref, ["inception-score", "kid"], **options) for ref in subjects]
     assert [score.values for score in found[1:]] == [found[0].values] * 3
     assert {score.settings["order"] for score in found} == {"content"}
     # The order is none of a file's, by which a part is certain of its one class, and as good as drawn.
     detector = detectors.load("tiny-digits")
     logits, rng = detector.logits(detector(images)), np.random.RandomState(0)
-    score = scores.inception_score(diverse, **options)
+    score = sidactl.inception_score(diverse, **options)
     assert metrics.inception_score(logits)[0] < 0.7 * score.value
     drawn = [metrics.inception_score(logits[torch.from_numpy(rng.permutation(200))])[0] for _ in range(20)]
     assert min(drawn) - 0.2 < score.value < max(drawn) + 0.2
 
 
 def test_the_convention_sid_takes_images_in_the_order_of_their_seeds(finished: Finished, tmp_path: Path) -> None:
-    drawn = ops.sample("generator/best", seeds=range(60), run=finished.root).artifact.oid
+    drawn = sidactl.sample("generator/best", seeds=range(60), run=finished.root).artifact.oid
     options: dict[str, Any] = {"convention": "sid", "run": finished.root}
     expected, _ = metrics.inception_score(
         detectors.load("tiny-digits").logits(torch.tensor(features_of(finished, drawn)).float())
     )
     for score in (
-        scores.inception_score("generator/best", num=60, **options),
-        scores.inception_score(drawn, **options),
+        sidactl.inception_score("generator/best", num=60, **options),
+        sidactl.inception_score(drawn, **options),
     ):
         assert score.value == pytest.approx(expected, rel=1e-9)
         assert "order" not in score.settings
-    assert scores.inception_score(drawn, run=finished.root).value != pytest.approx(expected, rel=1e-9)
+    assert sidactl.inception_score(drawn, run=finished.root).value != pytest.approx(expected, rel=1e-9)
 
 
 def test_features_that_an_older_version_kept_are_taken_anew(
@@ -428,17 +433,17 @@ def test_features_that_an_older_version_kept_are_taken_anew(
     save = safetensors.torch.save
     with monkeypatch.context() as patched:
         patched.setattr(safetensors.torch, "save", older)
-        scores.prec_recall("generator/best", num=33, run=finished.root)
-    score = scores.inception_score("generator/best", num=33, run=finished.root)
-    assert score == scores.inception_score("generator/best", num=33, run=finished.root, force=True)
+        sidactl.prec_recall("generator/best", num=33, run=finished.root)
+    score = sidactl.inception_score("generator/best", num=33, run=finished.root)
+    assert score == sidactl.inception_score("generator/best", num=33, run=finished.root, force=True)
 
 
 def test_an_evaluation_is_by_the_detector_of_its_reference(finished: Finished, diverse: str, tmp_path: Path) -> None:
-    folder = str(inventory.export(diverse, tmp_path / "mine", form="png", run=finished.root))
-    score = scores.evaluate(folder, reference="tiny-digits", run=finished.root)
+    folder = str(sidactl.export(diverse, tmp_path / "mine", form="png", run=finished.root))
+    score = sidactl.evaluate(folder, reference="tiny-digits", run=finished.root)
     assert list(score.values) == [FD, "IS tiny-digits", "KID tiny-digits", "precision", "recall"]
     assert set(score.detectors.values()) == {detectors.load("tiny-digits").identity}
-    alone = scores.inception_score(folder, reference="tiny-digits", run=finished.root)
+    alone = sidactl.inception_score(folder, reference="tiny-digits", run=finished.root)
     assert alone.values == {"IS tiny-digits": score.values["IS tiny-digits"]}
     assert float(alone) == alone.value == statistics.fmean(alone.values["IS tiny-digits"])
     with pytest.raises(SidaError, match=f"^a score of several numbers has no one value: {FD}, IS tiny-digits, "):
@@ -446,18 +451,18 @@ def test_an_evaluation_is_by_the_detector_of_its_reference(finished: Finished, d
 
 
 def test_few_reference_images_are_warned_of(finished: Finished, diverse: str) -> None:
-    few = ops.sample("tiny-digits", seeds=range(50), steps=4, run=finished.root).artifact.oid
-    assert scores.fid(diverse, run=finished.root).warnings == []
+    few = sidactl.sample("tiny-digits", seeds=range(50), steps=4, run=finished.root).artifact.oid
+    assert sidactl.fid(diverse, run=finished.root).warnings == []
     images = str(Store.open(finished.root).path(Store.open(finished.root).get(few), "images.zip"))
-    reference = ops.prepare_data(_copy(images, finished.root.parent / "few.zip"), run=finished.root).oid
+    reference = sidactl.prepare_data(_copy(images, finished.root.parent / "few.zip"), run=finished.root).oid
     told = (
         "50 reference images are few for 64 features: the distance is far too high by their number alone; compare only "
         "with scores against the same ones, better take more"
     )
-    assert scores.fid(diverse, reference=reference, run=finished.root).warnings == [told]
-    stats = ops.dataset_stats(reference, run=finished.root).oid
-    assert scores.fid(diverse, reference=stats, run=finished.root).warnings == [told]
-    assert scores.prec_recall(diverse, reference=reference, run=finished.root).warnings == []
+    assert sidactl.fid(diverse, reference=reference, run=finished.root).warnings == [told]
+    stats = dataset_stats.dataset_stats(reference, run=finished.root).oid
+    assert sidactl.fid(diverse, reference=stats, run=finished.root).warnings == [told]
+    assert sidactl.prec_recall(diverse, reference=reference, run=finished.root).warnings == []
 
 
 def _copy(source: str, destination: Path) -> str:
@@ -468,7 +473,7 @@ def test_more_reference_images_than_are_taken_are_told(
     finished: Finished, diverse: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(features, "MAX_REAL_IMAGES", 150)
-    score = scores.prec_recall(diverse, reference="dataset/tiny-digits", num=190, run=finished.root)
+    score = sidactl.prec_recall(diverse, reference="dataset/tiny-digits", num=190, run=finished.root)
     assert score.warnings == ["150 of 1,797 reference images, drawn by seed 0, stand for all of them"]
 
 
@@ -488,14 +493,14 @@ def test_images_of_any_one_size_are_scored(finished: Finished, tmp_path: Path, w
     for index, image in enumerate(images):
         Image.fromarray(image).save(folder / f"{index:03d}.png")
     options: dict[str, Any] = {"detector": "random-features", "run": finished.root}
-    score = scores.fid(str(folder), reference=str(npz), **options)
+    score = sidactl.fid(str(folder), reference=str(npz), **options)
     assert score.value == pytest.approx(0, abs=1e-6)
-    assert scores.fid("dataset/tiny-digits", reference=str(npz), **options).value > 1
+    assert sidactl.fid("dataset/tiny-digits", reference=str(npz), **options).value > 1
     store = Store.open(finished.root)
     results = store.get(score.subject).results
     assert (results["resolution"], results.get("width")) == (height, None if width == height else width)
     with pytest.raises(SidaError) as caught:
-        ops.train_teacher(score.subject, name="mine", run=finished.root)
+        sidactl.train_teacher(score.subject, name="mine", run=finished.root)
     side = {28: 32, 12: 16, 130: 128}[width]
     assert str(caught.value) == (
         f"images to train on must be square with a side that is a power of two, got {width}x{height}. "
@@ -508,8 +513,8 @@ def test_a_folder_that_is_fit_for_training_is_one_dataset_for_scores_too(finishe
     folder.mkdir()
     for index, image in enumerate(images_of(16, 16, 20)):
         Image.fromarray(image).save(folder / f"{index:02d}.png")
-    scored = scores.fid(str(folder), reference=str(folder), detector="random-features", run=finished.root)
-    assert scored.subject == ops.prepare_data(str(folder), run=finished.root).oid
+    scored = sidactl.fid(str(folder), reference=str(folder), detector="random-features", run=finished.root)
+    assert scored.subject == sidactl.prepare_data(str(folder), run=finished.root).oid
 
 
 def test_images_of_a_size_that_the_detector_does_not_take_are_told_what_does(
@@ -518,13 +523,13 @@ def test_images_of_a_size_that_the_detector_does_not_take_are_told_what_does(
     npz = tmp_path / "mine.npz"
     np.savez(npz, arr_0=images_of(28, 28))
     with pytest.raises(SidaError) as caught:
-        scores.fid(str(npz), reference="tiny-digits", run=finished.root)
+        sidactl.fid(str(npz), reference="tiny-digits", run=finished.root)
     assert str(caught.value) == (
         "detector tiny-digits needs grey uint8 images of 8x8 pixels, got torch.uint8 [150, 3, 28, 28]. "
         "Score these images with --detector random-features or inception."
     )
     with pytest.raises(SidaError) as caught:
-        ops.prepare_data(str(npz), run=finished.root)
+        sidactl.prepare_data(str(npz), run=finished.root)
     assert str(caught.value).endswith(
         "Pass --resolution to prepare-data, e.g. 32x32, and a --transform if the aspect ratio shall be kept."
     )
@@ -550,9 +555,9 @@ def test_an_image_that_is_not_finite_ends_a_command_by_its_seed(finished: Finish
         return [artifact.kind for artifact in store.artifacts() if oid in artifact.inputs.values()]
 
     for act in (
-        lambda: ops.sample(oid, seeds=[17, 18], run=finished.root),
-        lambda: scores.fid(oid, num=20, first_seed=17, run=finished.root),
-        lambda: scores.evaluate(oid, num=20, first_seed=17, run=finished.root),
+        lambda: sidactl.sample(oid, seeds=[17, 18], run=finished.root),
+        lambda: sidactl.fid(oid, num=20, first_seed=17, run=finished.root),
+        lambda: sidactl.evaluate(oid, num=20, first_seed=17, run=finished.root),
     ):
         with pytest.raises(SidaError) as caught:
             act()
@@ -563,13 +568,13 @@ def test_an_image_that_is_not_finite_ends_a_command_by_its_seed(finished: Finish
     assert kept() == []
     guide = changed(finished, "teacher/tiny-digits", 0.5)
     with pytest.raises(SidaError, match=r"^the image of seed 0 is not finite\."):
-        ops.sample("tiny-digits", seeds=[0], guide=guide, guidance=1e308, steps=3, run=finished.root)
+        sidactl.sample("tiny-digits", seeds=[0], guide=guide, guidance=1e308, steps=3, run=finished.root)
 
 
 @pytest.mark.parametrize("seeds", [[-1], [3, 1 << 32], range(-5, 3)])
 def test_samples_of_seeds_beyond_32_bits_are_refused(finished: Finished, seeds: Any) -> None:
     with pytest.raises(SidaError) as caught:
-        ops.sample("tiny-digits", seeds=seeds, run=finished.root)
+        sidactl.sample("tiny-digits", seeds=seeds, run=finished.root)
     assert str(caught.value).startswith("seeds must be from 0 to 4294967295, got ")
     assert caught.value.exit_code == 2
 
@@ -577,9 +582,11 @@ def test_samples_of_seeds_beyond_32_bits_are_refused(finished: Finished, seeds: 
 def test_an_evaluation_while_training_of_images_that_are_not_finite_is_no_number(finished: Finished) -> None:
     store = Store.open(finished.root)
     detector = detectors.load("tiny-digits")
-    reference = references.moments(store, store.resolve("dataset/tiny-digits"), detector)
+    reference = moments.moments(store, store.resolve("dataset/tiny-digits"), detector)
     assert reference
-    evaluate = ops._evaluation([ops._Eye("fid", detector, reference)], OneStepSpec(), 300)
+    evaluate = commands_evaluation.evaluation_of(
+        [commands_evaluation.Eye("fid", detector, reference)], OneStepSpec(), 300
+    )
     sound = evaluate(load_net(store, finished.best, "cpu"), lambda: False)
     assert sound
     assert (sound.score > 0, sound.warning) == (True, None)
@@ -616,7 +623,7 @@ def test_a_score_in_a_read_only_run_directory_is_warned_of_first_and_told(
     with monkeypatch.context() as patch:
         patch.setattr(Store, "_writing", read_only)
         code, out, err = told(arguments, capsys)
-        unkept = scores.prec_recall("generator/best", num=36, run=finished.root)
+        unkept = sidactl.prec_recall("generator/best", num=36, run=finished.root)
     assert code == 0
     warning = "cannot be written: Read-only file system: the score will be told, but not kept"
     assert err.startswith(f"warning: the run directory {finished.root} {warning}\n")
@@ -671,7 +678,7 @@ def test_what_is_damaged_is_named_with_the_command_that_repairs_it(fresh_run: Pa
 
     def measured(num: int, force: bool = False) -> Any:
         reference = "dataset/tiny-digits"
-        return scores.evaluate(subject, metric, reference=reference, num=num, run=fresh_run, force=force).values
+        return sidactl.evaluate(subject, metric, reference=reference, num=num, run=fresh_run, force=force).values
 
     store = Store.open(fresh_run)
     expected = None if kind == "dataset" else measured(30)
@@ -681,9 +688,9 @@ def test_what_is_damaged_is_named_with_the_command_that_repairs_it(fresh_run: Pa
     assert re.match(rf"object \w{{12}} of {kind} \w{{12}} \(.*\) is damaged: its content", str(caught.value))
     assert str(caught.value).endswith(hint)
     if kind == "teacher":
-        ops.fetch_teacher("tiny-digits", run=fresh_run, force=True)
+        sidactl.fetch_teacher("tiny-digits", run=fresh_run, force=True)
     elif kind == "dataset":
-        ops.prepare_data("tiny-digits", run=fresh_run, force=True)
+        sidactl.prepare_data("tiny-digits", run=fresh_run, force=True)
     else:
         assert measured(30, force=True) == expected
     assert list(rehash(store)) == []
@@ -691,9 +698,9 @@ def test_what_is_damaged_is_named_with_the_command_that_repairs_it(fresh_run: Pa
 
 def test_force_derives_damaged_inputs_of_the_catalog_again(fresh_run: Path) -> None:
     store = Store.open(fresh_run)
-    expected = scores.fid("teacher/tiny-digits", num=30, run=fresh_run)
+    expected = sidactl.fid("teacher/tiny-digits", num=30, run=fresh_run)
     harm(store, "teacher", "dataset", "detector", "stats")
-    assert scores.fid("teacher/tiny-digits", num=30, run=fresh_run, force=True) == expected
+    assert sidactl.fid("teacher/tiny-digits", num=30, run=fresh_run, force=True) == expected
     assert list(rehash(store)) == []
 
 
@@ -701,15 +708,15 @@ def test_a_truncated_ref_of_a_detector_is_written_again(fresh_run: Path) -> None
     ref = fresh_run / "refs/detector/tiny-digits"
     whole = ref.read_text()
     ref.write_text(whole[:20])
-    scores.fid("tiny-digits", num=33, run=fresh_run)
+    sidactl.fid("tiny-digits", num=33, run=fresh_run)
     assert ref.read_text() == whole
 
 
 def test_grey_pictures_in_three_channels_are_no_other_images(finished: Finished, tmp_path: Path) -> None:
-    drawn = ops.sample("tiny-digits", num=12, run=finished.root, device="cpu")
-    folder = inventory.export(drawn.artifact.oid, tmp_path / "grey", form="png", run=finished.root)
+    drawn = sidactl.sample("tiny-digits", num=12, run=finished.root, device="cpu")
+    folder = sidactl.export(drawn.artifact.oid, tmp_path / "grey", form="png", run=finished.root)
     options: dict[str, Any] = {"detector": "random-features", "reference": "tiny-digits", "run": finished.root}
-    by_folder, by_samples = (scores.fid(subject, **options) for subject in (folder, drawn.artifact))
+    by_folder, by_samples = (sidactl.fid(subject, **options) for subject in (folder, drawn.artifact))
     assert float(by_folder) == pytest.approx(float(by_samples), rel=1e-12)  # the order of a sum
     assert [warning for warning in by_folder.warnings if "the reference's" in warning] == []
 
@@ -718,7 +725,7 @@ def test_an_inception_score_without_its_detector_proposes_none_that_cannot_give_
     fresh_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SIDACTL_MIRROR", str(fresh_run))
-    for score, is_proposed in ((scores.inception_score, False), (scores.fid, True)):
+    for score, is_proposed in ((sidactl.inception_score, False), (sidactl.fid, True)):
         with pytest.raises(SidaError, match="mirror has neither") as caught:
             score("tiny-digits", num=10, detector="inception", run=fresh_run)
         assert ("random-features" in str(caught.value)) == is_proposed
@@ -734,8 +741,8 @@ def test_images_of_another_shape_than_the_reference_are_warned_of(finished: Fini
     options: dict[str, Any] = {"detector": "random-features", "run": finished.root}
     told = "the images are 8x8x1, the reference's 16x16x3: the distance is of that, too"
     for subject in ("generator/best", "dataset/tiny-digits"):
-        assert told in scores.fid(subject, reference=str(folder), num=20, **options).warnings
-    assert not [w for w in scores.fid("generator/best", num=20, **options).warnings if "of that, too" in w]
+        assert told in sidactl.fid(subject, reference=str(folder), num=20, **options).warnings
+    assert not [w for w in sidactl.fid("generator/best", num=20, **options).warnings if "of that, too" in w]
 
 
 def test_a_network_of_ones_own_dataset_is_scored_by_the_detector_of_its_runs(tmp_path: Path) -> None:
@@ -745,10 +752,10 @@ def test_a_network_of_ones_own_dataset_is_scored_by_the_detector_of_its_runs(tmp
     for seed in range(6):
         pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{seed}.png")
-    data = ops.prepare_data(str(folder), name="mine", run=run)
+    data = sidactl.prepare_data(str(folder), name="mine", run=run)
     net = {"img_channels": 3, "img_resolution": 8}
     weights = {"model.safetensors": b"x"}
     generator = Store.open(run).put("generator", weights, params={"net": net}, inputs={"dataset": data.oid})
     for options, expected in (({}, "random-features"), ({"reference": data.oid}, "inception")):
-        assert scores._default_detector(generator, data, options) == expected
-    assert scores._default_detector(data, data, {}) == "inception"
+        assert scorers._default_detector(generator, data, options) == expected
+    assert scorers._default_detector(data, data, {}) == "inception"

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sidactl import inventory, ops
-from sidactl.artifacts import fetch_teacher, prepare_data, resolve
+import sidactl
+from sidactl import fetch_teacher, prepare_data
 from sidactl.cli import main
+from sidactl.commands.resolve import resolve
 from sidactl.data.dataset import Dataset
 from sidactl.data.images import encode_png
 from sidactl.data.prepare import prepare
@@ -662,7 +663,7 @@ def test_classes_are_printed_kept_and_shown(run: Path, capsys: pytest.CaptureFix
     assert artifact.results["class_names"] == ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
     assert (artifact.results["label_dim"], artifact.results["class_counts"]) == (7, [1, 1, 1, 1, 1, 1, 0])
     assert f"class_names: {told}" in command(capsys, "show", out.strip(), "--run", str(run))[1]
-    exported = inventory.export(artifact.oid, run.parent / "files", run=run)
+    exported = sidactl.export(artifact.oid, run.parent / "files", run=run)
     assert prepare_data(str(exported / "images.zip"), run=run).results == artifact.results
 
 
@@ -676,11 +677,11 @@ def test_datasets_without_class_folders_keep_their_oids(run: Path) -> None:
 
 def test_sample_takes_a_class_by_name(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders(run.parent / "in", "cat/x.png", "dog/x.png", "10/x.png")
-    pets, digits, store = prepare_data("in", run=run), ops.fetch_teacher("tiny-digits", run=run), Store(run)
+    pets, digits, store = prepare_data("in", run=run), sidactl.fetch_teacher("tiny-digits", run=run), Store(run)
     weights: dict[str, Path | bytes] = {"model.safetensors": store.path(digits, "model.safetensors")}
     teacher = store.put("teacher", weights, inputs={"dataset": pets.oid}, params=digits.params)
     store.set_ref("teacher", "mine", teacher.oid)
-    by_name = ops.sample("mine", seeds=range(2), class_index="dog", steps=2, run=run, device="cpu")
+    by_name = sidactl.sample("mine", seeds=range(2), class_index="dog", steps=2, run=run, device="cpu")
     assert by_name.artifact.params["class_index"] == 2
     assert by_name.labels is not None
     assert by_name.labels.tolist() == [2, 2]
@@ -749,11 +750,11 @@ def test_a_png_is_read_to_the_checksum_of_every_chunk(tmp_path: Path) -> None:
         at = chance.randrange(8, len(sound))
         path.write_bytes(sound[:at] + bytes([sound[at] ^ (1 << chance.randrange(8))]) + sound[at + 1 :])
         with pytest.raises(SidaError, match=r"b\.png cannot be read as an image|must be an image|must have at most"):
-            ops.prepare_data(str(folder), run=tmp_path / f"run{number}")
+            sidactl.prepare_data(str(folder), run=tmp_path / f"run{number}")
     for length in (len(sound) - 1, len(sound) - 12, len(sound) - 20):
         path.write_bytes(sound[:length])
         with pytest.raises(SidaError, match=r"b\.png cannot be read as an image \(the PNG ends too early\)"):
-            ops.prepare_data(str(folder), run=tmp_path / f"cut{length}")
+            sidactl.prepare_data(str(folder), run=tmp_path / f"cut{length}")
 
 
 def test_what_is_no_regular_file_is_refused_before_it_is_opened(tmp_path: Path) -> None:
@@ -763,7 +764,7 @@ def test_what_is_no_regular_file_is_refused_before_it_is_opened(tmp_path: Path) 
     for number, name in enumerate(("b.png", "dataset.json")):
         os.mkfifo(folder / name)
         with pytest.raises(SidaError) as caught:
-            ops.prepare_data(str(folder), run=tmp_path / f"run{number}")
+            sidactl.prepare_data(str(folder), run=tmp_path / f"run{number}")
         told = f"{folder / name} is no regular file but a FIFO, device or socket. Remove it, or give another."
         assert str(caught.value) == told
         (folder / name).unlink()
@@ -775,7 +776,7 @@ def test_a_key_that_stands_twice_in_dataset_json_is_refused(tmp_path: Path) -> N
     Image.new("L", (8, 8)).save(folder / "a.png")
     (folder / "dataset.json").write_text('{"labels": [["a.png", 0]], "labels": null}')
     with pytest.raises(SidaError, match=r'dataset\.json must be JSON, got the key "labels" twice\. '):
-        ops.prepare_data(str(folder), run=tmp_path / "run")
+        sidactl.prepare_data(str(folder), run=tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", ["labels.json", "Labels.csv", "metadata.tsv", "annotations.txt"])
@@ -786,7 +787,7 @@ def test_files_that_may_hold_labels_are_told_to_be_passed_over(
     folder.mkdir()
     Image.new("L", (8, 8)).save(folder / "a.png")
     (folder / name).write_text("a.png,0")
-    ops.prepare_data(str(folder), run=tmp_path / "run")
+    sidactl.prepare_data(str(folder), run=tmp_path / "run")
     told = "1 files that may hold labels, which dataset.json alone gives, the first"
     assert f"passed over in {folder}: {told} {name}" in capsys.readouterr().err.splitlines()
 
@@ -796,11 +797,11 @@ def test_an_exported_folder_is_read_as_its_images_and_not_as_the_pictures_of_the
 ) -> None:
     made = prepare_data("tiny-digits", run=run, say=None)
     for form in ("files", "png"):
-        folder = inventory.export(made.oid, tmp_path / form, form=form, run=run)  # type: ignore[arg-type]
+        folder = sidactl.export(made.oid, tmp_path / form, form=form, run=run)  # type: ignore[arg-type]
         again = prepare_data(str(folder), run=run, say=None)
         assert (again.results["num_images"], again.results["label_dim"]) == (1797, 10)
     assert f"{tmp_path / 'files'} is an export: its images.zip is taken" in capsys.readouterr().err
-    folder = inventory.export(fetch_teacher("tiny-digits", run=run).oid, tmp_path / "net", run=run)
+    folder = sidactl.export(fetch_teacher("tiny-digits", run=run).oid, tmp_path / "net", run=run)
     with pytest.raises(
         SidaError, match=r"must hold images, got the export of a teacher: .* Draw some with: sidactl fetch"
     ):

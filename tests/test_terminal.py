@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from sidactl import cli, scores
+from sidactl import cli, errors
 from sidactl.store import Store
 from tests.conftest import SHORT
 from tests.golden import golden
@@ -270,7 +270,7 @@ def test_the_run_directory_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: p
     assert Store.open().root == tmp_path / "x"
     assert Store.open("~/y").root == tmp_path / "y"
     assert Store.open("./~").root == Path("./~")
-    with pytest.raises(scores.SidaError, match=r"^there is no home directory for ~nobody-at-all/x\. Write \./~nobody"):
+    with pytest.raises(errors.SidaError, match=r"^there is no home directory for ~nobody-at-all/x\. Write \./~nobody"):
         Store.open("~nobody-at-all/x")
 
 
@@ -279,7 +279,7 @@ def test_the_run_directory_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: p
     [
         ("sidactl.cli", ["ls"]),
         ("typer", ["ls"]),
-        ("sidactl.inventory", ["ls"]),
+        ("sidactl.commands.inventory", ["ls"]),
         ("numpy", ["sample", "tiny-digits"]),
         ("urllib.request", ["fetch-teacher", "tiny-digits"]),
         ("torch", ["sample", "tiny-digits"]),

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sidactl import fetch_teacher, fid, inventory, prepare_data
+import sidactl
+from sidactl import fetch_teacher, fid, prepare_data
 from sidactl.store import Store
 
 COMMANDS: dict[str, Callable[[Path], object]] = {
@@ -36,7 +37,7 @@ def test_the_command_that_verify_names_brings_back_the_same(fresh_run: Path, kin
     path.chmod(0o644)
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    ((where, problem),) = inventory.verify(run=fresh_run)
+    ((where, problem),) = sidactl.verify(run=fresh_run)
     assert where == sha256
     assert re.match(
         f"file {name} of {kind} {artifact.oid[:12]}" if broken == "file" else "(artifact (of ref|that answers)|input) ",
@@ -47,6 +48,6 @@ def test_the_command_that_verify_names_brings_back_the_same(fresh_run: Path, kin
     assert said[2] == SAID[kind]
     subprocess.run(["bash", "-c", said[1]], check=True)
     COMMANDS[kind](fresh_run)
-    assert inventory.verify(run=fresh_run) == []
+    assert sidactl.verify(run=fresh_run) == []
     after = {path: path.read_bytes() for path in before}
     assert after == before

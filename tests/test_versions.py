@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 import sidactl
-from sidactl import inventory
+from sidactl.commands import inventory
 from sidactl.store import Artifact
 
 ARCHIVE = Path(__file__).parent / "data/run-directories.tar.xz"
@@ -55,7 +55,7 @@ def go_on(root: Path, told: list[str] | None = None) -> Artifact:
 
 
 def weights(root: Path, artifact: Artifact) -> dict[str, np.ndarray]:
-    return safetensors.numpy.load_file(inventory.files(artifact, run=root)["model.safetensors"])
+    return safetensors.numpy.load_file(sidactl.files(artifact, run=root)["model.safetensors"])
 
 
 @pytest.fixture(scope="module")
@@ -68,17 +68,17 @@ def undisturbed(states: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
 @pytest.mark.parametrize("commit", GOES_ON)
 def test_what_an_earlier_state_stored_is_read(states: Path, tmp_path: Path, commit: str) -> None:
     root = Path(shutil.copytree(states / commit, tmp_path / "run"))
-    assert list(inventory.verify(run=root)) == []
-    kinds = {artifact.kind for artifact, _ in inventory.ls(run=root)}
+    assert list(sidactl.verify(run=root)) == []
+    kinds = {artifact.kind for artifact, _ in sidactl.ls(run=root)}
     assert kinds >= {"teacher", "generator", "dataset", "detector", "samples", "score", "run"}
-    inventory.gc(run=root)  # what no ref reaches goes, since it is old by now
-    assert list(inventory.verify(run=root)) == []
-    (before,) = inventory.show("teacher/small", run=root).scores
+    sidactl.gc(run=root)  # what no ref reaches goes, since it is old by now
+    assert list(sidactl.verify(run=root)) == []
+    (before,) = sidactl.show("teacher/small", run=root).scores
     again = sidactl.fid("small", num=70, run=root, device="cpu", force=True)
     assert float(again) == pytest.approx(float(before), rel=1e-3)  # another processor may round otherwise
     drawn = sidactl.sample("generator/early", num=2, run=root, device="cpu")
     assert drawn.images.shape == (2, 8, 8, 1)
-    assert inventory.export("samples/four", tmp_path / "out.npz", run=root).is_file()
+    assert sidactl.export("samples/four", tmp_path / "out.npz", run=root).is_file()
 
 
 @pytest.mark.parametrize("commit", GOES_ON)
@@ -99,7 +99,7 @@ def test_what_an_earlier_state_left_unfinished_goes_on_or_is_named(
             f"unfinished work of an older version does not go on: {unfinished.key[:12]} ({command})"
             in capsys.readouterr().err
         )
-        inventory.gc(run=root, unfinished=[unfinished.key[:12]])
+        sidactl.gc(run=root, unfinished=[unfinished.key[:12]])
     assert inventory.unfinished(run=root) == []
     if whole.files["model.safetensors"].sha256.startswith(SAME_MACHINE):
         assert made.files["model.safetensors"] == whole.files["model.safetensors"]

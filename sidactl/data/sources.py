@@ -27,7 +27,7 @@ from sidactl.data.listing import (
 )
 from sidactl.data.packed import arrays_source, idx_source, npz_source, tar_source, zip_source
 from sidactl.errors import SidaError
-from sidactl.outputs import manifest_of
+from sidactl.store.outputs import manifest_of
 from sidactl.text import shell_word
 
 TINY_DIGITS = "tiny-digits"

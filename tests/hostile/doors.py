@@ -18,8 +18,9 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from sidactl import nets, references
-from sidactl.artifacts import fetch_teacher, prepare_data, read_state_dict
+from sidactl import fetch_teacher, nets, prepare_data
+from sidactl.commands import reference
+from sidactl.commands.files import read_state_dict
 from sidactl.errors import SidaError
 from sidactl.store import Artifact, Store, rehash
 
@@ -154,8 +155,7 @@ def idx(dims: tuple[int, ...] = (3, 8, 8), content: bytes | None = None, kind: i
 
 
 def _net(path: Path, run: Path) -> object:
-    from sidactl.inventory import look
-    from sidactl.ops import sample
+    from sidactl import look, sample
 
     with suppress(SidaError):  # what fetching says counts
         json.dumps(look(path))
@@ -177,7 +177,7 @@ def _weights(path: Path, run: Path) -> object:
 def _stats(path: Path, run: Path) -> object:
     store = Store.open(run)
     subject = prepare_data("tiny-digits", run=run, say=None)
-    found = references.find(store, str(path), subject, "moments")
+    found = reference.find(store, str(path), subject, "moments")
     return {name: file.sha256 for name, file in found.files.items()}
 
 
@@ -216,7 +216,8 @@ def _labels(path: Path, run: Path) -> object:
 
 def _live(path: Path, run: Path) -> object:
     """An unfinished distillation whose events are these."""
-    from sidactl import inventory, live
+    import sidactl
+    from sidactl.commands import question
 
     place = run / "live" / ("0" * 64)
     store = Store.open(run)
@@ -225,7 +226,7 @@ def _live(path: Path, run: Path) -> object:
     path.rename(place / "events.jsonl")
     (place / "lock").touch()
     (place / "checkpoint-0000000160-0.bak").mkdir()
-    return len(list(live.unfinished(store))), len(list(rehash(store))), inventory.gc(run=run, dry_run=True).num_young
+    return len(list(question.unfinished(store))), len(list(rehash(store))), sidactl.gc(run=run, dry_run=True).num_young
 
 
 def _published(name: str) -> bytes:

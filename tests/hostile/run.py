@@ -28,7 +28,8 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from sidactl import detectors, inventory, live, nets, ops, references, scores
+from sidactl import detectors, nets
+from sidactl.commands import distill, inventory, question, reference, score
 from sidactl.data import sources
 from sidactl.errors import SidaError
 from sidactl.foreign import networks, pickles
@@ -44,12 +45,12 @@ _WARM = (
     Image,
     detectors,
     inventory,
-    live,
+    question,
     nets,
-    ops,
+    distill,
     pickles,
-    references,
-    scores,
+    reference,
+    score,
     sources,
     networks,
 )

@@ -1,7 +1,4 @@
-"""Unfinished work in live/: which question it answers, how far it has come, what goes on with it; not how it is done.
-
-Files of others are never an error here: what does not read as ours is not known.
-"""
+"""A question and its answer: known, worked on, gone on with, recorded; and unfinished work in live/."""
 
 import dataclasses
 import fcntl
@@ -10,20 +7,30 @@ import math
 import os
 import re
 import shlex
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sidactl.errors import SidaError
+from sidactl.foreign import download
 from sidactl.recipes import flag_of
-from sidactl.store import QUESTION, LiveDir, Store
+from sidactl.store import QUESTION, Artifact, LiveDir, Store, UnwritableError
+
+if TYPE_CHECKING:
+    pass
+from sidactl.store.events import nimg_of
 
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{10,15})-[0-9]{1,9}")
+
 _TAIL_BYTES = 1 << 16
 """as much of events.jsonl is read for its last event"""
+
 _DIFFERENCES_TOLD = 3
+
 _TRAINING = ("distill", "train-teacher")
 
 
@@ -188,14 +195,6 @@ def _nimg_in(folder: Path) -> int | None:
     return None
 
 
-def nimg_of(line: bytes) -> float:
-    """The images seen at an event; infinity for what is no event, such as the half line that a killed process left."""
-    try:
-        return int(json.loads(line)["nimg"])
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return math.inf
-
-
 def begin(store: Store, live: LiveDir, question: Question) -> list[str]:
     """Keeps the question in its live directory; returns what to tell people of other work that does not go on."""
     others = [] if set(os.listdir(live.path)) - {"lock", QUESTION} else _told_of_others(store, live, question)
@@ -248,3 +247,147 @@ def _flat(params: Mapping[str, Any]) -> dict[str, Any]:
         is_source = name == "source"  # of which files a digest is of no use to people
         flat |= _flat(value) if isinstance(value, dict) and not is_source else {name: value}
     return flat
+
+
+@contextmanager
+def answer_or_work(
+    store: Store, key: str, what: str, force: bool, recheck: bool, question: Question
+) -> Iterator[Artifact | LiveDir]:
+    """What answered the question before, or else the place to work on it, alone: emptied when all went well.
+
+    An interruption leaves it for the next time.
+    """
+    if not force and (known := asked(store, key, recheck)):
+        yield known
+        return
+    lock = store.root / "tmp" / f"prepare-{key[:16]}.lock"
+    with download.exclusive(lock, lambda: download.to_stderr(f"waiting for another process: {what}")):
+        known = store.asked(key, whole=recheck)
+        if known and not force:
+            yield known
+            return
+        with at_work(store, key, question) as live:
+            yield live
+
+
+@contextmanager
+def at_work(store: Store, key: str, question: Question) -> Iterator[LiveDir]:
+    """The live directory of a question, emptied when all went well; says which other work does not go on.
+
+    To answer anew (--force) has a place of its own, so that this, too, goes on after an interruption.
+    """
+    known = store.asked(key)
+    with store.live(store.key("again", {"key": key}, {"known": known.oid}) if known else key) as live:
+        for line in begin(store, live, question.again() if known else question):
+            download.to_stderr(line)
+        yield live
+        live.clear()
+
+
+def is_alone() -> bool:
+    """Whether torchrun started no other process with this one; told without importing torch."""
+    return os.environ.get("WORLD_SIZE", "1") == "1"
+
+
+@contextmanager
+def first_alone() -> Iterator[None]:
+    """See `engine.first_alone`; a process that is alone anyway does not import torch for it."""
+    if is_alone():
+        yield
+        return
+    from sidactl.engine import ranks
+
+    with ranks.first_alone():
+        yield
+
+
+def agreed_answer(store: Store, key: str) -> Artifact | None:
+    """The answer that there is, as the first of several processes sees it: one that looks later may see another."""
+    return on_all(store, asked(store, key))
+
+
+def on_all(store: Store, artifact: Artifact | None) -> Artifact | None:
+    """The artifact that the first of several processes has, on all of them."""
+    if is_alone():
+        return artifact
+    from sidactl.engine import ranks
+
+    oid = ranks.agreed(lambda: artifact.oid if artifact else "")
+    return store.get(oid) if oid else None
+
+
+@contextmanager
+def answering(
+    store: Store, key: str, question: Question, *, force: bool = False, recheck: bool = False
+) -> Iterator[Artifact | LiveDir | None]:
+    """What all processes find together: an answer, or the place to work on it, of which the first is the writer.
+
+    None where the run directory takes nothing.
+    """
+    if not is_alone():
+        from sidactl.engine import ranks
+
+        if ranks.rank_and_size()[0] > 0:
+            kind, _, told = ranks.agreed(str).partition(" ")
+            yield store.get(told) if kind == "answer" else LiveDir(Path(told), is_writer=False) if told else None
+            return
+    with ExitStack() as stack:
+        place = None
+        with suppress(UnwritableError):
+            store.check_writable()
+            place = stack.enter_context(answer_or_work(store, key, question.title, force, recheck, question))
+        if not is_alone():
+            from sidactl.engine import ranks
+
+            told = f"answer {place.oid}" if isinstance(place, Artifact) else f"place {place.path if place else ''}"
+            ranks.agreed(lambda: told)
+        yield place
+
+
+def asked(store: Store, key: str, whole: bool = False) -> Artifact | None:
+    """The answer to a question of long work; tidies up after a process that was killed once it had given it."""
+    known = store.asked(key, whole=whole)
+    if known and (store.root / "live" / key).exists():
+        with suppress(SidaError), store.live(key) as live:
+            live.clear()
+    return known
+
+
+def tell_old(store: Store, key: str, say: download.Say | None) -> None:
+    """Says that an answer was in the run directory already, and since when."""
+    if say and (when := store.asked_at(key)):
+        date = time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(when))
+        say(f"answered from the run directory, asked on {date}; --force does it again")
+
+
+def called_so(store: Store, artifact: Artifact, name: str | None) -> Artifact:
+    """An artifact under the name that it is now given: as if it had been made under it."""
+    if name is None or artifact.params.get("name") == name:
+        return artifact
+    return store.put_again(artifact, {**artifact.params, "name": name})
+
+
+def answered(
+    store: Store,
+    key: str,
+    artifact: Artifact,
+    command: str,
+    *,
+    refs: Sequence[str] = (),
+    say: download.Say | None = None,
+) -> Artifact:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    # In this order, so that every answer is in the log, by which verify knows one that was swapped.
+    store.log({"time": now, "command": command, "key": key, "oid": artifact.oid})
+    store.answer(key, artifact.oid)
+    return named(store, artifact, refs, say)
+
+
+def named(store: Store, artifact: Artifact, refs: Sequence[str], say: download.Say | None = None) -> Artifact:
+    """Gives an artifact names; `say` takes a line for each that was another artifact's."""
+    for name in refs:
+        if (old := store.ref(artifact.kind, name)) != artifact.oid:
+            store.set_ref(artifact.kind, name, artifact.oid)
+            if old and say:
+                say(f"{artifact.kind}/{name} named {old[:12]} before, and names {artifact.oid[:12]} now")
+    return artifact

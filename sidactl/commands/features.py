@@ -10,10 +10,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sidactl.artifacts import Tick, answered, answering, load_dataset, on_all
+from sidactl.commands.question import Question, answered, answering, on_all
+from sidactl.commands.resolve import load_dataset
+from sidactl.commands.words import Tick
 from sidactl.errors import SidaError
 from sidactl.foreign import download
-from sidactl.live import Question
 from sidactl.store import COLLECTED, Artifact, LiveDir, Store, UnwritableError, sealed, unsealed
 
 if TYPE_CHECKING:
@@ -25,10 +26,13 @@ if TYPE_CHECKING:
     from sidactl.detectors import Detector
     from sidactl.metrics import FeatureStats
 
+
 MAX_BATCH_SIZE, BATCH_VALUES = 250, 1 << 20
 """images per batch: few enough that all their pixels are at most BATCH_VALUES values"""
+
 MAX_REAL_IMAGES = 200_000
 """so many images of a dataset, drawn by a fixed seed, stand for it in precision, recall and KID, as in SiD"""
+
 SAVE_EVERY_SEC = 20.0
 """so much work an interruption may cost; a save with Inception's moments takes some 0.1 s"""
 

@@ -24,15 +24,23 @@ from sidactl.store import KINDS
 
 MANIFEST = "manifest.json"
 """in an exported folder: what it is of, and which files are its own"""
+
 _MAX_MANIFEST_BYTES = 1 << 29
 """far more than it takes to list millions of pictures"""
+
 _PREFIX = ".sidactl-export-"
+
 _STAGE = re.compile(re.escape(_PREFIX) + "[a-z0-9_]{8}")
+
 _IN_STAGE = re.compile(r"lock|(new|old)-\d")
+
 _NO_REPLACE, _EXCHANGE, _AT_FDCWD = 1, 2, -100
 """of renameat2"""
+
 _HINTS = {errno.ENAMETOOLONG: "Choose a shorter name.", errno.ENOTDIR: "Choose another place."}
+
 _HINTS |= dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Free some space, or choose another place.")
+
 _TYPES = {stat.S_IFLNK: "a symbolic link", stat.S_IFDIR: "a folder", stat.S_IFREG: "a file", stat.S_IFIFO: "a pipe"}
 
 _NAME_ANOTHER = "Name a new folder or file in it."

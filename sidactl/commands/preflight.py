@@ -13,25 +13,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from sidactl import artifacts, catalog, references
-from sidactl.artifacts import (
-    NET_FILES,
-    NETS,
-    check_vae_is_there,
-    is_source,
-    mapping,
-    refuse_vae_of_pixels,
-    require_images,
-    shape_for_nets,
-    vae_for,
-)
+from sidactl import catalog
+from sidactl.commands import files, moments, resolve, words
+from sidactl.commands import reference as commands_reference
+from sidactl.commands.vae import check_vae_is_there, refuse_vae_of_pixels, vae_for
+from sidactl.commands.words import NET_FILES, NETS, is_source, mapping, require_images, shape_for_nets
 from sidactl.errors import SidaError
 from sidactl.foreign import download
 from sidactl.recipes import NetSpec, Recipe
 from sidactl.store import Artifact, Store
 
 VAE_BYTES = 335_000_000
+
 _NUM_FEATURES = {"tiny-digits": 64, "random-features": 128, "inception": 2048, "dinov2": 1024}
+
 _HOW = {"dataset": "downloaded and prepared"}
 
 
@@ -103,23 +98,23 @@ def find(store: Store, text: str, kinds: list[str]) -> Input:
             if store.ref(kind, name):
                 return Input(text, store.resolve(f"{kind}/{name}"), entry)
             return Input(text, None, entry, _need_of(entry, kind))
-    return Input(text, artifacts.stored(store, text, kinds))
+    return Input(text, words.stored(store, text, kinds))
 
 
 def dataset_called(store: Store, name: str, *, may_download: bool = True) -> Input:
     """What `artifacts.dataset_called` would give: a network from outside names no path or URL that is read."""
     entry = catalog.DATASETS.get(name)
     if entry and entry.source and not may_download and not store.ref("dataset", name):
-        raise artifacts.not_prepared(entry)
+        raise words.not_prepared(entry)
     if entry and not store.ref("dataset", name):
         return Input(name, None, entry, _need_of(entry, "dataset"))
-    return Input(name, artifacts.dataset_called(store, name), entry)
+    return Input(name, resolve.dataset_called(store, name), entry)
 
 
 def _need_of(entry: catalog.Entry, kind: str) -> Need | None:
     if isinstance(entry, catalog.Dataset) and not (entry.builtin or entry.source):
-        raise artifacts.not_prepared(entry)
-    artifacts.check_has_file(entry)
+        raise words.not_prepared(entry)
+    files.check_has_file(entry)
     if entry.source is None:
         return None  # built in
     return _download(f"{kind} {entry.name}", entry.source, _HOW.get(kind, "downloaded"))
@@ -147,11 +142,11 @@ def reference(store: Store, asked: str | None, teacher: Input, data: Input | Non
         held = data.artifact if data else None
         if data and data.has_images:
             name = str(held.params["name"]) if held else data.entry.name if data.entry else Path(data.text).name
-            if entry := references.published_for(name, _net(teacher).architecture):
+            if entry := commands_reference.published_for(name, _net(teacher).architecture):
                 return _published(store, entry)
             if held is None and not _holds_latents(data.text):
                 return data  # whatever it is made of is images
-            if held and (pixels := references.pixels_of(store, held)).results["kind"] == "pixels":
+            if held and (pixels := commands_reference.pixels_of(store, held)).results["kind"] == "pixels":
                 return Input(data.text, pixels)
         return _own_reference(store, teacher)
     published = catalog.REFERENCES.get(asked)
@@ -163,7 +158,7 @@ def reference(store: Store, asked: str | None, teacher: Input, data: Input | Non
     found = find(store, asked, ["dataset", "stats"])
     check_images(found)
     if found.artifact and found.artifact.kind == "dataset":
-        references.refuse_latents(pixels := references.pixels_of(store, found.artifact))
+        commands_reference.refuse_latents(pixels := commands_reference.pixels_of(store, found.artifact))
         return Input(asked, pixels)
     return found
 
@@ -179,12 +174,14 @@ def _holds_latents(path: str) -> bool:
 
 
 def _own_reference(store: Store, teacher: Input) -> Input:
-    name = references.dataset_name(store, teacher.artifact) if teacher.artifact else str(teacher.params["dataset"])
-    if entry := references.published_for(name, _net(teacher).architecture):
+    name = (
+        commands_reference.dataset_name(store, teacher.artifact) if teacher.artifact else str(teacher.params["dataset"])
+    )
+    if entry := commands_reference.published_for(name, _net(teacher).architecture):
         return _published(store, entry)
     if teacher.artifact and "dataset" in teacher.artifact.inputs:
-        pixels = references.pixels_of(store, store.get(teacher.artifact.inputs["dataset"]))
-        references.refuse_latents(pixels)
+        pixels = commands_reference.pixels_of(store, store.get(teacher.artifact.inputs["dataset"]))
+        commands_reference.refuse_latents(pixels)
         return Input(name, pixels)
     return dataset_called(store, name)
 
@@ -203,12 +200,12 @@ def _net(of: Input) -> NetSpec:
 def default_detector(of: Input) -> str:
     """The detector that a run is scored with by default; of what is prepared first, as it will be."""
     if of.artifact:
-        return references.training_detector(of.artifact)
+        return moments.training_detector(of.artifact)
     if isinstance(of.entry, catalog.Reference):
         return of.entry.detectors[0]
     if isinstance(of.entry, catalog.Dataset):
         return of.entry.detector
-    return "inception" if Path(of.text.partition("?")[0]).suffix in (".pkl", ".npz") else references.RANDOM_FEATURES
+    return "inception" if Path(of.text.partition("?")[0]).suffix in (".pkl", ".npz") else moments.RANDOM_FEATURES
 
 
 def drawn_by(net: NetSpec) -> tuple[int, int]:
@@ -229,10 +226,10 @@ def check_detector(store: Store, name: str, net: NetSpec, compared: Input) -> li
     if channels not in (1, 3):
         raise SidaError(f"detectors take grey or RGB images, {drawn}", "Pass --no-score.")
     needs: list[Need] = []
-    if references.is_detector_file(name):
+    if moments.is_detector_file(name):
         if not Path(name).is_file():
             raise SidaError(f"{name}: no such file", "Check the path, or use --detector inception.")
-        if references.is_torchscript(name):
+        if moments.is_torchscript(name):
             catalog.digest_of_code(name)
     else:
         entry = catalog.detector(name)
@@ -244,16 +241,16 @@ def check_detector(store: Store, name: str, net: NetSpec, compared: Input) -> li
 
 def _check_statistics(detector: str, compared: Input) -> None:
     held = compared.artifact
-    name = "inception" if references.is_detector_file(detector) else detector
+    name = "inception" if moments.is_detector_file(detector) else detector
     if held and held.kind == "stats":
-        by = references.detector_name(held)
+        by = moments.detector_name(held)
         others = [by] if "detector" in held.params else sorted(f.removesuffix(".npz") for f in held.files)
         called = str(held.params.get("name", compared.text))
     elif held is None and isinstance(compared.entry, catalog.Reference):
         others, called = list(compared.entry.detectors), compared.entry.name
     elif held is None and compared.text.endswith(".npz") and (width := _width(compared.text)):
         if name != "inception" or width != _NUM_FEATURES["inception"]:
-            gives = "" if references.is_detector_file(detector) else f", {name} gives {_NUM_FEATURES[name]:,}"
+            gives = "" if moments.is_detector_file(detector) else f", {name} gives {_NUM_FEATURES[name]:,}"
             raise SidaError(
                 f"{compared.text} holds statistics of {width:,} features, which are taken for Inception's 2,048{gives}",
                 "Pass another --ref." if width != _NUM_FEATURES["inception"] else "Pass --detector inception.",

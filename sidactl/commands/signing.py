@@ -9,7 +9,9 @@ from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.text import shell_word
 
 _BUNDLE = b'{"mediaType":"application/vnd.dev.sigstore.bundle'
+
 _KEYS = "Make a pair with: openssl ecparam -name prime256v1 -genkey -noout -out key.pem && openssl ec -in key.pem "
+
 _KEYS += "-pubout -out key.pub"
 
 

@@ -1,0 +1,192 @@
+"""Everything that a distillation needs, resolved and loaded before its first step."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sidactl.commands import moments
+from sidactl.commands import reference as commands_reference
+from sidactl.commands.identity import source_identity
+from sidactl.commands.prepare import prepare_data
+from sidactl.commands.question import (
+    Question,
+)
+from sidactl.commands.resolve import dataset_called, resolve
+from sidactl.commands.vae import (
+    vae_digest,
+    vae_for,
+)
+from sidactl.commands.words import (
+    mapping,
+    require_images,
+    shape_for_nets,
+)
+from sidactl.errors import MissingError
+from sidactl.recipes import (
+    Execution,
+    NetSpec,
+    Recipe,
+)
+from sidactl.store import Artifact, LiveDir, Store
+
+if TYPE_CHECKING:
+    import torch
+
+    from sidactl.trainer import Distillation
+from sidactl.commands.plan import Plan, check_generator, is_foreign, needs_reference, of_other_vae, plan
+from sidactl.commands.running import check_fit, check_trainable
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A distillation with every word resolved: what `_distill` works on."""
+
+    recipe: Recipe
+    default: Recipe
+    """the recipe without what the user changed"""
+    execution: Execution
+    inputs: Mapping[str, Artifact]
+    compared: Artifact | None
+    """what it is scored against; None = it is not"""
+    detector: str | None
+    vae: Artifact | None
+    """what decodes its latents; None = the usual one, or it draws pixels"""
+    settings: Mapping[str, Any]
+    """what shapes the result beside recipe and inputs, where it is not the default"""
+    warnings: Sequence[str]
+    notes: Sequence[str]
+
+    def _recipe_of_keys(self) -> dict[str, Any]:
+        apart = {name: getattr(self.default, name) for name in ("checkpoint_every_nimg", "stop_if_nan_steps")}
+        return dataclasses.replace(self.recipe, **apart).to_json()
+
+    def keys(self, store: Store) -> dict[str, str]:
+        """The questions that the best and the last generator answer; what shapes neither is no part of them."""
+        recipe = self._recipe_of_keys()
+        oids = {role: artifact.oid for role, artifact in self.inputs.items()}
+        return {
+            which: store.key("distill", {"recipe": recipe, "which": which, **self.settings}, oids)
+            for which in ("best", "last")
+        }
+
+    def question(self, words: Sequence[str]) -> Question:
+        """What the keys stand for, in words and numbers."""
+        settings = {"no_score": True} if "scored" in self.settings else self.settings
+        return Question(
+            command="distill",
+            subject=f"{self.recipe.teacher} {self.recipe.mode}",
+            words=words,
+            params={**self._recipe_of_keys(), **settings},
+            inputs={role: artifact.oid for role, artifact in self.inputs.items()},
+        )
+
+
+def assembled(
+    store: Store, *, teacher: str, execution: Execution, device: str | None, recheck: bool, **options: Any
+) -> Assembled:
+    """A distillation with its inputs fetched and prepared, once all was checked that can be known before."""
+    if is_foreign(teacher):
+        teacher = resolve(store, teacher, ["teacher"], recheck=recheck).oid
+    elif recheck:
+        resolve(store, teacher, ["teacher"], recheck=True)  # before the plan reads it
+    planned = plan(teacher=teacher, store=store, execution=execution, device=device, **options)
+    if planned.missing:
+        raise planned.missing[0]
+    if planned.needs:  # nobody should wait for a download to hear of a device that is not there
+        from sidactl.engine.devices import pick_device
+
+        pick_device(device)
+    dataset, generator, reference = (options[name] for name in ("dataset", "generator", "reference"))
+    teacher_artifact = resolve(store, teacher, ["teacher"])
+    inputs = {"teacher": teacher_artifact}
+    net = NetSpec.from_json(mapping(teacher_artifact.params["net"]))
+    data = inputs["dataset"] = _training_data(store, planned, teacher_artifact, dataset, recheck)
+    recipe = dataclasses.replace(
+        planned.recipe, dataset=planned.recipe.dataset if dataset is None else str(data.params["name"])
+    )
+    notes, settings = list(planned.notes), dict[str, Any]()
+    compared, detector = None, options["detector"]
+    if options["score"]:
+        try:
+            if reference is None:
+                compared = commands_reference.of_run(store, teacher_artifact, data, recheck=recheck)
+            else:
+                compared = commands_reference.find(store, reference, teacher_artifact, "moments", recheck=recheck)
+        except MissingError as error:
+            # What failed, such as a download, may work another time; what is not there does not come.
+            if needs_reference(recipe, reference, detector, data):
+                raise
+            if planned.scoring:
+                notes.append(f"nothing is scored, and the last generator is the result: {error.message}")
+    elif data.results["kind"] != "labels":
+        settings["scored"] = False
+    is_without_images = data.results["kind"] == "latents" and "dataset" not in data.inputs
+    if compared and reference is None and is_without_images and compared.params["name"] != data.params["name"]:
+        told = f"scored against the {commands_reference.described(store, compared)} of its teacher's"
+        notes.append(f"{data.params['name']} has no images to compare with: {told}")
+    if generator is not None:
+        inputs["generator"] = resolve(store, generator, ["generator"], recheck=recheck)
+        check_generator(inputs["generator"].params, teacher_artifact.params)
+    check_trainable(data)
+    check_fit(shape_for_nets(data), net, "teacher")
+    if compared:
+        default = moments.training_detector(compared)
+        if detector not in (None, default):
+            is_file = moments.is_detector_file(detector)
+            settings["detector"] = source_identity(store, detector, recheck=recheck) if is_file else detector
+        detector = detector or default
+        if compared.oid != data.oid:
+            inputs["reference"] = compared
+    asked_vae, warnings = options.get("vae"), [*planned.warnings]
+    vae = vae_for(store, asked_vae, teacher_artifact, recheck=recheck)
+    if vae:
+        settings["vae"] = vae_digest(vae)
+    if asked_vae is not None:  # else the plan has told
+        warnings += of_other_vae(vae, [*inputs.values()])
+    return Assembled(recipe, planned.default, execution, inputs, compared, detector, vae, settings, warnings, notes)
+
+
+def _training_data(store: Store, planned: Plan, teacher: Artifact, asked: str | None, recheck: bool) -> Artifact:
+    """The dataset to train on; in mode sid, where it is not there and none was named, the net's classes alone."""
+    try:
+        if asked:
+            data = resolve(store, asked, ["dataset"], recheck=recheck)
+        else:
+            needs_images = planned.recipe.mode != "sid"
+            data = dataset_called(store, planned.inputs["dataset"], recheck=recheck, may_download=needs_images)
+    except MissingError:
+        if not asked and "dataset" in teacher.inputs:
+            return store.get(teacher.inputs["dataset"])
+        if asked or planned.recipe.mode != "sid":
+            raise
+        # A net without classes looks at no label: one class does as well.
+        num_classes = int(mapping(teacher.params["net"])["label_dim"]) or 1
+        return prepare_data(None, classes=num_classes, run=store.root, recheck=recheck, say=None)
+    if planned.recipe.mode != "sid":
+        require_images(data)
+    return data
+
+
+def find_batch_per_device(
+    training: "Distillation", execution: Execution, live: LiveDir, device: "torch.device"
+) -> str | None:
+    """Lets a GPU take as many images at a time as fit, found by trying and remembered; tells how many.
+
+    Not where a number was asked for; nor on the CPU, whose memory gives no sign before it is full, nor sharded, where
+    processes wait for each other: then it is one micro-batch.
+    """
+    from sidactl.engine import configure, devices, ranks
+
+    if execution.batch_per_device or execution.shard or device.type == "cpu":
+        return None
+    remembered = live.path / "batch-per-device.json"
+    tried_on = [ranks.rank_and_size()[1], devices.memory_of(device), execution.to_json()]
+    told = json.loads(ranks.agreed(lambda: remembered.read_text() if remembered.exists() else "{}"))
+    if told.get("tried_on") == tried_on:
+        training.passes = configure.passes_of(training.recipe, Execution(batch_per_device=told["images"]))
+        return None
+    images = training.fit_batch_per_device()
+    live.write(remembered.name, json.dumps({"images": images, "tried_on": tried_on}).encode())
+    return f"{images} images at a time fit into the memory of {device} (--batch-per-device)"

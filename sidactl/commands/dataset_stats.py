@@ -1,0 +1,50 @@
+"""Feature statistics of a dataset as an artifact."""
+
+import os
+from typing import TYPE_CHECKING
+
+from sidactl import catalog
+from sidactl.commands import reference
+from sidactl.commands.features import stats_of
+from sidactl.commands.fetch import fetch_detector
+from sidactl.commands.inputs import Ref, optional_ref, ref_text, run_of
+from sidactl.commands.moments import detector_name
+from sidactl.commands.question import first_alone, named
+from sidactl.commands.resolve import resolve
+from sidactl.commands.scorers import load_detector
+from sidactl.commands.words import RunDir, Tick, require_images
+from sidactl.store import Artifact, Store
+
+if TYPE_CHECKING:
+    pass
+
+
+def dataset_stats(
+    ref: Ref,
+    *,
+    detector: str | os.PathLike[str] | None = None,
+    run: RunDir = None,
+    device: str | None = None,
+    force: bool = False,
+    tick: Tick | None = None,
+) -> Artifact:
+    """The feature statistics of all images of a dataset, as scores compare with them; by default of its own detector.
+
+    Latents have those of the pixels that they were made from. A name of the dataset gives them one, with the detector.
+    """
+    from sidactl.engine.devices import pick_device
+
+    store, detector = Store.open(run_of(ref, run)), optional_ref(detector, "the detector")
+    with first_alone():
+        data = resolve(store, ref_text(ref), ["dataset"], recheck=force)
+        require_images(data)
+        names = [name.partition("/")[2] for name in store.names_of(data.oid)]
+        reference.refuse_latents(data := reference.pixels_of(store, data))
+        called = detector or detector_name(data)
+        if called in catalog.DETECTORS:
+            fetch_detector(called, run=store.root, recheck=force)
+    chosen = load_detector(store, called, pick_device(device))
+    store.check_writable()
+    _, made = stats_of(store, data, chosen, tick, recheck=force)
+    assert made
+    return named(store, made, [f"{name}-{chosen.name}" for name in names])

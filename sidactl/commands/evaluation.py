@@ -1,0 +1,209 @@
+"""Scores while a distillation runs and at its end: of its generators, and of its teacher."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sidactl import catalog
+from sidactl.commands import moments, preflight, scores
+from sidactl.commands.question import is_alone
+from sidactl.commands.samplers import sampler_of
+from sidactl.commands.score import fid
+from sidactl.commands.score_question import is_answered
+from sidactl.commands.scores import METRICS, ScoreOptions, distance_name
+from sidactl.commands.vae import (
+    is_of_latents,
+)
+from sidactl.commands.words import Tick, part_of
+from sidactl.errors import SidaError
+from sidactl.recipes import (
+    HeunSpec,
+    OneStepSpec,
+)
+from sidactl.store import BrokenError, Store
+
+if TYPE_CHECKING:
+    import torch
+
+    from sidactl.detectors import Detector
+    from sidactl.loop import Evaluate
+    from sidactl.nets import Preconditioned
+from sidactl.commands.assemble import Assembled
+from sidactl.commands.running import Watch
+
+PREVIEW_SEEDS = range(64)
+
+# Far from the seeds that anybody scores with, so that the best checkpoint is not chosen by the images it is judged on.
+SELECTION_SEED = 1 << 31
+
+
+def try_scoring(
+    detector: "Detector",
+    reference: moments.Moments | None,
+    net: "Preconditioned",
+    sampler: OneStepSpec,
+    load_vae: Callable[[], Any] | None = None,
+) -> None:
+    """Draws two images and has them measured, so that what does not fit is told before the first step."""
+    from sidactl import sampling
+
+    seeds = range(SELECTION_SEED, SELECTION_SEED + 2)
+    (batch,) = sampling.generate(net, seeds, sampler, device=detector.device, load_vae=load_vae)
+    found, wanted = detector(batch.images).shape[1], len(reference.mean) if reference else 0
+    if reference and found != wanted:
+        raise SidaError(
+            f"the reference has {wanted:,} features, detector {detector.name} gives {found:,}",
+            "Pass another --ref, or --detector.",
+        )
+
+
+@dataclass(frozen=True)
+class Eye:
+    """One of the scores that an evaluation gives: by which detector, and against what."""
+
+    metric: str
+    detector: "Detector"
+    against: moments.Moments | None
+
+
+def evaluation_of(
+    eyes: Sequence[Eye],
+    sampler: OneStepSpec,
+    num_images: int,
+    tick: Tick | None = None,
+    class_counts: Sequence[int] | None = None,
+    load_vae: Callable[[], Any] | None = None,
+) -> "Evaluate":
+    """What scores a net while it trains, by the first of these scores and the others; and a grid of images."""
+    import torch
+
+    from sidactl import loop, sampling
+    from sidactl.commands import features
+    from sidactl.engine import ranks, sharding
+
+    seeds = range(SELECTION_SEED, SELECTION_SEED + num_images)
+    device = eyes[0].detector.device
+    detectors = {eye.detector.identity: eye.detector for eye in eyes}
+    keeps = {eye.detector.identity for eye in eyes if METRICS[eye.metric].need is None}
+    settings = {**scores.DEFAULTS, "order": "content"}  # as `evaluate` has them
+
+    def evaluate(net: "Preconditioned", should_stop: Callable[[], bool]) -> loop.Evaluation | None:
+        net = sharding.gathered(net, device)
+        size = features.images_per_batch(net.spec.img_channels, net.spec.img_resolution)
+        samples = sampling.generate(
+            net, seeds, sampler, device=device, class_counts=class_counts, load_vae=load_vae, batch_size=size
+        )
+        problems: list[str] = []
+
+        def images(first: int) -> "Iterator[torch.Tensor]":
+            try:
+                for batch in samples.shared(first):
+                    yield batch.images
+            except sampling.NotFiniteError as error:
+                problems.append(error.message)
+                channels, side = preflight.drawn_by(net.spec)
+                yield torch.zeros(1, channels, side, side, dtype=torch.uint8)  # others count on this one's share
+
+        collected = features.collect(
+            features.Work(len(samples), images, detectors, keeps),
+            tick=features.out_of(tick, num_images),
+            should_stop=lambda: bool(problems) or should_stop(),
+            refuse=problems.append,
+        )
+        if ranks.any_process(should_stop()):
+            return None
+        if told := ranks.first_told(problems[0] if problems else None):
+            return loop.Evaluation(math.nan, None, f"no score after these updates: {told}")
+
+        def numbers() -> str:
+            found: dict[str, float] = {}
+            for eye in eyes:
+                stats = collected.stats[eye.detector.identity]
+                kept = collected.features.get(eye.detector.identity)
+                found |= scores.numbers(eye.metric, eye.detector, stats, kept, eye.against, settings)
+            return json.dumps(found)
+
+        found: dict[str, float] = json.loads(ranks.agreed(numbers))
+        value = found.pop(distance_name(eyes[0].detector))
+        try:
+            return loop.Evaluation(value, preview_of(net, sampler, load_vae), also=found)
+        except sampling.NotFiniteError as error:
+            return loop.Evaluation(value, None, f"no picture: {error.message}", also=found)
+
+    return evaluate
+
+
+def finite_or_none(score: float | None) -> float | None:
+    """The score, or None for one that JSON has no word for."""
+    return score if score is not None and math.isfinite(score) else None
+
+
+def score_teacher(
+    store: Store, wanted: Assembled, device: str | None, watch: Watch | None, force: bool
+) -> float | None:
+    """The teacher's score as the generator's are, for comparison; None, and said so, where it cannot be had."""
+    from sidactl import loop
+
+    recipe, teacher = wanted.recipe, wanted.inputs["teacher"]
+    nfe = sampler_of(teacher).nfe
+    show = part_of(watch, f"scoring the teacher ({nfe} evaluations each)")
+
+    def tell(message: str, kind: str = "note") -> None:
+        if watch:
+            watch(loop.Event(kind, recipe.duration_nimg, {"message": message}))
+
+    def tick(done: int, total: int) -> None:
+        if done == 0:
+            tell(f"scoring the teacher on {total:,} images ({nfe} evaluations each) for comparison")
+        if show:
+            show(done, total)
+
+    try:
+        options = _teacher_question(store, wanted) | {"device": device, "tick": tick, "say": None}
+        try:
+            return fid(teacher.oid, **options).value
+        except BrokenError:
+            if not force:
+                raise
+            return fid(teacher.oid, **(options | {"force": True})).value
+    except (SidaError, RuntimeError, MemoryError) as error:
+        if not is_alone():  # the others wait for this process
+            raise
+        told = error.message if isinstance(error, SidaError) else (str(error).splitlines() or [repr(error)])[0]
+        tell(f"the teacher could not be scored ({told}); the generator is kept without that comparison", "warning")
+        return None
+
+
+def _teacher_question(store: Store, wanted: Assembled) -> ScoreOptions:
+    assert wanted.compared
+    usual = catalog.VAE_NAME if is_of_latents(wanted.inputs["teacher"]) else None
+    return {
+        "reference": wanted.compared.oid,
+        "num": wanted.recipe.evaluate_num,
+        "detector": wanted.detector,
+        "vae": wanted.vae.oid if wanted.vae else usual,
+        "run": store.root,
+    }
+
+
+def is_teacher_scored(store: Store, wanted: Assembled) -> bool:
+    """Whether the teacher's score is known already."""
+    return is_answered(wanted.inputs["teacher"].oid, ["fid"], _teacher_question(store, wanted))
+
+
+def preview_of(
+    net: "Preconditioned", sampler: OneStepSpec | HeunSpec, load_vae: Callable[[], Any] | None = None
+) -> bytes:
+    from sidactl import report, sampling
+
+    device, side = next(net.parameters()).device, preflight.drawn_by(net.spec)[1]
+    seeds = PREVIEW_SEEDS[: num_previewed(side)]
+    batches = sampling.generate(net, seeds, sampler, device=device, load_vae=load_vae)
+    return report.grid(next(iter(batches)).images.permute(0, 2, 3, 1).numpy())
+
+
+def num_previewed(side: int) -> int:
+    """Images of this size in a preview: at most 2,048 pixels a side, since PNGs of 4,096 take a processor 12 s each."""
+    return min(len(PREVIEW_SEEDS), max(1, 2048 // side) ** 2)

@@ -1,0 +1,58 @@
+"""The sampler of a network, and the settings of it that a command may change."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from sidactl.commands.words import mapping
+from sidactl.errors import SidaError
+from sidactl.recipes import HeunSpec, OneStepSpec, flag_of
+from sidactl.store import Artifact
+
+if TYPE_CHECKING:
+    pass
+from sidactl.commands.scores import HEUN_FIELDS
+
+
+def sampler_of(subject: Artifact) -> OneStepSpec | HeunSpec:
+    """The sampler that a teacher or generator artifact names as its own."""
+    return sampler_from(mapping(subject.params["sampler"]))
+
+
+def sampler_from(settings: Mapping[str, Any]) -> OneStepSpec | HeunSpec:
+    """The sampler of either kind that its `to_json` wrote."""
+    return HeunSpec.from_json(settings) if "S_churn" in settings else OneStepSpec.from_json(settings)
+
+
+def chosen_sampler(
+    subject: Artifact, kind: str | None = None, steps: int | None = None, heun: Mapping[str, float] | None = None
+) -> OneStepSpec | HeunSpec:
+    """A net's own sampler, or the one of this kind, with so many steps and these fields of HeunSpec.
+
+    Raises SidaError for what does not fit the net, is out of its bounds, or would count for nothing.
+    """
+    own, heun = sampler_of(subject), dict(heun or {})
+    if kind not in (None, "one-step", "heun"):
+        way = "Pass --sampler heun." if isinstance(own, HeunSpec) else "Leave out --sampler."
+        raise SidaError(f"the sampler must be one-step or heun, got {kind!r}", way)
+    chosen: OneStepSpec | HeunSpec = own
+    if kind == "heun" and isinstance(own, OneStepSpec):
+        raise SidaError(
+            "the heun sampler needs a teacher, got a one-step generator",
+            "Leave out --sampler: --steps takes more than one.",
+        )
+    if kind == "one-step" and isinstance(own, HeunSpec):
+        chosen = OneStepSpec()
+    if steps is not None and steps < 1:
+        raise SidaError(f"the number of steps must be >= 1, got {steps}", "Pass --steps 1 or more.")
+    if unknown := sorted(set(heun) - set(HEUN_FIELDS)):
+        raise SidaError(f"unknown setting {unknown[0]!r} of Heun's sampler", f"It has {', '.join(HEUN_FIELDS)}.")
+    if heun and isinstance(chosen, OneStepSpec):
+        flag = flag_of(next(iter(heun)))
+        raise SidaError(f"{flag} is of the heun sampler of a teacher, got one-step", f"Leave out {flag}.")
+    changes = heun if steps is None else {**heun, "num_steps": steps}
+    chosen = replace(chosen, **changes)  # type: ignore[arg-type]  # checked by the class
+    idle = next((name for name in ("S_min", "S_max", "S_noise") if name in heun), None)
+    if idle and isinstance(chosen, HeunSpec) and chosen.S_churn == 0:
+        raise SidaError(f"{flag_of(idle)} counts with churn alone, got --s-churn 0", "Pass --s-churn, such as 40.")
+    return chosen

@@ -1,0 +1,357 @@
+"""Scores of images against a reference, by trials over fresh seed ranges, kept as score artifacts."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Unpack
+
+from sidactl import __version__
+from sidactl.commands import features, moments
+from sidactl.commands import reference as commands_reference
+from sidactl.commands.identity import check_unchanged
+from sidactl.commands.inputs import Ref, ref_text
+from sidactl.commands.moments import ENOUGH, Moments
+from sidactl.commands.question import agreed_answer, answered, answering, first_alone, tell_old
+from sidactl.commands.resolve import load_dataset, load_net
+from sidactl.commands.vae import check_vae_is_there, is_of_latents, other_vae, vae_loader
+from sidactl.commands.words import NETS, mapping, part_of
+from sidactl.store import Artifact, LiveDir, Store, UnwritableError, sealed, unsealed
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from sidactl.data.dataset import Dataset
+    from sidactl.detectors import Detector
+from sidactl.commands.samplers import sampler_from, sampler_of
+from sidactl.commands.score_question import ScoreQuestion, why_unkept
+from sidactl.commands.scorers import load_detector
+from sidactl.commands.scores import METRICS, Score, ScoreOptions, numbers, plain_options, score_of
+
+
+def fid(ref: Ref, **options: Unpack[ScoreOptions]) -> Score:
+    """Fréchet distance of images to a reference: called FID only with Inception's features.
+
+    A generator or teacher is sampled anew in each trial by its own sampler; samples, folders, zips and npz files are
+    taken as they are. Source: Heusel et al. (1706.08500), eq. 6.
+    """
+    return evaluate(ref, ["fid"], **options)
+
+
+def fd_dinov2(ref: Ref, **options: Unpack[ScoreOptions]) -> Score:
+    """Fréchet distance of DINOv2's features. Source: Stein et al. (2306.04675), as EDM2 (2312.02696) computes it."""
+    return evaluate(ref, ["fd-dinov2"], **options)
+
+
+def prec_recall(ref: Ref, **options: Unpack[ScoreOptions]) -> Score:
+    """Improved precision and recall, in this order. Source: Kynkäänniemi et al. (1904.06991), eqs. 1-3."""
+    return evaluate(ref, ["prec-recall"], **options)
+
+
+def inception_score(ref: Ref, **options: Unpack[ScoreOptions]) -> Score:
+    """Inception score, the mean over parts of the images. Source: Salimans et al. (1606.03498), section 4."""
+    return evaluate(ref, ["inception-score"], **options)
+
+
+def evaluate(ref: Ref, metrics: Sequence[str] | None = None, **options: Unpack[ScoreOptions]) -> Score:
+    """Several metrics in one pass over the images; all that apply to the reference if none is named.
+
+    Source: those of `fid`, `prec_recall` and `inception_score`; KID is Bińkowski et al. (1801.01401), section 4.
+    """
+    plain = plain_options(ref, options)
+    with first_alone():  # it downloads what the others find then
+        asked = ScoreQuestion.parse(ref_text(ref), metrics, plain)
+    if known := None if asked.force else agreed_answer(asked.store, asked.key):
+        tell_old(asked.store, asked.key, asked.say)
+        return score_of(known)
+    from sidactl.engine import ranks
+
+    with answering(asked.store, asked.key, asked.question(ref_text(ref), plain), force=asked.force) as place:
+        if isinstance(place, Artifact):  # by a process that this one waited for
+            return score_of(place)
+        problem = why_unkept(asked) if place is None else None
+        measured = _measure(asked, place)
+        told = json.loads(ranks.agreed(lambda: json.dumps(_keep(asked, measured, problem))))
+    return Score(**told)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    values: Mapping[str, Sequence[float]]
+    detectors: Mapping[str, str]
+    references: Mapping[str, str]
+    warnings: Sequence[str]
+
+
+def _measure(asked: ScoreQuestion, place: LiveDir | None) -> _Measured:
+    """Runs all trials; every process computes its share of the images, rank 0 the numbers."""
+    from sidactl.engine import devices, ranks
+
+    if asked.vae is None and is_of_latents(asked.subject):
+        check_vae_is_there(asked.store)
+    device = devices.pick_device(asked.device)
+    resize = asked.settings["resize"]
+    loaded = {
+        name: load_detector(asked.store, name, device, resize, trust_code=asked.trust_code)
+        for name in sorted(set(asked.detectors.values()))  # in one order in all processes
+    }
+    by_metric = {metric: loaded[name] for metric, name in asked.detectors.items()}
+    keeps = {asked.detectors[m] for m in asked.metrics if METRICS[m].need != "moments"}
+    warnings = [
+        w for a in asked.references.values() if (w := commands_reference.warning(asked.store, asked.subject, a))
+    ]
+    for metric in asked.metrics:
+        detector = by_metric[metric]
+        if METRICS[metric].need == "moments":
+            warnings += _too_few(
+                asked.num, commands_reference.num_images(asked.store, asked.references[metric]), detector
+            )
+        elif METRICS[metric].need == "images":
+            held = commands_reference.num_images(asked.store, asked.references[metric])
+            if held and held > features.MAX_REAL_IMAGES:
+                warnings.append(
+                    f"{features.MAX_REAL_IMAGES:,} of {held:,} reference images, drawn by seed 0, stand for all of them"
+                )
+    if asked.subject.kind in NETS and (told := other_vae(asked.subject, asked.vae)):
+        warnings.append(told)
+    warnings += _of_other_shape(asked.store, asked.subject, asked.references.values())
+    for metric, reference in asked.references.items():
+        by = by_metric[metric]
+        if reference.kind == "stats" and "detector" not in reference.params and not by.is_published:
+            warnings.append(
+                f"{reference.params['name']} holds statistics by the published {by.name}, the images are measured by "
+                f"{by.short_identity}: unless its weights are the same, this number means nothing"
+            )
+    against = {m: _against(asked, m, by_metric[m]) for m in asked.metrics}
+    values: dict[str, list[float]] = {}
+    made_by: dict[str, str] = {}
+    made_against: dict[str, str] = {}
+    for trial in range(max(1, len(asked.seeds))):
+
+        def of_trial(trial: int = trial) -> Mapping[str, Mapping[str, float]]:
+            seen = _features(asked, trial, loaded, keeps, place)
+            if ranks.rank_and_size()[0] > 0:
+                return {}
+            return {
+                m: numbers(m, by_metric[m], seen.stats[by], seen.features.get(by), against[m], asked.settings)
+                for m, by in asked.detectors.items()
+            }
+
+        by_trial = _once(place, f"trial-{trial}-numbers.json", of_trial)
+        for metric, found in by_trial.items():
+            for name, value in found.items():
+                values.setdefault(name, []).append(value)
+                made_by[name] = by_metric[metric].identity
+                if metric in asked.references:
+                    made_against[name] = asked.references[metric].oid
+    return _Measured(values, made_by, made_against, sorted(set(warnings)))
+
+
+def _once(
+    place: LiveDir | None, file: str, make: Callable[[], Mapping[str, Mapping[str, float]]]
+) -> Mapping[str, Mapping[str, float]]:
+    """What an interrupted score left in this file, or else what is made now; the first of several processes has it."""
+    from sidactl.engine import ranks
+
+    def left() -> str:
+        with suppress(OSError, ValueError, LookupError):
+            return json.dumps(unsealed((place.path / file).read_bytes())["numbers"]) if place else ""
+        return ""
+
+    if told := ranks.agreed(left):
+        known: dict[str, dict[str, float]] = json.loads(told)
+        return known
+    made = make()
+    if place:
+        with suppress(UnwritableError):  # it only saves time
+            place.write(file, sealed({"numbers": made}))
+    return made
+
+
+def _of_other_shape(store: Store, subject: Artifact, compared: Iterable[Artifact]) -> Iterator[str]:
+    """Warnings of references whose images differ in size or channels, as far as both are known."""
+    own = _shape(subject)
+    for reference in compared:
+        other = _shape(reference)
+        if own and other and own != other:
+            if own[1:] == other[1:] and all(_looks_grey(store, artifact) for artifact in (subject, reference)):
+                continue
+            yield (
+                f"the images are {own[1]}x{own[2]}x{own[0]}, the reference's {other[1]}x{other[2]}x{other[0]}: the "
+                "distance is of that, too"
+            )
+
+
+def _looks_grey(store: Store, artifact: Artifact) -> bool:
+    """Whether images have one channel, or as far as a few of them show three that are equal, as grey files become."""
+    shape = _shape(artifact)
+    if artifact.kind != "dataset" or shape is None or shape[0] == 1:
+        return shape is not None and shape[0] == 1
+    num = int(artifact.results["num_images"])  # type: ignore[arg-type]
+    some = load_dataset(store, artifact).images(range(0, num, max(1, num // 64)))
+    return bool((some == some[:, :1]).all())
+
+
+def _shape(artifact: Artifact) -> tuple[int, int, int] | None:
+    """Channels, width and height of an artifact's images; None where it does not say, or they are latents."""
+    if artifact.kind in NETS:
+        net = mapping(artifact.params["net"])
+        channels, side = int(net["img_channels"]), int(net["img_resolution"])
+        return (channels, side, side) if channels in (1, 3) else None
+    results: Mapping[str, Any] = artifact.results
+    if results.get("kind", "pixels") != "pixels" or not (results.get("num_channels") and results.get("resolution")):
+        return None
+    height = int(results["resolution"])
+    return int(results["num_channels"]), int(results.get("width") or height), height
+
+
+def _too_few(num: int, num_reference: int | None, detector: "Detector") -> Iterator[str]:
+    """Warnings of sets whose covariance has not its full rank."""
+    least = ENOUGH * detector.num_features
+    if num < least:
+        yield (
+            f"{num:,} images are few for {detector.num_features:,} features: the distance is far too high by their "
+            "number alone; compare only with scores of as many, better of 50,000"
+        )
+    if num_reference is not None and num_reference < least:
+        yield (
+            f"{num_reference:,} reference images are few for {detector.num_features:,} features: the distance is far "
+            "too high by their number alone; compare only with scores against the same ones, better take more"
+        )
+
+
+def _features(
+    asked: ScoreQuestion, trial: int, loaded: Mapping[str, "Detector"], keeps: set[str], place: LiveDir | None
+) -> features.Collected:
+    """One trial's features by detector; kept as features artifacts where they are kept in memory, and read again."""
+    from sidactl.metrics import FeatureStats
+
+    store, seeds = asked.store, asked.seeds[trial] if asked.seeds else None
+    params = {
+        "num": asked.num,
+        "seeds": seeds,
+        "labels": asked.settings["labels"],
+        **asked.setting.of_images(),
+        **{name: asked.settings[name] for name in ("subset_seed", "sampler", "vae") if name in asked.settings},
+    }
+    by = {name: params | {"detector": detector.identity} for name, detector in loaded.items()}
+    keys = {name: store.key("features", params, {"subject": asked.subject.oid}) for name, params in by.items()}
+    before, total = trial * asked.num, asked.num * max(1, len(asked.seeds))
+    tick = asked.tick or (lambda done, total: None)
+    known = {name: None if asked.force else agreed_answer(store, key) for name, key in keys.items()}
+    if (found := features.read(store, known)) is not None:
+        stats = {name: FeatureStats() for name in loaded}
+        for name, kept in found.items():
+            stats[name].add(kept.rows)
+        for done in (before, before + asked.num):
+            tick(done, total)
+        return features.Collected(stats, found)
+    collected = features.collect(
+        _work(asked, range(*seeds) if seeds else None, loaded, keeps),
+        place,
+        name=f"trial-{trial}",
+        before=before,
+        tick=lambda done: tick(before + done, total),
+    )
+    for name, kept in collected.features.items():
+        features.keep(store, keys[name], asked.subject, by[name], kept)
+    return collected
+
+
+def _work(
+    asked: ScoreQuestion, seeds: range | None, loaded: Mapping[str, "Detector"], keeps: set[str]
+) -> features.Work:
+    """The images to go through."""
+    from sidactl.engine import configure
+
+    if seeds is None:
+        dataset = load_dataset(asked.store, asked.subject)
+        return features.of_images(dataset, loaded, _positions(asked, dataset), keeps)
+    from sidactl import sampling
+
+    device = next(iter(loaded.values())).device
+    net = configure.set_up(load_net(asked.store, asked.subject, device), asked.setting)
+    counts: Sequence[int] | None = None
+    if asked.settings["labels"] == "dataset" and net.spec.label_dim:
+        held = commands_reference.dataset_of(asked.store, asked.subject).results["class_counts"]
+        assert isinstance(held, list)
+        counts = held
+    size = features.images_per_batch(net.spec.img_channels, net.spec.img_resolution)
+    sampler = sampler_from(asked.settings["sampler"]) if "sampler" in asked.settings else sampler_of(asked.subject)
+    samples = sampling.generate(
+        net,
+        seeds,
+        sampler,
+        device=device,
+        class_counts=counts,
+        load_vae=vae_loader(asked.store, asked.vae),
+        batch_size=size,
+    )
+
+    def shared(first: int) -> "Iterator[Tensor]":
+        return (batch.images for batch in samples.shared(first))
+
+    return features.Work(len(samples), shared, loaded, keeps, lambda index: f"the image of seed {seeds[index]}")
+
+
+def _positions(asked: ScoreQuestion, dataset: "Dataset") -> "Sequence[int] | NDArray[np.int64]":
+    """Which images of a dataset are scored."""
+    from sidactl.data import dataset as data_dataset
+
+    if "subset_seed" not in asked.settings:
+        return range(asked.num)
+    return data_dataset.drawn_subset(dataset.num_images, asked.num, asked.settings["subset_seed"])
+
+
+def _against(asked: ScoreQuestion, metric: str, detector: "Detector") -> "Moments | features.Features | None":
+    """What a metric compares with: moments, features of real images, or nothing; see `references.moments`."""
+    need, recheck = METRICS[metric].need, asked.force
+    if need is None:
+        return None
+    reference = asked.references[metric]
+    if need == "moments":
+        return moments.moments(asked.store, reference, detector, asked.tick, recheck=recheck)
+    tick = part_of(asked.tick, moments.reference_part(reference))
+    return features.real_features(asked.store, reference, detector, tick, recheck=recheck)
+
+
+def _keep(asked: ScoreQuestion, measured: _Measured, problem: str | None) -> dict[str, Any]:
+    """The score's fields, kept as an artifact unless there is a problem with the run directory."""
+    for name, weights in asked.weights.items():
+        if moments.is_detector_file(name):
+            check_unchanged(asked.store, name, weights)
+    draft = Artifact(
+        oid="",
+        kind="score",
+        files={},
+        inputs={"subject": asked.subject.oid} | {f"reference {n}": oid for n, oid in measured.references.items()},
+        params={
+            "metrics": list(asked.metrics),
+            "num": asked.num,
+            "seeds": [list(pair) for pair in asked.seeds],
+            "detectors": dict(measured.detectors),
+            "settings": dict(asked.settings),
+        },
+        results={
+            "values": {name: list(values) for name, values in measured.values.items()},
+            "versions": _versions(),
+            "warnings": list(measured.warnings),
+        },
+    )
+    if problem is None:
+        try:
+            draft = asked.store.put("score", {}, inputs=draft.inputs, params=draft.params, results=draft.results)
+            answered(asked.store, asked.key, draft, "score")
+        except UnwritableError as error:
+            return asdict(score_of(draft)) | {"unkept": error.message}
+    return asdict(score_of(draft))
+
+
+def _versions() -> dict[str, str]:
+    import numpy as np
+    import scipy
+    import torch
+
+    return {"sidactl": __version__, "torch": torch.__version__, "numpy": np.__version__, "scipy": scipy.__version__}

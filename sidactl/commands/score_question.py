@@ -1,0 +1,195 @@
+"""The question that a score answers: every word of it resolved and checked before anything is computed."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sidactl import catalog
+from sidactl.commands import moments, reference
+from sidactl.commands.inputs import seeds_of
+from sidactl.commands.question import Question, option_words
+from sidactl.commands.resolve import resolve
+from sidactl.commands.vae import vae_digest, vae_for
+from sidactl.commands.words import NETS, Tick, require_images
+from sidactl.errors import SidaError
+from sidactl.foreign import download
+from sidactl.recipes import Setting
+from sidactl.store import Artifact, Store, UnwritableError
+
+if TYPE_CHECKING:
+    pass
+from sidactl.commands.samplers import chosen_sampler, sampler_of
+from sidactl.commands.scorers import (
+    applicable_metrics,
+    detector_of,
+    read_again,
+    require_classes,
+    weights_by_whom,
+    weights_of,
+)
+from sidactl.commands.scores import (
+    CONVENTIONS,
+    DEFAULTS,
+    LABELS,
+    METRICS,
+    SCORED,
+    ScoreOptions,
+    fixed_count,
+    plain_options,
+    subset_of,
+)
+
+
+def why_unkept(asked: "ScoreQuestion") -> str | None:
+    """Why the run directory takes no score, said once, by the first of several processes."""
+    from sidactl.engine import ranks
+
+    try:
+        if ranks.rank_and_size()[0] == 0:
+            asked.store.check_writable()
+    except UnwritableError as error:
+        if asked.say:
+            asked.say(f"warning: {error.message}: the score will be told, but not kept")
+        return error.message
+    return None
+
+
+def is_answered(ref: str, metrics: Sequence[str], options: ScoreOptions) -> bool:
+    """Whether `evaluate` would have its answer from the run directory."""
+    question = ScoreQuestion.parse(ref, metrics, plain_options(ref, options))
+    return question.store.asked(question.key) is not None
+
+
+@dataclass(frozen=True)
+class ScoreQuestion:
+    """All that shapes a score, with every word resolved and checked."""
+
+    store: Store
+    subject: Artifact
+    metrics: Sequence[str]
+    detectors: Mapping[str, str]
+    """by metric"""
+    weights: Mapping[str, Any]
+    """by detector, what stands for its weights in the question"""
+    references: Mapping[str, Artifact]
+    """by metric"""
+    num: int
+    seeds: Sequence[Sequence[int]]
+    settings: Mapping[str, Any]
+    setting: Setting
+    vae: Artifact | None
+    """what decodes latents; None = the usual one, or there are none"""
+    key: str
+    device: str | None
+    trust_code: bool
+    force: bool
+    say: download.Say | None
+    tick: Tick | None
+
+    def question(self, ref: str, options: Mapping[str, Any]) -> Question:
+        """What `ls --live` shows, and the command that goes on."""
+        command = self.metrics[0] if len(self.metrics) == 1 else "evaluate"
+        given = {name: options[name] for name, default in DEFAULTS.items() if options[name] != default}
+        words = option_words({"ref": options.get("reference"), "trust_code": self.trust_code, **given})
+        words += option_words(self.setting.of_images()) + option_words(dict(options.get("heun") or {}))
+        params = {"num": self.num, "seeds": self.seeds, "metrics": self.metrics, **self.settings}
+        inputs = {"subject": self.subject.oid, **{name: artifact.oid for name, artifact in self.references.items()}}
+        return Question(command=command, subject=ref, words=[command, ref, *words], params=params, inputs=inputs)
+
+    @classmethod
+    def parse(cls, ref: str, metrics: Sequence[str] | None, options: Mapping[str, Any]) -> "ScoreQuestion":
+        num, trials = options["num"], options["trials"]
+        if num is not None and num < 2:
+            raise SidaError(f"sample count must be >= 2, got {num}", "Pass --num 2 or more.")
+        if trials < 1:
+            raise SidaError(f"the number of trials must be >= 1, got {trials}", "Pass --trials 1 or more.")
+        setting = options.get("setting", Setting())
+        names = ("labels", "convention", "resize", "neighbours", "num_splits")
+        settings = setting.of_images() | {name: options[name] for name in names}
+        for name, known in (("labels", LABELS), ("convention", CONVENTIONS), ("resize", ("torch", "pil"))):
+            if settings[name] not in known:
+                raise SidaError(f"{name} must be one of {', '.join(known)}, got {settings[name]!r}", "Pass another.")
+        for name in metrics or ():
+            if name not in METRICS:
+                raise SidaError(f"unknown metric {name!r}", f"Metrics are {', '.join(METRICS)}.")
+        if (asked := options.get("detector")) and not moments.is_detector_file(asked):
+            catalog.detector(asked)
+        if asked and moments.is_torchscript(asked):
+            catalog.digest_of_code(asked, options.get("trust_code", False))
+        store, force = Store.open(options.get("run")), options.get("force", False)
+        subject = resolve(store, ref, SCORED, any_size=True, recheck=force)
+        require_images(subject)
+        seeds: list[list[int]] = []
+        how_sampled, vae = [options.get(name) for name in ("sampler", "steps", "heun")], None
+        if subject.kind in NETS:
+            num, first = num or 50_000, options["first_seed"]
+            seeds_of(range(first, first + trials * num), "seeds of all trials")
+            seeds = [[first + t * num, first + (t + 1) * num] for t in range(trials)]
+            if options.get("subset_seed") is not None:
+                what = "a subset is of images that there are, got a net that draws them"
+                raise SidaError(what, "Leave out --subset-seed: --first-seed chooses what a net draws.")
+            sampler = chosen_sampler(subject, *how_sampled)
+            if sampler != sampler_of(subject):
+                settings["sampler"] = sampler.to_json()
+            if vae := vae_for(store, options.get("vae"), subject, recheck=force):
+                settings["vae"] = vae_digest(vae)
+        else:
+            if options.get("vae") is not None:
+                raise SidaError("a VAE is of a net that draws latents, got fixed images", "Leave out --vae.")
+            if any(option not in (None, {}) for option in how_sampled):
+                raise SidaError(
+                    "a sampler is of a net that draws images, got fixed ones",
+                    "Score the network itself, or leave out --steps, --sampler and the settings of Heun's.",
+                )
+            num = fixed_count(subject, num, trials, setting)
+            settings |= subset_of(subject, num, options.get("subset_seed"))
+        chosen = list(metrics or applicable_metrics(store, subject, options))
+        if set(chosen) & {name for name, metric in METRICS.items() if metric.has_order} and not (
+            settings["convention"] == "sid" and subject.kind in (*NETS, "samples")
+        ):
+            settings["order"] = "content"
+        found = {
+            name: reference.find(store, options.get("reference"), subject, need, recheck=force)
+            for name in chosen
+            if (need := METRICS[name].need)
+        }
+        for artifact in found.values():
+            reference.refuse_classes(artifact)
+        detectors = {name: detector_of(name, options, found, store, subject) for name in chosen}
+        if scorer := detectors.get("inception-score"):
+            require_classes(scorer)
+        if force:
+            for name in set(detectors.values()):
+                read_again(store, name)
+        needs_classes = {name for metric, name in detectors.items() if metric == "inception-score"}
+        weights = {name: weights_of(store, name, name in needs_classes) for name in set(detectors.values())}
+        key = store.key(
+            "score",
+            {
+                "metrics": chosen,
+                "num": num,
+                "seeds": seeds,
+                "settings": settings,
+                **weights_by_whom(detectors, weights),
+            },
+            {"subject": subject.oid} | {name: artifact.oid for name, artifact in found.items()},
+        )
+        return cls(
+            store,
+            subject,
+            chosen,
+            detectors,
+            weights,
+            found,
+            num,
+            seeds,
+            settings,
+            setting,
+            vae,
+            key,
+            options.get("device"),
+            options.get("trust_code", False),
+            force,
+            options.get("say", download.to_stderr),
+            options.get("tick"),
+        )
