@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from sidactl import __version__, ui, units
+from sidactl import __version__, units
+from sidactl.cli import console
 from sidactl.data import prepare, transforms
 from sidactl.recipes import HeunSpec
 from sidactl.store import Store
@@ -687,7 +688,7 @@ def test_catalog_lists_the_built_in_setting_and_what_others_methods_reach() -> N
 def test_error_hint_is_a_sentence_and_message_is_not_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     from sidactl.errors import SidaError
 
-    assert ui.fail(SidaError("what must hold, got this", "Do that.")) == 2
+    assert console.fail(SidaError("what must hold, got this", "Do that.")) == 2
     assert capsys.readouterr().err == "error: what must hold, got this. Do that.\n"
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sidactl import logs
+from sidactl.cli import loggers
 from sidactl.errors import SidaError
 from sidactl.loop import Event
 
@@ -33,7 +33,7 @@ def test_tensorboard_has_every_number_at_its_images_and_forgets_what_is_made_aga
     first = [*events(tmp_path, progress(10, 4.0)), progress(20, 3.0), Event("evaluation", 20, {"score": float("nan")})]
     again = [*events(tmp_path, Event("resumed", 10)), progress(20, 2.0), Event("evaluation", 30, {"score": 7.0})]
     for run in (first, again):
-        with logs.watching(["tensorboard"], handed_on.append) as watch:
+        with loggers.watching(["tensorboard"], handed_on.append) as watch:
             for event in run:
                 watch(event)
     assert handed_on == first + again
@@ -61,7 +61,7 @@ def test_wandb_stays_offline_and_asks_nobody(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setitem(sys.modules, "wandb", Fake)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    with logs.watching(["wandb"], lambda event: None) as watch:
+    with loggers.watching(["wandb"], lambda event: None) as watch:
         for event in events(tmp_path, progress(10, 4.0)):
             watch(event)
     assert told[0] == {
@@ -78,7 +78,7 @@ def test_wandb_stays_offline_and_asks_nobody(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.slow
 def test_the_real_wandb_takes_a_run_offline(tmp_path: Path) -> None:
     pytest.importorskip("wandb", reason="comes with the extra dev")
-    with logs.watching(["wandb"], lambda event: None) as watch:
+    with loggers.watching(["wandb"], lambda event: None) as watch:
         for event in events(tmp_path, progress(10, 4.0)):
             watch(event)
     assert any(tmp_path.glob("logs/*/wandb/wandb/offline-run-*/run-abababababababab.wandb"))
@@ -87,13 +87,13 @@ def test_the_real_wandb_takes_a_run_offline(tmp_path: Path) -> None:
 def test_a_logger_that_is_unknown_or_not_installed_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with (
         pytest.raises(SidaError, match=r"^the logger must be one of tensorboard, wandb, got 'mlflow'\."),
-        logs.watching(["mlflow"], print),
+        loggers.watching(["mlflow"], print),
     ):
         pass
     monkeypatch.setitem(sys.modules, "wandb", None)
     with (
         pytest.raises(SidaError, match=r"^--log wandb needs a package that is not installed \(wandb\)\. Install it"),
-        logs.watching(["wandb"], print),
+        loggers.watching(["wandb"], print),
     ):
         pass
 
@@ -101,7 +101,7 @@ def test_a_logger_that_is_unknown_or_not_installed_is_told_in_one_line(monkeypat
 def test_of_several_processes_the_first_one_alone_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     handed_on: list[Event] = []
-    with logs.watching(["tensorboard"], handed_on.append) as watch:
+    with loggers.watching(["tensorboard"], handed_on.append) as watch:
         for event in events(tmp_path, progress(10, 4.0)):
             watch(event)
     assert len(handed_on) == 2

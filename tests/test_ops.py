@@ -21,7 +21,8 @@ import torch
 from PIL import Image
 
 import sidactl
-from sidactl import catalog, cli, loop, metrics, sampling, trainer
+from sidactl import catalog, loop, metrics, sampling, trainer
+from sidactl.cli import shown
 from sidactl.commands import assemble, dataset_stats, distill, evaluation, resolve, running, sample, scorers, vae
 from sidactl.commands import moments as commands_moments
 from sidactl.commands import plan as commands_plan
@@ -850,7 +851,7 @@ def test_asked_for_a_run_that_trains_nothing_says_so_and_returns_the_teacher(
     assert made.results["untrained"] == ["generator", "adversarial part"]
     teacher, generator = (sidactl.load(ref, fresh_run).state_dict() for ref in ("tiny-digits", made.oid))
     assert all(torch.equal(teacher[name], generator[name]) for name in generator)
-    cli._print_generator(made, as_json=False)
+    shown.print_generator(made, as_json=False)
     assert capsys.readouterr().err.startswith(
         "warning: nothing of the generator was trained in the 32 images of this generator: "
         "it is its teacher, unchanged\nbest generator: FD tiny-digits "
@@ -1117,7 +1118,7 @@ def test_a_teacher_of_ones_own_is_distilled_and_scored_offline(
     )
     assert made.results["detector"] == "random-features"
     assert made.results["teacher_score"]
-    cli._print_generator(made, as_json=False)
+    shown.print_generator(made, as_json=False)
     told = capsys.readouterr().err
     assert f"best generator: random-features FD {made.results['selection_score']:.4g} after " in told
     assert "FID" not in told
@@ -1331,7 +1332,7 @@ def test_a_teacher_that_cannot_be_scored_costs_no_generator(
     )
     assert made.results["teacher_score"] is None
     assert made.results["selection_score"]
-    cli._print_generator(made, as_json=False)
+    shown.print_generator(made, as_json=False)
     assert "its teacher: not scored. Look at it: " in capsys.readouterr().err
 
 
@@ -1724,7 +1725,7 @@ def test_mode_sid_without_images_and_without_a_reference_ends_in_the_last_genera
     }
     assert sorted(made.files) == ["grid.png", "model.safetensors"]
     assert sidactl.distill(teacher=far, mode="sid", run=root, watch=never, **SHORT_SID) == made
-    cli._print_generator(made, as_json=False)
+    shown.print_generator(made, as_json=False)
     told = capsys.readouterr()
     assert told.out == f"{made.oid}\n"
     assert told.err.splitlines()[-1].startswith("last generator, not scored: 96 images, one step. Look at it: ")

@@ -17,6 +17,7 @@ from PIL import Image
 
 import sidactl
 from sidactl import cli, detectors, metrics
+from sidactl.cli import shown
 from sidactl.commands import dataset_stats, features, moments, scorers, scores
 from sidactl.commands import evaluation as commands_evaluation
 from sidactl.commands import reference as commands_reference
@@ -372,7 +373,7 @@ def test_fewer_images_than_there_are_are_drawn_by_seed(finished: Finished) -> No
         assert score.to_json()["settings"] | {"subset_seed": seed, "subset_of": 1797} == score.settings
         assert score.num == 120
     assert sidactl.fid("dataset/tiny-digits", **options) == sidactl.fid("dataset/tiny-digits", subset_seed=0, **options)
-    assert cli._score_lines(score, scores.against(score, finished.root)) == [
+    assert shown.score_lines(score, scores.against(score, finished.root)) == [
         f"{FD} {score.value:.4g}; 120 of 1,797 images, drawn by seed 5, {score.detectors[FD]}, against dataset "
         "tiny-digits"
     ]

@@ -12,7 +12,9 @@ from collections.abc import Callable
 
 import pytest
 
-from sidactl import ui, units
+from sidactl import units
+from sidactl.cli import console
+from sidactl.cli import display as cli_display
 from sidactl.errors import SidaError
 
 
@@ -58,13 +60,13 @@ def run_python(code: str, stderr: int = subprocess.PIPE) -> subprocess.Completed
 
 
 def test_import_loads_nothing_heavy() -> None:
-    heavy = ("rich", "torch", "numpy", "scipy", "PIL", "typer", "click")
-    done = run_python(f"import sys, sidactl.ui; print([m for m in {heavy} if m in sys.modules])")
+    heavy = ("rich", "torch", "numpy", "scipy", "PIL")
+    done = run_python(f"import sys, sidactl.cli.console; print([m for m in {heavy} if m in sys.modules])")
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
 def test_print_data_is_one_line_on_stdout_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    ui.print_data("1.9234")
+    console.print_data("1.9234")
     assert capsys.readouterr() == ("1.9234\n", "")
 
 
@@ -75,28 +77,28 @@ SHOWN = r"a\x1b[31m\n## b\u202ec\u2066d\u200ee\x9bf\x7f\ud800-\xff<b>"
 def test_text_from_outside_is_shown_with_visible_escapes_everywhere(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ui.print_data(HOSTILE)
+    console.print_data(HOSTILE)
     assert capsys.readouterr().out == f"{SHOWN}\n"
-    ui.table(["licence"], [[HOSTILE]], title=HOSTILE)
+    console.table(["licence"], [[HOSTILE]], title=HOSTILE)
     assert capsys.readouterr().out == f"{SHOWN}\nlicence\n{SHOWN}\n"
-    ui.print_json({HOSTILE: HOSTILE})
+    console.print_json({HOSTILE: HOSTILE})
     assert json.loads(capsys.readouterr().out) == {HOSTILE: HOSTILE}
     # A message is one line, whatever a library wrote into it.
     in_message = SHOWN.replace(r"\n", " ")
-    ui.note(HOSTILE)
-    ui.fail(SidaError(HOSTILE))
-    with ui.progress(HOSTILE, 1) as shown:
+    console.note(HOSTILE)
+    console.fail(SidaError(HOSTILE))
+    with cli_display.progress(HOSTILE, 1) as shown:
         shown.update(1, {"licence": HOSTILE})
     told = capsys.readouterr().err.splitlines()
     assert told[:2] == [in_message, f"error: {in_message}"]
     assert all(in_message in line and line.endswith(f"licence {SHOWN}") for line in told[2:])
     terminal = terminal_as_stderr(monkeypatch, columns=200)
-    ui.table(["licence"], [[HOSTILE]], title=HOSTILE, file=terminal)
+    console.table(["licence"], [[HOSTILE]], title=HOSTILE, file=terminal)
     assert [line.strip() for line in terminal.screen().splitlines() if "##" in line] == [SHOWN, SHOWN]
 
 
 def test_print_json_is_one_document_in_the_order_given(capsys: pytest.CaptureFixture[str]) -> None:
-    ui.print_json({"score": 1.5, "inputs": ["b", "a"]})
+    console.print_json({"score": 1.5, "inputs": ["b", "a"]})
     out, err = capsys.readouterr()
     assert out == '{\n  "score": 1.5,\n  "inputs": [\n    "b",\n    "a"\n  ]\n}\n'
     assert json.loads(out) == {"score": 1.5, "inputs": ["b", "a"]}
@@ -106,18 +108,18 @@ def test_print_json_is_one_document_in_the_order_given(capsys: pytest.CaptureFix
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_print_json_refuses_what_json_cannot_say(number: float, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SidaError) as caught:
-        ui.print_json({"score": number})
+        console.print_json({"score": number})
     assert str(caught.value) == "JSON output must hold finite numbers, got NaN or infinity. Run without --json."
     assert caught.value.exit_code == 1
     assert capsys.readouterr().out == ""
 
 
 def test_messages_are_one_line_each_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    ui.note("loads edm2-s\r\n  (280M parameters)")
-    ui.warn("odd\x1b[31m file")
-    code = ui.fail(SidaError("a teacher must have a sigma_data,\ngot none", "Pass another file.", exit_code=1))
+    console.note("loads edm2-s\r\n  (280M parameters)")
+    console.warn("odd\x1b[31m file")
+    code = console.fail(SidaError("a teacher must have a sigma_data,\ngot none", "Pass another file.", exit_code=1))
     assert code == 1
-    assert ui.fail(SidaError("no such run")) == 2
+    assert console.fail(SidaError("no such run")) == 2
     assert capsys.readouterr() == (
         "",
         "loads edm2-s (280M parameters)\n"
@@ -130,20 +132,20 @@ def test_messages_are_one_line_each_on_stderr(capsys: pytest.CaptureFixture[str]
 def test_a_reader_that_has_gone_away_is_no_error() -> None:
     code = """
         import os, subprocess, sys
-        from sidactl import ui
+        from sidactl.cli import console, display
         reading, writing = os.pipe()
         os.dup2(writing, 1)
         os.close(reading)
-        ui.print_data("0123")
-        ui.print_json({"a": 1})
-        ui.table(["name"], [["x"]])
+        console.print_data("0123")
+        console.print_json({"a": 1})
+        console.table(["name"], [["x"]])
     """
     done = run_python(code)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_table_off_a_terminal_aligns_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
-    ui.table(["name", "images", "FID"], [["a\nb", 5, 1.97123], ["longer", 50000, None]], title="Scores")
+    console.table(["name", "images", "FID"], [["a\nb", 5, 1.97123], ["longer", 50000, None]], title="Scores")
     assert capsys.readouterr() == (
         "Scores\nname    images     FID\na\\nb         5  1.9712\nlonger   50000       -\n",
         "",
@@ -152,7 +154,7 @@ def test_table_off_a_terminal_aligns_plain_text(capsys: pytest.CaptureFixture[st
 
 def test_table_on_a_terminal_is_drawn_and_takes_cells_literally(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = terminal_as_stderr(monkeypatch)
-    ui.table(["name", "FID"], [["[red]x[/red]", 1.5], [None, 10]], file=terminal)
+    console.table(["name", "FID"], [["[red]x[/red]", 1.5], [None, 10]], file=terminal)
     lines = [line.rstrip() for line in terminal.screen().splitlines()]
     assert "  [red]x[/red]   1.5" in lines
     assert "                  10" in lines
@@ -161,7 +163,7 @@ def test_table_on_a_terminal_is_drawn_and_takes_cells_literally(monkeypatch: pyt
 
 def test_progress_off_a_terminal_tells_first_last_and_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
-    with ui.progress("distill", 200_000, every_sec=10, clock=clock) as p:
+    with cli_display.progress("distill", 200_000, every_sec=10, clock=clock) as p:
         for step in range(26):
             p.update(50_000 + 1000 * step, {"stage": "sida"} if step == 0 else {"FID": 3.21})
             clock.now_sec += 1
@@ -177,7 +179,7 @@ def test_progress_off_a_terminal_tells_first_last_and_now_and_then(capsys: pytes
 
 def test_progress_off_a_terminal_is_told_ever_more_seldom_up_to_ten_minutes(capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
-    with ui.progress("distill", None, clock=clock) as p:
+    with cli_display.progress("distill", None, clock=clock) as p:
         for _ in range(4000):
             p.update(int(clock.now_sec))
             clock.now_sec += 1
@@ -187,11 +189,11 @@ def test_progress_off_a_terminal_is_told_ever_more_seldom_up_to_ten_minutes(caps
 
 
 def test_progress_never_passes_its_total(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    with ui.progress("distill", 5000, clock=Clock()) as p:
+    with cli_display.progress("distill", 5000, clock=Clock()) as p:
         p.update(5120)
     assert untimed(capsys.readouterr().err) == "distill: 5k / 5k images (100%), 0.0s so far\n"
     terminal = terminal_as_stderr(monkeypatch)
-    with ui.progress("distill", 5000, clock=Clock()) as p:
+    with cli_display.progress("distill", 5000, clock=Clock()) as p:
         p.update(5120)
     assert "distill  5k / 5k images (100%)" in terminal.screen()
 
@@ -199,7 +201,7 @@ def test_progress_never_passes_its_total(monkeypatch: pytest.MonkeyPatch, capsys
 def test_progress_tells_no_speed_before_it_can_be_known(capsys: pytest.CaptureFixture[str]) -> None:
     """A first update that took a millisecond says nothing about the next ones, and must not weigh like 30 seconds."""
     clock = Clock()
-    with ui.progress("distill", 10_000, every_sec=1, clock=clock) as p:
+    with cli_display.progress("distill", 10_000, every_sec=1, clock=clock) as p:
         p.update(0)
         clock.now_sec += 0.001
         p.update(128)
@@ -215,7 +217,7 @@ def test_parts_are_shown_in_turn_and_the_whole_at_last(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def work() -> None:
-        with ui.display() as display:
+        with cli_display.display() as display:
             reference = display.part("features of digits")
             reference(0, 100)
             reference(100, 100)
@@ -239,11 +241,11 @@ def test_parts_are_shown_in_turn_and_the_whole_at_last(
 
 def test_progress_of_a_download_tells_sizes_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
-    with ui.progress("fetch", 95_607_719, "bytes", clock=clock) as p:
+    with cli_display.progress("fetch", 95_607_719, "bytes", clock=clock) as p:
         p.update(0)
         clock.now_sec += 20
         p.update(40_000_000)
-    with ui.progress("fetch", None, "bytes", clock=clock) as p:
+    with cli_display.progress("fetch", None, "bytes", clock=clock) as p:
         p.update(0)
         clock.now_sec += 10
         p.update(512)
@@ -257,10 +259,10 @@ def test_progress_of_a_download_tells_sizes_rate_and_time_left(capsys: pytest.Ca
 
 def test_progress_tells_a_state_once_and_none_if_there_was_none(capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
-    with ui.progress("fid", None, "features", clock=clock) as p:
+    with cli_display.progress("fid", None, "features", clock=clock) as p:
         p.update(1797)
         p.note("one more\nthing")
-    with ui.progress("empty", 10, clock=clock):
+    with cli_display.progress("empty", 10, clock=clock):
         pass
     assert untimed(capsys.readouterr().err) == "fid: 1,797 features, 0.0s so far\none more thing\n"
 
@@ -269,7 +271,7 @@ def test_progress_tells_the_last_state_of_work_that_fails(capsys: pytest.Capture
     clock = Clock()
 
     def fails() -> None:
-        with ui.progress("sample", 4, clock=clock) as p:
+        with cli_display.progress("sample", 4, clock=clock) as p:
             p.update(1)
             clock.now_sec += 2
             p.update(2)
@@ -285,7 +287,7 @@ def test_progress_tells_the_last_state_of_work_that_fails(capsys: pytest.Capture
 def test_progress_speed_follows_a_change_within_its_window(capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
     done = 0
-    with ui.progress("x", None, every_sec=1e9, clock=clock) as p:
+    with cli_display.progress("x", None, every_sec=1e9, clock=clock) as p:
         p.update(done)
         for images_per_sec, num_sec in ((1000, 100), (200, 30)):
             for _ in range(num_sec):
@@ -297,7 +299,7 @@ def test_progress_speed_follows_a_change_within_its_window(capsys: pytest.Captur
 
 
 def test_progress_counts_updates_within_one_tick_of_the_clock(capsys: pytest.CaptureFixture[str]) -> None:
-    with ui.progress("x", 8, clock=Clock()) as p:
+    with cli_display.progress("x", 8, clock=Clock()) as p:
         p.update(4)
         p.update(8)
     assert untimed(capsys.readouterr().err).splitlines()[-1] == "x: 8 / 8 images (100%), 0.0s so far"
@@ -308,11 +310,11 @@ def test_progress_on_a_terminal_shows_stage_images_speed_losses_score_and_time_l
 ) -> None:
     terminal = terminal_as_stderr(monkeypatch)
     clock = Clock()
-    with ui.progress("distill tiny-digits", 200_000, clock=clock) as p:
+    with cli_display.progress("distill tiny-digits", 200_000, clock=clock) as p:
         p.update(50_000, {"stage": "sida", "fake score": 0.1234, "generator": 0.5, "FID": 3.21})
         clock.now_sec += 10
         p.update(60_240, {"generator": 0.25})
-        ui.warn("a [b]non-finite[/b] gradient was skipped")
+        console.warn("a [b]non-finite[/b] gradient was skipped")
         p.note("checkpoint kept")
     assert sys.stderr is terminal
     lines = [line.rstrip() for line in terminal.screen().splitlines()]
@@ -329,7 +331,7 @@ def test_progress_honours_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = terminal_as_stderr(monkeypatch)
 
     def colours() -> list[str]:
-        with ui.progress("x", 10, clock=Clock()) as p:
+        with cli_display.progress("x", 10, clock=Clock()) as p:
             p.update(5)
         return re.findall(r"\x1b\[(?:[34]\d|9\d|[34]8;[\d;]+)m", terminal.getvalue())
 
@@ -343,14 +345,14 @@ def test_progress_honours_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_progress_on_a_dumb_terminal_tells_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = terminal_as_stderr(monkeypatch)
     monkeypatch.setenv("TERM", "dumb")
-    with ui.progress("x", 10, clock=Clock()) as p:
+    with cli_display.progress("x", 10, clock=Clock()) as p:
         p.update(5)
     assert untimed(terminal.getvalue()) == "x: 5 / 10 images (50%), 0.0s so far\n"
 
 
 def test_progress_fits_narrow_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = terminal_as_stderr(monkeypatch, columns=24)
-    with ui.progress("distill edm2-s", 200_000_000, clock=Clock()) as p:
+    with cli_display.progress("distill edm2-s", 200_000_000, clock=Clock()) as p:
         p.update(123_456_789, {"stage": "sida", "fake score": 0.1234})
     lines = terminal.screen().splitlines()
     assert max(map(len, lines)) <= 24
@@ -359,10 +361,10 @@ def test_progress_fits_narrow_terminals(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_progress_on_a_real_terminal_leaves_stdout_to_the_data() -> None:
     code = """
-        from sidactl import ui
-        with ui.progress("sample", 64) as p:
+        from sidactl.cli import console, display
+        with display.progress("sample", 64) as p:
             p.update(64, {"stage": "heun"})
-            ui.print_data("3fa2b1")
+            console.print_data("3fa2b1")
     """
     reading, writing = pty.openpty()
     done = run_python(code, stderr=writing)

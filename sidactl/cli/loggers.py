@@ -14,8 +14,10 @@ from sidactl.errors import SidaError
 if TYPE_CHECKING:
     from sidactl.loop import Event
 
+
 Log = Callable[[int, Mapping[str, float]], None]
 """takes the images seen and numbers by name"""
+
 Watch = Callable[["Event"], None]
 
 
