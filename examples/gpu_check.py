@@ -23,10 +23,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import sidactl
-from sidactl import catalog, nets, trainer
+from sidactl import catalog, nets
 from sidactl.engine import devices
 from sidactl.foreign import networks
 from sidactl.recipes import BASE_BYTES, PRECISIONS, Execution, Memory, NetSpec, Recipe, override
+from sidactl.training import batches, distillation
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 SHORT: dict[str, Any] = {
@@ -50,11 +51,11 @@ TOLERANCE = 1e-4
 """of outputs beside the golden ones of a CPU, relative to their largest; cuDNN sums in other orders"""
 
 
-class MadeUpBatches(trainer.DatasetBatches):
+class MadeUpBatches(batches.DatasetBatches):
     """Random images or latents: what they show costs nothing, and nothing is downloaded."""
 
     def __init__(self, recipe: Recipe, net: NetSpec, device: torch.device) -> None:
-        classes = trainer.ClassesAlone(net.label_dim)
+        classes = batches.ClassesAlone(net.label_dim)
         super().__init__(
             classes,
             _InOrder(classes.num_images),
@@ -135,7 +136,7 @@ def memory(
     with torch.device(device):
         teacher = nets.build(spec)
     num_parameters = sum(p.numel() for p in teacher.parameters())
-    training = trainer.Distillation(recipe, teacher, None, MadeUpBatches(recipe, spec, device), execution)
+    training = distillation.Distillation(recipe, teacher, None, MadeUpBatches(recipe, spec, device), execution)
     devices.keep_memory()  # as the loop does
     for _ in range(2):
         training.step()

@@ -4,7 +4,8 @@ __version__ = "0.1.0"
 
 TYPE_CHECKING = False  # as type checkers know it; nothing is imported here, so that no Ctrl-C meets an import
 if TYPE_CHECKING:
-    from sidactl import detectors, losses, metrics, nets, noise, recipes, sampling, store
+    from sidactl import detectors, metrics, nets, noise, recipes, sampling, store
+    from sidactl import methods as losses
     from sidactl.commands.distill import distill, finetune_sid2a
     from sidactl.commands.export import export
     from sidactl.commands.fetch import fetch_teacher
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "detectors": "sidactl.detectors",
-    "losses": "sidactl.losses",
+    "losses": "sidactl.methods",
     "metrics": "sidactl.metrics",
     "nets": "sidactl.nets",
     "noise": "sidactl.noise",

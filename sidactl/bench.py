@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from sidactl import catalog, detectors, losses, nets, sampling, trainer
+from sidactl import catalog, detectors, methods, nets, sampling
 from sidactl.data import augment
 from sidactl.data.codec import PixelCodec
 from sidactl.data.order import DataOrder
@@ -31,6 +31,8 @@ from sidactl.nets import Preconditioned
 from sidactl.nets.inception import FIDInception
 from sidactl.nets.vit import VisionTransformer
 from sidactl.recipes import Execution, NetSpec, OneStepSpec, Precision, Recipe, Setting, override
+from sidactl.training import batches as training_batches
+from sidactl.training import distillation, updates
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -293,7 +295,7 @@ def flop_of_parts(recipe: Recipe, spec: NetSpec) -> dict[str, int]:
     """
     device = torch.device("meta")
     teacher = _teacher(spec, device)
-    fake_score, generator = (trainer.trainable_copy(teacher, 0.0, keep_logvar=k) for k in (recipe.logvar, False))
+    fake_score, generator = (distillation.trainable_copy(teacher, 0.0, keep_logvar=k) for k in (recipe.logvar, False))
     pass_size = recipe.batch_size // recipe.num_accumulation_rounds
     made = _Pass.make(recipe, spec, pass_size, device)
     flop: dict[str, int] = {}
@@ -360,7 +362,7 @@ class _Subject:
         self.recipe = override(recipe, {"precision": setting.precision})
         if not is_eager:
             devices.keep_memory()  # as the loop does
-        batches = trainer.DatasetBatches(
+        batches = training_batches.DatasetBatches(
             _MadeUp(spec),
             DataOrder(_MADE_UP_IMAGES, recipe.seed),
             batch_size=recipe.batch_size,
@@ -371,7 +373,7 @@ class _Subject:
         self.batches = batches
         execution = Execution(compile=setting.compile, channels_last=setting.channels_last)
         with engine_threads.fitting_threads(is_eager):  # of one thread its passes go one after the other
-            self.training = trainer.Distillation(self.recipe, _teacher(spec, device), None, batches, execution)
+            self.training = distillation.Distillation(self.recipe, _teacher(spec, device), None, batches, execution)
         self.is_small = engine_threads.is_small(self.training.teacher)
         self.stages = STAGES if recipe.adversarial else STAGES[:2]
         start, self._graphs_before = time.perf_counter(), configure.num_graphs()
@@ -581,7 +583,7 @@ def _parts_of_pass(
             got["fakes"] = generator(recipe.sigma_init * made.latents, recipe.sigma_init, labels)
 
     def fake_score_step() -> None:
-        score = losses.fake_score_loss(
+        score = methods.fake_score_loss(
             fake_score,
             got["fakes"].detach(),
             made.noise,
@@ -593,7 +595,7 @@ def _parts_of_pass(
         )
         got["loss"] = score.per_pixel.sum()
         if part:
-            got["loss"] = got["loss"] + losses.discriminator_loss(score, sigma).sum()
+            got["loss"] = got["loss"] + methods.discriminator_loss(score, sigma).sum()
 
     def discriminate() -> None:
         logits = fake_score.logits(made.reals + sigma * made.noise, sigma, labels, made.augment_labels)
@@ -645,10 +647,10 @@ def _time_parts(subject: _Subject, flop: Mapping[str, int], num_steps: int) -> l
     def optimise() -> None:
         for optimizer in optimizers:
             assert isinstance(optimizer, torch.optim.Optimizer)
-            trainer.apply_gradients(optimizer, None)
+            updates.apply_gradients(optimizer, None)
 
     def average() -> None:
-        trainer.update_ema(
+        updates.update_ema(
             training.ema,
             training.generator,
             halflife_nimg=recipe.ema_halflife_nimg,
@@ -798,7 +800,7 @@ def _no_native_messages() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _bytes_of(training: trainer.Distillation) -> Iterator[int]:
+def _bytes_of(training: distillation.Distillation) -> Iterator[int]:
     """Sizes of the tensors that stay from step to step."""
     modules: Sequence[Any] = (training.teacher, *training.modules().values())
     for module in modules:

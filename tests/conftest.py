@@ -24,8 +24,8 @@ os.environ.setdefault("MKL_CBWR", "AVX2")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if TYPE_CHECKING:
-    from sidactl.loop import Event
     from sidactl.store import Artifact, Store
+    from sidactl.training.state import Event
 
 SHORT: dict[str, Any] = {
     "duration_nimg": 96,

@@ -36,9 +36,9 @@ from sidactl.data.codec import LatentCodec
 from sidactl.data.order import DataOrder
 from sidactl.errors import SidaError
 from sidactl.foreign import pickles
-from sidactl.loop import Event
 from sidactl.recipes import HeunSpec, NetSpec, OneStepSpec
 from sidactl.store import KINDS, Artifact, LiveDir, Store
+from sidactl.training.state import Event
 from tests.conftest import instead_of
 from tests.golden import golden
 from tests.playback import SmallVae, save_vae

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 import sidactl
-from sidactl import catalog, loop
+from sidactl import catalog
 from sidactl.commands import reference
 from sidactl.recipes import MODES
 from sidactl.store import Store, digest
+from sidactl.training import checkpoints
 from tests.conftest import SHORT, instead_of
 
 RECIPES = {
@@ -169,7 +170,7 @@ def test_checkpoints_keep_the_names_and_shapes_of_their_tensors(
             taken.update({name: list(tensor.shape) for name, tensor in tensors.items()})
 
         with monkeypatch.context() as patch:
-            instead_of(loop._save_tensors, take, patch)
+            instead_of(checkpoints._save_tensors, take, patch)
             sidactl.distill(
                 teacher="tiny-digits",
                 mode=mode,

@@ -13,17 +13,18 @@ from typing import Any
 import pytest
 
 import sidactl
-from sidactl import cli, loop
+from sidactl import cli
 from sidactl.commands import inventory
 from sidactl.commands import question as commands_question
 from sidactl.errors import SidaError
 from sidactl.recipes import Adversarial, Recipe
 from sidactl.store import QUESTION, Store, collect_garbage
+from sidactl.training import state
 from tests.conftest import Finished, short_distill
 
 
-def interrupted_at(nimg: int) -> Callable[[loop.Event], None]:
-    def watch(event: loop.Event) -> None:
+def interrupted_at(nimg: int) -> Callable[[state.Event], None]:
+    def watch(event: state.Event) -> None:
         if (event.kind, event.nimg) == ("checkpoint", nimg):
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -136,7 +137,7 @@ def test_gc_live_removes_that_work_alone(run: Path, capsys: pytest.CaptureFixtur
 
 
 def test_a_changed_option_begins_anew_and_says_what_differs(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def stop(event: loop.Event) -> None:
+    def stop(event: state.Event) -> None:
         raise KeyboardInterrupt
 
     for changed, told in (
@@ -241,7 +242,7 @@ def test_an_unfinished_preparation_is_listed_with_its_options(tmp_path: Path) ->
 def test_an_unfinished_teacher_is_listed_with_its_options(fresh_run: Path) -> None:
     told: list[object] = []
 
-    def watch(event: loop.Event) -> None:
+    def watch(event: state.Event) -> None:
         told.append(event.values.get("message"))
         interrupted_at(32)(event)
 

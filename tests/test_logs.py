@@ -7,7 +7,7 @@ import pytest
 
 from sidactl.cli import loggers
 from sidactl.errors import SidaError
-from sidactl.loop import Event
+from sidactl.training.state import Event
 
 
 def events(run: Path, first: Event) -> list[Event]:

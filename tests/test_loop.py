@@ -19,12 +19,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from sidactl import loop, trainer
 from sidactl.errors import SidaError
 from sidactl.store import LiveDir, Store
+from sidactl.training import checkpoints as training_checkpoints
+from sidactl.training import loop, updates
+from sidactl.training import state as training_state
 
 BATCH = 10
-SCHEDULE = loop.Schedule(
+SCHEDULE = training_state.Schedule(
     duration_nimg=120, evaluate_every_nimg=30, checkpoint_every_nimg=40, report_every_steps=3, stop_if_nan_steps=3
 )
 
@@ -35,9 +37,9 @@ class Toy:
     def __init__(self, *, bad_gradients: range = range(0), poisoned: int | None = None) -> None:
         torch.manual_seed(0)
         self.net, self.average = nn.Linear(3, 3), nn.Linear(3, 3)
-        self.optimizer = trainer.adam(self.net, lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8)
+        self.optimizer = updates.adam(self.net, lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8)
         self.nimg = self.step_index = 0
-        self.skipped = trainer.SkippedSteps()
+        self.skipped = updates.SkippedSteps()
         self.bad_gradients, self.poisoned = bad_gradients, poisoned
 
     @property
@@ -54,7 +56,7 @@ class Toy:
         noise = torch.randn(3, 3, generator=torch.Generator().manual_seed(self.step_index))
         loss = (self.net.weight * noise).sum() + self.net.bias.square().sum()
         (loss * (math.nan if self.step_index in self.bad_gradients else 1)).backward()
-        self.skipped.count("generator", trainer.apply_gradients(self.optimizer, None))
+        self.skipped.count("generator", updates.apply_gradients(self.optimizer, None))
         with torch.no_grad():
             for mean, parameter in zip(self.average.parameters(), self.net.parameters(), strict=True):
                 mean.lerp_(parameter, 0.3)
@@ -70,25 +72,25 @@ class Runner:
 
     def __init__(self, live: LiveDir, scores: Mapping[int, float] | None = None) -> None:
         self.live, self.scores = live, scores
-        self.toy, self.history = Toy(), loop.History()
+        self.toy, self.history = Toy(), training_state.History()
         self.evaluated: list[int] = []
 
-    def evaluate(self, net: Any, should_stop: Callable[[], bool]) -> loop.Evaluation | None:
+    def evaluate(self, net: Any, should_stop: Callable[[], bool]) -> training_state.Evaluation | None:
         if should_stop():
             return None
         nimg = self.toy.nimg
         self.evaluated.append(nimg)
         score = float(net.weight.detach().norm()) if self.scores is None else self.scores[nimg]
-        return loop.Evaluation(score, b"picture %d" % nimg)
+        return training_state.Evaluation(score, b"picture %d" % nimg)
 
     def start(
         self,
         *,
-        schedule: loop.Schedule = SCHEDULE,
+        schedule: training_state.Schedule = SCHEDULE,
         should_stop: Callable[[], bool] = lambda: False,
         toy: Toy | None = None,
-    ) -> Iterator[loop.Event]:
-        self.toy, self.history = toy or Toy(), loop.History()
+    ) -> Iterator[training_state.Event]:
+        self.toy, self.history = toy or Toy(), training_state.History()
         return loop.run(
             cast(Any, self.toy),
             schedule,
@@ -98,7 +100,7 @@ class Runner:
             history=self.history,
         )
 
-    def run(self, **options: Any) -> list[loop.Event]:
+    def run(self, **options: Any) -> list[training_state.Event]:
         return list(self.start(**options))
 
     def state(self) -> dict[str, Any]:
@@ -134,7 +136,9 @@ def straight(tmp_path: Path) -> Iterator[dict[str, Any]]:
 def test_an_evaluation_without_a_number_is_warned_of_and_leaves_no_picture(live: LiveDir) -> None:
     runner = Runner(live)
     runner.evaluate = lambda net, stop: (  # type: ignore[method-assign]
-        loop.Evaluation(math.nan, None, "no score") if runner.toy.nimg == 60 else loop.Evaluation(1.0, b"picture")
+        training_state.Evaluation(math.nan, None, "no score")
+        if runner.toy.nimg == 60
+        else training_state.Evaluation(1.0, b"picture")
     )
     events = runner.run()
     assert [(e.nimg, e.values["message"]) for e in events if e.kind == "warning"] == [(60, "no score")]
@@ -143,7 +147,7 @@ def test_an_evaluation_without_a_number_is_warned_of_and_leaves_no_picture(live:
     assert sorted(p.name for p in live.path.glob("preview-*")) == [f"preview-{n:010d}.png" for n in (30, 90, 120)]
 
 
-def kinds(events: list[loop.Event], kind: str) -> list[int]:
+def kinds(events: list[training_state.Event], kind: str) -> list[int]:
     return [event.nimg for event in events if event.kind == kind]
 
 
@@ -157,7 +161,7 @@ def lines_of(live: LiveDir) -> list[dict[str, Any]]:
 
 def test_evaluations_checkpoints_and_reports_come_when_their_images_are_passed_and_at_the_end(live: LiveDir) -> None:
     events = Runner(live).run(
-        schedule=loop.Schedule(duration_nimg=105, evaluate_every_nimg=25, checkpoint_every_nimg=40)
+        schedule=training_state.Schedule(duration_nimg=105, evaluate_every_nimg=25, checkpoint_every_nimg=40)
     )
     assert kinds(events, "evaluation") == [30, 50, 80, 100, 110]
     assert kinds(events, "checkpoint") == [40, 80, 110]
@@ -206,7 +210,7 @@ def test_a_report_comes_after_some_seconds_however_few_the_steps(
     """Ten steps of a large network take minutes, in which a display would stand at 0%."""
     seconds = itertools.count(0.0, 3.0)
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
-    schedule = loop.Schedule(duration_nimg=100, evaluate_every_nimg=100, checkpoint_every_nimg=100)
+    schedule = training_state.Schedule(duration_nimg=100, evaluate_every_nimg=100, checkpoint_every_nimg=100)
     assert kinds(Runner(live).run(schedule=schedule), "progress") == [20, 40, 60, 80, 100]
 
 
@@ -271,7 +275,7 @@ def test_two_checkpoints_with_digests_are_left_and_nothing_half_written(live: Li
 
 
 def test_no_finite_score_means_no_best() -> None:
-    assert loop.History([(30, math.nan), (60, math.inf)]).best is None
+    assert training_state.History([(30, math.nan), (60, math.inf)]).best is None
 
 
 def test_the_previous_best_is_removed_only_once_no_checkpoint_can_need_it(live: LiveDir) -> None:
@@ -304,7 +308,7 @@ def test_best_weights_are_those_of_the_best_score_even_where_a_repeated_evaluati
 
 def test_how_often_is_evaluated_does_not_alter_training(live: LiveDir, straight: dict[str, Any]) -> None:
     runner = Runner(live)
-    runner.run(schedule=loop.Schedule(duration_nimg=120, evaluate_every_nimg=10, checkpoint_every_nimg=120))
+    runner.run(schedule=training_state.Schedule(duration_nimg=120, evaluate_every_nimg=10, checkpoint_every_nimg=120))
     assert loop.weights(runner.toy.net) == straight["net"]
     assert loop.weights(runner.toy.average) == straight["ema"]
 
@@ -493,8 +497,8 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_says_so(
     damage(next(newest.glob("*.safetensors")), newest / "SHA256SUMS")
     events = runner.run()
     assert events[:2] == [
-        loop.Event("resumed", 60),
-        loop.Event(
+        training_state.Event("resumed", 60),
+        training_state.Event(
             "warning", 60, {"message": f"checkpoint-0000000080-2 {told}; going on from the checkpoint at 60 images"}
         ),
     ]
@@ -549,7 +553,7 @@ def test_a_checkpoint_from_before_schemas_goes_on_to_the_same_bits(live: LiveDir
     rewrite(stopped_at_70(live), as_schema_1)
     runner = Runner(live)
     events = runner.run()
-    assert events[0] == loop.Event("resumed", 70)
+    assert events[0] == training_state.Event("resumed", 70)
     assert [event for event in events if event.kind == "warning"] == []
     assert runner.state() == straight
 
@@ -566,8 +570,8 @@ def test_a_checkpoint_from_before_digests_of_the_best_goes_on_to_the_same_bits_w
         if (nimg, score) == min(runner.history.scores[:2], key=lambda p: p[1])
     ]
     assert events[:2] == [
-        loop.Event("resumed", 70),
-        loop.Event(
+        training_state.Event("resumed", 70),
+        training_state.Event(
             "warning",
             70,
             {
@@ -580,7 +584,7 @@ def test_a_checkpoint_from_before_digests_of_the_best_goes_on_to_the_same_bits_w
 
 
 def newer(state: dict[str, Any]) -> None:
-    state["schema"] = loop.CHECKPOINT_SCHEMA + 1
+    state["schema"] = training_checkpoints.CHECKPOINT_SCHEMA + 1
 
 
 @pytest.mark.parametrize(
@@ -612,7 +616,7 @@ def test_a_checkpoint_with_other_tensors_is_refused_and_names_one(live: LiveDir)
     (file,) = checkpoint.glob("*.safetensors")
     tensors = safetensors.torch.load(file.read_bytes())
     names = {name: name.replace("optimizer.weight", "optimizer.0") for name in tensors}
-    loop._save_tensors({names[name]: tensor for name, tensor in tensors.items()}, checkpoint)
+    training_checkpoints._save_tensors({names[name]: tensor for name, tensor in tensors.items()}, checkpoint)
     rewrite(checkpoint, as_before_digests)
     with pytest.raises(SidaError) as caught:
         Runner(live).run()
@@ -630,7 +634,7 @@ def test_foreign_files_in_a_live_directory_change_nothing(live: LiveDir, straigh
         for line in ("{}", "[]", "5", "null", '"text"', '{"nimg": null}', '{"nimg": 1e999}', "[" * 5000, "\u00ff"):
             file.write(line.encode("latin-1") + b"\n")
     runner = Runner(live)
-    assert runner.run()[0] == loop.Event("resumed", 70)
+    assert runner.run()[0] == training_state.Event("resumed", 70)
     assert runner.state() == straight
 
 
@@ -676,7 +680,7 @@ def test_too_many_skipped_updates_in_a_row_stop_the_run_and_keep_the_last_checkp
         "The last checkpoint is kept; lower the learning rate or choose another precision."
     )
     assert caught.value.exit_code == 1
-    assert runner.run()[0] == loop.Event("resumed", 80)
+    assert runner.run()[0] == training_state.Event("resumed", 80)
 
 
 @pytest.mark.parametrize(("bad", "stops_at"), [(range(3), 3), (range(9, 12), 12), (range(2, 100), 6)])
@@ -714,7 +718,16 @@ def test_a_run_without_evaluations_all_of_whose_updates_were_skipped_stops_at_it
     toy = Toy(bad_gradients=range(100))
     patient = dataclasses.replace(SCHEDULE, stop_if_nan_steps=100, evaluate_every_nimg=120)
     with pytest.raises(SidaError, match=r"^the last 12 updates of the generator, all since the last evaluation, had"):
-        list(loop.run(cast(Any, toy), patient, live, evaluate=None, should_stop=lambda: False, history=loop.History()))
+        list(
+            loop.run(
+                cast(Any, toy),
+                patient,
+                live,
+                evaluate=None,
+                should_stop=lambda: False,
+                history=training_state.History(),
+            )
+        )
 
 
 def test_skipped_updates_in_a_row_are_counted_across_an_interruption(live: LiveDir) -> None:
@@ -737,7 +750,7 @@ def test_a_weight_that_is_not_finite_stops_the_run_before_anything_is_kept_of_it
     )
     assert caught.value.exit_code == 1
     assert runner.evaluated == [n for n in (30, 60) if n < found_at]
-    assert runner.run()[0] == loop.Event("resumed", resumed_at)
+    assert runner.run()[0] == training_state.Event("resumed", resumed_at)
 
 
 @pytest.mark.parametrize("kind", ["progress", "evaluation", "checkpoint"])
@@ -762,7 +775,7 @@ def test_on_a_full_disk_the_run_ends_in_one_line_and_goes_on_once_there_is_space
         f"the run directory {live.path.parents[1]} cannot be written: File too large. "
         "Free some space or choose another with --run DIR."
     )
-    assert runner.run()[0] == loop.Event("resumed", 40)
+    assert runner.run()[0] == training_state.Event("resumed", 40)
     assert runner.state() == straight
 
 
@@ -772,7 +785,7 @@ def test_a_checkpoint_does_not_depend_on_how_tensors_lie_in_memory(
     tmp_path: Path, written: torch.memory_format, read: torch.memory_format
 ) -> None:
     values = torch.randn(4, 6, 3, 3)
-    loop._save_tensors({"weight": values.contiguous(memory_format=written)}, tmp_path)
+    training_checkpoints._save_tensors({"weight": values.contiguous(memory_format=written)}, tmp_path)
     loaded = torch.zeros(4, 6, 3, 3).contiguous(memory_format=read)
-    loop._load_tensors({"weight": loaded}, tmp_path)
+    training_checkpoints._load_tensors({"weight": loaded}, tmp_path)
     assert torch.equal(loaded, values)

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sidactl import losses, nets
+from sidactl import methods, nets
 from sidactl.data.augment import AugmentPipe
 from sidactl.errors import SidaError
 from sidactl.foreign import networks, pickles
+from sidactl.methods import score_losses
+from sidactl.methods import sid as methods_sid
 from sidactl.nets import Preconditioned
 from sidactl.nets.edm2 import drop_logvar_
 from sidactl.noise import sigma_of_time
@@ -90,12 +92,12 @@ def test_sigma_of_time_matches_losses_sigma_of_t_json() -> None:
     torch.testing.assert_close(ours, torch.tensor(table["sigma"], dtype=torch.float64), rtol=1e-12, atol=0)
 
 
-def generator_losses(case: SimpleNamespace, x_g: Tensor, alpha: float, kept: slice | list[int]) -> losses.SidLoss:
+def generator_losses(case: SimpleNamespace, x_g: Tensor, alpha: float, kept: slice | list[int]) -> methods_sid.SidLoss:
     sigma = sigma_of_time(tensor(case.arrays, "gen_draw_rand") * 0.8)
     labels = tensor(case.arrays, "class_labels")
     case.fake_score.eval().requires_grad_(False)
     noise = tensor(case.arrays, "gen_draw_randn")
-    return losses.sid_generator_loss(
+    return methods.sid_generator_loss(
         case.teacher, case.fake_score, x_g[kept], noise[kept], sigma[kept], labels[kept], alpha=alpha
     )
 
@@ -112,7 +114,7 @@ def test_generator_losses_match_golden(case: SimpleNamespace, alpha: float) -> N
     for mode in ("sid", "sida"):
         assert_golden(gradient, case.arrays, f"{case.gen}{mode}_alpha{alpha}_dsum_dx")
 
-    adversarial = losses.adversarial_generator_loss(sid)
+    adversarial = methods.adversarial_generator_loss(sid)
     assert_golden(adversarial, case.arrays, f"{case.gen}sida_alpha{alpha}_loss_gan")
     (gradient,) = torch.autograd.grad(adversarial.sum(), x_g, retain_graph=True)
     assert_golden(gradient, case.arrays, f"{case.gen}sida_alpha{alpha}_gan_rawsum_dx")
@@ -130,7 +132,7 @@ def recorded_draws(case: SimpleNamespace, variant: str, mode: str) -> Playback:
 
 def psi_losses(
     case: SimpleNamespace, variant: str, y: Tensor, *, adversarial: bool, kept: slice | list[int] = slice(None)
-) -> tuple[losses.ScoreLoss, Tensor | None]:
+) -> tuple[score_losses.ScoreLoss, Tensor | None]:
     """The losses of the samples `kept` with the recorded draws, in the reference's order of drawing."""
     draws = recorded_draws(case, variant, "sida" if adversarial else "sid")
     labels, reals = tensor(case.arrays, "class_labels")[kept], tensor(case.arrays, "real_images")
@@ -141,12 +143,12 @@ def psi_losses(
     noise = draws.normal(y.shape)[kept]
     if not adversarial:
         assert draws.exhausted()
-        return losses.fake_score_loss(case.fake_score, y[kept], noise, sigma, labels, y_augment), None
+        return methods.fake_score_loss(case.fake_score, y[kept], noise, sigma, labels, y_augment), None
     reals, r_augment = pipe(reals, draws) if pipe else (reals, None)
     assert draws.exhausted()
     real = {"real_images": reals[kept], "real_augment_labels": r_augment}
-    score = losses.fake_score_loss(case.fake_score, y[kept], noise, sigma, labels, y_augment, **real)
-    return score, losses.discriminator_loss(score, sigma)
+    score = methods.fake_score_loss(case.fake_score, y[kept], noise, sigma, labels, y_augment, **real)
+    return score, methods.discriminator_loss(score, sigma)
 
 
 @pytest.mark.parametrize("variant", ["noaug", "aug"])
@@ -196,12 +198,12 @@ def test_nan_sample_spoils_its_own_rows_only_and_the_others_equal_golden(case: S
     alpha, mode = (1.2, "sid") if f"{case.nan}gen_sid_loss" in case.arrays else (1.0, "sida")
     sid = generator_losses(case, x_g, alpha, slice(None))
     assert bool(sid.per_pixel[2].isnan().all())
-    assert bool(losses.adversarial_generator_loss(sid).isnan().all()), "the cross-entropy is a mean over the batch"
+    assert bool(methods.adversarial_generator_loss(sid).isnan().all()), "the cross-entropy is a mean over the batch"
     assert_golden(sid.per_pixel[kept], case.arrays, f"{case.nan}gen_{mode}_loss")
     adversarial = tensor(case.arrays, f"{case.nan}gen_sida_loss_gan")
     assert len(adversarial) == len(kept)
     if case.is_edm2:
-        alone = losses.adversarial_generator_loss(generator_losses(case, x_g, alpha, kept))
+        alone = methods.adversarial_generator_loss(generator_losses(case, x_g, alpha, kept))
         assert_golden(alone, case.arrays, f"{case.nan}gen_sida_loss_gan")
     else:
         assert bool(adversarial.isnan().all())
@@ -250,7 +252,7 @@ def gaussian_inputs() -> tuple[Tensor, Tensor, Tensor]:
 
 def test_sid_loss_is_zero_where_fake_score_equals_teacher() -> None:
     images, noise, sigma = gaussian_inputs()
-    sid = losses.sid_generator_loss(Shift(0.3), Shift(0.3), images, noise, sigma, alpha=1.2)
+    sid = methods.sid_generator_loss(Shift(0.3), Shift(0.3), images, noise, sigma, alpha=1.2)
     assert float(sid.per_pixel.abs().max()) == 0.0
 
 
@@ -261,7 +263,7 @@ def test_sid_loss_of_two_gaussians_matches_closed_form() -> None:
     difference = shrink * (teacher_mean - fake_mean)
     f = (images + sigma * noise + sigma**2 * teacher_mean) / (1 + sigma**2)
     expected = difference * ((f - images) - alpha * difference) / (images - f).abs().mean((1, 2, 3), keepdim=True)
-    sid = losses.sid_generator_loss(Shift(teacher_mean), Shift(fake_mean), images, noise, sigma, alpha=alpha)
+    sid = methods.sid_generator_loss(Shift(teacher_mean), Shift(fake_mean), images, noise, sigma, alpha=alpha)
     torch.testing.assert_close(sid.per_pixel, expected)
 
 
@@ -269,21 +271,21 @@ def test_fake_score_loss_is_least_at_the_true_denoiser() -> None:
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(4096, 1, 1, 1, generator=generator) + 0.3
     noise, sigma = torch.randn(4096, 1, 1, 1, generator=generator), torch.full((4096, 1, 1, 1), 0.7)
-    at = {m: float(losses.fake_score_loss(Shift(m), images, noise, sigma).per_pixel.mean()) for m in (0.0, 0.3, 0.6)}
+    at = {m: float(methods.fake_score_loss(Shift(m), images, noise, sigma).per_pixel.mean()) for m in (0.0, 0.3, 0.6)}
     assert at[0.3] < at[0.0]
     assert at[0.3] < at[0.6]
 
 
 def test_adversarial_loss_has_no_gradient_where_logits_are_beyond_the_bound() -> None:
     logits = torch.tensor([-11.0, 0.0, 11.0]).reshape(3, 1, 1, 1).requires_grad_()
-    loss = losses.adversarial_generator_loss(losses.SidLoss(logits, logits, torch.ones(3, 1, 1, 1)))
+    loss = methods.adversarial_generator_loss(methods_sid.SidLoss(logits, logits, torch.ones(3, 1, 1, 1)))
     (gradient,) = torch.autograd.grad(loss.sum(), logits)
     assert gradient.flatten().tolist() == [0.0, pytest.approx(-0.5), 0.0]
 
 
 def test_weight_divisor_has_a_floor_and_no_gradient() -> None:
     images = torch.zeros(2, 1, 8, 8, requires_grad=True)
-    sid = losses.sid_generator_loss(
+    sid = methods.sid_generator_loss(
         Shift(0.0), Shift(0.5), images, torch.zeros(2, 1, 8, 8), torch.ones(2, 1, 1, 1), alpha=1.0
     )
     assert sid.weight.flatten().tolist() == [pytest.approx(1e5)] * 2

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 import sidactl
-from sidactl import catalog, loop, metrics, sampling, trainer
+from sidactl import catalog, metrics, sampling
 from sidactl.cli import shown
 from sidactl.commands import assemble, dataset_stats, distill, evaluation, resolve, running, sample, scorers, vae
 from sidactl.commands import moments as commands_moments
@@ -34,6 +34,7 @@ from sidactl.errors import SidaError
 from sidactl.nets import Preconditioned
 from sidactl.recipes import Execution, HeunSpec, Mode, OneStepSpec, Setting
 from sidactl.store import Artifact, Store, UnwritableError, collect_garbage, digest, rehash
+from sidactl.training import loop, state, updates
 from tests.conftest import SHORT, Finished, Forbid, instead_of, read_only, short_distill
 from tests.playback import save_vae
 
@@ -54,8 +55,8 @@ def refs(root: Path) -> dict[str, str]:
 def test_a_run_that_another_process_was_told_to_stop_is_interrupted(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    instead_of(loop.run, lambda *arguments, **options: iter([loop.Event("interrupted", 64)]), monkeypatch)
-    schedule = loop.Schedule(duration_nimg=640, evaluate_every_nimg=64, checkpoint_every_nimg=64)
+    instead_of(loop.run, lambda *arguments, **options: iter([state.Event("interrupted", 64)]), monkeypatch)
+    schedule = state.Schedule(duration_nimg=640, evaluate_every_nimg=64, checkpoint_every_nimg=64)
     with Store(tmp_path).live("key") as live, pytest.raises(SidaError) as caught:
         running.run_training(cast(Any, SimpleNamespace(nimg=64)), schedule, live, None, None, {})
     assert caught.value.message == "interrupted at 64 of 640 images; the checkpoint is kept"
@@ -200,7 +201,7 @@ def test_teacher_by_name_oid_or_ref_is_one_question(finished: Finished) -> None:
         assert again == finished.best
 
 
-def never(event: loop.Event) -> None:
+def never(event: state.Event) -> None:
     raise AssertionError(f"nothing must run, got {event}")
 
 
@@ -309,17 +310,17 @@ def test_an_answer_that_lost_a_file_is_worked_out_again(finished: Finished, fres
 
 def test_force_asks_again_and_gets_the_same(finished: Finished, fresh_run: Path) -> None:
     shutil.copytree(finished.root, fresh_run, dirs_exist_ok=True)
-    events: list[loop.Event] = []
+    events: list[state.Event] = []
     assert short_distill(fresh_run, events.append, force=True) == finished.best
     kinds = [[e.kind for e in told if e.kind != "progress"] for told in (events, finished.events)]  # by the clock
     assert kinds[0] == kinds[1]
     assert nothing_is_wrong(fresh_run)
 
 
-def interrupting(number: int, kind: str, nimg: int, seen: list[loop.Event]) -> Callable[[loop.Event], None]:
+def interrupting(number: int, kind: str, nimg: int, seen: list[state.Event]) -> Callable[[state.Event], None]:
     """A watcher that sends this process a signal once, at an event."""
 
-    def watch(event: loop.Event) -> None:
+    def watch(event: state.Event) -> None:
         seen.append(event)
         if (event.kind, event.nimg) == (kind, nimg):
             os.kill(os.getpid(), number)
@@ -341,7 +342,7 @@ def test_a_signal_ends_the_run_after_the_step_and_the_same_call_goes_on(
     finished: Finished, fresh_run: Path, number: int, kind: str, nimg: int, stops_at: int
 ) -> None:
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    seen: list[loop.Event] = []
+    seen: list[state.Event] = []
     with pytest.raises(SidaError) as caught:
         short_distill(fresh_run, interrupting(number, kind, nimg, seen))
     assert caught.value.exit_code == 130
@@ -350,7 +351,7 @@ def test_a_signal_ends_the_run_after_the_step_and_the_same_call_goes_on(
     )
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert list(rehash(Store.open(fresh_run))) == []
-    again: list[loop.Event] = []
+    again: list[state.Event] = []
     assert short_distill(fresh_run, again.append) == finished.best
     assert [(e.kind, e.nimg) for e in again[:2]] == [("started", 0), ("resumed", stops_at)]
     assert nothing_is_wrong(fresh_run)
@@ -359,7 +360,7 @@ def test_a_signal_ends_the_run_after_the_step_and_the_same_call_goes_on(
 def test_a_second_signal_acts_as_usual(fresh_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(running.REPEATS_SEC, signal.SIGINT, 0.0)
 
-    def watch(event: loop.Event) -> None:
+    def watch(event: state.Event) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):  # the second one comes with the second event
@@ -368,9 +369,9 @@ def test_a_second_signal_acts_as_usual(fresh_run: Path, monkeypatch: pytest.Monk
 
 def test_sigterm_that_comes_twice_in_a_row_loses_no_checkpoint(finished: Finished, fresh_run: Path) -> None:
     """As where a cluster sends it to every process, and torchrun sends it on."""
-    seen: list[loop.Event] = []
+    seen: list[state.Event] = []
 
-    def watch(event: loop.Event) -> None:
+    def watch(event: state.Event) -> None:
         seen.append(event)
         if event.nimg < 48:
             for _ in range(3):
@@ -405,7 +406,7 @@ def test_a_float16_run_goes_on_to_the_same_bits_with_a_loss_scale_that_was_falli
     fresh_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # So large a scale at the start that the first updates overflow.
-    monkeypatch.setattr(trainer, "IMAGES_PER_LOSS_SCALE", 2.0**-8)
+    monkeypatch.setattr(updates, "IMAGES_PER_LOSS_SCALE", 2.0**-8)
     options = {"precision": "fp16", "duration_nimg": 64, "evaluate_every_nimg": 64, "evaluate_num": 2, "batch_size": 8}
     other = Path(shutil.copytree(fresh_run, tmp_path / "other"))
     straight = short_distill(fresh_run, **options)
@@ -429,7 +430,7 @@ def test_a_signal_during_an_evaluation_acts_at_once_and_the_evaluation_is_made_l
             yield batch
             raise AssertionError("the evaluation goes on")
 
-    seen: list[loop.Event] = []
+    seen: list[state.Event] = []
     with monkeypatch.context() as patched:
         patched.setattr(sampling.Samples, "shared", interrupted)
         with pytest.raises(SidaError, match=r"^interrupted at 32 of 96 images; the checkpoint is kept\."):
@@ -446,18 +447,18 @@ def test_an_interrupted_force_goes_on_too_and_the_old_answer_stays_meanwhile(
     with pytest.raises(SidaError):
         short_distill(fresh_run, interrupting(signal.SIGINT, "checkpoint", 64, []), force=True)
     assert short_distill(fresh_run, never) == finished.best
-    seen: list[loop.Event] = []
+    seen: list[state.Event] = []
     assert short_distill(fresh_run, seen.append, force=True) == finished.best
     assert (seen[1].kind, seen[1].nimg) == ("resumed", 80)
     assert nothing_is_wrong(fresh_run)
 
 
 def test_a_signal_while_the_teacher_is_scored_loses_nothing(fresh_run: Path) -> None:
-    seen: list[loop.Event] = []
+    seen: list[state.Event] = []
     with pytest.raises(KeyboardInterrupt):
         short_distill(fresh_run, interrupting(signal.SIGINT, "note", 96, seen), evaluate_num=50)
     assert seen[-1].values == {"message": "scoring the teacher on 50 images (35 evaluations each) for comparison"}
-    again: list[loop.Event] = []
+    again: list[state.Event] = []
     short_distill(fresh_run, again.append, evaluate_num=50)
     assert [(e.kind, e.nimg) for e in again] == [("started", 0), ("note", 0), ("resumed", 96), ("note", 96)]
     assert again[1].values["message"] == (
@@ -474,7 +475,7 @@ def test_other_recipe_values_are_another_question_and_leave_an_interrupted_run_a
         short_distill(fresh_run, interrupting(signal.SIGINT, "checkpoint", 32, []))
     (key,) = os.listdir(fresh_run / "live")
     before = sorted(path.name for path in (fresh_run / "live" / key).iterdir())
-    seen: list[loop.Event] = []
+    seen: list[state.Event] = []
     other = short_distill(fresh_run, seen.append, generator_lr=1e-4)
     assert other.oid != finished.best.oid
     assert "resumed" not in {event.kind for event in seen}
@@ -485,7 +486,7 @@ def test_other_recipe_values_are_another_question_and_leave_an_interrupted_run_a
 def test_the_same_distillation_twice_at_once_is_refused(fresh_run: Path) -> None:
     told: list[str] = []
 
-    def watch(event: loop.Event) -> None:
+    def watch(event: state.Event) -> None:
         with pytest.raises(SidaError) as caught:
             short_distill(fresh_run, never)
         key = Path(event.values["events"]).parent.name
@@ -529,7 +530,9 @@ def test_a_run_without_a_finite_score_is_told_in_one_line(fresh_run: Path, monke
 
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["pytest", "PIL.Image", "sidactl.trainer", "sidactl.detectors", "tests.test_ops"])
+FORKS.set_forkserver_preload(
+    ["pytest", "PIL.Image", "sidactl.training.distillation", "sidactl.detectors", "tests.test_ops"]
+)
 
 
 def die_before(num_operations: int, root: Path) -> None:
@@ -837,7 +840,7 @@ def test_a_published_recipe_too_short_is_refused_by_its_own_numbers(tmp_path: Pa
 def test_asked_for_a_run_that_trains_nothing_says_so_and_returns_the_teacher(
     fresh_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    events: list[loop.Event] = []
+    events: list[state.Event] = []
     made = sidactl.distill(
         teacher="tiny-digits",
         mode="sida",
@@ -897,7 +900,7 @@ def test_the_question_of_the_default_recipe_is_what_it_was(finished: Finished) -
 def test_without_scores_the_last_generator_is_the_result_and_nothing_is_needed_for_them(
     finished: Finished, fresh_run: Path, forbidden: Forbid
 ) -> None:
-    events: list[loop.Event] = []
+    events: list[state.Event] = []
     with forbidden(scorers.load_detector):
         made = sidactl.distill(
             teacher="tiny-digits", mode="sida", score=False, run=fresh_run, watch=events.append, **SHORT
@@ -1027,7 +1030,7 @@ def test_a_generator_whose_vae_is_not_there_says_which_one(latent_run: Latent, t
 def test_a_run_that_decodes_by_another_vae_than_its_inputs_were_made_with_is_told(latent_run: Latent) -> None:
     root, x, y = latent_run.root, latent_run.x, latent_run.y
     x_label, y_label = label_of(x, root), label_of(y, root)
-    events: list[loop.Event] = []
+    events: list[state.Event] = []
     made = sidactl.distill(teacher="t", mode="sid", vae=y, run=root, watch=events.append, say=None, **FEW)
     told = f"was made with the VAE {x_label}, latents are decoded by {y_label} here (--vae)"
     warned = [event.values["message"] for event in events if event.kind == "warning"]
@@ -1321,7 +1324,7 @@ def test_a_teacher_that_cannot_be_scored_costs_no_generator(
         raise error
 
     instead_of(sidactl.fid, fails, monkeypatch)
-    events: list[loop.Event] = []
+    events: list[state.Event] = []
     made = sidactl.distill(
         teacher="tiny-digits", mode="sid", run=fresh_run, watch=events.append, **SHORT_SID | {"duration_nimg": 32}
     )
@@ -1337,7 +1340,7 @@ def test_a_teacher_that_cannot_be_scored_costs_no_generator(
 
 
 def test_what_is_rarely_meant_is_warned_of(fresh_run: Path) -> None:
-    events: list[loop.Event] = []
+    events: list[state.Event] = []
     overrides = SHORT_SID | {"duration_nimg": 16, "alpha": -3.0, "fake_score_lr": 0.5}
     sidactl.distill(teacher="tiny-digits", mode="sid", score=False, run=fresh_run, watch=events.append, **overrides)
     assert [event.values["message"] for event in events if event.kind == "warning"] == [
@@ -1683,13 +1686,13 @@ def moved_away(root: Path, oid: str, dataset: str) -> str:
     return store.put("teacher", files, params={**known.params, "dataset": dataset}).oid
 
 
-def messages(events: list[loop.Event]) -> list[str]:
+def messages(events: list[state.Event]) -> list[str]:
     return [event.values["message"] for event in events if event.kind == "note"]
 
 
 def test_mode_sid_falls_back_on_classes_where_the_dataset_is_not_there(edm2: tuple[Path, str]) -> None:
     root, oid = edm2
-    far, store, events = moved_away(root, oid, "imagenet512"), Store.open(root), list[loop.Event]()
+    far, store, events = moved_away(root, oid, "imagenet512"), Store.open(root), list[state.Event]()
     options = {"reference": "tiny-digits", "run": root, "device": "cpu"}
     made = sidactl.distill(teacher=far, mode="sid", watch=events.append, **options, **SHORT_SID)
     assert made.params["dataset"] == "imagenet512"
@@ -1706,7 +1709,7 @@ def test_mode_sid_without_images_and_without_a_reference_ends_in_the_last_genera
     edm2: tuple[Path, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, oid = edm2
-    far, events = moved_away(root, oid, "elsewhere"), list[loop.Event]()
+    far, events = moved_away(root, oid, "elsewhere"), list[state.Event]()
     made = sidactl.distill(teacher=far, mode="sid", run=root, device="cpu", watch=events.append, **SHORT_SID)
     assert messages(events) == [
         "dataset elsewhere: mode sid needs no images, training on classes alone",
@@ -1836,7 +1839,7 @@ def test_a_one_step_generator_does_not_guide(finished: Finished) -> None:
 
 def test_an_evaluation_gives_further_scores_which_a_resumed_run_keeps(fresh_run: Path, tmp_path: Path) -> None:
     again = Path(shutil.copytree(fresh_run, tmp_path / "again"))
-    events: list[loop.Event] = []
+    events: list[state.Event] = []
     best = short_distill(fresh_run, events.append, evaluate_also="inception-score")
     name, first_seed = "IS tiny-digits", evaluation.SELECTION_SEED
     measured = sidactl.inception_score(best, num=SHORT["evaluate_num"], first_seed=first_seed, run=fresh_run)
@@ -1845,7 +1848,7 @@ def test_an_evaluation_gives_further_scores_which_a_resumed_run_keeps(fresh_run:
     assert [nimg for nimg, _ in also[name]] == [32, 64, 96]
     assert [event.values[name] for event in events if event.kind == "evaluation"] == [v for _, v in also[name]]
 
-    def stop(event: loop.Event) -> None:
+    def stop(event: state.Event) -> None:
         if event.kind == "checkpoint" and event.nimg == 64:
             raise KeyboardInterrupt
 

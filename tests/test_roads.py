@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
-from sidactl import cli, report, sampling, trainer
+from sidactl import cli, report, sampling
 from sidactl.commands import evaluation, features, resolve, scorers
 from sidactl.commands import reference as commands_reference
 from sidactl.commands import scores as commands_scores
 from sidactl.foreign import download
 from sidactl.store import Artifact, LiveDir, Store, digest
+from sidactl.training import distillation
 from tests import standins
 from tests.conftest import instead_of
 
@@ -254,19 +255,19 @@ class Cuts:
 
     def count(self) -> None:
         """Counts what the mirror serves, and the steps of training."""
-        opened, step = download._open_file, trainer.Distillation.step
+        opened, step = download._open_file, distillation.Distillation.step
 
         def served(place: str) -> Any:
             body = opened(place)
             self.served[place.rpartition("/")[2]] += 1
             return body
 
-        def counted(training: trainer.Distillation) -> Any:
+        def counted(training: distillation.Distillation) -> Any:
             self.num_steps += 1
             return step(training)
 
         instead_of(download._open_file, served, self.patch)
-        self.patch.setattr(trainer.Distillation, "step", counted)
+        self.patch.setattr(distillation.Distillation, "step", counted)
 
 
 @pytest.mark.slow

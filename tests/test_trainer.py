@@ -9,15 +9,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from sidactl import catalog, loop, losses, nets, trainer
+from sidactl import catalog, methods, nets
 from sidactl.data.codec import decode_affine
 from sidactl.engine import configure
 from sidactl.engine import gradients as engine_gradients
 from sidactl.engine import threads as engine_threads
 from sidactl.errors import SidaError
+from sidactl.methods import score_losses
+from sidactl.methods import sid as methods_sid
+from sidactl.nets import edm2
 from sidactl.nets.denoiser import _channel_mean
 from sidactl.recipes import Adversarial, Execution, NetSpec, Recipe, Setting, TeacherRecipe
 from sidactl.store import Store
+from sidactl.training import batches as training_batches
+from sidactl.training import distillation as training_distillation
+from sidactl.training import loop, updates
+from sidactl.training import pretraining as training_pretraining
+from sidactl.training import state as training_state
 from tests.conftest import Forbid, instead_of
 from tests.golden import golden
 from tests.playback import Playback
@@ -28,7 +36,7 @@ def test_ema_follows_the_golden_table_of_decays() -> None:
         ema, net = (torch.nn.Linear(1, 1, bias=False, dtype=torch.float64) for _ in range(2))
         torch.nn.init.ones_(ema.weight)
         torch.nn.init.zeros_(net.weight)
-        trainer.update_ema(
+        updates.update_ema(
             ema,
             net,
             halflife_nimg=round(row["ema_halflife_kimg"] * 1000),
@@ -105,10 +113,10 @@ class MadeUpLatents(MadeUp):
 
 def distillation(
     spec: NetSpec = TINY,
-    source: trainer.ImageSource | None = None,
+    source: training_batches.ImageSource | None = None,
     execution: Execution | None = None,
     **changed: Any,
-) -> trainer.Distillation:
+) -> training_distillation.Distillation:
     recipe = dataclasses.replace(RECIPE, **changed)
     torch.manual_seed(0)
     teacher = nets.build(spec)
@@ -116,7 +124,7 @@ def distillation(
         for parameter in teacher.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     dataset = source or (MadeUpLatents() if spec.img_channels == 4 else MadeUp())
-    batches = trainer.DatasetBatches(
+    batches = training_batches.DatasetBatches(
         dataset,
         InOrder(dataset.num_images),
         batch_size=recipe.batch_size,
@@ -124,7 +132,7 @@ def distillation(
         seed=recipe.seed,
         device=torch.device("cpu"),
     )
-    return trainer.Distillation(recipe, teacher, None, batches, execution)
+    return training_distillation.Distillation(recipe, teacher, None, batches, execution)
 
 
 def weights(net: torch.nn.Module) -> Tensor:
@@ -152,7 +160,7 @@ def test_stages_follow_the_images_seen_strictly() -> None:
 def test_generator_is_not_touched_while_the_fake_score_trains_alone(forbidden: Forbid) -> None:
     run = distillation()
     before = weights(run.generator)
-    with forbidden(losses.sid_generator_loss):
+    with forbidden(methods.sid_generator_loss):
         run.step()
     assert torch.equal(weights(run.generator), before)
     assert all(p.grad is None for p in run.generator.parameters())
@@ -163,7 +171,7 @@ def test_generator_is_not_touched_while_the_fake_score_trains_alone(forbidden: F
 
 def test_adversarial_pass_is_not_computed_before_it_counts(forbidden: Forbid) -> None:
     run = distillation(generator_from_nimg=None)
-    with forbidden(losses.adversarial_generator_loss):
+    with forbidden(methods.adversarial_generator_loss):
         run.step()
         run.nimg = 33
         with pytest.raises(pytest.fail.Exception):
@@ -209,8 +217,8 @@ def test_dropout_masks_depend_on_position_and_leave_the_global_state_alone() -> 
 
 
 def test_micro_batches_depend_on_their_position_alone() -> None:
-    def source() -> trainer.DatasetBatches:
-        return trainer.DatasetBatches(
+    def source() -> training_batches.DatasetBatches:
+        return training_batches.DatasetBatches(
             MadeUp(), InOrder(), batch_size=8, num_rounds=2, seed=1, device=torch.device("cpu")
         )
 
@@ -229,14 +237,14 @@ def test_two_rounds_without_adversarial_loss_add_up_to_one_large_batch() -> None
         def __init__(self, num_rounds: int) -> None:
             self._rounds = num_rounds
 
-        def get(self, batch: int, round: int) -> trainer.MicroBatch:
+        def get(self, batch: int, round: int) -> training_batches.MicroBatch:
             generator = torch.Generator().manual_seed(batch)
             whole = {n: torch.randn(8, 1, 8, 8, generator=generator) for n in ("z", "noise")}
             level = torch.rand(8, 1, 1, 1, generator=generator)
             part = slice(round * 8 // self._rounds, (round + 1) * 8 // self._rounds)
             latent = Playback([whole["z"][part].numpy()])
             diffusion = Playback([level[part].numpy(), whole["noise"][part].numpy()])
-            return trainer.MicroBatch(torch.eye(10)[:8][part], latent, diffusion, latent, 0)
+            return training_batches.MicroBatch(torch.eye(10)[:8][part], latent, diffusion, latent, 0)
 
         def images(self, batch: int, round: int) -> Tensor:
             raise AssertionError("mode sid needs no images")
@@ -251,8 +259,8 @@ def test_two_rounds_without_adversarial_loss_add_up_to_one_large_batch() -> None
 
 
 def test_latents_are_drawn_anew_from_a_stream_of_their_own() -> None:
-    def source(dataset: trainer.ImageSource) -> trainer.DatasetBatches:
-        return trainer.DatasetBatches(
+    def source(dataset: training_batches.ImageSource) -> training_batches.DatasetBatches:
+        return training_batches.DatasetBatches(
             dataset, InOrder(), batch_size=40, num_rounds=1, seed=1, device=torch.device("cpu")
         )
 
@@ -273,7 +281,7 @@ def test_latents_are_drawn_anew_from_a_stream_of_their_own() -> None:
 
 
 def test_classes_alone_are_enough_for_mode_sid_and_not_for_the_others() -> None:
-    classes = trainer.ClassesAlone(10)
+    classes = training_batches.ClassesAlone(10)
     run = distillation(TINY_EDM2, classes, mode="sid", adversarial=None, generator_from_nimg=None)
     stats = run.step()
     assert sorted(stats) == ["fake_score_loss", "generator_sid_loss"]
@@ -285,7 +293,7 @@ def test_classes_alone_are_enough_for_mode_sid_and_not_for_the_others() -> None:
 
 @pytest.mark.parametrize(("label_dim", "num_images"), [(3, 3), (0, 1)])
 def test_classes_alone_hold_every_class_once(label_dim: int, num_images: int) -> None:
-    classes = trainer.ClassesAlone(label_dim)
+    classes = training_batches.ClassesAlone(label_dim)
     assert classes.num_images == num_images
     one_hot = classes.one_hot([0] * 2)
     assert one_hot.shape == (2, label_dim)
@@ -326,8 +334,8 @@ def test_forced_normalization_touches_the_nets_that_the_recipe_says(
             for parameter in net.parameters():
                 parameter.mul_(0.5)
     touched: list[torch.nn.Module] = []
-    force_normalize = trainer.force_normalize_
-    instead_of(trainer.force_normalize_, lambda net: (touched.append(net), force_normalize(net)), monkeypatch)
+    force_normalize = edm2.force_normalize_
+    instead_of(edm2.force_normalize_, lambda net: (touched.append(net), force_normalize(net)), monkeypatch)
     run.step()
     names = {id(net): name for name, net in run.modules().items()}
     assert [names[id(net)] for net in touched] == expected
@@ -341,7 +349,7 @@ def test_published_normalization_reaches_the_ema_net_before_the_first_step_and_e
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     touched: list[torch.nn.Module] = []
-    instead_of(trainer.force_normalize_, touched.append, monkeypatch)
+    instead_of(edm2.force_normalize_, touched.append, monkeypatch)
     run = distillation(TINY_EDM2, forced_normalization="published", evaluate_every_nimg=12, generator_from_nimg=10**6)
     counts = []
     for _ in range(4):
@@ -381,14 +389,14 @@ def test_real_image_that_is_not_finite_skips_the_update_of_the_fake_score_alone(
 def parameter_with_gradient(gradient: list[float]) -> tuple[torch.nn.Linear, torch.optim.Adam]:
     net = torch.nn.Linear(len(gradient), 1, bias=False)
     net.weight.grad = torch.tensor([gradient])
-    return net, trainer.adam(net, lr=0.1, beta1=0.0, beta2=0.999, eps=1e-8)
+    return net, updates.adam(net, lr=0.1, beta1=0.0, beta2=0.999, eps=1e-8)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_update_with_a_gradient_that_is_not_finite_is_skipped(bad: float) -> None:
     net, optimizer = parameter_with_gradient([1.0, bad])
     before = net.weight.detach().clone()
-    assert not trainer.apply_gradients(optimizer, None)
+    assert not updates.apply_gradients(optimizer, None)
     assert torch.equal(net.weight, before)
     assert net.weight.grad is None
     assert not any(tensor.any() for tensor in optimizer.state[net.weight].values())
@@ -397,13 +405,13 @@ def test_update_with_a_gradient_that_is_not_finite_is_skipped(bad: float) -> Non
 def test_gradient_elements_are_clipped_only_where_the_recipe_says() -> None:
     for clip_value, expected in ((None, 9.0), (1.0, 1.0)):
         _, optimizer = parameter_with_gradient([3.0, 0.5])
-        assert trainer.apply_gradients(optimizer, clip_value)
+        assert updates.apply_gradients(optimizer, clip_value)
         second_moments = optimizer.state_dict()["state"][0]["exp_avg_sq"] / 0.001
         assert second_moments.flatten().tolist() == [pytest.approx(expected, rel=1e-4), pytest.approx(0.25, rel=1e-4)]
 
 
 def test_skipped_updates_are_counted_in_all_and_in_a_row() -> None:
-    skipped = trainer.SkippedSteps()
+    skipped = updates.SkippedSteps()
     for stepped in (True, False, False, True, False):
         skipped.count("generator", stepped)
     assert (skipped.total, skipped.in_a_row) == ({"generator": 3}, {"generator": 1})
@@ -414,24 +422,30 @@ def test_pretraining_lowers_the_denoising_loss() -> None:
     torch.manual_seed(0)
     stripes = MadeUp()
     stripes._images = torch.tensor([0, 255], dtype=torch.uint8).repeat(4).expand(40, 1, 8, 8)
-    batches = trainer.DatasetBatches(
+    batches = training_batches.DatasetBatches(
         stripes, InOrder(), batch_size=20, num_rounds=1, seed=0, device=torch.device("cpu")
     )
-    run = trainer.Pretraining(recipe, nets.build(TINY), batches)
+    run = training_pretraining.Pretraining(recipe, nets.build(TINY), batches)
     values = [float(run.step()["denoising_loss"]) for _ in range(60)]
     assert sum(values[-10:]) < 0.5 * sum(values[:10])
     assert run.nimg == 1200
 
 
-def pretraining(spec: NetSpec, **changed: Any) -> tuple[trainer.Pretraining, trainer.DatasetBatches]:
+def pretraining(
+    spec: NetSpec, **changed: Any
+) -> tuple[training_pretraining.Pretraining, training_batches.DatasetBatches]:
     recipe = TeacherRecipe(dataset="made up", net=spec, batch_size=20, lr=1e-2, lr_rampup_nimg=100)
     source = MadeUpLatents() if spec.img_channels == 4 else MadeUp()
-    batches = trainer.DatasetBatches(source, InOrder(), batch_size=20, num_rounds=1, seed=0, device=torch.device("cpu"))
+    batches = training_batches.DatasetBatches(
+        source, InOrder(), batch_size=20, num_rounds=1, seed=0, device=torch.device("cpu")
+    )
     torch.manual_seed(0)
-    return trainer.Pretraining(dataclasses.replace(recipe, **changed), nets.build(spec), batches), batches
+    return training_pretraining.Pretraining(dataclasses.replace(recipe, **changed), nets.build(spec), batches), batches
 
 
-def drawn(run: trainer.Pretraining, batches: trainer.DatasetBatches, step: int) -> tuple[Tensor, Tensor, Tensor]:
+def drawn(
+    run: training_pretraining.Pretraining, batches: training_batches.DatasetBatches, step: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Real images, noise and sigma of a step of pretraining."""
     images, draws = batches.images(step, 0), batches.get(step, 0).diffusion
     sigma = (run.recipe.P_std * draws.normal((len(images), 1, 1, 1)) + run.recipe.P_mean).exp()
@@ -516,17 +530,17 @@ def gradients_of(net: torch.nn.Module) -> Tensor:
 def test_the_images_at_a_time_are_found_by_trying_and_nothing_of_it_remains(monkeypatch: pytest.MonkeyPatch) -> None:
     run, untouched = (distillation(generator_from_nimg=None, num_accumulation_rounds=4) for _ in range(2))
     micro_batch = run.recipe.batch_size // 4
-    computed = losses.fake_score_loss
+    computed = methods.fake_score_loss
     tried: list[int] = []
 
-    def limited(fake_score: Any, images: Tensor, *arguments: Any, **options: Any) -> losses.ScoreLoss:
+    def limited(fake_score: Any, images: Tensor, *arguments: Any, **options: Any) -> score_losses.ScoreLoss:
         tried.append(len(images) // micro_batch)
         if len(images) > 2 * micro_batch:
             raise torch.OutOfMemoryError
         return computed(fake_score, images, *arguments, **options)
 
     with monkeypatch.context() as patched:
-        instead_of(losses.fake_score_loss, limited, patched)
+        instead_of(methods.fake_score_loss, limited, patched)
         assert run.fit_batch_per_device() == 2 * micro_batch
     assert tried == [4, 2, 2]
     assert [list(rounds) for rounds in run.passes] == [[0, 1], [2, 3]]
@@ -596,7 +610,7 @@ def gradients_of_a_step(monkeypatch: pytest.MonkeyPatch, spec: NetSpec, executio
         return True
 
     with monkeypatch.context() as patch:
-        instead_of(trainer.apply_gradients, take, patch)
+        instead_of(updates.apply_gradients, take, patch)
         values = list(run.step().values())
     return [torch.cat(values), *found]
 
@@ -675,13 +689,13 @@ def test_traced_nets_compute_no_gradients_of_frozen_weights(monkeypatch: pytest.
     trace_alone(monkeypatch)
     run = distillation(execution=Execution(compile=True), generator_from_nimg=None)
     asked: list[bool] = []
-    loss = losses.sid_generator_loss
+    loss = methods.sid_generator_loss
 
-    def noting(teacher: Any, fake_score: Any, *tensors: Tensor, **options: Any) -> losses.SidLoss:
+    def noting(teacher: Any, fake_score: Any, *tensors: Tensor, **options: Any) -> methods_sid.SidLoss:
         asked.append(any(p.requires_grad for p in fake_score.parameters()))
         return loss(teacher, fake_score, *tensors, **options)
 
-    instead_of(losses.sid_generator_loss, noting, monkeypatch)
+    instead_of(methods.sid_generator_loss, noting, monkeypatch)
     run.step()
     assert asked == [False]
     assert all(p.requires_grad for p in run.fake_score.parameters())
@@ -713,7 +727,7 @@ def test_both_updates_take_the_same_fakes_only_where_the_recipe_says(
     run.step()
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {"fake_score": [], "generator": []}
     passes = []
-    step_loss, generator_loss, forward = losses.fake_score_loss, losses.sid_generator_loss, run.generator.forward
+    step_loss, generator_loss, forward = methods.fake_score_loss, methods.sid_generator_loss, run.generator.forward
 
     def of_fake_score(
         net: Any, images: Tensor, noise: Tensor, sigma: Tensor, labels: Tensor, *rest: Any, **o: Any
@@ -729,8 +743,8 @@ def test_both_updates_take_the_same_fakes_only_where_the_recipe_says(
         passes.append(1)
         return forward(*tensors)
 
-    instead_of(losses.fake_score_loss, of_fake_score, monkeypatch)
-    instead_of(losses.sid_generator_loss, of_generator, monkeypatch)
+    instead_of(methods.fake_score_loss, of_fake_score, monkeypatch)
+    instead_of(methods.sid_generator_loss, of_generator, monkeypatch)
     monkeypatch.setattr(run.generator, "forward", counting)
     run.step()
     pairs = list(zip(seen["fake_score"], seen["generator"], strict=True))
@@ -742,11 +756,11 @@ def test_both_updates_take_the_same_fakes_only_where_the_recipe_says(
 
 def test_skipped_update_is_counted_without_being_asked_for() -> None:
     net, optimizer = parameter_with_gradient([1.0, math.inf])
-    skipped = trainer.SkippedSteps()
-    skipped.count("generator", trainer.apply_gradients(optimizer, None))
+    skipped = updates.SkippedSteps()
+    skipped.count("generator", updates.apply_gradients(optimizer, None))
     assert isinstance(skipped._total["generator"], Tensor)
     net.weight.grad = torch.ones_like(net.weight)
-    skipped.count("generator", trainer.apply_gradients(optimizer, None))
+    skipped.count("generator", updates.apply_gradients(optimizer, None))
     assert (skipped.total, skipped.in_a_row) == ({"generator": 1}, {"generator": 0})
     assert float(optimizer.state[net.weight]["step"]) == 1
 
@@ -761,7 +775,7 @@ def test_published_float16_runs_start_with_a_loss_scale_well_above_the_published
         if "sida" not in teacher.recipes:
             continue
         recipe = teacher.recipes["sida"]
-        scale = float(trainer.LossScale(recipe.batch_size, torch.device("cpu")).value)
+        scale = float(updates.LossScale(recipe.batch_size, torch.device("cpu")).value)
         assert math.log2(scale).is_integer()
         assert scale >= recipe.batch_size / 1024
         if recipe.precision == "fp16":
@@ -788,7 +802,7 @@ def test_losses_are_scaled_only_where_a_gradient_goes_through_float16(
 
 
 def test_a_loss_scale_halves_with_skipped_updates_and_doubles_after_a_thousand_good_ones() -> None:
-    scale = trainer.LossScale(64, torch.device("cpu"))
+    scale = updates.LossScale(64, torch.device("cpu"))
     seen = []
     for stepped, count in ((True, 1001), (False, 1), (False, 2), (True, 999), (True, 1), (False, 1), (True, 2100)):
         for _ in range(count):
@@ -799,7 +813,7 @@ def test_a_loss_scale_halves_with_skipped_updates_and_doubles_after_a_thousand_g
 
 def test_a_loss_scale_asks_nothing_of_the_device() -> None:
     """A tensor on the meta device has no value that could be waited for."""
-    scale = trainer.LossScale(64, torch.device("meta"))
+    scale = updates.LossScale(64, torch.device("meta"))
     for _ in range(3):
         scale.follow(torch.tensor(True, device="meta"))
     gradients = engine_gradients.GradientSum(torch.nn.Linear(2, 2, device="meta"), 1, scale.value)
@@ -813,13 +827,13 @@ def test_features_of_imagenet_64_get_a_gradient_that_float16_can_hold() -> None:
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(32, 768, 8, 8, generator=generator)
     sigma = (recipe.P_std * torch.randn(16, 1, 1, 1, generator=generator) + recipe.P_mean).exp()
-    own = float(trainer.LossScale(recipe.batch_size, torch.device("cpu")).value)
+    own = float(updates.LossScale(recipe.batch_size, torch.device("cpu")).value)
 
     def gradient(dtype: torch.dtype, scale: float) -> Tensor:
         features = values.to(dtype).requires_grad_()
         logits = _channel_mean(features)
-        score = losses.ScoreLoss(torch.zeros(()), logits[:16], None, logits[16:])
-        loss = losses.discriminator_loss(score, sigma).sum() * (scale / recipe.batch_size)
+        score = score_losses.ScoreLoss(torch.zeros(()), logits[:16], None, logits[16:])
+        loss = methods.discriminator_loss(score, sigma).sum() * (scale / recipe.batch_size)
         (found,) = torch.autograd.grad(loss, features)
         return found.to(torch.float64) / scale
 
@@ -848,7 +862,7 @@ class Colours(MadeUp):
         self._images = torch.randint(256, (40, 3, 16, 16), dtype=torch.uint8, generator=generator)
 
 
-def of_imagenet_64(precision: str, spec: NetSpec = ADM, **changed: Any) -> trainer.Distillation:
+def of_imagenet_64(precision: str, spec: NetSpec = ADM, **changed: Any) -> training_distillation.Distillation:
     """One micro-batch of 8 of a batch of 8,192, away from the teacher, in the stage with all terms."""
     # As small at every feature as where the logits are a mean over 768 channels and the loss one over 8x8 positions.
     features = spec.model_channels * spec.channel_mult[-1] / 768 * (2 * 2) / (8 * 8)
@@ -873,13 +887,13 @@ def cosine(one: Tensor, other: Tensor) -> float:
 
 
 def test_the_discriminators_gradient_in_float16_points_where_float32s_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    computed = losses.fake_score_loss
+    computed = methods.fake_score_loss
 
-    def without_denoising(*arguments: Any, **options: Any) -> losses.ScoreLoss:
+    def without_denoising(*arguments: Any, **options: Any) -> score_losses.ScoreLoss:
         score = computed(*arguments, **options)
         return score._replace(per_pixel=torch.zeros_like(score.per_pixel))
 
-    instead_of(losses.fake_score_loss, without_denoising, monkeypatch)
+    instead_of(methods.fake_score_loss, without_denoising, monkeypatch)
     found = {}
     for precision, scale in (("fp32", None), ("fp16", None), ("fp16", 1.0)):
         run = of_imagenet_64(precision)
@@ -914,10 +928,12 @@ def test_an_update_that_overflows_float16_is_skipped_and_the_next_has_half_the_s
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """And so does a run that was interrupted in between, to the same bits."""
-    monkeypatch.setattr(trainer, "IMAGES_PER_LOSS_SCALE", 2.0**-11)
-    schedule = loop.Schedule(duration_nimg=48, evaluate_every_nimg=48, checkpoint_every_nimg=48, report_every_steps=1)
+    monkeypatch.setattr(updates, "IMAGES_PER_LOSS_SCALE", 2.0**-11)
+    schedule = training_state.Schedule(
+        duration_nimg=48, evaluate_every_nimg=48, checkpoint_every_nimg=48, report_every_steps=1
+    )
 
-    def run(name: str, stops_at: int | None = None) -> tuple[trainer.Distillation, list[str]]:
+    def run(name: str, stops_at: int | None = None) -> tuple[training_distillation.Distillation, list[str]]:
         training = distillation(SMALL, precision="fp16", generator_from_nimg=None)
         with Store.open(tmp_path).live(name) as live:
             events = loop.run(
@@ -926,7 +942,7 @@ def test_an_update_that_overflows_float16_is_skipped_and_the_next_has_half_the_s
                 live,
                 evaluate=None,
                 should_stop=lambda: training.nimg == stops_at,
-                history=loop.History(),
+                history=training_state.History(),
             )
             told = [str(event.values["message"]) for event in events if event.kind == "warning"]
         return training, told

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sidactl import trainer
 from sidactl.data.codec import LatentCodec, PixelCodec
 from sidactl.engine import sharding
 from sidactl.foreign import networks, pickles
 from sidactl.nets import Preconditioned
 from sidactl.recipes import Adversarial, Recipe
+from sidactl.training import batches as training_batches
+from sidactl.training import distillation
 from tests.golden import golden
 from tests.playback import Playback
 
@@ -55,7 +56,7 @@ class GoldenBatches:
         prefix = self._prefix(batch, round)
         return sorted(n for n in self._arrays.files if n.startswith(f"{prefix}_draw"))
 
-    def get(self, batch: int, round: int) -> trainer.MicroBatch:
+    def get(self, batch: int, round: int) -> training_batches.MicroBatch:
         names = self._names(batch, round)
         self.masks += [torch.from_numpy(self._arrays[n]) for n in names if n.endswith("dropoutmask")]
         # With the adversarial part EDM2's first draw of either phase is for the real latents.
@@ -63,7 +64,7 @@ class GoldenBatches:
         draws = Playback([self._arrays[n] for n in names])
         self.playbacks.append(draws)
         labels = torch.from_numpy(self._arrays[f"{self._prefix(batch, round)}_labels"])
-        return trainer.MicroBatch(labels, draws, draws, draws, dropout_seed=0)
+        return training_batches.MicroBatch(labels, draws, draws, draws, dropout_seed=0)
 
     def images(self, batch: int, round: int) -> Tensor:
         items = torch.from_numpy(self._arrays[f"{self._prefix(batch, round)}_batch_images"])
@@ -80,7 +81,7 @@ def start_state(path: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): torch.from_numpy(arrays[k]) for k in arrays.files if k.startswith(prefix)}
 
 
-def golden_distillation(tag: str) -> tuple[trainer.Distillation, Any, dict[str, Any], GoldenBatches]:
+def golden_distillation(tag: str) -> tuple[distillation.Distillation, Any, dict[str, Any], GoldenBatches]:
     settings = json.loads(golden(f"trajectory/{tag}.json").read_text())
     arrays = np.load(golden(f"trajectory/{tag}.npz"))
     batch_size, batch_gpu = 4, settings.get("batch_gpu", 4)
@@ -112,7 +113,7 @@ def golden_distillation(tag: str) -> tuple[trainer.Distillation, Any, dict[str, 
     teacher = networks.read_network(golden(f"networks/{settings['teacher']}.pkl"))
     samples_latents = is_edm2 and settings["use_gan"]
     batches = GoldenBatches(arrays, recipe.num_accumulation_rounds, samples_latents=samples_latents)
-    run = trainer.Distillation(recipe, teacher, None, batches)
+    run = distillation.Distillation(recipe, teacher, None, batches)
     files = settings["init_files"]
     if files:
         for net, name in ((run.fake_score, "psi"), (run.generator, "G"), (run.ema, "G_ema")):
@@ -180,7 +181,7 @@ def test_training_steps_follow_the_golden_trajectory(tag: str, monkeypatch: pyte
         assert_same_update(name, net, start[name], arrays, settings)
 
 
-def recorded_gradients(run: trainer.Distillation, name: str) -> dict[str, Tensor]:
+def recorded_gradients(run: distillation.Distillation, name: str) -> dict[str, Tensor]:
     """A dictionary that every update of a net fills with the norms of its gradients as Adam gets them."""
     norms: dict[str, Tensor] = {}
     modules = run.modules()
@@ -206,7 +207,7 @@ def assert_same_norms(norms: dict[str, Tensor], arrays: Any, name: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.max()))
 
 
-def nets_of(run: trainer.Distillation) -> dict[str, Preconditioned]:
+def nets_of(run: distillation.Distillation) -> dict[str, Preconditioned]:
     return {"psi": run.fake_score, "G": run.generator, "G_ema": run.ema}
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sidactl.errors import SidaError
 
 if TYPE_CHECKING:
-    from sidactl.loop import Event
+    from sidactl.training.state import Event
 
 
 Log = Callable[[int, Mapping[str, float]], None]

@@ -15,7 +15,7 @@ from sidactl.errors import SidaError
 from sidactl.recipes import Adversarial, Execution, NetSpec, Recipe, Setting, TeacherRecipe
 
 if TYPE_CHECKING:
-    from sidactl.loop import Event
+    from sidactl.training.state import Event
 from sidactl.cli.entry import app
 from sidactl.cli.options import (
     Device,

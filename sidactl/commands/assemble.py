@@ -34,7 +34,7 @@ from sidactl.store import Artifact, LiveDir, Store
 if TYPE_CHECKING:
     import torch
 
-    from sidactl.trainer import Distillation
+    from sidactl.training.distillation import Distillation
 from sidactl.commands.plan import Plan, check_generator, is_foreign, needs_reference, of_other_vae, plan
 from sidactl.commands.running import check_fit, check_trainable
 

@@ -246,9 +246,10 @@ def _distill(
     """Trains, stores the last and the best generator under their keys, and a run that binds them."""
     import safetensors.torch
 
-    from sidactl import loop, report, sampling, trainer
+    from sidactl import report, sampling
     from sidactl.engine import configure, devices, ranks, sharding
     from sidactl.foreign import networks
+    from sidactl.training import distillation, loop, state
 
     recipe, execution, inputs, compared = wanted.recipe, wanted.execution, wanted.inputs, wanted.compared
     chosen_device = devices.pick_device(device)
@@ -291,10 +292,10 @@ def _distill(
             )
     data = inputs["dataset"]
     batches = batches_for(store, data, recipe.batch_size, recipe.num_accumulation_rounds, recipe.seed, chosen_device)
-    training = trainer.Distillation(recipe, teacher, start, batches, execution)
+    training = distillation.Distillation(recipe, teacher, start, batches, execution)
     if tried := find_batch_per_device(training, execution, live, chosen_device):
         notes.append(tried)
-    schedule = loop.Schedule(
+    schedule = state.Schedule(
         duration_nimg=recipe.duration_nimg,
         evaluate_every_nimg=recipe.evaluate_every_nimg,
         checkpoint_every_nimg=recipe.checkpoint_every_nimg,

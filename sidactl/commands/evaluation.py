@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     import torch
 
     from sidactl.detectors import Detector
-    from sidactl.loop import Evaluate
     from sidactl.nets import Preconditioned
+    from sidactl.training.state import Evaluate
 from sidactl.commands.assemble import Assembled
 from sidactl.commands.running import Watch
 
@@ -79,9 +79,10 @@ def evaluation_of(
     """What scores a net while it trains, by the first of these scores and the others; and a grid of images."""
     import torch
 
-    from sidactl import loop, sampling
+    from sidactl import sampling
     from sidactl.commands import features
     from sidactl.engine import ranks, sharding
+    from sidactl.training import state
 
     seeds = range(SELECTION_SEED, SELECTION_SEED + num_images)
     device = eyes[0].detector.device
@@ -89,7 +90,7 @@ def evaluation_of(
     keeps = {eye.detector.identity for eye in eyes if METRICS[eye.metric].need is None}
     settings = {**scores.DEFAULTS, "order": "content"}  # as `evaluate` has them
 
-    def evaluate(net: "Preconditioned", should_stop: Callable[[], bool]) -> loop.Evaluation | None:
+    def evaluate(net: "Preconditioned", should_stop: Callable[[], bool]) -> state.Evaluation | None:
         net = sharding.gathered(net, device)
         size = features.images_per_batch(net.spec.img_channels, net.spec.img_resolution)
         samples = sampling.generate(
@@ -115,7 +116,7 @@ def evaluation_of(
         if ranks.any_process(should_stop()):
             return None
         if told := ranks.first_told(problems[0] if problems else None):
-            return loop.Evaluation(math.nan, None, f"no score after these updates: {told}")
+            return state.Evaluation(math.nan, None, f"no score after these updates: {told}")
 
         def numbers() -> str:
             found: dict[str, float] = {}
@@ -128,9 +129,9 @@ def evaluation_of(
         found: dict[str, float] = json.loads(ranks.agreed(numbers))
         value = found.pop(distance_name(eyes[0].detector))
         try:
-            return loop.Evaluation(value, preview_of(net, sampler, load_vae), also=found)
+            return state.Evaluation(value, preview_of(net, sampler, load_vae), also=found)
         except sampling.NotFiniteError as error:
-            return loop.Evaluation(value, None, f"no picture: {error.message}", also=found)
+            return state.Evaluation(value, None, f"no picture: {error.message}", also=found)
 
     return evaluate
 
@@ -144,7 +145,7 @@ def score_teacher(
     store: Store, wanted: Assembled, device: str | None, watch: Watch | None, force: bool
 ) -> float | None:
     """The teacher's score as the generator's are, for comparison; None, and said so, where it cannot be had."""
-    from sidactl import loop
+    from sidactl.training import state
 
     recipe, teacher = wanted.recipe, wanted.inputs["teacher"]
     nfe = sampler_of(teacher).nfe
@@ -152,7 +153,7 @@ def score_teacher(
 
     def tell(message: str, kind: str = "note") -> None:
         if watch:
-            watch(loop.Event(kind, recipe.duration_nimg, {"message": message}))
+            watch(state.Event(kind, recipe.duration_nimg, {"message": message}))
 
     def tick(done: int, total: int) -> None:
         if done == 0:

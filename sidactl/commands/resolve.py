@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from sidactl.data.dataset import Dataset
     from sidactl.nets import Preconditioned
-    from sidactl.trainer import ImageSource
+    from sidactl.training.batches import ImageSource
 from sidactl.commands.fetch import fetch_detector, fetch_teacher
 from sidactl.commands.prepare_images import prepared_as_usual
 from sidactl.commands.words import (
@@ -135,8 +135,8 @@ def image_source(store: Store, artifact: Artifact) -> "ImageSource":
     """What training needs of a dataset artifact, be it of images or of classes alone."""
     if artifact.results["kind"] != "labels":
         return load_dataset(store, artifact)
-    from sidactl import trainer
     from sidactl.data import labels as data_labels
+    from sidactl.training import batches
 
     found = data_labels.read_labels(store.path(artifact, data_labels.LABEL_FILE))
-    return trainer.ClassesAlone(found.label_dim, list((found.labels or {}).values()))
+    return batches.ClassesAlone(found.label_dim, list((found.labels or {}).values()))

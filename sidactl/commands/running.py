@@ -19,8 +19,8 @@ from sidactl.store import Artifact, LiveDir, Store
 if TYPE_CHECKING:
     import torch
 
-    from sidactl.loop import Evaluate, Event, History, Schedule, Training
-    from sidactl.trainer import MicroBatches
+    from sidactl.training.batches import MicroBatches
+    from sidactl.training.state import Evaluate, Event, History, Schedule, Training
 
 
 Watch = Callable[["Event"], None]
@@ -53,12 +53,12 @@ def check_fit(got: tuple[int | None, int | None, int] | None, net: NetSpec, whos
 def batches_for(
     store: Store, data: Artifact, batch_size: int, num_rounds: int, seed: int, device: "torch.device"
 ) -> "MicroBatches":
-    from sidactl import trainer
     from sidactl.data.order import DataOrder
+    from sidactl.training import batches
 
     dataset = image_source(store, data)
     order = DataOrder(dataset.num_images, seed)
-    return trainer.DatasetBatches(
+    return batches.DatasetBatches(
         dataset, order, batch_size=batch_size, num_rounds=num_rounds, seed=seed, device=device
     )
 
@@ -74,17 +74,17 @@ def run_training(
     warnings: Sequence[str] = (),
 ) -> "History":
     """Runs the loop to its end, passing events on; an interruption leaves a checkpoint and raises, exit code 130."""
-    from sidactl import loop
     from sidactl.engine import ranks
+    from sidactl.training import loop, state
 
-    history, interrupted = loop.History(), False
+    history, interrupted = state.History(), False
     tell = watch or (lambda event: None)
     with _stop_on_signals() as should_stop:
         began = {**facts, "events": str(live.path / "events.jsonl"), "duration_nimg": schedule.duration_nimg}
-        tell(loop.Event("started", 0, began))
+        tell(state.Event("started", 0, began))
         for kind, messages in (("warning", warnings), ("note", notes)):
             for message in messages:
-                tell(loop.Event(kind, 0, {"message": message}))
+                tell(state.Event(kind, 0, {"message": message}))
         events = loop.run(training, schedule, live, evaluate=evaluate, should_stop=should_stop, history=history)
         for event in events:
             tell(event)

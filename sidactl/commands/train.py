@@ -84,16 +84,17 @@ def train_teacher(
     with at_work(store, key, question) as live:
         import torch
 
-        from sidactl import loop, nets, trainer
+        from sidactl import nets
         from sidactl.engine.devices import pick_device
+        from sidactl.training import loop, pretraining, state
 
         chosen_device = pick_device(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             built = nets.build(recipe.net).to(chosen_device)
         batches = batches_for(store, data, recipe.batch_size, 1, recipe.seed, chosen_device)
-        training = trainer.Pretraining(recipe, built, batches)
-        schedule = loop.Schedule(
+        training = pretraining.Pretraining(recipe, built, batches)
+        schedule = state.Schedule(
             duration_nimg=recipe.duration_nimg,
             evaluate_every_nimg=recipe.duration_nimg,
             checkpoint_every_nimg=max(recipe.duration_nimg // 10, recipe.batch_size),

@@ -1,7 +1,7 @@
 """EDM's non-leaking augmentation of images, with the labels that tell a network what was done; no loss, no data."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sidactl.errors import SidaError
 from sidactl.noise import Draws
+from sidactl.recipes import NetSpec
 
 # Low-pass filter of the symlet wavelet with six vanishing moments (sym6), as PyWavelets tabulates it.
 SYM6 = (
@@ -145,3 +146,10 @@ def _resample(images: Tensor, linear: Tensor, shift: Tensor) -> Tensor:
     images = images[:, :, 1:-1, 1:-1]  # of the margin, what the filter needs to come out at the original size
     images = F.conv2d(images, row, stride=(1, 2), groups=channels)
     return F.conv2d(images, column, stride=(2, 1), groups=channels)
+
+
+def augmentation(probability: float, spec: NetSpec) -> Callable[[Tensor, Draws], tuple[Tensor, Tensor | None]]:
+    """What gives a net's inputs their augmentation and its labels: nothing, where the net takes no such labels."""
+    if probability and spec.augment_dim:
+        return AugmentPipe(p=probability)
+    return lambda images, draws: (images, None)

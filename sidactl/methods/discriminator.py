@@ -1,0 +1,27 @@
+"""What teaches a discriminator, as pure functions; shapes and manners as in score_losses.py."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from sidactl.methods.score_losses import ScoreLoss, denoising_weight
+
+
+def discriminator_loss(
+    score: ScoreLoss, sigma: Tensor, *, sigma_data: float = 0.5, num_micro_batches: int = 1
+) -> Tensor:
+    """Binary cross-entropy per image of telling noisy real images from noisy fakes, both of which `score` has seen.
+
+    Each cross-entropy is averaged over positions and micro-batch, of which the batch may hold several; logits are not
+    clamped. Source: SiDA (2410.14919), eqs. 9 and 10, with the sign that the published code has (eq. 10 is printed
+    without its minus).
+    """
+    assert score.real_logits is not None
+    real, fakes = (micro_batch_mean(F.softplus(x), num_micro_batches) for x in (-score.real_logits, score.logits))
+    loss = denoising_weight(sigma, sigma_data) * ((real + fakes) / 2)
+    return loss if score.logvar is None else loss / score.logvar.exp()
+
+
+def micro_batch_mean(values: Tensor, num_micro_batches: int) -> Tensor:
+    """The mean of each micro-batch for each of its images, [B, 1, 1, 1]."""
+    means = values.reshape(num_micro_batches, -1).mean(dim=1, keepdim=True)
+    return means.expand(-1, len(values) // num_micro_batches).reshape(-1, 1, 1, 1)

@@ -1,0 +1,167 @@
+"""What training steps are fed with: micro-batches by position and their draws, datasets, classes alone. No loss.
+
+Every draw is a function of the seed and a position.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sidactl.data.codec import LatentCodec, PixelCodec
+from sidactl.engine import devices as engine_devices
+from sidactl.errors import SidaError
+from sidactl.noise import Draws
+
+STREAMS = {"latent": 0, "diffusion": 1, "augment": 2, "dropout": 3, "posterior": 4}
+
+
+class SeededDraws:
+    """Draws from one torch generator on the training device. Implements `Draws`."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._generator = torch.Generator(device).manual_seed(seed)
+        self._device = device
+
+    def normal(self, shape: Iterable[int]) -> Tensor:
+        return torch.randn(*shape, generator=self._generator, device=self._device)
+
+    def uniform(self, shape: Iterable[int]) -> Tensor:
+        return torch.rand(*shape, generator=self._generator, device=self._device)
+
+    def integers(self, high: int, shape: Iterable[int]) -> Tensor:
+        return torch.randint(high, tuple(shape), generator=self._generator, device=self._device)
+
+
+class JoinedDraws:
+    """The draws of several micro-batches, one after the other along the first dimension. Implements `Draws`."""
+
+    def __init__(self, parts: Sequence[Draws]) -> None:
+        self._parts = parts
+
+    def normal(self, shape: Iterable[int]) -> Tensor:
+        return self._joined(shape, lambda draws, part: draws.normal(part))
+
+    def uniform(self, shape: Iterable[int]) -> Tensor:
+        return self._joined(shape, lambda draws, part: draws.uniform(part))
+
+    def integers(self, high: int, shape: Iterable[int]) -> Tensor:
+        return self._joined(shape, lambda draws, part: draws.integers(high, part))
+
+    def _joined(self, shape: Iterable[int], draw: Callable[[Draws, Sequence[int]], Tensor]) -> Tensor:
+        num_images, *rest = shape
+        return torch.cat([draw(draws, (num_images // len(self._parts), *rest)) for draws in self._parts])
+
+
+def stream_seed(seed: int, stream: str, index: int) -> int:
+    """The 64-bit seed of one micro-batch in one stream of randomness."""
+    return int(np.random.SeedSequence((seed, STREAMS[stream], index)).generate_state(1, np.uint64)[0])
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Labels, one-hot [b, K], and where their random numbers come from."""
+
+    labels: Tensor
+    latent: Draws
+    diffusion: Draws
+    augment: Draws
+    dropout_seed: int
+
+    @classmethod
+    def joined(cls, parts: Sequence["MicroBatch"]) -> "MicroBatch":
+        """Several as one; its dropout is that of the first, so nets with dropout take them one by one."""
+        if len(parts) == 1:
+            return parts[0]
+        latent, diffusion, augment = (
+            JoinedDraws([getattr(part, stream) for part in parts]) for stream in ("latent", "diffusion", "augment")
+        )
+        return cls(torch.cat([p.labels for p in parts]), latent, diffusion, augment, parts[0].dropout_seed)
+
+
+class MicroBatches(Protocol):
+    """Training batches by position: batch number `batch` in all, micro-batch `round` of it."""
+
+    def get(self, batch: int, round: int) -> MicroBatch: ...
+
+    def images(self, batch: int, round: int) -> Tensor:
+        """The real images of the micro-batch as networks see them, [b, C, H, W]; only fetched where they are needed."""
+        ...
+
+
+class ImageSource(Protocol):
+    """What training needs of a dataset; `data.Dataset` is one."""
+
+    num_images: int
+    is_latents: bool
+
+    def images(self, indices: Any) -> Tensor: ...
+
+    def one_hot(self, indices: Any) -> Tensor: ...
+
+
+class IndexOrder(Protocol):
+    """The order in which a dataset is read; `data.DataOrder` is one."""
+
+    def indices(self, start: int, count: int) -> Any: ...
+
+
+class ClassesAlone:
+    """Classes without images: all that mode sid needs of a dataset. Implements `ImageSource`.
+
+    labels: the class of each image that is not there, as many of each as the data have; every class once by default.
+    """
+
+    is_latents = False
+
+    def __init__(self, label_dim: int, labels: Sequence[int] | None = None) -> None:
+        self._one_hot = torch.eye(label_dim) if label_dim else torch.zeros(1, 0)
+        self._labels = torch.arange(len(self._one_hot)) if labels is None else torch.tensor(labels)
+        self.num_images = len(self._labels)
+
+    def images(self, indices: Any) -> Tensor:
+        raise SidaError("modes sida and sid2a need real images, got classes alone", "Pass --dataset REF.")
+
+    def one_hot(self, indices: Any) -> Tensor:
+        return self._one_hot[self._labels[torch.as_tensor(indices)]]
+
+
+class DatasetBatches:
+    """Micro-batches of a dataset in a position-addressed order. Implements `MicroBatches`."""
+
+    def __init__(
+        self,
+        dataset: ImageSource,
+        order: IndexOrder,
+        *,
+        batch_size: int,
+        num_rounds: int,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self._dataset, self._order, self._seed, self._device = dataset, order, seed, device
+        self._num_rounds, self._size = num_rounds, batch_size // num_rounds
+        self._codec = LatentCodec() if dataset.is_latents else PixelCodec()
+
+    def get(self, batch: int, round: int) -> MicroBatch:
+        return MicroBatch(
+            engine_devices.sent(self._dataset.one_hot(self._chosen(batch, round)), self._device),
+            self._draws("latent", batch, round),
+            self._draws("diffusion", batch, round),
+            self._draws("augment", batch, round),
+            stream_seed(self._seed, "dropout", batch * self._num_rounds + round),
+        )
+
+    def images(self, batch: int, round: int) -> Tensor:
+        """Real images in [-1, 1]; of a dataset of latents, samples of their posterior that every visit draws anew."""
+        items = engine_devices.sent(self._dataset.images(self._chosen(batch, round)), self._device)
+        return self._codec.encode(items, self._draws("posterior", batch, round))
+
+    def _chosen(self, batch: int, round: int) -> Any:
+        return self._order.indices((batch * self._num_rounds + round) * self._size, self._size)
+
+    def _draws(self, stream: str, batch: int, round: int) -> Draws:
+        return SeededDraws(stream_seed(self._seed, stream, batch * self._num_rounds + round), self._device)

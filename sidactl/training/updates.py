@@ -1,0 +1,174 @@
+"""What becomes of gradients: Adam, clipping, skipped updates, loss scales, the EMA; the seed of dropout. No loss."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from sidactl.engine import ranks, sharding
+from sidactl.nets import Preconditioned
+
+
+def update_ema(
+    ema: nn.Module, net: nn.Module, *, halflife_nimg: int, rampup_ratio: float | None, nimg: int, batch_size: int
+) -> None:
+    """Moves `ema` towards `net`: parameters only, buffers are never touched.
+
+    The half-life is at most rampup_ratio times the images seen before this step, so at 0 images ema becomes net. The
+    EMA may lie on another device. Source: EDM (2206.00364), appendix F.2.
+    """
+    halflife = float(halflife_nimg)
+    if rampup_ratio is not None:
+        halflife = min(halflife, nimg * rampup_ratio)
+    average = get_ema_multi_avg_fn(0.5 ** (batch_size / max(halflife, 1e-8)))
+    means = [sharding.local(p.detach()) for p in ema.parameters()]
+    values = [sharding.local(p.detach()) for p in net.parameters()]
+    with torch.no_grad():
+        average(means, [p.to(mean.device) for p, mean in zip(values, means, strict=True)], torch.tensor(0))
+
+
+def apply_gradients(optimizer: torch.optim.Optimizer, clip_value: float | None) -> Tensor:
+    """Steps the optimiser and clears its gradients; False, and no step, if a gradient is not finite.
+
+    The answer stays on the device, where the fused optimiser reads it: nothing waits for it.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    gradients = [sharding.local(p.grad) for p in parameters]
+    finite = torch.isfinite(torch.nn.utils.get_total_norm(gradients))
+    if clip_value is not None:
+        torch._foreach_clamp_min_(gradients, -clip_value)
+        torch._foreach_clamp_max_(gradients, clip_value)
+    if any(map(sharding.is_sharded, parameters)):  # of which each process sees a part
+        finite = torch.tensor(not ranks.any_process(not bool(finite)))
+        if finite:
+            optimizer.step()
+    else:
+        vars(optimizer)["found_inf"] = finite.logical_not().to(torch.float32)
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return finite
+
+
+def adam(net: nn.Module, *, lr: float, beta1: float, beta2: float, eps: float) -> torch.optim.Adam:
+    """Adam over all parameters; the fused kernel is the same arithmetic in one pass.
+
+    Its state is there from the start, so that every checkpoint has the same shape and no memory is asked for later.
+    """
+    named = list(net.named_parameters())
+    # The kernel takes either kind by itself.
+    parts = [[(name, p) for name, p in named if sharding.is_sharded(p) == sharded] for sharded in (False, True)]
+    groups = [{"params": part} for part in parts if part]
+    optimizer = torch.optim.Adam(groups, lr=lr, betas=(beta1, beta2), eps=eps, fused=True)
+    for parameter in net.parameters():
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
+
+
+IMAGES_PER_LOSS_SCALE = 16
+"""images of a batch that the loss scale of a float16 run has a factor of 1 for, at its start
+
+Losses are sums divided by the batch over all processes. The published runs divided by the share of one of eight GPUs,
+so batch / 1024 on ImageNet 64 (8,192 images) gives their gradients, of which the discriminator's still have an angle to
+float32's (cosine 0.8). batch / 16 is 512 there: its smallest gradients, those at the encoder's features, are then about
+as large as float16's smallest normal number, 6e-5, and the largest, those of weights, far below its largest, 65,504.
+"""
+
+LOSS_SCALE_GROWS_AFTER = 1000
+"""updates without a skipped one after which a loss scale that fell doubles: a single outlier is no lasting loss"""
+
+
+class LossScale:
+    """The power of two by which the losses of a float16 net are multiplied before the backward pass; not in papers.
+
+    It starts at the batch divided by IMAGES_PER_LOSS_SCALE, rounded up; halves with every skipped update, down to 1;
+    doubles after LOSS_SCALE_GROWS_AFTER updates in a row, up to where it started. All of it happens on the device.
+    """
+
+    def __init__(self, batch_size: int, device: torch.device) -> None:
+        self._start = 2.0 ** max(0, math.ceil(math.log2(batch_size / IMAGES_PER_LOSS_SCALE)))
+        self.value = torch.tensor(self._start, device=device)
+        self._good = torch.tensor(0, device=device)
+
+    def follow(self, stepped: Tensor) -> None:
+        """Takes notice of an update that was made or skipped."""
+        stepped = stepped.to(self.value.device)
+        self._good = (self._good + 1) * stepped
+        grows = self._good >= LOSS_SCALE_GROWS_AFTER
+        grown = torch.where(grows, self.value * 2, self.value).clamp(max=self._start)
+        self.value = torch.where(stepped, grown, (self.value / 2).clamp(min=1.0))
+        self._good = self._good * grows.logical_not()
+
+    def to_json(self) -> dict[str, float]:
+        return {"value": float(self.value), "good_updates": int(self._good)}
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        """Goes on from there, as an interrupted run left it."""
+        self.value.fill_(state["value"])
+        self._good.fill_(int(state["good_updates"]))
+
+
+class SkippedSteps:
+    """Updates that were skipped for a gradient that was not finite: in all, and in a row, by net; and those made.
+
+    Counted where the answers of `apply_gradients` are, and fetched by whoever asks. Loss scales follow them.
+    """
+
+    def __init__(self, loss_scales: Mapping[str, LossScale] | None = None) -> None:
+        self.loss_scales = loss_scales or {}
+        self._made: dict[str, int | Tensor] = {}
+        self._total: dict[str, int | Tensor] = {}
+        self._in_a_row: dict[str, int | Tensor] = {}
+
+    def count(self, name: str, stepped: Tensor | bool) -> None:
+        stepped = torch.as_tensor(stepped)
+        skipped = stepped.logical_not()
+        self._made[name] = self._made.get(name, 0) + stepped.to(torch.int64)
+        self._total[name] = self._total.get(name, 0) + skipped.to(torch.int64)
+        self._in_a_row[name] = (self._in_a_row.get(name, 0) + 1) * skipped
+        if name in self.loss_scales:
+            self.loss_scales[name].follow(stepped)
+
+    @property
+    def made(self) -> dict[str, int]:
+        return {name: int(count) for name, count in self._made.items()}
+
+    @property
+    def total(self) -> dict[str, int]:
+        return {name: int(count) for name, count in self._total.items()}
+
+    @property
+    def in_a_row(self) -> dict[str, int]:
+        return {name: int(count) for name, count in self._in_a_row.items()}
+
+    def restore(self, total: Mapping[str, int], in_a_row: Mapping[str, int], made: Mapping[str, int]) -> None:
+        """Goes on from these counts, as an interrupted run left them."""
+        self._total, self._in_a_row, self._made = dict(total), dict(in_a_row), dict(made)
+
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether asking makes nobody wait for a GPU."""
+        return all(isinstance(count, int) or count.device.type == "cpu" for count in self._in_a_row.values())
+
+
+class DropoutSeed:
+    """Within the block, dropout masks are those of `seed`; the surrounding random state is put back."""
+
+    def __init__(self, seed: int, net: Preconditioned) -> None:
+        self._seed, self._active = seed, net.spec.dropout > 0
+        devices = {p.device for p in net.parameters() if p.device.type == "cuda"}
+        self._fork = torch.random.fork_rng(devices=list(devices), enabled=self._active)
+
+    def __enter__(self) -> None:
+        self._fork.__enter__()
+        if self._active:
+            torch.manual_seed(self._seed)
+
+    def __exit__(self, *exception: Any) -> None:
+        self._fork.__exit__(*exception)
