@@ -1,4 +1,7 @@
-"""Run directories of earlier states: all in them is read, and what was interrupted goes on bitwise, or is named."""
+"""Run directories of earlier states: all in them is read, and what was interrupted goes on bitwise, or is named.
+
+The last is of the state before modules became folders.
+"""
 
 import shutil
 import tarfile
@@ -13,7 +16,7 @@ from sidactl.commands import inventory
 from sidactl.store import Artifact
 
 ARCHIVE = Path(__file__).parent / "data/run-directories.tar.xz"
-GOES_ON = {"f020819": None, "6fcb80f": 448, "f0c4868": 416, "21b2b62": 448, "cbc7507": 448}
+GOES_ON = {"f020819": None, "6fcb80f": 448, "f0c4868": 416, "21b2b62": 448, "cbc7507": 448, "0945e18": 512}
 """by commit: the images of the newest checkpoint; None where the recipe had too few fields to be of today's question"""
 SAME_MACHINE = "5e65cedcdcda"
 """how the digest begins of what the interrupted run ends with where these were made; others round otherwise"""
