@@ -15,6 +15,7 @@ import typer
 
 from sidactl.cli import app
 from tests.conftest import Finished
+from tests.test_floors import ORDER
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -92,3 +93,16 @@ def test_examples_say_at_their_top_what_to_expect() -> None:
 def test_changelog_has_an_entry_for_what_is_new() -> None:
     unreleased = (ROOT / "CHANGELOG.md").read_text().split("## [Unreleased]")[1]
     assert "- " in unreleased
+
+
+def test_the_tree_in_the_readme_is_that_of_the_package() -> None:
+    section = README.partition("## Where things are")[2].partition("\n## ")[0]
+    tree = section.split("```")[1].strip().splitlines()
+    names = [line.split()[0] for line in tree]
+    package = ROOT / "sidactl"
+    found = [path.name + "/" * path.is_dir() for path in package.iterdir() if not path.name.startswith(("__", "py."))]
+    assert sorted(names) == sorted(found)
+    assert [name.removesuffix("/").removesuffix(".py") for name in names if name != "assets/"] == ORDER
+    assert all(len(line.split(maxsplit=1)) == 2 for line in tree)
+    for path in re.findall(r"`((?:\w+/)+(?:\w+\.py)?)`", section):
+        assert (package / path).exists() or (ROOT / path).exists(), path

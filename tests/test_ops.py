@@ -1859,11 +1859,8 @@ def test_an_evaluation_gives_further_scores_which_a_resumed_run_keeps(fresh_run:
 
 def test_a_further_distance_is_by_its_own_detector(fresh_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # DINOv2 is too large for a test; another distance stands for it.
-    other = {
-        **commands_scores.METRICS,
-        "fd-dinov2": replace(commands_scores.METRICS["fd-dinov2"], detector="random-features"),
-    }
-    monkeypatch.setattr(commands_scores, "METRICS", other)
+    other = replace(commands_scores.METRICS["fd-dinov2"], detector="random-features")
+    monkeypatch.setitem(commands_scores.METRICS, "fd-dinov2", other)
     best = short_distill(fresh_run, evaluate_also="fd-dinov2")
     scored: Any = best.results["also"]
     options: Any = {"num": SHORT["evaluate_num"], "first_seed": evaluation.SELECTION_SEED, "run": fresh_run}
