@@ -6,8 +6,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sidactl import bench, catalog
+from sidactl import catalog
 from sidactl.cli import app
+from sidactl.commands import bench
 from sidactl.errors import SidaError
 from sidactl.recipes import Mode, NetSpec, Recipe
 

@@ -341,18 +341,18 @@ def bench(
 
     Example: sidactl bench tiny-digits --against eager
     """
-    from sidactl import bench as benchmark
+    from sidactl.commands import bench as commands_bench
 
     if against not in (None, "eager"):
         raise SidaError(f"--against must be eager, got {against!r}", "Leave it out, or pass --against eager.")
     one = Setting(**overrides)
-    report = benchmark.run(
+    report = commands_bench.run(
         teacher,
         mode=mode,
         batch_size=batch_size,
         num_rounds=rounds,
         num_steps=steps,
-        settings=benchmark.sweep(device) if sweep else [one],
+        settings=commands_bench.sweep(device) if sweep else [one],
         against_eager=against is not None,
         with_detector=detector,
         device=device,

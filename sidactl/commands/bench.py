@@ -37,12 +37,18 @@ from sidactl.training import distillation, updates
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
+
 STAGES = ("fake score", "SiD", "SiDA")
+
 _WARM_UP_STEPS = 2
 """before anything is timed: allocators, kernels' caches, compilation"""
+
 _MADE_UP_IMAGES = 1024
+
 _PEAK_TRIES = 5
+
 _BUSY_SECONDS = 0.1
+
 _SAMPLED_BATCHES = 8
 
 
@@ -53,7 +59,6 @@ def _short(number: float | None) -> float | None:
 
 Progress = Callable[[str], None]
 """told what is measured next"""
-
 
 EAGER = Setting()
 """float32 in the usual order of memory, operation by operation"""
@@ -534,10 +539,9 @@ def _stage(subject: _Subject, name: str, taken: Sequence["Taken"], flop: Mapping
 
 
 # The parts of a step
-
-
 _INSIDE = {"discriminator on reals": "fake-score step forward"}
 """parts that are timed once more by themselves"""
+
 _OF_FAKE_SCORE = ("data", "generator forward", "fake-score step forward", "fake-score step backward")
 
 
@@ -683,8 +687,6 @@ def _time_parts(subject: _Subject, flop: Mapping[str, int], num_steps: int) -> l
 
 
 # The machine
-
-
 def peak_of(precision: str, device: torch.device) -> Peak:
     """Measures a matrix product and a convolution, large enough to keep the device busy, with the threads of now."""
     dtype = configure.DTYPES[precision]
@@ -811,8 +813,6 @@ def _bytes_of(training: distillation.Distillation) -> Iterator[int]:
 
 
 # Evaluation
-
-
 def _detector_rate(name: str, spec: NetSpec, device: torch.device, num_steps: int) -> float:
     """Images per second of a detector, with random weights where it does not ship with its own."""
     made: torch.nn.Module | None = None
