@@ -227,8 +227,8 @@ def load_torchscript(path: Path | str, *, device: torch.device | str = "cpu", tr
         try:
             found: Tensor = net(images.expand(-1, 3, -1, -1), return_features=True)
         except torch.jit.Error as error:
-            told = str(error).strip().splitlines()[-1]
-            raise SidaError(f"detector {path} failed on {len(images)} images ({told})", "Give another.") from error
+            reason = str(error).strip().splitlines()[-1]
+            raise SidaError(f"detector {path} failed on {len(images)} images ({reason})", "Give another.") from error
         return found
 
     identity = f"inception-torchscript@{digest[:16]}-fp32"

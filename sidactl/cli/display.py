@@ -87,15 +87,15 @@ class Progress:
         return f"{write(done)} / {write(self._total)}{unit}{percent}"
 
     def _pace(self) -> list[str]:
-        told = []
+        facts = []
         if self._weight and self._first_sec is not None and self._mark[0] - self._first_sec >= _RATE_FROM_SEC:
             rate = self._gained / self._weight
             number = f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
             is_bytes = self._unit == "bytes"
-            told.append(f"{format_bytes(round(rate)) if is_bytes else f'{number} {self._unit}'}/s")
+            facts.append(f"{format_bytes(round(rate)) if is_bytes else f'{number} {self._unit}'}/s")
             if self._total is not None and self._total > self._done:
-                told.append(f"{format_duration((self._total - self._done) / rate)} left")
-        return [*told, f"{format_duration(self._clock() - self._started_sec)} so far"]
+                facts.append(f"{format_duration((self._total - self._done) / rate)} left")
+        return [*facts, f"{format_duration(self._clock() - self._started_sec)} so far"]
 
     def _told(self) -> list[str]:
         return [f"{name} {value}" for name, value in self._facts.items()]

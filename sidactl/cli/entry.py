@@ -132,5 +132,5 @@ def explained(error: Exception) -> SidaError:
 
         if plain := told_plainly(error):
             return plain
-    told = f"this is a bug in sidactl: {type(error).__name__}: {error}"
-    return SidaError(told, "Repeat with --debug and report what it prints.", exit_code=EXIT_FAILED)
+    message = f"this is a bug in sidactl: {type(error).__name__}: {error}"
+    return SidaError(message, "Repeat with --debug and report what it prints.", exit_code=EXIT_FAILED)

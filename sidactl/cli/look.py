@@ -62,8 +62,8 @@ def show(
         console.print_data(f"  {'file':8} {name} ({units.format_bytes(artifact.files[name].size_bytes)}): {path}")
     for title, values in (("setting", artifact.params), ("result", artifact.results)):
         for key, value in values.items():
-            told = named_classes(value) if key == "class_names" else value  # type: ignore[arg-type]
-            console.print_data(f"  {title:8} {key}: {short_text(told)}")
+            shown = named_classes(value) if key == "class_names" else value  # type: ignore[arg-type]
+            console.print_data(f"  {title:8} {key}: {short_text(shown)}")
     for score in described.scores:
         for line in score_lines(score, commands_scores.against(score, run)):
             console.print_data(f"  {'score':8} {line}")
@@ -233,6 +233,6 @@ def verify(
         for name, problem in problems:
             console.print_data(f"{name}: {problem}")
     if problems:
-        told = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in the run directory"
-        raise SidaError(told, "Each line says what helps.", exit_code=EXIT_FAILED)
+        message = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in the run directory"
+        raise SidaError(message, "Each line says what helps.", exit_code=EXIT_FAILED)
     console.note("no problem found")

@@ -302,9 +302,9 @@ def _watching(log: Sequence[str] | None) -> Iterator[Shown]:
                 progress.update(event.nimg, {"stage": values["stage"], **losses, **skipped})
             elif event.kind == "evaluation":
                 scores = {score_name: values["score"], **{name: v for name, v in values.items() if name != "score"}}
-                told = {name: f"{value:.4g}" for name, value in scores.items()}
-                progress.update(event.nimg, told)
-                listed = ", ".join(f"{name} {value}" for name, value in told.items())
+                shown_scores = {name: f"{value:.4g}" for name, value in scores.items()}
+                progress.update(event.nimg, shown_scores)
+                listed = ", ".join(f"{name} {value}" for name, value in shown_scores.items())
                 progress.note(f"{listed} after {event.nimg:,} images")
             elif event.kind == "resumed":
                 progress.note(f"going on from the checkpoint at {event.nimg:,} images")

@@ -124,8 +124,8 @@ def assembled(
         settings["scored"] = False
     is_without_images = data.results["kind"] == "latents" and "dataset" not in data.inputs
     if compared and reference is None and is_without_images and compared.params["name"] != data.params["name"]:
-        told = f"scored against the {commands_reference.described(store, compared)} of its teacher's"
-        notes.append(f"{data.params['name']} has no images to compare with: {told}")
+        comparison = f"scored against the {commands_reference.described(store, compared)} of its teacher's"
+        notes.append(f"{data.params['name']} has no images to compare with: {comparison}")
     if generator is not None:
         inputs["generator"] = resolve(store, generator, ["generator"], recheck=recheck)
         check_generator(inputs["generator"].params, teacher_artifact.params)
@@ -183,9 +183,9 @@ def find_batch_per_device(
         return None
     remembered = live.path / "batch-per-device.json"
     tried_on = [ranks.rank_and_size()[1], devices.memory_of(device), execution.to_json()]
-    told = json.loads(ranks.agreed(lambda: remembered.read_text() if remembered.exists() else "{}"))
-    if told.get("tried_on") == tried_on:
-        training.passes = configure.passes_of(training.recipe, Execution(batch_per_device=told["images"]))
+    remembered_json = json.loads(ranks.agreed(lambda: remembered.read_text() if remembered.exists() else "{}"))
+    if remembered_json.get("tried_on") == tried_on:
+        training.passes = configure.passes_of(training.recipe, Execution(batch_per_device=remembered_json["images"]))
         return None
     images = training.fit_batch_per_device()
     live.write(remembered.name, json.dumps({"images": images, "tried_on": tried_on}).encode())

@@ -194,8 +194,8 @@ class Report:
             ]
             note = f"{m.num_graphs} graphs compiled in {m.warm_up_seconds:.0f} s, {m.num_recompiled} later"
             peak = f"peak {m.peak.flop_per_sec / 1e9:.0f} GFLOP/s ({m.setting.precision})"
-            told = f"{name}: {peak}{f'; {note}' if m.num_graphs else ''}"
-            yield ["part", "times", "seconds", "share", "GFLOP/s"], lines, told
+            message = f"{name}: {peak}{f'; {note}' if m.num_graphs else ''}"
+            yield ["part", "times", "seconds", "share", "GFLOP/s"], lines, message
         if self.detector_images_per_sec is not None and self.evaluation_share is not None:
             row = [self.detector, _short(self.detector_images_per_sec), _short(self.evaluation_share)]
             yield ["detector", "images/s", "share of evaluations in a run"], [row], "Evaluation in the loop"
@@ -505,8 +505,8 @@ class _Eager:
         except (EOFError, OSError):
             self._process.join()
             hint = "Leave out --against, or pass a smaller --batch-size."
-            told = f"the process of the eager step has ended with code {self._process.exitcode}"
-            raise SidaError(told, hint, exit_code=EXIT_FAILED) from None
+            message = f"the process of the eager step has ended with code {self._process.exitcode}"
+            raise SidaError(message, hint, exit_code=EXIT_FAILED) from None
 
 
 def _serve_eager(pipe: "Connection[Any, str | None]", recipe: Recipe, spec: NetSpec, device: str) -> None:

@@ -115,8 +115,8 @@ def evaluation_of(
         )
         if ranks.any_process(should_stop()):
             return None
-        if told := ranks.first_told(problems[0] if problems else None):
-            return state.Evaluation(math.nan, None, f"no score after these updates: {told}")
+        if message := ranks.first_told(problems[0] if problems else None):
+            return state.Evaluation(math.nan, None, f"no score after these updates: {message}")
 
         def numbers() -> str:
             found: dict[str, float] = {}
@@ -172,8 +172,8 @@ def score_teacher(
     except (SidaError, RuntimeError, MemoryError) as error:
         if not is_alone():  # the others wait for this process
             raise
-        told = error.message if isinstance(error, SidaError) else (str(error).splitlines() or [repr(error)])[0]
-        tell(f"the teacher could not be scored ({told}); the generator is kept without that comparison", "warning")
+        reason = error.message if isinstance(error, SidaError) else (str(error).splitlines() or [repr(error)])[0]
+        tell(f"the teacher could not be scored ({reason}); the generator is kept without that comparison", "warning")
         return None
 
 

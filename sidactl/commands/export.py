@@ -227,9 +227,9 @@ def model_card(store: Store, artifact: Artifact, form: ExportForm, file: str) ->
     lines += [f"- licence: {_text(licence)}", "", "## Scores", ""]
     rows = [
         f"| {_text(name)} | {n['value']:.4g} | {'' if n['std'] is None else format(n['std'], '.2g')} "
-        f"| {len(told['seeds']) or 1} x {told['num']:,} | {_text(n['detector'])} | {_against(store, n['reference'])} |"
-        for told in (score.to_json() for score in described.scores)
-        for name, n in told["scores"].items()
+        f"| {len(each['seeds']) or 1} x {each['num']:,} | {_text(n['detector'])} | {_against(store, n['reference'])} |"
+        for each in (score.to_json() for score in described.scores)
+        for name, n in each["scores"].items()
     ]
     if results.get("selection_score") is not None:
         rows += _rows_of_training(artifact)
@@ -296,8 +296,8 @@ def _usage(artifact: Artifact, form: ExportForm, file: str) -> list[str]:
         *([] if is_latent else ["pixels = (images * 127.5 + 128).clip(0, 255).astype(np.uint8)"]),
     ]
     labels = f" and `labels`, one-hot float32 [N, {classes}]," if classes else ""
-    told = f"ONNX, opset {ONNX_OPSET}: `latents`, unit normal float32 {shape},{labels} to `images`, {what}."
-    return [told, "", "```python", *code, "```"]
+    summary = f"ONNX, opset {ONNX_OPSET}: `latents`, unit normal float32 {shape},{labels} to `images`, {what}."
+    return [summary, "", "```python", *code, "```"]
 
 
 def _export_png(store: Store, artifact: Artifact, folder: Path) -> None:

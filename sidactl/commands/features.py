@@ -152,8 +152,8 @@ class _State:
         try:
             state._read()
         except (OSError, ValueError, LookupError) as error:
-            told = (str(error).splitlines() or [repr(error)])[0]
-            download.to_stderr(f"what an interrupted score left is not as it was saved ({told}): beginning anew")
+            reason = (str(error).splitlines() or [repr(error)])[0]
+            download.to_stderr(f"what an interrupted score left is not as it was saved ({reason}): beginning anew")
             for path in place.path.glob(f"{name}-*"):
                 place.remove(path.name)
             return new()

@@ -222,9 +222,9 @@ def _read_safetensors(path: Path) -> _Foreign:
         ArithmeticError,
         AssertionError,
     ) as error:
-        told = f" ({error.message})" if isinstance(error, SidaError) else ""
+        reason = f" ({error.message})" if isinstance(error, SidaError) else ""
         raise SidaError(
-            f"{path} does not say which network it holds{told}",
+            f"{path} does not say which network it holds{reason}",
             "Give one that sidactl export --to safetensors wrote.",
         ) from error
     return _Foreign(networks.filled(layout, stored), stored, kind, True, sampler, params)

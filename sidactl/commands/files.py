@@ -109,8 +109,8 @@ def read_state_dict(path: Path | str) -> "dict[str, Tensor]":
     try:
         return safetensors.torch.load_file(path)
     except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
-        told = str(error).strip().partition("\n")[0]
-        raise SidaError(f"{path} is damaged or no safetensors file ({told})", "Download it again.") from error
+        reason = str(error).strip().partition("\n")[0]
+        raise SidaError(f"{path} is damaged or no safetensors file ({reason})", "Download it again.") from error
 
 
 @contextmanager

@@ -106,8 +106,8 @@ def look(path: os.PathLike[str] | str) -> dict[str, Any]:
         contents = pickles.outline(place)
         return {"format": "pickle", "contents": {name: _looked_at(value) for name, value in contents.items()}}
     if not is_safetensors(place):
-        told = "neither a pickle (protocol 2 to 5) nor a safetensors file"
-        raise SidaError(f"{place}: {told}", "Name a .pkl or .safetensors file.")
+        message = "neither a pickle (protocol 2 to 5) nor a safetensors file"
+        raise SidaError(f"{place}: {message}", "Name a .pkl or .safetensors file.")
     import safetensors
 
     try:
@@ -139,10 +139,10 @@ def _looked_at(value: Any) -> Any:
         case records.Outline() | np.ndarray():
             return {"dtype": str(value.dtype), "shape": list(value.shape)}
         case dict():
-            told = {str(name): _looked_at(each) for name, each in value.items()}
+            by_name = {str(name): _looked_at(each) for name, each in value.items()}
             # 1 and "1" are two names in Python, and one in JSON; and a dict with "tensors" in it is a network there.
-            is_plain = len(told) == len(value) and "tensors" not in told
-            return told if is_plain else [[name, _looked_at(each)] for name, each in value.items()]
+            is_plain = len(by_name) == len(value) and "tensors" not in by_name
+            return by_name if is_plain else [[name, _looked_at(each)] for name, each in value.items()]
         case list() | tuple() | set():
             return [_looked_at(each) for each in value]
         case records.Hook(name):

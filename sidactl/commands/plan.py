@@ -234,7 +234,7 @@ def plan(
 
 def of_other_vae(vae: Artifact | None, inputs: Sequence[Artifact]) -> list[str]:
     """Warnings of inputs of a run on latents that were made with another VAE than decodes what it draws."""
-    return [told for artifact in inputs if (told := other_vae(artifact, vae))]
+    return [warning for artifact in inputs if (warning := other_vae(artifact, vae))]
 
 
 def _suited(recipe: Recipe, teacher: preflight.Input, overrides: Mapping[str, Any]) -> Recipe:

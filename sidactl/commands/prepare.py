@@ -230,9 +230,9 @@ def _with_helpers(store: Store, by: LatentsBy, make: Callable[[], Artifact]) -> 
         made = make()
         ranks.agreed(lambda: made.oid)
         return made
-    told = ranks.agreed(str)
-    if told == _ENCODING:
+    payload = ranks.agreed(str)
+    if payload == _ENCODING:
         for _ in ranks.handed_out(by.encoder(), ()):
             pass
-        told = ranks.agreed(str)
-    return store.get(told)
+        payload = ranks.agreed(str)
+    return store.get(payload)

@@ -204,7 +204,7 @@ def begin(store: Store, live: LiveDir, question: Question) -> list[str]:
 
 def _told_of_others(store: Store, live: LiveDir, question: Question) -> list[str]:
     others = [each for each in unfinished(store) if each.key != live.path.name]
-    told = []
+    lines = []
     for each in others:
         there = each.question
         if there is None or each.is_worked_on or (there.command, there.subject) != (question.command, question.subject):
@@ -212,17 +212,17 @@ def _told_of_others(store: Store, live: LiveDir, question: Question) -> list[str
         if apart := list(_differences(there, question)):
             listed = "; ".join(apart[:_DIFFERENCES_TOLD])
             more = f"; and {len(apart) - _DIFFERENCES_TOLD} more" if len(apart) > _DIFFERENCES_TOLD else ""
-            told.append(
+            lines.append(
                 f"this begins anew: an unfinished {question.title} differs in {listed}{more}"
                 " (sidactl ls --live lists it)"
             )
     unknown = [each.key[:12] for each in others if each.question is None and each.checkpoint_nimg is not None]
     if unknown and question.command in _TRAINING:
-        told.append(
+        lines.append(
             f"unfinished work of an older version does not go on: {', '.join(unknown[:3])} "
             f"(sidactl gc --live {unknown[0]} removes it)"
         )
-    return told
+    return lines
 
 
 def _differences(there: Question, now: Question) -> Iterator[str]:
@@ -328,8 +328,8 @@ def answering(
         from sidactl.engine import ranks
 
         if ranks.rank_and_size()[0] > 0:
-            kind, _, told = ranks.agreed(str).partition(" ")
-            yield store.get(told) if kind == "answer" else LiveDir(Path(told), is_writer=False) if told else None
+            kind, _, rest = ranks.agreed(str).partition(" ")
+            yield store.get(rest) if kind == "answer" else LiveDir(Path(rest), is_writer=False) if rest else None
             return
     with ExitStack() as stack:
         place = None
@@ -339,8 +339,8 @@ def answering(
         if not is_alone():
             from sidactl.engine import ranks
 
-            told = f"answer {place.oid}" if isinstance(place, Artifact) else f"place {place.path if place else ''}"
-            ranks.agreed(lambda: told)
+            payload = f"answer {place.oid}" if isinstance(place, Artifact) else f"place {place.path if place else ''}"
+            ranks.agreed(lambda: payload)
         yield place
 
 

@@ -112,8 +112,8 @@ def sample(
     with first_alone():
         subject = resolve(store, ref_text(ref), NETS, recheck=force)
         decoder = vae_for(store, vae, subject, recheck=force)
-    if say and (told := other_vae(subject, decoder)):
-        say(f"warning: {told}")
+    if say and (warning := other_vae(subject, decoder)):
+        say(f"warning: {warning}")
     chosen = chosen_sampler(subject, sampler, steps, heun)
     if isinstance(class_index, str):
         class_index = class_of(store, subject, class_index)

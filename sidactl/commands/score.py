@@ -73,8 +73,8 @@ def evaluate(ref: Ref, metrics: Sequence[str] | None = None, **options: Unpack[S
             return score_of(place)
         problem = why_unkept(asked) if place is None else None
         measured = _measure(asked, place)
-        told = json.loads(ranks.agreed(lambda: json.dumps(_keep(asked, measured, problem))))
-    return Score(**told)
+        payload = json.loads(ranks.agreed(lambda: json.dumps(_keep(asked, measured, problem))))
+    return Score(**payload)
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,8 @@ def _measure(asked: ScoreQuestion, place: LiveDir | None) -> _Measured:
                 warnings.append(
                     f"{features.MAX_REAL_IMAGES:,} of {held:,} reference images, drawn by seed 0, stand for all of them"
                 )
-    if asked.subject.kind in NETS and (told := other_vae(asked.subject, asked.vae)):
-        warnings.append(told)
+    if asked.subject.kind in NETS and (warning := other_vae(asked.subject, asked.vae)):
+        warnings.append(warning)
     warnings += _of_other_shape(asked.store, asked.subject, asked.references.values())
     for metric, reference in asked.references.items():
         by = by_metric[metric]
@@ -160,8 +160,8 @@ def _once(
             return json.dumps(unsealed((place.path / file).read_bytes())["numbers"]) if place else ""
         return ""
 
-    if told := ranks.agreed(left):
-        known: dict[str, dict[str, float]] = json.loads(told)
+    if payload := ranks.agreed(left):
+        known: dict[str, dict[str, float]] = json.loads(payload)
         return known
     made = make()
     if place:

@@ -195,11 +195,11 @@ class Score:
 
 def against(score: Score, run: RunDir = None) -> Mapping[str, str]:
     """What the numbers of a score compare with, by name, as far as the run directory knows."""
-    store, told = Store.open(run), dict[str, str]()
+    store, described = Store.open(run), dict[str, str]()
     for name, oid in score.references.items():
         with suppress(SidaError):
-            told[name] = commands_reference.described(store, store.get(oid))
-    return told
+            described[name] = commands_reference.described(store, store.get(oid))
+    return described
 
 
 def score_name(detector: str) -> str:

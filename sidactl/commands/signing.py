@@ -51,8 +51,8 @@ def check(path: Path, key: Path) -> None:
     try:
         config.verify(path, signature)
     except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
-        told = " ".join(str(error).split()) or type(error).__name__
-        raise SidaError(f"{path} is not what was signed by this key: {told}", exit_code=EXIT_FAILED) from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SidaError(f"{path} is not what was signed by this key: {reason}", exit_code=EXIT_FAILED) from error
 
 
 def _everything() -> Any:
@@ -71,9 +71,9 @@ def _loading(key: Path, kind: str) -> Iterator[None]:
             f"signatures need the package model-signing ({error})", "Install it with: pip install 'sidactl[sign]'."
         ) from error
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        told = getattr(error, "strerror", None) or str(error).partition("\n")[0].rstrip(". ")
-        told = "it is of another kind" if isinstance(error, AttributeError) else told
-        if "assword" in told:
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0].rstrip(". ")
+        reason = "it is of another kind" if isinstance(error, AttributeError) else reason
+        if "assword" in reason:
             remedy = f"openssl ec -in {shell_word(key)} -out {shell_word(key.with_suffix('.plain.pem'))}"
             raise SidaError(f"{key} needs a password, which cannot be given", f"Write it without: {remedy}") from error
-        raise SidaError(f"{key} is no {kind} key of an elliptic curve in PEM ({told})", _KEYS) from error
+        raise SidaError(f"{key} is no {kind} key of an elliptic curve in PEM ({reason})", _KEYS) from error

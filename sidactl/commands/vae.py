@@ -99,17 +99,17 @@ def _check_vae(called: str, config: Path) -> None:
     """Raises SidaError for a VAE that is not of the form that latents of four channels need, by its config."""
     hint = f"Give a VAE of Stable Diffusion's first kind, such as {catalog.VAE_NAME}."
     try:
-        told = json.loads(config.read_bytes())
-        if not isinstance(told, dict):
+        config_json = json.loads(config.read_bytes())
+        if not isinstance(config_json, dict):
             raise ValueError
-        blocks = told.get("block_out_channels", [64])
+        blocks = config_json.get("block_out_channels", [64])
         if not isinstance(blocks, list):
             raise TypeError
         got = {
-            "class": told.get("_class_name"),
-            "in_channels": told.get("in_channels", 3),
-            "out_channels": told.get("out_channels", 3),
-            "latent_channels": told.get("latent_channels", 4),
+            "class": config_json.get("_class_name"),
+            "in_channels": config_json.get("in_channels", 3),
+            "out_channels": config_json.get("out_channels", 3),
+            "latent_channels": config_json.get("latent_channels", 4),
             "reduction": 2 ** (len(blocks) - 1),
         }
     except (OSError, ValueError, TypeError, RecursionError) as error:

@@ -139,12 +139,12 @@ def stable_diffusion_vae(
         for name, path in files().items():
             (Path(folder) / name).symlink_to(path.absolute())
         try:
-            vae, told = AutoencoderKL.from_pretrained(folder, output_loading_info=True, **options)
+            vae, loading_info = AutoencoderKL.from_pretrained(folder, output_loading_info=True, **options)
         except (OSError, ValueError, RuntimeError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
             lines = [line.strip() for line in str(error).replace(folder, "its folder").splitlines()]
             reason = " ".join([*filter(None, lines), *([] if any(lines) else [type(error).__name__])][:2]).rstrip(". ")
             raise SidaError(f"the VAE cannot be loaded ({reason})", "Get its files again.") from error
-    wrong = [f"{name} {kind}" for kind in ("missing", "unexpected") for name in told[f"{kind}_keys"]]
+    wrong = [f"{name} {kind}" for kind in ("missing", "unexpected") for name in loading_info[f"{kind}_keys"]]
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise SidaError(

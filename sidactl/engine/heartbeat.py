@@ -98,14 +98,16 @@ class Watch:
                 return
             last, num_missed = self._heard, 0 if self._heard != last else num_missed + 1
         next_one, _, who = self._heard
-        told = f"process {next_one}{who} of {self._size} has given no sign"
+        message = f"process {next_one}{who} of {self._size} has given no sign"
         if self._asks:
             is_launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
             place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            told = f"{'torchrun' if is_launched else 'process 0'}, where the processes meet ({place}), has not answered"
+            message = (
+                f"{'torchrun' if is_launched else 'process 0'}, where the processes meet ({place}), has not answered"
+            )
         who = f"process {self._rank}: " if self._rank else ""
         line = (
-            f"{who}error: {told} for {self._timeout_sec} s, so this one ends. Repeat the same command, and training "
+            f"{who}error: {message} for {self._timeout_sec} s, so this one ends. Repeat the same command, and training "
             "goes on from its last checkpoint; a longer --hang-timeout is more patient."
         )
         with suppress(OSError, ValueError):

@@ -86,20 +86,20 @@ def handed_out(make: Callable[[In], Out], items: Iterable[In]) -> Iterator[Out]:
     while num_taken == size:
         taken = list(islice(waiting, size))
         parts = [(len(taken), item) for item in [*taken, *[None] * (size - len(taken))]]
-        told: list[Any] = [None]
-        dist.scatter_object_list(told, parts if rank == 0 else None)
-        num_taken, item = told[0]
+        payload: list[Any] = [None]
+        dist.scatter_object_list(payload, parts if rank == 0 else None)
+        num_taken, item = payload[0]
         yield from joined(map(make, [item] if rank < num_taken else []), num_taken)
 
 
 def agreed(make: Callable[[], str]) -> str:
     """What rank 0 makes, on all processes; an error of rank 0 ends the others, too."""
     rank, size = rank_and_size()
-    told: list[str | None] = [make() if rank == 0 else None]
+    payload: list[str | None] = [make() if rank == 0 else None]
     if size > 1:
-        dist.broadcast_object_list(told)
-    assert told[0] is not None
-    return told[0]
+        dist.broadcast_object_list(payload)
+    assert payload[0] is not None
+    return payload[0]
 
 
 @contextmanager
@@ -117,26 +117,26 @@ def any_process(holds: bool) -> bool:
     """Whether something holds in at least one process; all must ask."""
     if rank_and_size()[1] == 1:
         return holds
-    told = torch.tensor(int(holds))  # on the CPU, so that no GPU is waited for
-    dist.all_reduce(told, dist.ReduceOp.MAX)
-    return bool(told)
+    flag = torch.tensor(int(holds))  # on the CPU, so that no GPU is waited for
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
 
 
 def smallest(number: int) -> int:
     """The smallest of the numbers that all processes give."""
     if rank_and_size()[1] == 1:
         return number
-    told = torch.tensor(number)
-    dist.all_reduce(told, dist.ReduceOp.MIN)
-    return int(told)
+    least = torch.tensor(number)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    return int(least)
 
 
 def first_told(message: str | None) -> str | None:
     """The message of the first process that has one, on all processes."""
-    told: list[str | None] = [message] * rank_and_size()[1]
-    if len(told) > 1:
-        dist.all_gather_object(told, message)
-    return next((m for m in told if m is not None), None)
+    messages: list[str | None] = [message] * rank_and_size()[1]
+    if len(messages) > 1:
+        dist.all_gather_object(messages, message)
+    return next((m for m in messages if m is not None), None)
 
 
 def summed(values: Tensor) -> Tensor:

@@ -96,12 +96,12 @@ def _of_zip(path: str | Path, num_bytes: int) -> object:
         made: dict[str, Storage] = {}
 
         def storage(declared: tuple[Any, ...]) -> Storage:
-            key, told = declared_storage(declared)
+            key, new_storage = declared_storage(declared)
             if key not in made:
                 raw = content(f"data/{key}")
                 reader.spend(len(raw))
-                made[key] = told.of(raw)
-            return made[key].agreeing(told)
+                made[key] = new_storage.of(raw)
+            return made[key].agreeing(new_storage)
 
         result = reader.run(OF_WEIGHTS, storage)
         if reader.position != reader.end:
@@ -129,8 +129,8 @@ def _refusing(path: str | Path, what: str, reader: "Reader") -> Iterator[None]:
         hint = "Nothing was executed. Get the file from its publisher, or export it as safetensors there."
         raise SidaError(f"{path}: refused, {error}", hint) from error
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError) as error:
-        told = str(error).partition("\n")[0] or type(error).__name__
-        raise SidaError(f"{path}: damaged ({told})", "Nothing was executed. Download the file again.") from error
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise SidaError(f"{path}: damaged ({reason})", "Nothing was executed. Download the file again.") from error
     except (LookupError, TypeError, ValueError, OverflowError) as error:
         message = f"{path}: damaged or not {what} at byte {reader.position}"
         raise SidaError(message, "Nothing was executed. Download the file again.") from error

@@ -130,9 +130,9 @@ class Storage:
         data = torch.frombuffer(bytearray(raw), dtype=dtype) if raw else torch.empty(0, dtype=dtype)
         return dataclasses.replace(self, data=data)
 
-    def agreeing(self, told: "Storage") -> "Storage":
+    def agreeing(self, other: "Storage") -> "Storage":
         """Itself, where it is what is said of it once more."""
-        if (self.dtype, self.numel) != (told.dtype, told.numel):
+        if (self.dtype, self.numel) != (other.dtype, other.numel):
             raise ValueError("storage size")
         return self
 

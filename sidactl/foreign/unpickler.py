@@ -295,15 +295,15 @@ class Reader:
         outer = self.position, self.end
         self.position, self.end = span.start, span.stop
         declared, keys = self.head(STORAGES, lambda declared: declared)
-        key, told = declared_storage(declared if isinstance(declared, tuple) else ())
+        key, new_storage = declared_storage(declared if isinstance(declared, tuple) else ())
         if keys != [key]:
             raise ValueError("no storage")
-        raw = self.take(self.numel((self.uint(8),)) * told.element_bytes)
-        if self.position != self.end or len(raw) != told.num_bytes:
+        raw = self.take(self.numel((self.uint(8),)) * new_storage.element_bytes)
+        if self.position != self.end or len(raw) != new_storage.num_bytes:
             raise ValueError("storage size")
         self.position, self.end = outer
         self.spend(len(raw))
-        return told if self.outlines else told.of(raw)
+        return new_storage if self.outlines else new_storage.of(raw)
 
     def head(self, allowed: Collection[str], storages: Callable[[Any], object]) -> tuple[object, object]:
         """The five pickles before the elements in torch's format before the zip: the object and its storages' keys."""
@@ -319,24 +319,24 @@ class Reader:
         made: dict[str, Storage] = {}
 
         def storage(declared: tuple[Any, ...]) -> Storage:
-            key, told = declared_storage(declared)
+            key, new_storage = declared_storage(declared)
             if key not in made:
-                self.numel((told.numel,))
-                self.spend(told.num_bytes)
-                made[key] = told.of(bytes(told.num_bytes))
-            return made[key].agreeing(told)
+                self.numel((new_storage.numel,))
+                self.spend(new_storage.num_bytes)
+                made[key] = new_storage.of(bytes(new_storage.num_bytes))
+            return made[key].agreeing(new_storage)
 
         value, keys = self.head(OF_WEIGHTS, storage)
         if not isinstance(keys, list) or set(keys) != set(made) or len(keys) != len(made):
             raise ValueError("keys of storages")
         for key in keys:
-            told = made[key]
-            if self.uint(8) != told.numel:
+            new_storage = made[key]
+            if self.uint(8) != new_storage.numel:
                 raise ValueError("storage size")
-            read = told.of(self.take(told.num_bytes))
-            assert told.data is not None
+            read = new_storage.of(self.take(new_storage.num_bytes))
+            assert new_storage.data is not None
             assert read.data is not None
-            told.data.copy_(read.data)  # in place: tensors are views of it
+            new_storage.data.copy_(read.data)  # in place: tensors are views of it
         if self.position != self.end:
             raise ValueError("bytes after the end")
         return value

@@ -110,8 +110,8 @@ def _called(declared: Any) -> str:
 
 
 def refusal(name: str, what: str, got: object) -> SidaError:
-    told = repr(got) if isinstance(got, str) else list(got) if isinstance(got, tuple) else got
-    return SidaError(f"{name} must be {what}, got {told}", f"Pass another {flag_of(name)}.")
+    shown = repr(got) if isinstance(got, str) else list(got) if isinstance(got, tuple) else got
+    return SidaError(f"{name} must be {what}, got {shown}", f"Pass another {flag_of(name)}.")
 
 
 def flag_of(field: str) -> str:

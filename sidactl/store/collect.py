@@ -109,8 +109,8 @@ def _problems_of_bests(folder: Path) -> Iterator[tuple[str, str]]:
     for name, sha256 in counted_on.items():
         is_there = (folder / name).is_file()
         if sha256 is not None and (not is_there or hash_file(folder / name) != sha256):
-            told = f"is {'damaged' if is_there else 'missing'}, and the run could not end with it"
-            yield name, f"{told}. Put it back, or begin anew after: sidactl gc --live {folder.name[:12]}"
+            problem_text = f"is {'damaged' if is_there else 'missing'}, and the run could not end with it"
+            yield name, f"{problem_text}. Put it back, or begin anew after: sidactl gc --live {folder.name[:12]}"
 
 
 def _cannot_be_read(error: BaseException | None, path: Path) -> str:

@@ -159,7 +159,7 @@ def resume(training: Training, history: History, live: LiveDir) -> list[Event]:
         break
     _forget_events_after(training.nimg, history, live)
     what = f"the checkpoint at {training.nimg:,} images" if training.nimg else "the beginning"
-    messages = [*(f"{told}; going on from {what}" for told in problems), *dict.fromkeys(warnings)]
+    messages = [*(f"{problem}; going on from {what}" for problem in problems), *dict.fromkeys(warnings)]
     return [Event("warning", training.nimg, {"message": message}) for message in messages]
 
 

@@ -125,8 +125,8 @@ def run(
             yield note(Event("checkpoint", training.nimg))
         if is_last and training.nimg < schedule.duration_nimg:
             count = "the last evaluation" if schedule.patience == 1 else f"{schedule.patience} evaluations"
-            told = f"no better score in {count} (--patience): the run ends here"
-            yield note(Event("note", training.nimg, {"message": told}))
+            message = f"no better score in {count} (--patience): the run ends here"
+            yield note(Event("note", training.nimg, {"message": message}))
         if stopping:
             yield from scale_warnings()
             yield note(Event("interrupted", training.nimg))
