@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from sidactl.catalog import ASSETS, digest_of_code
 from sidactl.engine.devices import keep_memory
-from sidactl.engine.threads import fitting_threads
+from sidactl.engine.threads import one_thread_if
 from sidactl.errors import SidaError
 from sidactl.nets import check_values, inception, vit
 from sidactl.nets.digits import DigitsClassifier
@@ -81,7 +81,7 @@ class Detector:
                 f"detector {self.name} needs grey or RGB uint8 images, got {got}", "Convert them with prepare-data."
             )
         keep_memory()
-        with exact_float32(), fitting_threads(self.name in SMALL):
+        with exact_float32(), one_thread_if(self.name in SMALL):
             parts = [self._features(part.to(self.device)) for part in images.split(self.images_at_once)]
         return torch.cat(parts)
 
@@ -90,7 +90,7 @@ class Detector:
         wanted = [len(images), self.num_features]
         if not _are_features(features, wanted):
             message = f"detector {self.short_identity} must give features {wanted} of {len(images)} images"
-            raise SidaError(f"{message}, got {_told(features)}", "Give another --detector.")
+            raise SidaError(f"{message}, got {_described(features)}", "Give another --detector.")
         assert isinstance(features, Tensor)
         return features.cpu()
 
@@ -107,7 +107,7 @@ def _are_features(value: object, shape: list[int]) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and [*value.shape] == shape
 
 
-def _told(value: object) -> str:
+def _described(value: object) -> str:
     return f"{value.dtype} {[*value.shape]}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
@@ -221,7 +221,7 @@ def load_torchscript(path: Path | str, *, device: torch.device | str = "cpu", tr
         ) from error
     width = features.shape[1] if isinstance(features, Tensor) and features.ndim == 2 else 0
     if not width or not _are_features(features, [2, width]):
-        raise SidaError(f"{path} must give features [2, F] of 2 images, got {_told(features)}", "Give another.")
+        raise SidaError(f"{path} must give features [2, F] of 2 images, got {_described(features)}", "Give another.")
 
     def extract(images: Tensor) -> Tensor:
         try:

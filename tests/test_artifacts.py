@@ -287,7 +287,7 @@ def test_uncertain_digest_warns_and_a_certain_one_refuses(
     digest = hashlib.sha256(site.files["/net.pkl"]).hexdigest()
     in_catalog(monkeypatch, f"{site.url}/net.pkl", sha256="0" * 64)
     assert refused("small", run).startswith(f"small must have SHA-256 {'0' * 64}, got {digest}.")
-    in_catalog(monkeypatch, f"{site.url}/net.pkl", sha256="0" * 64, is_certain=False)
+    in_catalog(monkeypatch, f"{site.url}/net.pkl", sha256="0" * 64, sha256_from_publisher=False)
     said: list[str] = []
     fetch_teacher("small", run=run, say=said.append)
     assert said[-1] == f"warning: small has SHA-256 {digest}, a third party saw it with {'0' * 64}"

@@ -448,10 +448,10 @@ def test_known_digests_are_pinned_and_an_uncertain_one_is_marked() -> None:
     assert dinov2.size_bytes == 1_217_586_395
     assert (inception.sha256 or "")[:8] == "f58cb9b6"
     assert inception.size_bytes == 95_607_719
-    assert dinov2.is_certain
-    assert inception.is_certain
+    assert dinov2.sha256_from_publisher
+    assert inception.sha256_from_publisher
     assert (teacher.sha256 or "")[:8] == "4d5dcc1f"
-    assert not teacher.is_certain
+    assert not teacher.sha256_from_publisher
 
 
 # ---- scores ----

@@ -18,9 +18,9 @@ import torch
 from sidactl import catalog, nets
 from sidactl.engine import devices, ranks, sharding
 from sidactl.engine.devices import pick_device
-from sidactl.engine.failures import told_plainly
+from sidactl.engine.failures import explain_failure
 from sidactl.engine.gradients import GradientSum
-from sidactl.engine.threads import batches_of, fitting_threads, in_order, is_small
+from sidactl.engine.threads import batches_of, in_order, is_small, one_thread_if
 from sidactl.errors import SidaError
 from sidactl.nets import Preconditioned
 
@@ -123,10 +123,10 @@ def tiny_net(**changes: Any) -> Preconditioned:
 
 @pytest.mark.usefixtures("two_threads")
 def test_a_small_net_is_run_by_one_thread_and_a_large_one_by_all() -> None:
-    with fitting_threads(is_small(tiny_net())):
+    with one_thread_if(is_small(tiny_net())):
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == 2
-    with fitting_threads(is_small(tiny_net(model_channels=256))):
+    with one_thread_if(is_small(tiny_net(model_channels=256))):
         assert torch.get_num_threads() == 2
 
 
@@ -268,17 +268,17 @@ print(*faults)
 def test_out_of_memory_is_told_in_one_line_with_what_to_change() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60)
-    error = told_plainly(caught.value)
+    error = explain_failure(caught.value)
     assert error
     assert error.message == f"out of memory while asking for {4 << 60} bytes more"
     assert "--checkpoint-activations" in error.hint
     assert error.exit_code == 1
     text = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB"
-    on_gpu = told_plainly(torch.OutOfMemoryError(text))
+    on_gpu = explain_failure(torch.OutOfMemoryError(text))
     assert on_gpu
     assert on_gpu.message == "out of memory while asking for 2.00 GiB more"
-    assert told_plainly(MemoryError())
-    assert told_plainly(ValueError("of ours")) is None
+    assert explain_failure(MemoryError())
+    assert explain_failure(ValueError("of ours")) is None
 
 
 @pytest.mark.slow

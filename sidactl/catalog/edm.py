@@ -144,7 +144,9 @@ def edm_teachers() -> Iterator[Teacher]:
             name=name,
             about=f"EDM of {dataset}, {'conditional' if net.label_dim else 'unconditional'}",
             licence=CC_BY_NC_SA,
-            source=Download(url=f"{_EDM_ROOT}/edm-{file}.pkl", sha256=_EDM_DIGESTS.get(name), is_certain=False),
+            source=Download(
+                url=f"{_EDM_ROOT}/edm-{file}.pkl", sha256=_EDM_DIGESTS.get(name), sha256_from_publisher=False
+            ),
             scores=published(numbers),
             dataset=dataset,
             net=net,

@@ -21,7 +21,7 @@ class Download:
     url: str
     sha256: str | None = None
     size_bytes: int | None = None
-    is_certain: bool = True
+    sha256_from_publisher: bool = True
     """False: the digest comes from one third party, so that a file with another one is not refused"""
 
 

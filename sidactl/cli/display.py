@@ -69,9 +69,8 @@ class Progress:
     def tell(self) -> None:
         """The present state as one line with the time of day, if it was not told yet."""
         if self._untold:
-            note(
-                f"{time.strftime('%H:%M:%S')} {self._title}: {', '.join([self._count(), *self._pace(), *self._told()])}"
-            )
+            now = ", ".join([self._count(), *self._pace(), *self._all_facts()])
+            note(f"{time.strftime('%H:%M:%S')} {self._title}: {now}")
         self._untold, self._printed_sec = False, self._clock()
 
     def note(self, line: str) -> None:
@@ -97,7 +96,7 @@ class Progress:
                 facts.append(f"{format_duration((self._total - self._done) / rate)} left")
         return [*facts, f"{format_duration(self._clock() - self._started_sec)} so far"]
 
-    def _told(self) -> list[str]:
+    def _all_facts(self) -> list[str]:
         return [f"{name} {value}" for name, value in self._facts.items()]
 
     def drawn(self) -> "RenderableType":
@@ -111,7 +110,7 @@ class Progress:
         lines.add_row(ProgressBar(self._total, self._done, width=64, complete_style="cyan", finished_style="green"))
         lines.add_row(Text("   ".join(self._pace())))
         if self._facts:
-            lines.add_row(Text("   ".join(self._told())))
+            lines.add_row(Text("   ".join(self._all_facts())))
         return lines
 
 

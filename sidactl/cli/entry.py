@@ -128,9 +128,9 @@ def explained(error: Exception) -> SidaError:
     if isinstance(error, OSError) and frames[-1].startswith("click."):  # in printing --help
         return console.stdout_error(error)
     if "torch" in sys.modules:
-        from sidactl.engine.failures import told_plainly
+        from sidactl.engine.failures import explain_failure
 
-        if plain := told_plainly(error):
+        if plain := explain_failure(error):
             return plain
     message = f"this is a bug in sidactl: {type(error).__name__}: {error}"
     return SidaError(message, "Repeat with --debug and report what it prints.", exit_code=EXIT_FAILED)

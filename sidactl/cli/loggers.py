@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 Log = Callable[[int, Mapping[str, float]], None]
 """takes the images seen and numbers by name"""
 
-Watch = Callable[["Event"], None]
+OnEvent = Callable[["Event"], None]
 
 
 @contextmanager
-def watching(names: Sequence[str], then: Watch) -> Iterator[Watch]:
+def watching(names: Sequence[str], then: OnEvent) -> Iterator[OnEvent]:
     """A watcher that writes the numbers of every event to these loggers, and hands it on to `then`.
 
     Each has a folder of its own, logs/<run>/<name> in the run directory, which a run that goes on writes on in. Of

@@ -377,7 +377,7 @@ class _Subject:
         )
         self.batches = batches
         execution = Execution(compile=setting.compile, channels_last=setting.channels_last)
-        with engine_threads.fitting_threads(is_eager):  # of one thread its passes go one after the other
+        with engine_threads.one_thread_if(is_eager):  # of one thread its passes go one after the other
             self.training = distillation.Distillation(self.recipe, _teacher(spec, device), None, batches, execution)
         self.is_small = engine_threads.is_small(self.training.teacher)
         self.stages = STAGES if recipe.adversarial else STAGES[:2]
@@ -438,7 +438,7 @@ class _Subject:
 
     def threads(self) -> AbstractContextManager[None]:
         """Within it the threads are those of a training step."""
-        return engine_threads.fitting_threads(self.is_small and not self._is_eager)
+        return engine_threads.one_thread_if(self.is_small and not self._is_eager)
 
     def sample(self) -> None:
         """Draws images in one step as in evaluations."""

@@ -12,7 +12,7 @@ from sidactl.commands.moments import detector_name
 from sidactl.commands.question import first_alone, named
 from sidactl.commands.resolve import resolve
 from sidactl.commands.scorers import load_detector
-from sidactl.commands.words import RunDir, Tick, require_images
+from sidactl.commands.words import OnCount, RunDir, require_images
 from sidactl.store import Artifact, Store
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def dataset_stats(
     run: RunDir = None,
     device: str | None = None,
     force: bool = False,
-    tick: Tick | None = None,
+    tick: OnCount | None = None,
 ) -> Artifact:
     """The feature statistics of all images of a dataset, as scores compare with them; by default of its own detector.
 

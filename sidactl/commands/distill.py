@@ -65,7 +65,7 @@ from sidactl.commands.evaluation import (
     try_scoring,
 )
 from sidactl.commands.plan import TeacherScore, not_published, published_score
-from sidactl.commands.running import Watch, batches_for, run_training
+from sidactl.commands.running import OnEvent, batches_for, run_training
 
 
 def distill(
@@ -84,8 +84,8 @@ def distill(
     run: RunDir = None,
     device: str | None = None,
     force: bool = False,
-    say: download.Say | None = download.to_stderr,
-    watch: Watch | None = None,
+    say: download.OnLine | None = download.to_stderr,
+    watch: OnEvent | None = None,
     execution: Execution | None = None,
     **recipe_overrides: Any,
 ) -> Artifact:
@@ -166,7 +166,7 @@ def distill(
         return named(store, found, [name] if name else [], say)
 
 
-def _name_generators(store: Store, made: Mapping[str, Artifact], data: Artifact, say: download.Say) -> None:
+def _name_generators(store: Store, made: Mapping[str, Artifact], data: Artifact, say: download.OnLine) -> None:
     """Gives a finished run its names; see `distill` for which of them move."""
     new, recipe = made["best"], mapping(made["best"].params["recipe"])
     named(store, made["last"], ["last"])
@@ -237,11 +237,11 @@ def _distill(
     keys: Mapping[str, str],
     wanted: Assembled,
     device: str | None,
-    watch: Watch | None,
+    watch: OnEvent | None,
     *,
     teacher_score: TeacherScore | None,
     force: bool,
-    say: download.Say | None,
+    say: download.OnLine | None,
 ) -> None:
     """Trains, stores the last and the best generator under their keys, and a run that binds them."""
     import safetensors.torch

@@ -16,7 +16,7 @@ from sidactl.commands.scores import METRICS, ScoreOptions, distance_name
 from sidactl.commands.vae import (
     is_of_latents,
 )
-from sidactl.commands.words import Tick, part_of
+from sidactl.commands.words import OnCount, part_of
 from sidactl.errors import SidaError
 from sidactl.recipes import (
     HeunSpec,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from sidactl.nets import Preconditioned
     from sidactl.training.state import Evaluate
 from sidactl.commands.assemble import Assembled
-from sidactl.commands.running import Watch
+from sidactl.commands.running import OnEvent
 
 PREVIEW_SEEDS = range(64)
 
@@ -72,7 +72,7 @@ def evaluation_of(
     eyes: Sequence[Eye],
     sampler: OneStepSpec,
     num_images: int,
-    tick: Tick | None = None,
+    tick: OnCount | None = None,
     class_counts: Sequence[int] | None = None,
     load_vae: Callable[[], Any] | None = None,
 ) -> "Evaluate":
@@ -142,7 +142,7 @@ def finite_or_none(score: float | None) -> float | None:
 
 
 def score_teacher(
-    store: Store, wanted: Assembled, device: str | None, watch: Watch | None, force: bool
+    store: Store, wanted: Assembled, device: str | None, watch: OnEvent | None, force: bool
 ) -> float | None:
     """The teacher's score as the generator's are, for comparison; None, and said so, where it cannot be had."""
     from sidactl.training import state

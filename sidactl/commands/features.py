@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sidactl.commands.question import Question, answered, answering, on_all
 from sidactl.commands.resolve import load_dataset
-from sidactl.commands.words import Tick
+from sidactl.commands.words import OnCount
 from sidactl.errors import SidaError
 from sidactl.foreign import download
 from sidactl.store import COLLECTED, Artifact, LiveDir, Store, UnwritableError, sealed, unsealed
@@ -295,7 +295,7 @@ def images_per_batch(num_channels: int, resolution: int, width: int | None = Non
 
 
 def stats_of(
-    store: Store, data: Artifact, detector: "Detector", tick: Tick | None = None, *, recheck: bool = False
+    store: Store, data: Artifact, detector: "Detector", tick: OnCount | None = None, *, recheck: bool = False
 ) -> "tuple[FeatureStats, Artifact | None]":
     """Moments of all images of a dataset, and the stats artifact that holds them: computed once, by all processes.
 
@@ -336,7 +336,7 @@ def read_stats(store: Store, artifact: Artifact) -> "FeatureStats":
 
 
 def real_features(
-    store: Store, data: Artifact, detector: "Detector", tick: Tick | None = None, *, recheck: bool = False
+    store: Store, data: Artifact, detector: "Detector", tick: OnCount | None = None, *, recheck: bool = False
 ) -> Features | None:
     """Features of a dataset's images, at most MAX_REAL_IMAGES of them: computed once, by all processes.
 
@@ -369,7 +369,7 @@ def _question(what: str, data: Artifact, detector: "Detector", params: Mapping[s
     return Question(command=what, subject=subject, words=[], params=params, inputs={"dataset": data.oid})
 
 
-def out_of(tick: Tick | None, total: int) -> Callable[[int], None] | None:
+def out_of(tick: OnCount | None, total: int) -> Callable[[int], None] | None:
     """What `collect` tells the images done so far, where somebody is told them out of so many."""
     return None if tick is None else lambda done: tick(done, total)
 

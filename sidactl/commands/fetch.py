@@ -48,7 +48,7 @@ def fetch_teacher(
     recheck: bool = False,
     is_inner: bool = False,
     progress: download.Progress | None = None,
-    say: download.Say = download.to_stderr,
+    say: download.OnLine = download.to_stderr,
 ) -> Artifact:
     """The teacher or generator artifact of a catalog name, a URL, or a file (.pkl as published, .safetensors as ours).
 
@@ -269,7 +269,7 @@ def _weights(foreign: _Foreign) -> bytes:
 
 
 def _fetch_asset(
-    store: Store, entry: catalog.Teacher, asset: str, force: bool, recheck: bool, say: download.Say | None
+    store: Store, entry: catalog.Teacher, asset: str, force: bool, recheck: bool, say: download.OnLine | None
 ) -> Artifact:
     key = store.key("fetch-teacher", {"entry": _teacher_params(entry), "asset_version": asset_digest(asset)}, {})
     if not force and (known := store.asked(key, whole=recheck)):

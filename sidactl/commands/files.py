@@ -77,7 +77,7 @@ def downloaded(
     mirror: str | None,
     max_bytes: int | None,
     progress: download.Progress | None,
-    say: download.Say,
+    say: download.OnLine,
 ) -> str:
     file = entry.source if entry and entry.source else catalog.Download(url=url)
     sha256 = download.fetch(
@@ -85,7 +85,7 @@ def downloaded(
         path,
         what=what,
         licence=entry.licence if entry else None,
-        sha256=file.sha256 if file.is_certain else None,
+        sha256=file.sha256 if file.sha256_from_publisher else None,
         size_bytes=file.size_bytes,
         max_bytes=max_bytes,
         offline=offline,

@@ -52,7 +52,7 @@ def ref_text(ref: Ref, what: str = "a ref") -> str:
     oid = getattr(ref, "oid", None)
     if not isinstance(oid, str):
         raise SidaError(
-            f"{what} must be text, a path or an artifact, got {_told(ref)}", "Pass an oid, a name or a file."
+            f"{what} must be text, a path or an artifact, got {_described(ref)}", "Pass an oid, a name or a file."
         )
     return oid
 
@@ -77,7 +77,7 @@ def whole(value: object, what: str) -> int:
             raise TypeError
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        raise SidaError(f"{what} must be a whole number, got {_told(value)}", "Pass an int.") from None
+        raise SidaError(f"{what} must be a whole number, got {_described(value)}", "Pass an int.") from None
 
 
 def count_of(value: Count, what: str, counted: str = "images") -> int:
@@ -190,7 +190,7 @@ def _field_value(field: "dataclasses.Field[Any]", value: Any) -> Any:
                 raise TypeError
             return float(value)
         except (TypeError, ValueError):
-            raise SidaError(f"{field.name} must be a number, got {_told(value)}", "Pass a float.") from None
+            raise SidaError(f"{field.name} must be a number, got {_described(value)}", "Pass a float.") from None
     if field.type is bool and type(value).__name__ in ("bool", "bool_"):  # numpy's
         return bool(value)
     if kinds.startswith("tuple[typing.Literal"):
@@ -201,5 +201,5 @@ def _field_value(field: "dataclasses.Field[Any]", value: Any) -> Any:
     return value
 
 
-def _told(value: object) -> str:
+def _described(value: object) -> str:
     return repr(value) if isinstance(value, str | int | float) else f"{type(value).__module__}.{type(value).__name__}"

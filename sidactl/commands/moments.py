@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Need = Literal["moments", "images"]
 """what a metric compares with: mean and covariance of features, or the features of single images"""
 
-ENOUGH = 1.1
+MIN_IMAGES_PER_FEATURE = 1.1
 """images per feature below which a Fréchet distance is warned of: the covariance has not its full rank"""
 
 RANDOM_FEATURES = "random-features"
@@ -68,7 +68,9 @@ def imported_statistics(store: Store, source: str, entry: catalog.Reference | No
             "licence": entry.licence if entry else None,
         }
         num, num_features = _num_images(contents or {}), max(len(moments.mean) for moments in found.values())
-        if num and num < ENOUGH * num_features:  # alone, so that the oid of those that have enough stays as it was
+        if (
+            num and num < MIN_IMAGES_PER_FEATURE * num_features
+        ):  # alone, so that the oid of those that have enough stays as it was
             params["num_images"] = num
         check_unchanged(store, source, identity)
         artifact = store.put("stats", files, params=params)

@@ -28,7 +28,7 @@ from sidactl.commands.prepare_images import (
 from sidactl.commands.question import answer_or_work, answered, called_so, first_alone, is_alone, named, tell_old
 from sidactl.commands.resolve import resolve
 from sidactl.commands.vae import chosen_vae, vae_label, vae_loader
-from sidactl.commands.words import RunDir, Tick, means_path, require_pixels
+from sidactl.commands.words import OnCount, RunDir, means_path, require_pixels
 
 _ENCODING = "encoding"
 """what the first of several processes tells the others where there are latents to be made"""
@@ -60,8 +60,8 @@ def prepare_data(
     device: str | None = None,
     force: bool = False,
     recheck: bool = False,
-    say: download.Say | None = download.to_stderr,
-    tick: Tick | None = None,
+    say: download.OnLine | None = download.to_stderr,
+    tick: OnCount | None = None,
 ) -> Artifact:
     """A dataset artifact: one uncompressed zip in the EDM layout, and a contact sheet.
 
@@ -146,8 +146,8 @@ def _prepare_latents(
     name: str | None,
     force: bool,
     recheck: bool,
-    say: download.Say | None,
-    tick: Tick | None,
+    say: download.OnLine | None,
+    tick: OnCount | None,
     offline: bool,
     mirror: str | None,
     by: "LatentsBy",

@@ -22,7 +22,7 @@ from sidactl.commands.files import fetched_file
 from sidactl.commands.identity import check_unchanged, identity_in, json_name, source_identity
 from sidactl.commands.question import answer_or_work, answered, called_so, named, tell_old
 from sidactl.commands.vae import vae_digest, vae_label
-from sidactl.commands.words import Tick, not_prepared, part_of
+from sidactl.commands.words import OnCount, not_prepared, part_of
 
 
 def prepared_as_usual(
@@ -87,8 +87,8 @@ def prepare_images(
     name: str | None,
     force: bool,
     recheck: bool,
-    say: download.Say | None,
-    tick: Tick | None,
+    say: download.OnLine | None,
+    tick: OnCount | None,
     offline: bool,
     mirror: str | None,
     *,
@@ -168,7 +168,7 @@ def tell_other_file(source: str, identity: Any) -> None:
             )
 
 
-def _tell_count(entry: catalog.Dataset | None, made: Artifact, say: download.Say | None) -> None:
+def _tell_count(entry: catalog.Dataset | None, made: Artifact, say: download.OnLine | None) -> None:
     """Warns of a dataset of the catalog that became one of another number of images, where no number was asked for."""
     count = made.results["num_images"]
     if say and entry and entry.num_images not in (None, count) and not made.params.get("max_images"):
@@ -227,8 +227,8 @@ def prepare_labels(
     name: str | None,
     force: bool,
     recheck: bool,
-    say: download.Say | None,
-    tick: Tick | None,
+    say: download.OnLine | None,
+    tick: OnCount | None,
     offline: bool,
     mirror: str | None,
 ) -> Artifact:

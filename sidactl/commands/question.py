@@ -291,7 +291,7 @@ def is_alone() -> bool:
 
 @contextmanager
 def first_alone() -> Iterator[None]:
-    """See `engine.first_alone`; a process that is alone anyway does not import torch for it."""
+    """See `ranks.first_alone`; a process that is alone anyway does not import torch for it."""
     if is_alone():
         yield
         return
@@ -353,7 +353,7 @@ def asked(store: Store, key: str, whole: bool = False) -> Artifact | None:
     return known
 
 
-def tell_old(store: Store, key: str, say: download.Say | None) -> None:
+def tell_old(store: Store, key: str, say: download.OnLine | None) -> None:
     """Says that an answer was in the run directory already, and since when."""
     if say and (when := store.asked_at(key)):
         date = time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(when))
@@ -374,7 +374,7 @@ def answered(
     command: str,
     *,
     refs: Sequence[str] = (),
-    say: download.Say | None = None,
+    say: download.OnLine | None = None,
 ) -> Artifact:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     # In this order, so that every answer is in the log, by which verify knows one that was swapped.
@@ -383,7 +383,7 @@ def answered(
     return named(store, artifact, refs, say)
 
 
-def named(store: Store, artifact: Artifact, refs: Sequence[str], say: download.Say | None = None) -> Artifact:
+def named(store: Store, artifact: Artifact, refs: Sequence[str], say: download.OnLine | None = None) -> Artifact:
     """Gives an artifact names; `say` takes a line for each that was another artifact's."""
     for name in refs:
         if (old := store.ref(artifact.kind, name)) != artifact.oid:

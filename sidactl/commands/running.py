@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sidactl.training.state import Evaluate, Event, History, Schedule, Training
 
 
-Watch = Callable[["Event"], None]
+OnEvent = Callable[["Event"], None]
 
 
 def check_trainable(data: Artifact) -> None:
@@ -68,7 +68,7 @@ def run_training(
     schedule: "Schedule",
     live: LiveDir,
     evaluate: "Evaluate | None",
-    watch: Watch | None,
+    watch: OnEvent | None,
     facts: Mapping[str, Any],
     notes: Sequence[str] = (),
     warnings: Sequence[str] = (),

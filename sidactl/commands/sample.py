@@ -21,7 +21,7 @@ from sidactl.commands.vae import (
     vae_label,
     vae_loader,
 )
-from sidactl.commands.words import NETS, RunDir, Tick
+from sidactl.commands.words import NETS, OnCount, RunDir
 from sidactl.errors import SidaError
 from sidactl.foreign import download
 from sidactl.recipes import (
@@ -82,8 +82,8 @@ def sample(
     run: RunDir = None,
     device: str | None = None,
     force: bool = False,
-    say: download.Say | None = download.to_stderr,
-    tick: Tick | None = None,
+    say: download.OnLine | None = download.to_stderr,
+    tick: OnCount | None = None,
 ) -> Sampled:
     """Images of a teacher or generator, one per seed, as a samples artifact (a zip in the EDM layout, and a grid).
 

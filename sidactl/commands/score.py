@@ -11,7 +11,7 @@ from sidactl.commands import features, moments
 from sidactl.commands import reference as commands_reference
 from sidactl.commands.identity import check_unchanged
 from sidactl.commands.inputs import Ref, ref_text
-from sidactl.commands.moments import ENOUGH, Moments
+from sidactl.commands.moments import MIN_IMAGES_PER_FEATURE, Moments
 from sidactl.commands.question import agreed_answer, answered, answering, first_alone, tell_old
 from sidactl.commands.resolve import load_dataset, load_net
 from sidactl.commands.vae import check_vae_is_there, is_of_latents, other_vae, vae_loader
@@ -209,7 +209,7 @@ def _shape(artifact: Artifact) -> tuple[int, int, int] | None:
 
 def _too_few(num: int, num_reference: int | None, detector: "Detector") -> Iterator[str]:
     """Warnings of sets whose covariance has not its full rank."""
-    least = ENOUGH * detector.num_features
+    least = MIN_IMAGES_PER_FEATURE * detector.num_features
     if num < least:
         yield (
             f"{num:,} images are few for {detector.num_features:,} features: the distance is far too high by their "

@@ -10,7 +10,7 @@ from sidactl.commands.inputs import seeds_of
 from sidactl.commands.question import Question, option_words
 from sidactl.commands.resolve import resolve
 from sidactl.commands.vae import vae_digest, vae_for
-from sidactl.commands.words import NETS, Tick, require_images
+from sidactl.commands.words import NETS, OnCount, require_images
 from sidactl.errors import SidaError
 from sidactl.foreign import download
 from sidactl.recipes import Setting
@@ -83,8 +83,8 @@ class ScoreQuestion:
     device: str | None
     trust_code: bool
     force: bool
-    say: download.Say | None
-    tick: Tick | None
+    say: download.OnLine | None
+    tick: OnCount | None
 
     def question(self, ref: str, options: Mapping[str, Any]) -> Question:
         """What `ls --live` shows, and the command that goes on."""

@@ -148,4 +148,4 @@ def _is_published(name: str, sha256: str) -> bool:
     """Whether a file is, by its digest, that which a detector of the catalog was published as; Inception has two."""
     names = ("inception", "inception-torchscript") if name.startswith("inception") else (name,)
     sources = [entry.source for n in names if (entry := catalog.DETECTORS.get(n))]
-    return any(source and source.sha256 == sha256 and source.is_certain for source in sources)
+    return any(source and source.sha256 == sha256 and source.sha256_from_publisher for source in sources)

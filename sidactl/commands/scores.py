@@ -12,7 +12,7 @@ from sidactl.commands import reference as commands_reference
 from sidactl.commands.features import Features
 from sidactl.commands.inputs import Count, Ref, count_of, optional_ref, run_of, whole
 from sidactl.commands.moments import Moments, Need
-from sidactl.commands.words import NETS, RunDir, Tick
+from sidactl.commands.words import NETS, OnCount, RunDir
 from sidactl.errors import SidaError
 from sidactl.foreign import download
 from sidactl.recipes import Setting
@@ -127,8 +127,8 @@ class ScoreOptions(TypedDict, total=False):
     run: RunDir
     device: str | None
     force: bool
-    say: download.Say | None
-    tick: Tick | None
+    say: download.OnLine | None
+    tick: OnCount | None
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from sidactl.store import Artifact, Store
 
 if TYPE_CHECKING:
     pass
-from sidactl.commands.running import Watch, batches_for, check_fit, check_trainable, run_training
+from sidactl.commands.running import OnEvent, batches_for, check_fit, check_trainable, run_training
 
 
 def train_teacher(
@@ -49,8 +49,8 @@ def train_teacher(
     run: RunDir = None,
     device: str | None = None,
     force: bool = False,
-    say: download.Say | None = download.to_stderr,
-    watch: Watch | None = None,
+    say: download.OnLine | None = download.to_stderr,
+    watch: OnEvent | None = None,
     **recipe_overrides: Any,
 ) -> Artifact:
     """A teacher trained from scratch on a dataset with the EDM loss; the EMA net at the end of training.

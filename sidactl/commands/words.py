@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     pass
 
 
-Tick = Callable[[int, int], None]
+OnCount = Callable[[int, int], None]
 """called with (images done, images in all)"""
 
 RunDir: TypeAlias = str | os.PathLike[str] | None
@@ -157,7 +157,7 @@ def catalog_entries(store: Store, text: str, kinds: Sequence[str]) -> list[tuple
     return found
 
 
-def part_of(watcher: object, what: str, unit: str = "images") -> Tick | None:
+def part_of(watcher: object, what: str, unit: str = "images") -> OnCount | None:
     """A tick for a part of some work that has images, or bytes, of its own to count, such as those of a reference.
 
     None where `watcher`, a tick or watch, has no method `part` for them, as a plain function has not.

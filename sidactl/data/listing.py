@@ -18,7 +18,7 @@ Convention = Literal["edm", "edm2"]
 
 ClassOrder = Literal["numeric", "text"]
 
-Say = Callable[[str], None]
+OnLine = Callable[[str], None]
 """called with one line for people"""
 
 
@@ -74,7 +74,7 @@ class Rules(NamedTuple):
     class_order: ClassOrder | None
     use_labels: bool
     is_partial: bool
-    say: Say
+    say: OnLine
 
 
 class Listing:
@@ -110,7 +110,7 @@ class Listing:
         number, first = self._passed_over.get(what, (0, name))
         self._passed_over[what] = number + 1, first
 
-    def finish(self, say: Say) -> None:
+    def finish(self, say: OnLine) -> None:
         """Sorts the images, and says what was passed over; SidaError where there is no image."""
         if not self.images:
             raise SidaError(f"{self.where} must hold images, got none", "Check the path.")

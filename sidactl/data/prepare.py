@@ -19,7 +19,7 @@ from sidactl.data.archive_writer import member_name
 from sidactl.data.codec import LatentCodec
 from sidactl.data.dataset import Dataset, drawn_subset
 from sidactl.data.images import Pixels, decode_latents, encode_npy, quiet_pillow
-from sidactl.data.listing import ClassOrder, Convention, Item, Say, Source
+from sidactl.data.listing import ClassOrder, Convention, Item, OnLine, Source
 from sidactl.data.sources import open_source
 from sidactl.data.transforms import TRANSFORMS, Change, Transformed, check_shape, transformed
 from sidactl.data.unfinished import FILES, NoRoomError, PreparedDataset, Unfinished, open_unfinished
@@ -89,7 +89,7 @@ def prepare(
     encode: Encoder | None = None,
     work: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
-    say: Say = lambda line: None,
+    say: OnLine = lambda line: None,
 ) -> PreparedDataset:
     """Writes `source` to the zip `destination`, whole or not at all; the bytes depend on the source and options alone.
 
@@ -231,7 +231,7 @@ def _usable(
     zipped: "Unfinished",
     *,
     skip_bad: bool,
-    say_turned: Say | None,
+    say_turned: OnLine | None,
     begin: Callable[[], None] | None,
 ) -> Iterator[_Walked]:
     """Every item with its image, or why it is left out; the error of one that cannot be used unless skip_bad.
@@ -282,7 +282,7 @@ def _latents_file(item: Item, latents: Latents) -> "Transformed":
     return Transformed(data, decode_latents(data, f"latents of {item.name}").shape)
 
 
-def _check_room(zipped: "Unfinished", total: int, is_copied: bool, say: Say) -> None:
+def _check_room(zipped: "Unfinished", total: int, is_copied: bool, say: OnLine) -> None:
     """Says what the latents of so many images take, if it is much; NoRoomError where the disk has not so much."""
     assert zipped.first
     _, height, width = zipped.first[1]

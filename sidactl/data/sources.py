@@ -20,8 +20,8 @@ from sidactl.data.listing import (
     Convention,
     Item,
     Listing,
+    OnLine,
     Rules,
-    Say,
     Source,
     classified,
 )
@@ -41,7 +41,7 @@ def open_source(
     use_labels: bool = True,
     class_order: ClassOrder | None = None,
     is_partial: bool = False,
-    say: Say = lambda line: None,
+    say: OnLine = lambda line: None,
 ) -> Source:
     """The images of `source` (see `prepare.prepare`) in their published order.
 

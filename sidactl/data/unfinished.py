@@ -12,7 +12,7 @@ from typing import Literal
 
 from sidactl.data.archive_writer import BLOCK_BYTES, UnfinishedZip
 from sidactl.data.images import first_line
-from sidactl.data.listing import Say
+from sidactl.data.listing import OnLine
 from sidactl.data.transforms import check_shape
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.store import sealed, unsealed
@@ -106,7 +106,7 @@ class Unfinished:
     is_for_latents: bool = False
 
     @classmethod
-    def open(cls, folder: Path, say: Say) -> "Unfinished":
+    def open(cls, folder: Path, say: OnLine) -> "Unfinished":
         """Goes on from what was saved in the folder, or begins; anew where not all of it is as it was saved."""
         saved = _Saved()
         if (folder / _STATE).exists():
@@ -202,7 +202,7 @@ class Unfinished:
 
 @contextmanager
 def open_unfinished(
-    destination: Path, work: Path | None, say: Say, *, any_size: bool, is_for_latents: bool
+    destination: Path, work: Path | None, say: OnLine, *, any_size: bool, is_for_latents: bool
 ) -> Iterator[Unfinished]:
     """A zip to write in the block, and to complete there; becomes `destination` after it.
 

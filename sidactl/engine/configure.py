@@ -43,7 +43,7 @@ def arrange(
     if execution.channels_last:
         for net in (teacher, fake_score, generator, ema):
             # FSDP2 takes weights in the usual order alone; then every convolution turns them
-            lay_out_by_pixel(net, weights=not execution.shard)
+            to_channels_last_(net, weights=not execution.shard)
     if execution.checkpoint_activations:
         for net in (teacher, fake_score, generator):
             for block in blocks_of(net):
@@ -62,13 +62,13 @@ def set_up(net: Preconditioned, setting: Setting) -> Preconditioned:
     """Gives a net that is sampled its precision and form, and returns it."""
     net.compute_dtype = DTYPES[setting.precision]
     if setting.channels_last:
-        lay_out_by_pixel(net)
+        to_channels_last_(net)
     if setting.compile:
         compile_(net)
     return net
 
 
-def lay_out_by_pixel(net: Preconditioned, *, weights: bool = True) -> None:
+def to_channels_last_(net: Preconditioned, *, weights: bool = True) -> None:
     """Puts the net's activations, and its weights, into channels-last order."""
     net.memory_format = torch.channels_last
     if weights:

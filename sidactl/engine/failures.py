@@ -8,7 +8,7 @@ import torch.distributed as dist
 from sidactl.errors import EXIT_FAILED, SidaError
 
 
-def told_plainly(error: Exception) -> SidaError | None:
+def explain_failure(error: Exception) -> SidaError | None:
     """What a failure of the machine, and not of ours, means to people; None for other errors."""
     text = str(error)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:

@@ -43,7 +43,7 @@ def is_small(net: Denoiser) -> bool:
 
 
 @contextmanager
-def fitting_threads(is_small: bool) -> Iterator[None]:
+def one_thread_if(is_small: bool) -> Iterator[None]:
     """Within the block what is small is run by one thread: the same bits on any number of cores, however busy."""
     usual = torch.get_num_threads()
     if is_small:

@@ -22,7 +22,7 @@ from sidactl.text import visible
 Progress = Callable[[int, int], None]
 """called with (bytes done, bytes in all); the latter is 0 where the server does not tell"""
 
-Say = Callable[[str], None]
+OnLine = Callable[[str], None]
 """takes one line for people"""
 
 MAX_BYTES = 16 * 10**9
@@ -52,7 +52,7 @@ def fetch(
     offline: bool = False,
     mirror: str | None = None,
     progress: Progress | None = None,
-    say: Say = to_stderr,
+    say: OnLine = to_stderr,
 ) -> str:
     """Puts the file at `url` (http, https or file) at `destination`, whole, and returns its SHA-256.
 
@@ -153,7 +153,7 @@ def _complete(
     size_bytes: int | None,
     max_bytes: int | None,
     progress: Progress | None,
-    say: Say,
+    say: OnLine,
 ) -> str | None:
     """Brings the partial file to its end; returns the digest that the server announced, if any."""
     limit = max_bytes or size_bytes or MAX_BYTES

@@ -93,7 +93,7 @@ class Preconditioned(nn.Module):
     def forward(
         self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None, augment_labels: Tensor | None = None
     ) -> Tensor:
-        x, sigma = own_node(x.to(torch.float32)), as_sigma(sigma, x)
+        x, sigma = with_own_grad_node(x.to(torch.float32)), as_sigma(sigma, x)
         return self._combine(x, sigma, self.raw.decode(self._encode(x, sigma, labels, augment_labels)))
 
     def denoise_and_logits(
@@ -109,7 +109,7 @@ class Preconditioned(nn.Module):
 
         num_denoised: of so many images from the first on; the others go through the encoder alone, for their logits.
         """
-        x, sigma = own_node(x.to(torch.float32)), as_sigma(sigma, x)
+        x, sigma = with_own_grad_node(x.to(torch.float32)), as_sigma(sigma, x)
         encoded = self._encode(x, sigma, labels, augment_labels)
         logits = _channel_mean(encoded.features)
         if num_denoised is not None and num_denoised < len(x):
@@ -121,7 +121,7 @@ class Preconditioned(nn.Module):
         self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None, augment_labels: Tensor | None = None
     ) -> Tensor:
         """The logits map alone; the decoder half does not run."""
-        x, sigma = own_node(x.to(torch.float32)), as_sigma(sigma, x)
+        x, sigma = with_own_grad_node(x.to(torch.float32)), as_sigma(sigma, x)
         return _channel_mean(self._encode(x, sigma, labels, augment_labels).features)
 
     def logvar(self, sigma: Tensor | float) -> Tensor:
@@ -146,7 +146,7 @@ class Preconditioned(nn.Module):
         return c_skip * x + c_out * F_x.to(torch.float32)
 
 
-def own_node(x: Tensor) -> Tensor:
+def with_own_grad_node(x: Tensor) -> Tensor:
     """x itself, with a node of its own in the graph, in which the gradients of its uses are added up first.
 
     FSDP2's hooks put such a node before every part; with it in any case a sharded run has the bits of one that is not.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sidactl.nets.denoiser import Encoded, own_node
+from sidactl.nets.denoiser import Encoded, with_own_grad_node
 from sidactl.recipes import NetSpec
 
 Resample = Literal["up", "down"]
@@ -148,9 +148,9 @@ class UNetBlock(nn.Module):
             self.proj = Conv2d(num_out, num_out, 1, kaiming=kaiming, gain=zero_gain)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        residual = x = own_node(x)
+        residual = x = with_own_grad_node(x)
         x = self.conv0(F.silu(self.norm0(x)))
-        params = self.affine(own_node(emb))[:, :, None, None]
+        params = self.affine(with_own_grad_node(emb))[:, :, None, None]
         if self.adaptive_scale:
             scale, shift = params.chunk(2, dim=1)
             x = F.silu(torch.addcmul(shift, self.norm1(x), scale + 1))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sidactl.nets.denoiser import Encoded, Preconditioned, as_sigma, own_node
+from sidactl.nets.denoiser import Encoded, Preconditioned, as_sigma, with_own_grad_node
 from sidactl.recipes import NetSpec
 
 Resample = Literal["up", "down"]
@@ -144,7 +144,7 @@ class Block(nn.Module):
             self.attn_proj = MPConv(num_out, num_out, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        x, emb = own_node(x), own_node(emb)
+        x, emb = with_own_grad_node(x), with_own_grad_node(emb)
         if self.resample:
             x = resample(x, self.resample, self.filter_taps)
         if self.side == "encoder":

@@ -83,7 +83,7 @@ def whole(outputs: Sequence[Output], *, force: bool, run: Path) -> Iterator[list
     to do with the run directory, and where the disk refuses; then nothing is changed.
     """
     *_, last = outputs
-    with _told(last.path), ExitStack() as stack:
+    with _os_errors_told(last.path), ExitStack() as stack:
         _refuse_place(last.path, run)
         for output in outputs:
             _refuse_content(output, force or output is not last)
@@ -104,7 +104,7 @@ def whole(outputs: Sequence[Output], *, force: bool, run: Path) -> Iterator[list
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _os_errors_told(path: Path) -> Iterator[None]:
     """Tells any OSError in one line."""
     try:
         yield

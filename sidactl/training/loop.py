@@ -95,12 +95,12 @@ def run(
         before = training.nimg
         if not awaits_evaluation():
             stage = training.stage()
-            with threads.fitting_threads(threads.is_small(training.ema)):
+            with threads.one_thread_if(threads.is_small(training.ema)):
                 window.append(training.step())
             is_due = ranks.any_process(time.monotonic() - reported_sec >= schedule.report_every_sec)
             reports = training.nimg >= schedule.duration_nimg or training.step_index % schedule.report_every_steps == 0
             reports = reports or is_due
-            if reports or training.skipped.is_at_hand:
+            if reports or training.skipped.is_readable_without_sync:
                 _refuse_divergence(training, schedule.stop_if_nan_steps)
             if reports:
                 values = {"stage": stage, "skipped_steps": sum(training.skipped.total.values()), **_mean(window)}

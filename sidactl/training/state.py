@@ -38,7 +38,7 @@ class Skipped(Protocol):
     def restore(self, total: dict[str, int], in_a_row: dict[str, int], made: dict[str, int]) -> None: ...
 
     @property
-    def is_at_hand(self) -> bool:
+    def is_readable_without_sync(self) -> bool:
         """Whether asking makes nobody wait for a GPU."""
         ...
 

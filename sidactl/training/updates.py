@@ -152,7 +152,7 @@ class SkippedSteps:
         self._total, self._in_a_row, self._made = dict(total), dict(in_a_row), dict(made)
 
     @property
-    def is_at_hand(self) -> bool:
+    def is_readable_without_sync(self) -> bool:
         """Whether asking makes nobody wait for a GPU."""
         return all(isinstance(count, int) or count.device.type == "cpu" for count in self._in_a_row.values())
 
