@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sidactl.errors import SidaError
+from sidactl.methods.base import Optimisation
 from sidactl.store import LiveDir, Store
 from sidactl.training import checkpoints as training_checkpoints
 from sidactl.training import loop, updates
@@ -37,7 +38,7 @@ class Toy:
     def __init__(self, *, bad_gradients: range = range(0), poisoned: int | None = None) -> None:
         torch.manual_seed(0)
         self.net, self.average = nn.Linear(3, 3), nn.Linear(3, 3)
-        self.optimizer = updates.adam(self.net, lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8)
+        self.optimizer = updates.adam({"generator": (self.net, Optimisation(lr=0.1, beta1=0.9))})
         self.nimg = self.step_index = 0
         self.skipped = updates.SkippedSteps()
         self.bad_gradients, self.poisoned = bad_gradients, poisoned
@@ -248,6 +249,12 @@ def test_a_report_holds_mean_losses_since_the_last_one(live: LiveDir) -> None:
     told = [event.values["loss"] for event in events if event.kind == "progress"]
     assert told == pytest.approx([sum(losses[i : i + 3]) / 3 for i in range(0, 12, 3)])
     assert {event.values["stage"] for event in events if event.kind == "progress"} == {"toy"}
+
+
+def test_a_loss_that_only_some_steps_have_is_reported_as_their_mean() -> None:
+    steps = [{"fake": [1.0, 1.0]}, {"generator": [4.0, 2.0], "fake": [3.0, 1.0]}, {"fake": [5.0, 1.0]}]
+    window = [{name: torch.tensor(values) for name, values in step.items()} for step in steps]
+    assert loop._mean(window) == {"fake": 4.0, "generator": 6.0}
 
 
 def test_the_lowest_score_is_kept_the_first_of_equals_and_never_one_that_is_not_finite(live: LiveDir) -> None:

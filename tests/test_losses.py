@@ -1,5 +1,7 @@
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,6 +75,15 @@ def case(request: pytest.FixtureRequest) -> SimpleNamespace:
         discriminator_scale=100 if is_edm2 else 1,
         **names,
     )
+
+
+@pytest.mark.parametrize("words", ["import sidactl; losses = sidactl.losses", "from sidactl import losses"])
+def test_losses_are_there_as_an_attribute_and_by_a_from_import(words: str) -> None:
+    """Each in a process of its own, where nothing else has loaded them before."""
+    names = ["fake_score_loss", "discriminator_loss", "sid_generator_loss", "adversarial_generator_loss"]
+    code = f"{words}; print(*(getattr(losses, name).__name__ for name in {names}))"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert told.split() == names
 
 
 def tensor(arrays: Any, name: str) -> Tensor:

@@ -15,7 +15,7 @@ from sidactl.engine import configure
 from sidactl.engine import gradients as engine_gradients
 from sidactl.engine import threads as engine_threads
 from sidactl.errors import SidaError
-from sidactl.methods import score_losses
+from sidactl.methods import base, score_losses
 from sidactl.methods import sid as methods_sid
 from sidactl.nets import edm2
 from sidactl.nets.denoiser import _channel_mean
@@ -135,6 +135,13 @@ def distillation(
     return training_distillation.Distillation(recipe, teacher, None, batches, execution)
 
 
+def compute_gradients(run: training_distillation.Distillation, turn: base.Turn) -> dict[str, Tensor]:
+    """Gives an update's parameters their gradients, without a step; returns its losses."""
+    gradients, stats = run._gradients(turn, run.passes, None)
+    gradients.finish()
+    return stats
+
+
 def weights(net: torch.nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in net.parameters()])
 
@@ -244,16 +251,15 @@ def test_two_rounds_without_adversarial_loss_add_up_to_one_large_batch() -> None
             part = slice(round * 8 // self._rounds, (round + 1) * 8 // self._rounds)
             latent = Playback([whole["z"][part].numpy()])
             diffusion = Playback([level[part].numpy(), whole["noise"][part].numpy()])
-            return training_batches.MicroBatch(torch.eye(10)[:8][part], latent, diffusion, latent, 0)
-
-        def images(self, batch: int, round: int) -> Tensor:
-            raise AssertionError("mode sid needs no images")
+            return training_batches.MicroBatch(
+                torch.eye(10)[:8][part], latent, diffusion, latent, 0, lambda: pytest.fail("no images")
+            )
 
     gradients = []
     for num_rounds in (1, 2):
         run = distillation(mode="sid", adversarial=None, num_accumulation_rounds=num_rounds)
         run._batches = Fixed(num_rounds)
-        run._fake_score_gradients()
+        compute_gradients(run, "fake_score")
         gradients.append(torch.cat([p.grad.flatten() for p in run.fake_score.parameters() if p.grad is not None]))
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5 * float(gradients[0].abs().max()))
 
@@ -389,7 +395,7 @@ def test_real_image_that_is_not_finite_skips_the_update_of_the_fake_score_alone(
 def parameter_with_gradient(gradient: list[float]) -> tuple[torch.nn.Linear, torch.optim.Adam]:
     net = torch.nn.Linear(len(gradient), 1, bias=False)
     net.weight.grad = torch.tensor([gradient])
-    return net, updates.adam(net, lr=0.1, beta1=0.0, beta2=0.999, eps=1e-8)
+    return net, updates.adam({"net": (net, base.Optimisation(lr=0.1))})
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -513,10 +519,10 @@ def test_several_micro_batches_at_a_time_give_the_gradients_of_one_after_the_oth
             for parameter in run.fake_score.parameters():
                 parameter.mul_(1.1)
         run.passes = [range(start, start + at_once) for start in range(0, 4, at_once)]
-        stats = run._fake_score_gradients()
+        stats = compute_gradients(run, "fake_score")
         assert all(len(values) == 4 // at_once for values in stats.values())
         psi = gradients_of(run.fake_score)
-        stats |= run._generator_gradients()
+        stats |= compute_gradients(run, "generator")
         recorded.append((psi, gradients_of(run.generator), {name: float(v.sum()) for name, v in stats.items()}))
     for one, two in zip(*(gradients[:2] for gradients in recorded), strict=True):
         torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5 * float(one.abs().max()))
@@ -603,7 +609,7 @@ def gradients_of_a_step(monkeypatch: pytest.MonkeyPatch, spec: NetSpec, executio
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     found: list[Tensor] = []
 
-    def take(optimizer: torch.optim.Optimizer, clip_value: float | None) -> bool:
+    def take(optimizer: torch.optim.Optimizer, clip_value: float | None, clip_norm: float | None) -> bool:
         (group,) = optimizer.param_groups
         found.append(torch.cat([p.grad.flatten() for p in group["params"] if p.grad is not None]))
         optimizer.zero_grad()
@@ -899,7 +905,7 @@ def test_the_discriminators_gradient_in_float16_points_where_float32s_does(monke
         run = of_imagenet_64(precision)
         if scale:
             run.skipped.loss_scales["fake_score"].value.fill_(scale)
-        run._fake_score_gradients()
+        compute_gradients(run, "fake_score")
         found[precision, scale] = gradients_of(run.fake_score)
     assert cosine(found["fp16", 1.0], found["fp32", None]) < 0.5
     assert cosine(found["fp16", None], found["fp32", None]) > 0.99
@@ -913,7 +919,7 @@ def test_the_generators_gradient_in_float16_goes_scaled_through_all_three_nets()
         run = of_imagenet_64(precision, small, lambda_sid=1e-5, adversarial=Adversarial(lambda_adv=0.0))
         if scale:
             run.skipped.loss_scales["generator"].value.fill_(scale)
-        run._generator_gradients()
+        compute_gradients(run, "generator")
         found[precision, scale] = gradients_of(run.generator)
     exact, kept, lost = found.values()
     assert cosine(lost, exact) < 0.5

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ class GoldenBatches:
         draws = Playback([self._arrays[n] for n in names])
         self.playbacks.append(draws)
         labels = torch.from_numpy(self._arrays[f"{self._prefix(batch, round)}_labels"])
-        return training_batches.MicroBatch(labels, draws, draws, draws, dropout_seed=0)
+        return training_batches.MicroBatch(labels, draws, draws, draws, 0, partial(self.images, batch, round))
 
     def images(self, batch: int, round: int) -> Tensor:
         items = torch.from_numpy(self._arrays[f"{self._prefix(batch, round)}_batch_images"])

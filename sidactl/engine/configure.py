@@ -35,26 +35,27 @@ def arrange(
     ema: Preconditioned,
 ) -> None:
     """Gives the nets of a distillation their precision, place and form, before any optimiser is made."""
-    for net in (teacher, fake_score, generator, ema):
+    each = tuple(dict.fromkeys((teacher, fake_score, generator, ema)))  # where no fake score trains it is the teacher
+    for net in each:
         net.compute_dtype = DTYPES[recipe.precision]
     if recipe.teacher_precision:
         teacher.compute_dtype = DTYPES[recipe.teacher_precision]
     allow_tf32(recipe.precision == "tf32")
     if execution.channels_last:
-        for net in (teacher, fake_score, generator, ema):
+        for net in each:
             # FSDP2 takes weights in the usual order alone; then every convolution turns them
             to_channels_last_(net, weights=not execution.shard)
     if execution.checkpoint_activations:
-        for net in (teacher, fake_score, generator):
+        for net in (net for net in each if net is not ema):
             for block in blocks_of(net):
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if execution.ema_on_cpu:
         ema.cpu()
     if execution.shard:
-        for net in (teacher, fake_score, generator, ema):
+        for net in each:
             shard_(net)
     if execution.compile:
-        for net in (teacher, fake_score, generator, ema):
+        for net in each:
             compile_(net)
 
 

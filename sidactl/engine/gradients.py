@@ -33,7 +33,7 @@ class GradientSum:
         self._sums: dict[nn.Parameter, Tensor] = {}
 
     def scaled(self, loss: Tensor) -> Tensor:
-        """The loss whose gradients `add` takes."""
+        """The loss, or a gradient of it, whose gradients `add` takes."""
         return loss if self._loss_scale is None else loss * self._loss_scale
 
     def of(self, output: Tensor, gradient: Tensor | None = None) -> Sequence[Tensor | None]:
@@ -102,6 +102,7 @@ def without_weight_gradients(net: Preconditioned) -> Iterator[None]:
 
 
 def sync_gradients(net: nn.Module, now: bool) -> None:
-    """Whether the next backward pass of a sharded net adds up gradients over the processes."""
-    if any(map(is_sharded, net.parameters())):
-        cast(Any, net).set_requires_gradient_sync(now)
+    """Whether the next backward pass of what is sharded of it adds up gradients over the processes."""
+    for module in net.modules():
+        if hasattr(module, "set_requires_gradient_sync"):
+            cast(Any, module).set_requires_gradient_sync(now, recurse=False)

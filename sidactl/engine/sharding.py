@@ -1,5 +1,7 @@
 """Networks whose parameters are split over the processes (FSDP2)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -35,28 +37,46 @@ _VECTOR_SIZE = 16
 
 
 def shard_(net: Preconditioned) -> None:
-    """Splits the net's parameters over the processes with FSDP2; its numbers stay the same.
+    """Splits the net's parameters over the processes with FSDP2; its numbers stay the same."""
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    _split([*blocks_of(net), net])
+    for method in ("denoise_and_logits", "logits", "logvar"):
+        register_fsdp_forward_method(net, method)
+
+
+def shard_parts_(heads: nn.Module) -> None:
+    """Likewise every module inside that has parameters of its own; what `heads` itself has stays whole.
+
+    Its parts are what is called, and not itself.
+    """
+    parts = [part for part in heads.modules() if part is not heads and any(True for _ in part.parameters(False))]
+    if parts:
+        _split(parts[::-1])
+
+
+def _split(modules: Sequence[nn.Module]) -> None:
+    """Splits the parameters of these modules, inner ones first.
 
     Small ones stay whole: single numbers (EDM2's gains), which FSDP2 cannot split, and what does not split into full
     vectors, since the optimiser's kernel rounds the rest of a vector in another way.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    kind = next(net.parameters()).device.type
+    parameters = {parameter for module in modules for parameter in module.parameters()}
+    kind = next(iter(parameters)).device.type
     size = rank_and_size()[1]
     if size == 1:  # without torchrun FSDP2 needs a group of one
         join(store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh(kind, (size,))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float64)  # see GradientSum
-    stay_whole = {p for p in net.parameters() if p.ndim == 0 or len(p) % size or p.numel() // size % _VECTOR_SIZE}
-    for module in (*blocks_of(net), net):
+    stay_whole = {p for p in parameters if p.ndim == 0 or len(p) % size or p.numel() // size % _VECTOR_SIZE}
+    for module in modules:
         sharded = fully_shard(
             module, mesh=mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=stay_whole
         )
         sharded.set_gradient_divide_factor(1.0)  # gradients are summed: losses are divided by the whole batch
-    for method in ("denoise_and_logits", "logits", "logvar"):
-        register_fsdp_forward_method(net, method)
 
 
 def gathered(net: Preconditioned, device: torch.device) -> Preconditioned:

@@ -1,7 +1,23 @@
-"""What the methods descend: their losses, a file for each paper and for what they share. No step, no optimiser."""
+"""The methods of distillation, a file for each paper and for what they share. No optimiser, no checkpoint."""
 
+from collections.abc import Callable
+
+import torch
+
+from sidactl.methods.base import Method
 from sidactl.methods.discriminator import discriminator_loss
 from sidactl.methods.score_losses import fake_score_loss
-from sidactl.methods.sid import adversarial_generator_loss, sid_generator_loss
+from sidactl.methods.sid import Sid, adversarial_generator_loss, sid_generator_loss
+from sidactl.recipes import Mode, NetSpec, Recipe
 
-__all__ = ["adversarial_generator_loss", "discriminator_loss", "fake_score_loss", "sid_generator_loss"]
+__all__ = ["Method", "adversarial_generator_loss", "discriminator_loss", "fake_score_loss", "of", "sid_generator_loss"]
+
+METHODS: dict[Mode, Callable[[Recipe, NetSpec], Method]] = {"sid": Sid, "sida": Sid, "sid2a": Sid}
+"""by the mode that names them"""
+
+
+def of(recipe: Recipe, spec: NetSpec) -> Method:
+    """The method of a recipe's mode for a teacher of this shape; its heads start from the recipe's seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return METHODS[recipe.mode](recipe, spec)

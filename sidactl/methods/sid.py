@@ -1,14 +1,21 @@
-"""What SiD and SiDA descend for the generator, as pure functions; shapes and manners as in score_losses.py."""
+"""SiD, SiDA and SiD2A: the generator's losses as pure functions, and the method that draws for them and scales them.
 
+Shapes and manners as in score_losses.py.
+"""
+
+import dataclasses
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sidactl.methods.discriminator import micro_batch_mean
-from sidactl.methods.score_losses import logvar_of
+from sidactl.methods.base import Batch, Losses, Method, Nets
+from sidactl.methods.discriminator import discriminator_loss, micro_batch_mean
+from sidactl.methods.score_losses import fake_score_loss, logvar_of
 from sidactl.nets import Denoiser
+from sidactl.noise import sigma_of_time
+from sidactl.recipes import NetSpec, Recipe
 
 LOGIT_BOUND = 10.0
 """the generator's adversarial term clamps logits to +- this, as the published code does; not in the paper"""
@@ -62,3 +69,64 @@ def adversarial_generator_loss(sid: SidLoss, *, num_micro_batches: int = 1) -> T
     """
     clamped = sid.logits.clamp(-LOGIT_BOUND, LOGIT_BOUND)
     return micro_batch_mean(F.softplus(-clamped), num_micro_batches) * sid.weight
+
+
+class Sid(Method):
+    """SiD, SiDA where the recipe has an adversarial part, and SiD2A. Source: SiDA (2410.14919), Algorithms 1 and 2.
+
+    Follows the published code where it departs from the algorithm as printed: fresh noise for either update (unless
+    recipe.share_fakes), strict gates.
+    """
+
+    def __init__(self, recipe: Recipe, spec: NetSpec) -> None:
+        super().__init__(recipe, spec)
+        if recipe.adversarial is not None:
+            clip_value = recipe.adversarial.clip_gradient_value
+            self.updates["fake_score"] = dataclasses.replace(self.updates["fake_score"], clip_value=clip_value)
+
+    def stage(self, nimg: int) -> str:
+        return "SiDA" if self.recipe.is_adversarial(nimg) else "SiD"
+
+    def score_losses(self, nets: Nets, batch: Batch, x: Tensor, nimg: int) -> Losses:
+        recipe, adversarial = self.recipe, self.recipe.adversarial
+        sigma = (recipe.P_std * batch.diffusion.normal((len(x), 1, 1, 1)) + recipe.P_mean).exp()
+        x, augment_labels = nets.augmented(x, batch.augment)
+        noise = batch.diffusion.normal(x.shape)
+        reals, real_augment_labels = None, None
+        if adversarial is not None:
+            reals, real_augment_labels = nets.augmented(batch.reals(), batch.augment)
+        score = fake_score_loss(
+            nets.fake_score,
+            x,
+            noise,
+            sigma,
+            batch.labels,
+            augment_labels,
+            real_images=reals,
+            real_augment_labels=real_augment_labels,
+        )
+        losses = {"fake_score_loss": score.per_pixel.sum() / recipe.batch_size}
+        if adversarial is not None:
+            per_image = discriminator_loss(
+                score, sigma, sigma_data=nets.fake_score.spec.sigma_data, num_micro_batches=batch.num_micro_batches
+            )
+            losses["discriminator_loss"] = per_image.sum() * (adversarial.discriminator_scale / recipe.batch_size)
+        return losses
+
+    def image_gradient(self, nets: Nets, batch: Batch, x: Tensor, nimg: int) -> tuple[Losses, Tensor]:
+        losses, descended = self._generator_losses(nets, batch, x, nimg)
+        return losses, nets.gradient(descended, x)
+
+    def _generator_losses(self, nets: Nets, batch: Batch, x: Tensor, nimg: int) -> tuple[Losses, Tensor]:
+        """The generator's losses by name, and the sum of them that it descends."""
+        recipe, adversarial = self.recipe, self.recipe.adversarial
+        sigma = sigma_of_time(batch.diffusion.uniform((len(x), 1, 1, 1)) * (recipe.tmax / 1000))
+        noise = batch.diffusion.normal(x.shape)
+        sid = sid_generator_loss(nets.teacher, nets.fake_score, x, noise, sigma, batch.labels, alpha=recipe.alpha)
+        losses = {"generator_sid_loss": sid.per_pixel.sum() * (recipe.lambda_sid / recipe.batch_size)}
+        weight = 1.0
+        if adversarial is not None and recipe.is_adversarial(nimg):
+            weight, scale = adversarial.joint_weight, adversarial.lambda_adv / recipe.batch_size * x[0].numel()
+            per_image = adversarial_generator_loss(sid, num_micro_batches=batch.num_micro_batches)
+            losses["generator_adversarial_loss"] = per_image.sum() * scale
+        return losses, weight * torch.stack(list(losses.values())).sum()

@@ -5,6 +5,7 @@ Every draw is a function of the seed and a position.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -63,13 +64,16 @@ def stream_seed(seed: int, stream: str, index: int) -> int:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Labels, one-hot [b, K], and where their random numbers come from."""
+    """Labels, one-hot [b, K], where random numbers come from, and real images. Implements `methods.base.Batch`."""
 
     labels: Tensor
     latent: Draws
     diffusion: Draws
     augment: Draws
     dropout_seed: int
+    reals: Callable[[], Tensor]
+    """fetches the images as networks see them, [b, C, H, W]"""
+    num_micro_batches: int = 1
 
     @classmethod
     def joined(cls, parts: Sequence["MicroBatch"]) -> "MicroBatch":
@@ -79,17 +83,21 @@ class MicroBatch:
         latent, diffusion, augment = (
             JoinedDraws([getattr(part, stream) for part in parts]) for stream in ("latent", "diffusion", "augment")
         )
-        return cls(torch.cat([p.labels for p in parts]), latent, diffusion, augment, parts[0].dropout_seed)
+        return cls(
+            torch.cat([p.labels for p in parts]),
+            latent,
+            diffusion,
+            augment,
+            parts[0].dropout_seed,
+            lambda: torch.cat([p.reals() for p in parts]),
+            len(parts),
+        )
 
 
 class MicroBatches(Protocol):
     """Training batches by position: batch number `batch` in all, micro-batch `round` of it."""
 
     def get(self, batch: int, round: int) -> MicroBatch: ...
-
-    def images(self, batch: int, round: int) -> Tensor:
-        """The real images of the micro-batch as networks see them, [b, C, H, W]; only fetched where they are needed."""
-        ...
 
 
 class ImageSource(Protocol):
@@ -153,6 +161,7 @@ class DatasetBatches:
             self._draws("diffusion", batch, round),
             self._draws("augment", batch, round),
             stream_seed(self._seed, "dropout", batch * self._num_rounds + round),
+            partial(self.images, batch, round),
         )
 
     def images(self, batch: int, round: int) -> Tensor:

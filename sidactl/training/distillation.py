@@ -1,7 +1,8 @@
 """The alternating updates of distillation. The loop around the steps is in loop.py."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -9,28 +10,30 @@ from torch import Tensor, nn
 
 from sidactl import methods
 from sidactl.data.augment import augmentation
-from sidactl.engine import configure, ranks, threads
+from sidactl.engine import configure, ranks, sharding, threads
 from sidactl.engine import gradients as engine_gradients
+from sidactl.methods.base import Losses, Nets, Turn
 from sidactl.nets import Preconditioned
 from sidactl.nets.edm2 import drop_logvar_, force_normalize_
-from sidactl.noise import sigma_of_time
 from sidactl.recipes import Execution, Recipe
 from sidactl.training.batches import MicroBatch, MicroBatches
-from sidactl.training.updates import DropoutSeed, LossScale, SkippedSteps, adam, apply_gradients, update_ema
+from sidactl.training.updates import DropoutSeed, LossScale, Side, SkippedSteps, update_ema
+
+Rounds = Sequence[int]
+"""of a pass: the micro-batches of a batch that go through the nets at once"""
+Shared = dict[int, Tensor]
+"""images of a step that its second update takes over from the first, by the first round of their pass"""
 
 
 class Distillation:
-    """SiD, SiDA and SiD2A: fake score and generator trained in turn. Source: SiDA (2410.14919), Algorithms 1 and 2.
+    """Fake score and generator, trained in turn as the method of the recipe's mode says.
 
     The fake score starts from the teacher; generator and EMA start from `generator`, or from the teacher, without an
-    uncertainty head. Follows the published code where it departs from the algorithm as printed: fresh noise for either
-    update (unless recipe.share_fakes), strict gates.
+    uncertainty head. Several processes share the micro-batches of a step and add their gradients up, once.
 
     EDM2's weights are normalised as recipe.forced_normalization says. In the published code a net does so in its own
     training passes in mode sid; with the adversarial part it is a hook that copies of a net inherit as it was when
     they were made: the fake score never does, the generator does, the EMA net does whenever it is evaluated.
-
-    Several processes share the micro-batches of a step and add their gradients up, once.
     """
 
     def __init__(
@@ -41,73 +44,176 @@ class Distillation:
         batches: MicroBatches,
         execution: Execution | None = None,
     ) -> None:
-        self.recipe = recipe
-        self.teacher = teacher.eval().requires_grad_(False)
-        self.fake_score = trainable_copy(teacher, recipe.dropout, keep_logvar=recipe.logvar)
+        self.recipe, execution = recipe, execution or Execution()
+        device = next(teacher.parameters()).device
+        self.method = methods.of(recipe, teacher.spec).to(device)
+        trained = {name for update in self.method.updates.values() for name in update.trained}
+        has_heads = any(parameter.requires_grad for parameter in self.method.parameters())
+        assert has_heads == ("method" in trained), "heads need an optimiser"
+        self.teacher = self.fake_score = teacher.eval().requires_grad_(False)
+        if "fake_score" in trained:
+            self.fake_score = trainable_copy(teacher, recipe.dropout, keep_logvar=recipe.logvar)
         self.generator = trainable_copy(generator or teacher, recipe.dropout, keep_logvar=False)
         self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
         forced, is_adversarial = recipe.forced_normalization, recipe.adversarial is not None
-        self._normalizes_fake_score = forced == "intended" or (forced == "published" and not is_adversarial)
-        self._normalizes_generator = forced != "off"
         self._normalizes_ema = forced == "published" and is_adversarial
         if self._normalizes_ema:
             force_normalize_(self.ema)
-        execution = execution or Execution()
         configure.arrange(recipe, execution, self.teacher, self.fake_score, self.generator, self.ema)
+        if execution.shard:
+            sharding.shard_parts_(self.method)
         self.passes = configure.passes_of(recipe, execution)
         # Passes of a small net take a core each. Dropout's masks come of one generator, and FSDP2 counts its passes.
-        alone = not threads.is_small(self.teacher) or self.fake_score.spec.dropout > 0 or execution.shard
+        alone = not threads.is_small(self.teacher) or recipe.dropout > 0 or execution.shard
         self.num_threads = 1 if alone else torch.get_num_threads()
-        self._batches = batches
-        self._fakes: Tensor | None = None
-        self._augmented = augmentation(recipe.augment_p, teacher.spec)
-        self._fake_score_optimizer = adam(
-            self.fake_score,
-            lr=recipe.fake_score_lr,
-            beta1=recipe.fake_score_beta1,
-            beta2=recipe.beta2,
-            eps=recipe.adam_eps,
-        )
-        self._generator_optimizer = adam(
-            self.generator,
-            lr=recipe.generator_lr,
-            beta1=recipe.generator_beta1,
-            beta2=recipe.beta2,
-            eps=recipe.adam_eps,
-        )
+        self._batches, self._augmented = batches, augmentation(recipe.augment_p, teacher.spec)
         self.nimg = self.step_index = 0
+        normalizes = {
+            "fake_score": forced == "intended" or (forced == "published" and not is_adversarial),
+            "generator": forced != "off",
+        }
         # The generator's gradient goes back through all three nets.
         through = {"fake_score": (self.fake_score,), "generator": (self.teacher, self.fake_score, self.generator)}
-        device = next(self.generator.parameters()).device
-        self._loss_scales = {
-            name: LossScale(recipe.batch_size, device)
-            for name, nets in through.items()
+        loss_scales = {
+            turn: LossScale(recipe.batch_size, device)
+            for turn, nets in through.items()
             if any(net.compute_dtype == torch.float16 for net in nets)
         }
-        self.skipped = SkippedSteps(self._loss_scales)
+        modules = {"fake_score": self.fake_score, "generator": self.generator, "method": self.method}
+        self.sides = {
+            turn: Side(update, modules, normalizes=normalizes[turn], loss_scale=loss_scales.get(turn))
+            for turn, update in self.method.updates.items()
+        }
+        self.skipped = SkippedSteps({side.name: side.loss_scale for side in self.sides.values() if side.loss_scale})
 
     @property
     def trains_generator(self) -> bool:
-        """Whether this step updates the generator; before that the fake score trains alone."""
+        """Whether the generator's turn has come; before that the fake score trains alone."""
         return self.recipe.trains_generator(self.nimg)
-
-    @property
-    def is_adversarial(self) -> bool:
-        """Whether this step's generator loss has its adversarial term."""
-        return self.recipe.is_adversarial(self.nimg)
 
     def stage(self) -> str:
         """For people: what this step trains."""
-        return "fake score" if not self.trains_generator else "SiDA" if self.is_adversarial else "SiD"
+        return self.method.stage(self.nimg) if self.trains_generator else "fake score"
 
     def modules(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
-        return {
-            "fake_score": self.fake_score,
-            "generator": self.generator,
-            "ema": self.ema,
-            "fake_score_optimizer": self._fake_score_optimizer,
-            "generator_optimizer": self._generator_optimizer,
-        }
+        """Everything that changes, by the name that it has in checkpoints; a method only where it has a state."""
+        trained = {name: module for side in self.sides.values() for name, module in side.modules.items()}
+        state = {"method": self.method} if self.method.state_dict() else {}
+        optimizers = {f"{side.name}_optimizer": side.optimizer for side in self.sides.values()}
+        return {**trained, "ema": self.ema, **state, **optimizers}
+
+    def step(self) -> Losses:
+        """One iteration: the fake score and the heads on the generator's images, the generator, the average.
+
+        Who has a turn, in which order, and what both see alike is the method's schedule. Returns the losses that the
+        method reports, one value per pass of this process, [passes].
+        """
+        schedule = self.method.schedule
+        turns = [turn for turn in schedule.turns(self.step_index, self.trains_generator) if turn in self.sides]
+        shared: Shared | None = {} if schedule.shares == "images" and len(turns) == 2 else None
+        losses: Losses = {}
+        for turn in turns if shared is not None else ():  # the first update has the generator in training mode, too
+            self.sides[turn].normalize()
+        for turn in turns:
+            if shared is None:
+                self.sides[turn].normalize()
+            losses |= self._update(turn, shared)
+        self._average()
+        self.nimg += self.recipe.batch_size
+        self.step_index += 1
+        return losses
+
+    def _update(self, turn: Turn, shared: Shared | None) -> Losses:
+        """Sums gradients over passes and processes, and steps with them unless one is not finite."""
+        if turn == "generator" and self.method.statistics:
+            self.method.observe(self._statistics(shared))
+        side = self.sides[turn]
+        total, losses = self._gradients(turn, self.passes, shared)
+        total.finish()
+        self.skipped.count(side.name, side.step(self.nimg))
+        return losses
+
+    def _gradients(
+        self, turn: Turn, passes: Sequence[Rounds], shared: Shared | None
+    ) -> tuple[engine_gradients.GradientSum, Losses]:
+        """The sum of an update's gradients over these passes, before it is finished, and its losses, [passes]."""
+        side, nets = self.sides[turn], self._nets(turn, shared)
+        total, found = side.gradient_sum(len(passes)), list[Losses]()
+
+        def gradients_of(rounds: Rounds) -> tuple[Losses, Sequence[Tensor | None]]:
+            side.sync_gradients(rounds is passes[-1])
+            batch = self._batch(turn, rounds)
+            images = self._images(turn, batch, rounds, shared, keeps_graph=len(passes) == 1)
+            if turn == "fake_score":
+                with DropoutSeed(batch.dropout_seed, self.fake_score):
+                    losses = self.method.score_losses(nets, batch, images.detach(), self.nimg)
+                    return losses, total.of(torch.stack(list(losses.values())).sum())
+            # The gradient at the images has a graph of its own, gone before the generator's is gone back: no gradient
+            # of the fake score's weights is computed, and less memory is held at a time.
+            losses, gradient = self.method.image_gradient(nets, batch, images.detach().requires_grad_(), self.nimg)
+            return losses, total.of(images, total.scaled(gradient))
+
+        with engine_gradients.without_weight_gradients(self.fake_score) if turn == "generator" else nullcontext():
+            for losses, gradients in threads.side_by_side(gradients_of, passes, self.num_threads):
+                total.add(gradients)
+                found.append({name: value.detach() for name, value in losses.items()})
+        return total, {name: torch.stack([losses[name] for losses in found]) for name in found[0]}
+
+    def _nets(self, turn: Turn, shared: Shared | None) -> Nets:
+        """The networks; in training mode is what the update steps, and the generator where both take its images."""
+        for name, side in self.sides.items():
+            side.train(name == turn or (name == "generator" and shared is not None))
+        return Nets(self.teacher, self.fake_score, self._augmented, self.sides[turn].scale)
+
+    def _batch(self, turn: Turn, rounds: Rounds) -> MicroBatch:
+        """What a pass is fed with. A step has two batches, the fake score's and the generator's, at fixed positions."""
+
+        def joined(index: int) -> MicroBatch:
+            return MicroBatch.joined([self._batches.get(2 * self.step_index + index, round) for round in rounds])
+
+        if turn == "fake_score":
+            return joined(0)
+        shares, batch = self.method.schedule.shares, joined(1)
+        if shares != "nothing":
+            first = joined(0)
+            batch = replace(batch, labels=first.labels, reals=first.reals)
+        if shares == "images":
+            batch = replace(batch, latent=first.latent, dropout_seed=first.dropout_seed)
+        return batch
+
+    def _images(
+        self, turn: Turn, batch: MicroBatch, rounds: Rounds, shared: Shared | None, *, keeps_graph: bool
+    ) -> Tensor:
+        """The generator's images, with their graph for its own update; the second update of a step takes shared ones.
+
+        keeps_graph: shared images have their graph from the first; else the generator draws them again for its update.
+        """
+        first, _ = self.method.schedule.order
+        if shared is not None and turn != first and rounds[0] in shared:
+            return shared.pop(rounds[0])
+        has_graph = turn == "generator" or (shared is not None and keeps_graph)
+        with torch.set_grad_enabled(has_graph):
+            images = self._generate(batch)
+        if shared is not None and turn == first and has_graph:
+            shared[rounds[0]] = images if turn == "fake_score" else images.detach()
+        return images
+
+    def _generate(self, batch: MicroBatch) -> Tensor:
+        with DropoutSeed(batch.dropout_seed, self.generator):
+            return self.method.generate(self.generator, batch)
+
+    def _statistics(self, shared: Shared | None) -> dict[str, Tensor]:
+        """The method's statistics, sums over the generator's batch in float64, all passes of all processes."""
+        nets = self._nets("generator", shared)
+
+        @torch.no_grad()
+        def of_pass(rounds: Rounds) -> Mapping[str, Tensor]:
+            batch = self._batch("generator", rounds)
+            return self.method.measure(nets, batch, self._generate(batch), self.nimg)
+
+        found = list(threads.side_by_side(of_pass, self.passes, self.num_threads))
+        each = {name: torch.stack([sums[name] for sums in found]) for name in self.method.statistics}
+        return {name: ranks.summed(sums.sum(dim=0, dtype=torch.float64)) for name, sums in each.items()}
 
     def fit_batch_per_device(self) -> int:
         """The images at a time with which a step fits into memory, by trying, the most first; sets the passes so.
@@ -123,179 +229,38 @@ class Distillation:
         return images
 
     def _fits(self, num_micro_batches: int) -> bool:
-        usual = self.passes, self._normalizes_fake_score, self._normalizes_generator
+        """Whether gradients of either update can be computed of so many at a time."""
         rounds = [index for rounds in self.passes for index in rounds]
         # The second pass has the sum of gradients beside it.
-        self.passes = [rounds[:num_micro_batches]] * min(2, len(rounds) // num_micro_batches)
-        self._normalizes_fake_score = self._normalizes_generator = False
+        passes = [rounds[:num_micro_batches]] * min(2, len(rounds) // num_micro_batches)
+        shared: Shared | None = {} if self.method.schedule.shares == "images" else None
         try:
-            self._fake_score_gradients(is_trial=True)
-            self.fake_score.zero_grad(set_to_none=True)
-            self._generator_gradients(is_trial=True)
+            for turn in self.method.schedule.order:
+                if turn in self.sides:
+                    self._gradients(turn, passes, shared)
+                    self.sides[turn].optimizer.zero_grad()
         except torch.OutOfMemoryError:
             return False
         finally:
-            self.passes, self._normalizes_fake_score, self._normalizes_generator = usual
-            self._fakes = None
-            self.fake_score.zero_grad(set_to_none=True)
-            self.generator.zero_grad(set_to_none=True)
+            for side in self.sides.values():
+                side.optimizer.zero_grad()
             torch.cuda.empty_cache()
         return True
 
-    def step(self) -> dict[str, Tensor]:
-        """One iteration: the fake score, the generator (once its turn has come), the EMA.
-
-        Returns the scaled losses as printed by the published code, one value per pass of this process, [passes].
-        """
-        part = self.recipe.adversarial
-        stats = self._fake_score_gradients()
-        clip_value = None if part is None else part.clip_gradient_value
-        self.skipped.count("fake_score", apply_gradients(self._fake_score_optimizer, clip_value))
-        if self.trains_generator:
-            stats |= self._generator_gradients()
-            self.skipped.count("generator", apply_gradients(self._generator_optimizer, None))
+    def _average(self) -> None:
+        """Moves the EMA net, and normalises it before an evaluation, where the published code does."""
+        recipe, nimg = self.recipe, self.nimg
         update_ema(
             self.ema,
             self.generator,
-            halflife_nimg=self.recipe.ema_halflife_nimg,
-            rampup_ratio=self.recipe.ema_rampup_ratio,
-            nimg=self.nimg,
-            batch_size=self.recipe.batch_size,
+            halflife_nimg=recipe.ema_halflife_nimg,
+            rampup_ratio=recipe.ema_rampup_ratio,
+            nimg=nimg,
+            batch_size=recipe.batch_size,
         )
-        evaluations = self.nimg // self.recipe.evaluate_every_nimg
-        self.nimg += self.recipe.batch_size
-        self.step_index += 1
-        if self._normalizes_ema and self.nimg // self.recipe.evaluate_every_nimg > evaluations:
+        every = recipe.evaluate_every_nimg
+        if self._normalizes_ema and (nimg + recipe.batch_size) // every > nimg // every:
             force_normalize_(self.ema)
-        return stats
-
-    def _fake_score_gradients(self, *, is_trial: bool = False) -> dict[str, Tensor]:
-        recipe, part, psi = self.recipe, self.recipe.adversarial, self.fake_score
-        psi.train()
-        shares = recipe.share_fakes and (self.trains_generator or is_trial)
-        self.generator.train(shares)
-        # Once a step, so that the number of passes leaves no trace.
-        if self._normalizes_fake_score:
-            force_normalize_(psi)
-        if shares and self._normalizes_generator:
-            force_normalize_(self.generator)
-        gradients = self._gradient_sum("fake_score", psi)
-
-        def gradients_of(rounds: Sequence[int]) -> tuple[dict[str, Tensor], Sequence[Tensor | None]]:
-            engine_gradients.sync_gradients(psi, rounds is self.passes[-1])
-            batch = self._batch(2 * self.step_index, rounds)
-            fakes = self._shared_fakes(batch) if shares else self._generate_alone(batch)
-            sigma = (recipe.P_std * batch.diffusion.normal((len(fakes), 1, 1, 1)) + recipe.P_mean).exp()
-            fakes, fake_augment = self._augmented(fakes, batch.augment)
-            noise = batch.diffusion.normal(fakes.shape)
-            reals, real_augment = None, None
-            if part is not None:
-                images = torch.cat([self._batches.images(2 * self.step_index, index) for index in rounds])
-                reals, real_augment = self._augmented(images, batch.augment)
-            with DropoutSeed(batch.dropout_seed, psi):
-                score = methods.fake_score_loss(
-                    psi,
-                    fakes,
-                    noise,
-                    sigma,
-                    batch.labels,
-                    fake_augment,
-                    real_images=reals,
-                    real_augment_labels=real_augment,
-                )
-                stats = {"fake_score_loss": score.per_pixel.sum() / recipe.batch_size}
-                if part is not None:
-                    per_image = methods.discriminator_loss(
-                        score, sigma, sigma_data=psi.spec.sigma_data, num_micro_batches=len(rounds)
-                    )
-                    stats["discriminator_loss"] = per_image.sum() * (part.discriminator_scale / recipe.batch_size)
-                return stats, gradients.of(torch.stack(list(stats.values())).sum())
-
-        return self._summed(gradients_of, gradients, is_trial)
-
-    def _generator_gradients(self, *, is_trial: bool = False) -> dict[str, Tensor]:
-        self.generator.train()
-        self.fake_score.eval()
-        if self._normalizes_generator and not self.recipe.share_fakes:
-            force_normalize_(self.generator)
-        gradients = self._gradient_sum("generator", self.generator)
-
-        def gradients_of(rounds: Sequence[int]) -> tuple[dict[str, Tensor], Sequence[Tensor | None]]:
-            engine_gradients.sync_gradients(self.generator, rounds is self.passes[-1])
-            batch = self._batch(2 * self.step_index + 1, rounds)
-            if self.recipe.share_fakes:
-                first = self._batch(2 * self.step_index, rounds)
-                batch = replace(batch, labels=first.labels, latent=first.latent, dropout_seed=first.dropout_seed)
-            with DropoutSeed(batch.dropout_seed, self.generator):
-                fakes, self._fakes = self._generate(batch) if self._fakes is None else self._fakes, None
-                # The loss has a graph of its own, gone before the generator's is gone back: no gradient of the fake
-                # score's weights is computed, and less memory is held at a time.
-                images = fakes.detach().requires_grad_()
-                stats, loss = self._generator_loss(batch, images, len(rounds))
-                (gradient,) = torch.autograd.grad(gradients.scaled(loss), images)
-                return stats, gradients.of(fakes, gradient)
-
-        with engine_gradients.without_weight_gradients(self.fake_score):
-            return self._summed(gradients_of, gradients, is_trial)
-
-    def _gradient_sum(self, name: str, net: nn.Module) -> engine_gradients.GradientSum:
-        scale = self._loss_scales[name].value if name in self._loss_scales else None
-        return engine_gradients.GradientSum(net, len(self.passes), scale)
-
-    def _summed(
-        self,
-        gradients_of: Callable[[Sequence[int]], tuple[dict[str, Tensor], Sequence[Tensor | None]]],
-        gradients: engine_gradients.GradientSum,
-        is_trial: bool,
-    ) -> dict[str, Tensor]:
-        """Goes through the passes and gives the net the sum of their gradients; returns their losses."""
-        passes: list[dict[str, Tensor]] = []
-        for stats, taken in threads.side_by_side(gradients_of, self.passes, self.num_threads):
-            gradients.add(taken)
-            passes.append({name: value.detach() for name, value in stats.items()})
-        if not is_trial:
-            gradients.finish()
-        return {name: torch.stack([stats[name] for stats in passes]) for name in passes[0]}
-
-    def _generator_loss(
-        self, batch: MicroBatch, fakes: Tensor, num_micro_batches: int
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """The generator's losses by name, and the sum of them that it descends."""
-        recipe, part = self.recipe, self.recipe.adversarial
-        sigma = sigma_of_time(batch.diffusion.uniform((len(fakes), 1, 1, 1)) * (recipe.tmax / 1000))
-        noise = batch.diffusion.normal(fakes.shape)
-        sid = methods.sid_generator_loss(
-            self.teacher, self.fake_score, fakes, noise, sigma, batch.labels, alpha=recipe.alpha
-        )
-        stats = {"generator_sid_loss": sid.per_pixel.sum() * (recipe.lambda_sid / recipe.batch_size)}
-        weight = 1.0
-        if part is not None and self.is_adversarial:
-            weight, scale = part.joint_weight, part.lambda_adv / recipe.batch_size * fakes[0].numel()
-            per_image = methods.adversarial_generator_loss(sid, num_micro_batches=num_micro_batches)
-            stats["generator_adversarial_loss"] = per_image.sum() * scale
-        return stats, weight * torch.stack(list(stats.values())).sum()
-
-    def _batch(self, batch: int, rounds: Sequence[int]) -> MicroBatch:
-        return MicroBatch.joined([self._batches.get(batch, index) for index in rounds])
-
-    @torch.no_grad()
-    def _generate_alone(self, batch: MicroBatch) -> Tensor:
-        """Images that no gradient goes through."""
-        return self._generate(batch)
-
-    def _shared_fakes(self, batch: MicroBatch) -> Tensor:
-        """The images of both updates. A step of one pass keeps their graph for the second; others draw them again."""
-        with torch.set_grad_enabled(len(self.passes) == 1), DropoutSeed(batch.dropout_seed, self.generator):
-            fakes = self._generate(batch)
-        if len(self.passes) == 1:
-            self._fakes = fakes
-        return fakes.detach()
-
-    def _generate(self, batch: MicroBatch) -> Tensor:
-        spec, sigma_init = self.generator.spec, self.recipe.sigma_init
-        z = batch.latent.normal((len(batch.labels), spec.img_channels, spec.img_resolution, spec.img_resolution))
-        images: Tensor = self.generator(sigma_init * z, sigma_init, batch.labels)
-        return images
 
 
 def trainable_copy(net: Preconditioned, dropout: float, *, keep_logvar: bool) -> Preconditioned:

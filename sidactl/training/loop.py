@@ -167,10 +167,10 @@ def weights(net: nn.Module) -> bytes:
 
 
 def _mean(window: list[dict[str, Tensor]]) -> dict[str, float]:
-    """The mean over steps of what all processes' losses add up to."""
-    means = {name: torch.stack([s[name].sum() for s in window if name in s]).mean() for name in window[-1]}
-    values = ranks.summed(torch.stack(list(means.values())))
-    return dict(zip(means, values.tolist(), strict=True))
+    """The mean of what all processes' losses add up to, of each over the steps that have it."""
+    names = dict.fromkeys(name for losses in window for name in losses)
+    means = torch.stack([torch.stack([s[name].sum() for s in window if name in s]).mean() for name in names])
+    return dict(zip(names, ranks.summed(means).tolist(), strict=True))
 
 
 def _refuse_divergence(training: Training, stop_if_nan_steps: int) -> None:

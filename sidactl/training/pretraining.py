@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from sidactl import methods
 from sidactl.data.augment import augmentation
+from sidactl.methods.base import Optimisation
 from sidactl.nets import Preconditioned
 from sidactl.nets.edm2 import force_normalize_
 from sidactl.recipes import TeacherRecipe
@@ -26,7 +27,8 @@ class Pretraining:
         self.ema = copy.deepcopy(net).eval().requires_grad_(False)
         self._batches = batches
         self._augmented = augmentation(recipe.augment_p, net.spec)
-        self._optimizer = adam(net, lr=recipe.lr, beta1=recipe.beta1, beta2=recipe.beta2, eps=recipe.adam_eps)
+        how = Optimisation(lr=recipe.lr, beta1=recipe.beta1, beta2=recipe.beta2, eps=recipe.adam_eps)
+        self._optimizer = adam({"net": (net, how)})
         self.nimg = self.step_index = 0
         self.skipped = SkippedSteps()
 
@@ -44,7 +46,7 @@ class Pretraining:
         if self.net.spec.architecture == "EDM2":
             force_normalize_(self.net)
         batch = self._batches.get(self.step_index, 0)
-        images, augment_labels = self._augmented(self._batches.images(self.step_index, 0), batch.augment)
+        images, augment_labels = self._augmented(batch.reals(), batch.augment)
         sigma = (recipe.P_std * batch.diffusion.normal((len(images), 1, 1, 1)) + recipe.P_mean).exp()
         noise = batch.diffusion.normal(images.shape)
         with DropoutSeed(batch.dropout_seed, self.net):

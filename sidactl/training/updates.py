@@ -1,15 +1,18 @@
 """What becomes of gradients: Adam, clipping, skipped updates, loss scales, the EMA; the seed of dropout. No loss."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from sidactl.engine import gradients as engine_gradients
 from sidactl.engine import ranks, sharding
+from sidactl.methods.base import Optimisation, Update
 from sidactl.nets import Preconditioned
+from sidactl.nets.edm2 import force_normalize_
 
 
 def update_ema(
@@ -30,9 +33,12 @@ def update_ema(
         average(means, [p.to(mean.device) for p, mean in zip(values, means, strict=True)], torch.tensor(0))
 
 
-def apply_gradients(optimizer: torch.optim.Optimizer, clip_value: float | None) -> Tensor:
+def apply_gradients(
+    optimizer: torch.optim.Optimizer, clip_value: float | None, clip_norm: float | None = None
+) -> Tensor:
     """Steps the optimiser and clears its gradients; False, and no step, if a gradient is not finite.
 
+    clip_value: each element goes to +- this at most; clip_norm: all are scaled so that their norm is at most this.
     The answer stays on the device, where the fused optimiser reads it: nothing waits for it.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -41,6 +47,9 @@ def apply_gradients(optimizer: torch.optim.Optimizer, clip_value: float | None) 
     if clip_value is not None:
         torch._foreach_clamp_min_(gradients, -clip_value)
         torch._foreach_clamp_max_(gradients, clip_value)
+    if clip_norm is not None:
+        factor = (clip_norm / (_norm(parameters) + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, factor.to(torch.float32))
     if any(map(sharding.is_sharded, parameters)):  # of which each process sees a part
         finite = torch.tensor(not ranks.any_process(not bool(finite)))
         if finite:
@@ -52,17 +61,42 @@ def apply_gradients(optimizer: torch.optim.Optimizer, clip_value: float | None) 
     return finite
 
 
-def adam(net: nn.Module, *, lr: float, beta1: float, beta2: float, eps: float) -> torch.optim.Adam:
-    """Adam over all parameters; the fused kernel is the same arithmetic in one pass.
+def _norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The norm of all their gradients; in float64, so that in float32 it is the same however they are split."""
 
-    Its state is there from the start, so that every checkpoint has the same shape and no memory is asked for later.
+    def square(parts: Sequence[nn.Parameter]) -> Tensor:
+        norms = [torch.linalg.vector_norm(sharding.local(cast(Tensor, p.grad)), dtype=torch.float64) for p in parts]
+        return torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64)
+
+    sharded = [p for p in parameters if sharding.is_sharded(p)]
+    whole = square([p for p in parameters if not sharding.is_sharded(p)])
+    return (whole + ranks.summed(square(sharded)) if sharded else whole).sqrt()
+
+
+def adam(trained: Mapping[str, tuple[nn.Module, Optimisation]]) -> torch.optim.Adam:
+    """Adam, or AdamW, over all parameters of these modules; the fused kernel is the same arithmetic in one pass.
+
+    Its state is there from the start, so that every checkpoint has the same shape and no memory is asked for later;
+    it goes by the names of parameters, behind that of their module where it is not the first.
     """
-    named = list(net.named_parameters())
-    # The kernel takes either kind by itself.
-    parts = [[(name, p) for name, p in named if sharding.is_sharded(p) == sharded] for sharded in (False, True)]
-    groups = [{"params": part} for part in parts if part]
-    optimizer = torch.optim.Adam(groups, lr=lr, betas=(beta1, beta2), eps=eps, fused=True)
-    for parameter in net.parameters():
+    groups: list[dict[str, Any]] = []
+    for module_name, (module, how) in trained.items():
+        prefix = f"{module_name}." if groups else ""
+        named = [(prefix + name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+        settings = {
+            "lr": how.lr,
+            "betas": (how.beta1, how.beta2),
+            "eps": how.eps,
+            "weight_decay": how.weight_decay,
+            "decoupled_weight_decay": how.weight_decay > 0,
+            "how": how,
+        }
+        # The kernel takes either kind by itself.
+        for sharded in (False, True):
+            if part := [(name, parameter) for name, parameter in named if sharding.is_sharded(parameter) == sharded]:
+                groups.append({"params": part, **settings})
+    optimizer = torch.optim.Adam(groups, fused=True)
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
         optimizer.state[parameter] = {
             "step": torch.zeros((), device=parameter.device),
             "exp_avg": torch.zeros_like(parameter),
@@ -155,6 +189,48 @@ class SkippedSteps:
     def is_readable_without_sync(self) -> bool:
         """Whether asking makes nobody wait for a GPU."""
         return all(isinstance(count, int) or count.device.type == "cpu" for count in self._in_a_row.values())
+
+
+class Side:
+    """What one update steps: its modules by name, one optimiser, clipping, forced normalisation, and a loss scale."""
+
+    def __init__(
+        self, update: Update, modules: Mapping[str, nn.Module], *, normalizes: bool, loss_scale: LossScale | None
+    ) -> None:
+        """modules: those of the update by name, among others."""
+        self.name = next(iter(update.trained))
+        self.modules = {name: modules[name] for name in update.trained}
+        self.optimizer = adam({name: (modules[name], how) for name, how in update.trained.items()})
+        self.loss_scale, self._update, self._normalizes = loss_scale, update, normalizes
+
+    @property
+    def scale(self) -> Tensor | None:
+        """What losses are multiplied by now."""
+        return None if self.loss_scale is None else self.loss_scale.value
+
+    def train(self, mode: bool) -> None:
+        for module in self.modules.values():
+            module.train(mode)
+
+    def normalize(self) -> None:
+        """Forced normalisation, where the recipe has it: once a step, so that the number of passes leaves no trace."""
+        for module in self.modules.values() if self._normalizes else ():
+            force_normalize_(module)
+
+    def sync_gradients(self, now: bool) -> None:
+        """Whether the next backward pass adds up over the processes what is sharded."""
+        for module in self.modules.values():
+            engine_gradients.sync_gradients(module, now)
+
+    def gradient_sum(self, num_passes: int) -> engine_gradients.GradientSum:
+        return engine_gradients.GradientSum(nn.ModuleList(self.modules.values()), num_passes, self.scale)
+
+    def step(self, nimg: int) -> Tensor:
+        """Steps with the gradients that the parameters hold, after so many images; see `apply_gradients`."""
+        for group in self.optimizer.param_groups:
+            if warm_up_nimg := group["how"].warm_up_nimg:
+                group["lr"] = group["how"].lr * min(nimg / warm_up_nimg, 1.0)
+        return apply_gradients(self.optimizer, self._update.clip_value, self._update.clip_norm)
 
 
 class DropoutSeed:

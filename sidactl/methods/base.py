@@ -1,0 +1,192 @@
+"""What a method of distillation is to the trainer: what it is asked for, and the values that say who steps when.
+
+Nothing is summed over passes, clipped or stepped here: passes, processes, precision and checkpoints are the trainer's.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sidactl.nets import Denoiser
+from sidactl.noise import Draws
+from sidactl.recipes import NetSpec, Recipe
+
+Losses = dict[str, Tensor]
+"""scalars by name, as they are reported"""
+Turn = Literal["fake_score", "generator"]
+
+
+class Batch(Protocol):
+    """What goes through the nets at a time: a micro-batch, or several, one after the other."""
+
+    @property
+    def labels(self) -> Tensor:
+        """one-hot, [B, K]"""
+        ...
+
+    @property
+    def latent(self) -> Draws:
+        """for the generator's input"""
+        ...
+
+    @property
+    def diffusion(self) -> Draws:
+        """for noise levels and noise"""
+        ...
+
+    @property
+    def augment(self) -> Draws: ...
+
+    @property
+    def reals(self) -> Callable[[], Tensor]:
+        """fetches the real images that have these labels, [B, C, H, W], for a method that needs them"""
+        ...
+
+    @property
+    def num_micro_batches(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Nets:
+    """The networks that a method looks through. Either may be one that wraps others, such as a guided one."""
+
+    teacher: Denoiser
+    fake_score: Denoiser
+    """the teacher itself where the method trains none"""
+    augmented: Callable[[Tensor, Draws], tuple[Tensor, Tensor | None]]
+    """images with the recipe's augmentation, and the labels that the fake score takes for it"""
+    loss_scale: Tensor | None
+    """a power of two, where gradients go back through float16"""
+
+    def gradient(self, loss: Tensor, x: Tensor) -> Tensor:
+        """d loss / dx, through the networks that the loss was computed by; their weights get no gradient."""
+        if self.loss_scale is None:
+            return torch.autograd.grad(loss, x)[0]
+        return torch.autograd.grad(loss * self.loss_scale, x)[0] / self.loss_scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Who is stepped when, and what both updates of a step share. The defaults are SiD's."""
+
+    generator_first: bool = False
+    """a step with both updates begins with the generator's"""
+    generator_every: int = 1
+    """the generator is stepped in one of so many steps, at first in step 0"""
+    alternates: bool = False
+    """the fake score is not stepped where the generator is"""
+    shares: Literal["nothing", "labels", "images"] = "nothing"
+    """what both updates of a step see alike, always those of the fake score's batch; noise is drawn anew in any case"""
+
+    def turns(self, step_index: int, trains_generator: bool) -> tuple[Turn, ...]:
+        """The updates of a step, in order. trains_generator: whether the generator's time has come at all."""
+        if not trains_generator or step_index % self.generator_every:
+            return ("fake_score",)
+        return ("generator",) if self.alternates else self.order
+
+    @property
+    def order(self) -> tuple[Turn, Turn]:
+        return ("generator", "fake_score") if self.generator_first else ("fake_score", "generator")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimisation:
+    """How parameters are stepped: by Adam, or by AdamW where they decay."""
+
+    lr: float
+    beta1: float = 0.0
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    """AdamW's, a share of the learning rate"""
+    warm_up_nimg: int = 0
+    """images over which the learning rate grows from 0 in a straight line"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What one of the two updates trains, and how the gradients of all of it are clipped together."""
+
+    trained: Mapping[str, Optimisation]
+    """"fake_score", "generator", or "method" for its heads; a method that does not train a fake score has none"""
+    clip_value: float | None = None
+    """each element goes to +- this at most"""
+    clip_norm: float | None = None
+    """all are scaled so that their norm is at most this"""
+
+
+class Method(nn.Module, ABC):
+    """What moves the generator's images, and what teaches the fake score and the heads.
+
+    Parameters are those of heads, modules that are called; buffers are state; checkpoints keep both. All that is drawn
+    comes of `batch`. Several threads may ask at a time, each for another pass: only `observe` changes anything.
+    nimg: images seen before this step.
+    """
+
+    schedule: Schedule
+    updates: dict[Turn, Update]
+    """a method without an update of the fake score trains its generator alone"""
+
+    statistics: Sequence[str] = ()
+    """names of the sums that `measure` gives, where the method needs any"""
+
+    def __init__(self, recipe: Recipe, spec: NetSpec) -> None:
+        """Schedule and updates of SiD. spec: the teacher's."""
+        super().__init__()
+        self.recipe, self.spec = recipe, spec
+        self.schedule = Schedule(shares="images" if recipe.share_fakes else "nothing")
+        beta2, eps = recipe.beta2, recipe.adam_eps
+        fake_score = Optimisation(lr=recipe.fake_score_lr, beta1=recipe.fake_score_beta1, beta2=beta2, eps=eps)
+        generator = Optimisation(lr=recipe.generator_lr, beta1=recipe.generator_beta1, beta2=beta2, eps=eps)
+        self.updates = {
+            "fake_score": Update(trained={"fake_score": fake_score}),
+            "generator": Update(trained={"generator": generator}),
+        }
+
+    @abstractmethod
+    def image_gradient(self, nets: Nets, batch: Batch, x: Tensor, nimg: int) -> tuple[Losses, Tensor]:
+        """Losses of the generator, and their gradient at its images, [B, C, H, W]: what it descends.
+
+        x: images that require a gradient, for `nets.gradient`; a direction that needs no graph is the gradient itself.
+        Sums over the batch are divided by `recipe.batch_size`, as the trainer adds gradients up over all passes.
+        """
+
+    @abstractmethod
+    def score_losses(self, nets: Nets, batch: Batch, x: Tensor, nimg: int) -> Losses:
+        """Losses of fake score and heads on images without a graph, likewise scaled; their sum is what both descend.
+
+        Each net and each part of the heads is asked once, about all images together: between two backward passes of
+        one FSDP2 rounds to float32, and a sharded run would have other bits.
+        """
+
+    @abstractmethod
+    def stage(self, nimg: int) -> str:
+        """For people: what a step trains that updates the generator."""
+
+    def generate(self, generator: Denoiser, batch: Batch) -> Tensor:
+        """The generator's images [B, C, H, W], here in one step. Source: SiDA (2410.14919), eq. 1, with a_t = 1.
+
+        Both updates ask, with a graph or without. Of several steps those before the last are a matter of this method.
+        """
+        spec, sigma_init = generator.spec, self.recipe.sigma_init
+        z = batch.latent.normal((len(batch.labels), spec.img_channels, spec.img_resolution, spec.img_resolution))
+        return generator(sigma_init * z, sigma_init, batch.labels)
+
+    def measure(self, nets: Nets, batch: Batch, x: Tensor, nimg: int) -> Mapping[str, Tensor]:
+        """Sums over the images of a pass, by the names in `statistics`, before `image_gradient` is asked of any pass.
+
+        The trainer adds them up in float64, over all passes and processes, for `observe`. The draws of `batch` are
+        those that `image_gradient` gets.
+        """
+        raise NotImplementedError
+
+    def observe(self, sums: Mapping[str, Tensor]) -> None:
+        """Takes the sums over the whole batch, the same ones in every process; what it keeps of them are buffers.
+
+        They are not finite where a sample is not, of which the update will be skipped.
+        """
+        raise NotImplementedError
