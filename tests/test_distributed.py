@@ -39,22 +39,30 @@ SHORT = (
 )
 
 
-def command(num_processes: int, arguments: Sequence[str]) -> list[str]:
+def command(num_processes: int, arguments: Sequence[str], module: str = "sidactl") -> list[str]:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes), "-m", "--"]
-    return [sys.executable, *(torchrun if num_processes > 1 else ["-m"]), "sidactl", *arguments]
+    return [sys.executable, *(torchrun if num_processes > 1 else ["-m"]), module, *arguments]
 
 
 def start(
-    num_processes: int, run: Path, arguments: Sequence[str], settings: Mapping[str, str] | None = None
+    num_processes: int,
+    run: Path,
+    arguments: Sequence[str],
+    settings: Mapping[str, str] | None = None,
+    module: str = "sidactl",
 ) -> "subprocess.Popen[str]":
     environment = os.environ | {"SIDACTL_RUN": str(run), "CUDA_VISIBLE_DEVICES": ""} | (settings or {})
     return subprocess.Popen(
-        command(num_processes, arguments), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command(num_processes, arguments, module),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
-def told(num_processes: int, run: Path, *arguments: str) -> str:
-    process = start(num_processes, run, arguments)
+def told(num_processes: int, run: Path, *arguments: str, module: str = "sidactl") -> str:
+    process = start(num_processes, run, arguments, module=module)
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     return stdout.strip()
