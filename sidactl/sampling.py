@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sidactl.data.codec import Codec, codec_for
 from sidactl.engine.configure import is_compiled
-from sidactl.engine.ranks import share
+from sidactl.engine.ranks import rank_share
 from sidactl.engine.threads import batches_of
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.nets import Denoiser, Preconditioned
@@ -77,8 +77,8 @@ class Samples:
         return batches_of(self.net, self._batch, self._starts)
 
     def shared(self, first: int = 0) -> Iterator[SampleBatch]:
-        """This process's share of the batches from this one on, see `engine.share`; an image depends on its seed."""
-        return batches_of(self.net, self._batch, share(self._starts[first:]))
+        """This process's share of the batches from this one on; an image depends on its seed."""
+        return batches_of(self.net, self._batch, rank_share(self._starts[first:]))
 
     @property
     def _starts(self) -> range:

@@ -225,13 +225,13 @@ PATIENT = """
 import os, time
 from pathlib import Path
 from sidactl.engine import ranks
-with ranks.first_alone():
+with ranks.rank0_first():
     if os.environ["RANK"] == "0":
         time.sleep(2.5)  # at work for longer than the time
 Path(os.environ["FOLDER"], os.environ["RANK"]).touch()
 while not Path(os.environ["FOLDER"], "continued").exists():
     time.sleep(0.1)
-ranks.agreed(str)
+ranks.barrier()
 if os.environ["RANK"] == "0":
     time.sleep(2.5)  # after the other one has left
 """

@@ -125,7 +125,7 @@ def net_of_digits(tmp_path: Path) -> Store:
 
 def interrupt_after(num_batches: int, patch: pytest.MonkeyPatch) -> None:
     """Ends a score where so many batches are done."""
-    joined = ranks.joined
+    joined = ranks.gather_in_order
 
     def some(*of_all: Any, **options: Any) -> Iterator[Any]:
         nonlocal num_batches
@@ -135,7 +135,7 @@ def interrupt_after(num_batches: int, patch: pytest.MonkeyPatch) -> None:
             num_batches -= 1
             yield made
 
-    instead_of(ranks.joined, some, patch)
+    instead_of(ranks.gather_in_order, some, patch)
 
 
 def test_a_score_goes_on_where_it_was_interrupted(
@@ -197,7 +197,7 @@ def test_features_of_a_reference_go_on_and_answer_the_next_score(
                 ask(net_of_digits, data, detector)
         ask(net_of_digits, data, detector, lambda *tick, done=done: done.append(tick))
         assert done[0] == (1000, 1797)
-        with forbidden(ranks.joined):
+        with forbidden(ranks.gather_in_order):
             ask(net_of_digits, data, detector)
     assert commands_question.unfinished(net_of_digits) == []
 

@@ -358,7 +358,7 @@ def test_statistics_of_all_processes_are_added_up(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(methods.METHODS, "sida", Toy)
     run = toy()
     alone = run._statistics(None)
-    instead_of(ranks.summed, lambda values: values.mul_(2), monkeypatch)
+    instead_of(ranks.all_reduce_sum, lambda values: values.mul_(2), monkeypatch)
     assert {name: float(2 * value) for name, value in alone.items()} == {
         name: float(value) for name, value in run._statistics(None).items()
     }

@@ -76,7 +76,7 @@ def test_the_images_at_a_time_are_tried_anew_with_other_processes_devices_and_se
         training = SimpleNamespace(recipe=catalog.recipe_for("tiny-digits", "sida"), fit_batch_per_device=fit)
         with pytest.MonkeyPatch.context() as patch:
             instead_of(ranks.rank_and_size, lambda: (0, size), patch)
-            instead_of(ranks.agreed, lambda make: make(), patch)
+            instead_of(ranks.broadcast_from_rank0, lambda make: make(), patch)
             instead_of(devices.memory_of, lambda device: ["a GPU", memory], patch)
             assemble.find_batch_per_device(cast(Any, training), execution, live, gpu)
         return num_tries - before

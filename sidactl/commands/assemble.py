@@ -183,7 +183,9 @@ def find_batch_per_device(
         return None
     remembered = live.path / "batch-per-device.json"
     tried_on = [ranks.rank_and_size()[1], devices.memory_of(device), execution.to_json()]
-    remembered_json = json.loads(ranks.agreed(lambda: remembered.read_text() if remembered.exists() else "{}"))
+    remembered_json = json.loads(
+        ranks.broadcast_from_rank0(lambda: remembered.read_text() if remembered.exists() else "{}")
+    )
     if remembered_json.get("tried_on") == tried_on:
         training.passes = configure.passes_of(training.recipe, Execution(batch_per_device=remembered_json["images"]))
         return None

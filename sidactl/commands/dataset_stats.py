@@ -9,7 +9,7 @@ from sidactl.commands.features import stats_of
 from sidactl.commands.fetch import fetch_detector
 from sidactl.commands.inputs import Ref, optional_ref, ref_text, run_of
 from sidactl.commands.moments import detector_name
-from sidactl.commands.question import first_alone, named
+from sidactl.commands.question import named, rank0_first
 from sidactl.commands.resolve import resolve
 from sidactl.commands.scorers import load_detector
 from sidactl.commands.words import OnCount, RunDir, require_images
@@ -35,7 +35,7 @@ def dataset_stats(
     from sidactl.engine.devices import pick_device
 
     store, detector = Store.open(run_of(ref, run)), optional_ref(detector, "the detector")
-    with first_alone():
+    with rank0_first():
         data = resolve(store, ref_text(ref), ["dataset"], recheck=force)
         require_images(data)
         names = [name.partition("/")[2] for name in store.names_of(data.oid)]

@@ -23,9 +23,9 @@ from sidactl.commands.question import (
     answered,
     asked,
     at_work,
-    first_alone,
     named,
     option_words,
+    rank0_first,
     tell_old,
 )
 from sidactl.commands.resolve import load_net
@@ -129,7 +129,7 @@ def distill(
     store = Store.open(run)
     if name:
         store.check_name("generator", name)
-    with first_alone():
+    with rank0_first():
         asked_for = assembled(
             store,
             teacher=teacher,
@@ -160,7 +160,7 @@ def distill(
         words += option_words(recipe_overrides, Recipe, Adversarial)
         with _together(store, keys["best"], asked_for.question(words)) as live:
             _distill(store, live, keys, asked_for, device, watch, teacher_score=teacher_score, force=force, say=say)
-    with first_alone():
+    with rank0_first():
         found = store.asked(keys["best"])
         assert found
         return named(store, found, [name] if name else [], say)
@@ -223,11 +223,11 @@ def _together(store: Store, key: str, question: Question) -> Iterator[LiveDir]:
     from sidactl.engine import ranks
 
     if ranks.rank_and_size()[0] > 0:
-        place = Path(ranks.agreed(str))
+        place = Path(ranks.receive())
         yield LiveDir(place, is_writer=False)
         return
     with at_work(store, key, question) as live:
-        ranks.agreed(lambda: str(live.path))
+        ranks.broadcast_from_rank0(lambda: str(live.path))
         yield live
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sidactl import catalog
 from sidactl.commands import moments, preflight, scores
-from sidactl.commands.question import is_alone
+from sidactl.commands.question import is_single_process
 from sidactl.commands.samplers import sampler_of
 from sidactl.commands.score import fid
 from sidactl.commands.score_question import is_answered
@@ -113,9 +113,9 @@ def evaluation_of(
             should_stop=lambda: bool(problems) or should_stop(),
             refuse=problems.append,
         )
-        if ranks.any_process(should_stop()):
+        if ranks.any_rank(should_stop()):
             return None
-        if message := ranks.first_told(problems[0] if problems else None):
+        if message := ranks.any_message(problems[0] if problems else None):
             return state.Evaluation(math.nan, None, f"no score after these updates: {message}")
 
         def numbers() -> str:
@@ -126,7 +126,7 @@ def evaluation_of(
                 found |= scores.numbers(eye.metric, eye.detector, stats, kept, eye.against, settings)
             return json.dumps(found)
 
-        found: dict[str, float] = json.loads(ranks.agreed(numbers))
+        found: dict[str, float] = json.loads(ranks.broadcast_from_rank0(numbers))
         value = found.pop(distance_name(eyes[0].detector))
         try:
             return state.Evaluation(value, preview_of(net, sampler, load_vae), also=found)
@@ -170,7 +170,7 @@ def score_teacher(
                 raise
             return fid(teacher.oid, **(options | {"force": True})).value
     except (SidaError, RuntimeError, MemoryError) as error:
-        if not is_alone():  # the others wait for this process
+        if not is_single_process():  # the others wait for this process
             raise
         reason = error.message if isinstance(error, SidaError) else (str(error).splitlines() or [repr(error)])[0]
         tell(f"the teacher could not be scored ({reason}); the generator is kept without that comparison", "warning")

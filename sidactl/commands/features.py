@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sidactl.commands.question import Question, answered, answering, on_all
+from sidactl.commands.question import Question, answered, answering, on_every_rank
 from sidactl.commands.resolve import load_dataset
 from sidactl.commands.words import OnCount
 from sidactl.errors import SidaError
@@ -95,7 +95,7 @@ def collect(
     from sidactl.engine import ranks
 
     state = _State.begin(work, place, name, before)
-    first = int(ranks.agreed(lambda: str(state.num_batches)))
+    first = int(ranks.broadcast_from_rank0(lambda: str(state.num_batches)))
     if tick:
         tick(state.num_images)
 
@@ -104,7 +104,7 @@ def collect(
             rows = {detector: by(images) for detector, by in work.detectors.items()}
             yield rows, _digests(images) if work.keeps else None
 
-    for rows, digests in ranks.joined(computed(), work.num_batches - first, should_stop=should_stop):
+    for rows, digests in ranks.gather_in_order(computed(), work.num_batches - first, should_stop=should_stop):
         if (wrong := state.wrong_in(rows)) and refuse:
             refuse(wrong)
             continue
@@ -284,7 +284,7 @@ def of_images(
     starts = range(0, len(chosen), size)
 
     def shared(first: int) -> "Iterator[Tensor]":
-        return (dataset.images(chosen[start : start + size]) for start in ranks.share(starts[first:]))
+        return (dataset.images(chosen[start : start + size]) for start in ranks.rank_share(starts[first:]))
 
     return Work(len(starts), shared, detectors, keeps)
 
@@ -321,7 +321,7 @@ def stats_of(
             with suppress(UnwritableError):  # whoever asks is told by what becomes of the score
                 kept = store.put("stats", files, inputs={"dataset": data.oid}, params=params)
                 answered(store, key, kept, "stats")
-        kept = on_all(store, kept)
+        kept = on_every_rank(store, kept)
         return (read_stats(store, kept) if kept else stats), kept
 
 
@@ -398,4 +398,4 @@ def read(store: Store, artifacts: Mapping[str, Artifact | None]) -> Mapping[str,
         held = safetensors.torch.load(store.read(artifact, "features.safetensors")) if artifact else {}
         if "digests" in held:
             found[name] = Features(held["features"], held["digests"])
-    return found if ranks.agreed(lambda: "all" if len(found) == len(artifacts) else "") else None
+    return found if ranks.broadcast_from_rank0(lambda: "all" if len(found) == len(artifacts) else "") else None

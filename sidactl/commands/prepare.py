@@ -25,7 +25,15 @@ from sidactl.commands.prepare_images import (
     prepare_labels,
     results_of,
 )
-from sidactl.commands.question import answer_or_work, answered, called_so, first_alone, is_alone, named, tell_old
+from sidactl.commands.question import (
+    answer_or_work,
+    answered,
+    called_so,
+    is_single_process,
+    named,
+    rank0_first,
+    tell_old,
+)
 from sidactl.commands.resolve import resolve
 from sidactl.commands.vae import chosen_vae, vae_label, vae_loader
 from sidactl.commands.words import OnCount, RunDir, means_path, require_pixels
@@ -120,7 +128,7 @@ def prepare_data(
                 f"feature statistics are of images, which latents of {source} are made without",
                 "Make a dataset of it first (prepare-data PATH --name NAME), then prepare-data dataset/NAME --latents.",
             )
-        with first_alone():
+        with rank0_first():
             encoder = None
             if vae is not None:
                 encoder = chosen_vae(store, vae, offline=offline, mirror=mirror, recheck=force or recheck)
@@ -216,23 +224,23 @@ def _encoder(load_vae: Callable[[], Any], device: str | None) -> "Encoder":
     chosen = devices.pick_device(device)
     vae = load_vae()
     if ranks.rank_and_size()[0] == 0:
-        ranks.agreed(lambda: _ENCODING)
+        ranks.broadcast_from_rank0(lambda: _ENCODING)
     return prepare.latent_encoder(codec.LatentCodec(lambda: vae), chosen)
 
 
 def _with_helpers(store: Store, by: LatentsBy, make: Callable[[], Artifact]) -> Artifact:
     """What `make` gives in the first of several processes, while the others encode their share of latents for it."""
-    if is_alone():
+    if is_single_process():
         return make()
     from sidactl.engine import ranks
 
     if ranks.rank_and_size()[0] == 0:
         made = make()
-        ranks.agreed(lambda: made.oid)
+        ranks.broadcast_from_rank0(lambda: made.oid)
         return made
-    payload = ranks.agreed(str)
+    payload = ranks.receive()
     if payload == _ENCODING:
-        for _ in ranks.handed_out(by.encoder(), ()):
+        for _ in ranks.scatter_in_order(by.encoder(), ()):
             pass
-        payload = ranks.agreed(str)
+        payload = ranks.receive()
     return store.get(payload)

@@ -284,35 +284,35 @@ def at_work(store: Store, key: str, question: Question) -> Iterator[LiveDir]:
         live.clear()
 
 
-def is_alone() -> bool:
+def is_single_process() -> bool:
     """Whether torchrun started no other process with this one; told without importing torch."""
     return os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 @contextmanager
-def first_alone() -> Iterator[None]:
-    """See `ranks.first_alone`; a process that is alone anyway does not import torch for it."""
-    if is_alone():
+def rank0_first() -> Iterator[None]:
+    """See `ranks.rank0_first`; a process that is alone anyway does not import torch for it."""
+    if is_single_process():
         yield
         return
     from sidactl.engine import ranks
 
-    with ranks.first_alone():
+    with ranks.rank0_first():
         yield
 
 
-def agreed_answer(store: Store, key: str) -> Artifact | None:
+def shared_answer(store: Store, key: str) -> Artifact | None:
     """The answer that there is, as the first of several processes sees it: one that looks later may see another."""
-    return on_all(store, asked(store, key))
+    return on_every_rank(store, asked(store, key))
 
 
-def on_all(store: Store, artifact: Artifact | None) -> Artifact | None:
+def on_every_rank(store: Store, artifact: Artifact | None) -> Artifact | None:
     """The artifact that the first of several processes has, on all of them."""
-    if is_alone():
+    if is_single_process():
         return artifact
     from sidactl.engine import ranks
 
-    oid = ranks.agreed(lambda: artifact.oid if artifact else "")
+    oid = ranks.broadcast_from_rank0(lambda: artifact.oid if artifact else "")
     return store.get(oid) if oid else None
 
 
@@ -324,11 +324,11 @@ def answering(
 
     None where the run directory takes nothing.
     """
-    if not is_alone():
+    if not is_single_process():
         from sidactl.engine import ranks
 
         if ranks.rank_and_size()[0] > 0:
-            kind, _, rest = ranks.agreed(str).partition(" ")
+            kind, _, rest = ranks.receive().partition(" ")
             yield store.get(rest) if kind == "answer" else LiveDir(Path(rest), is_writer=False) if rest else None
             return
     with ExitStack() as stack:
@@ -336,11 +336,11 @@ def answering(
         with suppress(UnwritableError):
             store.check_writable()
             place = stack.enter_context(answer_or_work(store, key, question.title, force, recheck, question))
-        if not is_alone():
+        if not is_single_process():
             from sidactl.engine import ranks
 
             payload = f"answer {place.oid}" if isinstance(place, Artifact) else f"place {place.path if place else ''}"
-            ranks.agreed(lambda: payload)
+            ranks.broadcast_from_rank0(lambda: payload)
         yield place
 
 

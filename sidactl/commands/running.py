@@ -90,7 +90,7 @@ def run_training(
             tell(event)
             interrupted |= event.kind == "interrupted"
         # Whichever of several processes was asked to stop, all of them have.
-        if ranks.any_process(interrupted or should_stop()):
+        if ranks.any_rank(interrupted or should_stop()):
             raise SidaError(
                 f"interrupted at {training.nimg:,} of {schedule.duration_nimg:,} images; the checkpoint is kept",
                 "Repeat the same command to go on.",

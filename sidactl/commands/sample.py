@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 from sidactl.commands.features import images_per_batch
 from sidactl.commands.inputs import Count, Ref, Seeds, count_of, optional_ref, ref_text, run_of, seeds_of, whole
-from sidactl.commands.question import agreed_answer, answered, first_alone, named, tell_old
+from sidactl.commands.question import answered, named, rank0_first, shared_answer, tell_old
 from sidactl.commands.reference import class_of
 from sidactl.commands.resolve import load_dataset, load_net, resolve
 from sidactl.commands.samplers import chosen_sampler
@@ -109,7 +109,7 @@ def sample(
     if name:
         store.check_name("samples", name)
     vae = optional_ref(vae, "the VAE")
-    with first_alone():
+    with rank0_first():
         subject = resolve(store, ref_text(ref), NETS, recheck=force)
         decoder = vae_for(store, vae, subject, recheck=force)
     if say and (warning := other_vae(subject, decoder)):
@@ -135,7 +135,7 @@ def sample(
     question = params | ({"vae": vae_digest(decoder)} if decoder else {})
     key = store.key("sample", question, {role: artifact.oid for role, artifact in inputs.items()})
     refs = [name] if name else []
-    if not force and (known := agreed_answer(store, key)):
+    if not force and (known := shared_answer(store, key)):
         tell_old(store, key, say)
         return Sampled(named(store, known, refs, say), store)
     store.check_writable()
@@ -163,10 +163,10 @@ def sample(
         load_vae=vae_loader(store, decoder),
         batch_size=size,
     )
-    drawn = ranks.joined(batches.shared(), len(batches))
+    drawn = ranks.gather_in_order(batches.shared(), len(batches))
     if ranks.rank_and_size()[0] > 0:
         list(drawn)  # nothing, but the others wait for this process's share
-        return Sampled(store.get(ranks.agreed(str)), store)
+        return Sampled(store.get(ranks.receive()), store)
     made_with = {"vae": decoder.oid} if decoder else {}
     by = {"vae": vae_label(decoder)} if decoder else {}
     with store.scratch() as path:
@@ -188,7 +188,7 @@ def sample(
             results={"num_images": len(seeds), "nfe": chosen.nfe},
         )
     artifact = answered(store, key, artifact, "sample", refs=refs, say=say)
-    return Sampled(store.get(ranks.agreed(lambda: artifact.oid)), store)
+    return Sampled(store.get(ranks.broadcast_from_rank0(lambda: artifact.oid)), store)
 
 
 def _seeds_to_json(seeds: Sequence[int]) -> dict[str, int] | list[int]:

@@ -12,7 +12,7 @@ from sidactl.commands import reference as commands_reference
 from sidactl.commands.identity import check_unchanged
 from sidactl.commands.inputs import Ref, ref_text
 from sidactl.commands.moments import MIN_IMAGES_PER_FEATURE, Moments
-from sidactl.commands.question import agreed_answer, answered, answering, first_alone, tell_old
+from sidactl.commands.question import answered, answering, rank0_first, shared_answer, tell_old
 from sidactl.commands.resolve import load_dataset, load_net
 from sidactl.commands.vae import check_vae_is_there, is_of_latents, other_vae, vae_loader
 from sidactl.commands.words import NETS, mapping, part_of
@@ -61,9 +61,9 @@ def evaluate(ref: Ref, metrics: Sequence[str] | None = None, **options: Unpack[S
     Source: those of `fid`, `prec_recall` and `inception_score`; KID is Bińkowski et al. (1801.01401), section 4.
     """
     plain = plain_options(ref, options)
-    with first_alone():  # it downloads what the others find then
+    with rank0_first():  # it downloads what the others find then
         asked = ScoreQuestion.parse(ref_text(ref), metrics, plain)
-    if known := None if asked.force else agreed_answer(asked.store, asked.key):
+    if known := None if asked.force else shared_answer(asked.store, asked.key):
         tell_old(asked.store, asked.key, asked.say)
         return score_of(known)
     from sidactl.engine import ranks
@@ -73,7 +73,7 @@ def evaluate(ref: Ref, metrics: Sequence[str] | None = None, **options: Unpack[S
             return score_of(place)
         problem = why_unkept(asked) if place is None else None
         measured = _measure(asked, place)
-        payload = json.loads(ranks.agreed(lambda: json.dumps(_keep(asked, measured, problem))))
+        payload = json.loads(ranks.broadcast_from_rank0(lambda: json.dumps(_keep(asked, measured, problem))))
     return Score(**payload)
 
 
@@ -160,7 +160,7 @@ def _once(
             return json.dumps(unsealed((place.path / file).read_bytes())["numbers"]) if place else ""
         return ""
 
-    if payload := ranks.agreed(left):
+    if payload := ranks.broadcast_from_rank0(left):
         known: dict[str, dict[str, float]] = json.loads(payload)
         return known
     made = make()
@@ -240,7 +240,7 @@ def _features(
     keys = {name: store.key("features", params, {"subject": asked.subject.oid}) for name, params in by.items()}
     before, total = trial * asked.num, asked.num * max(1, len(asked.seeds))
     tick = asked.tick or (lambda done, total: None)
-    known = {name: None if asked.force else agreed_answer(store, key) for name, key in keys.items()}
+    known = {name: None if asked.force else shared_answer(store, key) for name, key in keys.items()}
     if (found := features.read(store, known)) is not None:
         stats = {name: FeatureStats() for name in loaded}
         for name, kept in found.items():

@@ -15,7 +15,7 @@ from sidactl.commands.question import (
     answered,
     asked,
     at_work,
-    is_alone,
+    is_single_process,
     named,
     option_words,
     tell_old,
@@ -61,7 +61,7 @@ def train_teacher(
     """
     if net not in (None, *catalog.SMALL_NETS):
         raise SidaError(f"the net must be one of {', '.join(catalog.SMALL_NETS)}, got {net!r}", "Pass --net ddpmpp.")
-    if not is_alone():
+    if not is_single_process():
         raise SidaError("train-teacher runs in one process", "Start it without torchrun.")
     store = Store.open(run)
     store.check_name("teacher", name)

@@ -23,7 +23,7 @@ from sidactl.data.listing import ClassOrder, Convention, Item, OnLine, Source
 from sidactl.data.sources import open_source
 from sidactl.data.transforms import TRANSFORMS, Change, Transformed, check_shape, transformed
 from sidactl.data.unfinished import FILES, NoRoomError, PreparedDataset, Unfinished, open_unfinished
-from sidactl.engine.ranks import handed_out
+from sidactl.engine.ranks import scatter_in_order
 from sidactl.engine.threads import in_order
 from sidactl.errors import SidaError
 
@@ -117,7 +117,7 @@ def prepare(
     any_size: images of any one size and shape, as scores take them; what a net is trained on is square with a side that
         is a power of two.
     encode: write latents of the images, which are stored nowhere, in EDM2's layout; of the encoder, too, depend the
-        bytes. Several processes encode, the first alone calls this, the others `engine.handed_out` with no items.
+        bytes. Several processes encode, the first alone calls this, the others `ranks.scatter_in_order` with no items.
         Member names are 00000/img-mean-std-00000000.npy and so on, and count what is kept.
     work: a folder in which an interrupted preparation is kept, no more than seconds of it lost; the same call with the
         same folder goes on from there, even from the end where `destination` is its images.zip. It is the caller's to
@@ -259,7 +259,7 @@ def _encoded(walked: Iterable[_Walked], encode: Encoder) -> Iterator[list[_Walke
     """The same with the files of latents for pixels, batch by batch; several processes share the batches."""
     batches, ahead = itertools.tee(_batches(walked))
     pixels = ([member.pixels for _, member in batch if isinstance(member, Transformed)] for batch in ahead)
-    for latents, batch in zip(handed_out(encode, pixels), batches, strict=True):
+    for latents, batch in zip(scatter_in_order(encode, pixels), batches, strict=True):
         of_images = iter(latents)
         yield [(item, m if isinstance(m, str) else _latents_file(item, next(of_images))) for item, m in batch]
 

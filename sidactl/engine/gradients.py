@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sidactl.engine.configure import is_compiled
-from sidactl.engine.ranks import rank_and_size, summed
+from sidactl.engine.ranks import all_reduce_sum, rank_and_size
 from sidactl.engine.sharding import is_sharded, local
 from sidactl.nets import Preconditioned
 
@@ -76,7 +76,7 @@ class GradientSum:
                     parameter.grad = parameter.grad / self._loss_scale
         while self._sums:  # one by one, so that not all of both is held at a time
             parameter, values = self._sums.popitem()
-            values = summed(values)
+            values = all_reduce_sum(values)
             if self._loss_scale is not None:
                 values /= self._loss_scale
             parameter.grad = values.to(parameter.dtype)

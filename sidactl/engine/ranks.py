@@ -50,21 +50,24 @@ def _leave(watch: Watch | None) -> None:
     dist.destroy_process_group()
 
 
-def share(items: Sequence[In]) -> Sequence[In]:
+def rank_share(items: Sequence[In]) -> Sequence[In]:
     """The items that fall to this process: every n-th of n processes."""
     rank, size = rank_and_size()
     return items[rank::size]
 
 
-def joined(shared: Iterable[Out], num_items: int, *, should_stop: Callable[[], bool] = lambda: False) -> Iterator[Out]:
-    """What all processes made of their shares of `num_items` items, in order, on rank 0; on the others nothing.
+def gather_in_order(
+    shared: Iterable[Out], num_items: int, *, should_stop: Callable[[], bool] = lambda: False
+) -> Iterator[Out]:
+    """Gathers every process's results and yields them in order on rank 0; the others yield nothing.
 
-    Every process must read it to its end, which comes early once should_stop() is true in one of them.
+    `num_items` are shared in turn. Every process must iterate to the end, which comes early once should_stop() is true
+    in one of them.
     """
     rank, size = rank_and_size()
     mine = iter(shared)
     for start in range(0, num_items, size):
-        if any_process(should_stop()):
+        if any_rank(should_stop()):
             return
         made = next(mine) if start + rank < num_items else None
         everyone: list[Out] | None = [made] * size if rank == 0 else None  # type: ignore[list-item]  # filled below
@@ -73,10 +76,10 @@ def joined(shared: Iterable[Out], num_items: int, *, should_stop: Callable[[], b
         yield from (everyone or [])[: num_items - start]
 
 
-def handed_out(make: Callable[[In], Out], items: Iterable[In]) -> Iterator[Out]:
-    """`make` of each item of rank 0, which all processes share, in order, on rank 0; on the others nothing.
+def scatter_in_order(make: Callable[[In], Out], items: Iterable[In]) -> Iterator[Out]:
+    """Scatters rank 0's items over the processes and yields make(item) in order on rank 0; the others yield nothing.
 
-    Every process must read it to its end; on the others `items` are none.
+    Every process must iterate to the end; only rank 0 has `items`.
     """
     rank, size = rank_and_size()
     if size == 1:
@@ -89,11 +92,11 @@ def handed_out(make: Callable[[In], Out], items: Iterable[In]) -> Iterator[Out]:
         payload: list[Any] = [None]
         dist.scatter_object_list(payload, parts if rank == 0 else None)
         num_taken, item = payload[0]
-        yield from joined(map(make, [item] if rank < num_taken else []), num_taken)
+        yield from gather_in_order(map(make, [item] if rank < num_taken else []), num_taken)
 
 
-def agreed(make: Callable[[], str]) -> str:
-    """What rank 0 makes, on all processes; an error of rank 0 ends the others, too."""
+def broadcast_from_rank0(make: Callable[[], str]) -> str:
+    """Broadcasts the string that rank 0 makes; an error there ends all."""
     rank, size = rank_and_size()
     payload: list[str | None] = [make() if rank == 0 else None]
     if size > 1:
@@ -102,18 +105,28 @@ def agreed(make: Callable[[], str]) -> str:
     return payload[0]
 
 
+def receive() -> str:
+    """The string that rank 0 broadcasts next; asked on the others alone."""
+    return broadcast_from_rank0(str)
+
+
+def barrier() -> None:
+    """Waits until every process is here."""
+    broadcast_from_rank0(str)
+
+
 @contextmanager
-def first_alone() -> Iterator[None]:
-    """Within the block the first of several processes is alone; the others come after it, and find what it left."""
+def rank0_first() -> Iterator[None]:
+    """Rank 0 goes through the block first; the others follow, and find what it left."""
     if rank_and_size()[0] > 0:
-        agreed(str)
+        barrier()
         yield
     else:
         yield
-        agreed(str)
+        barrier()
 
 
-def any_process(holds: bool) -> bool:
+def any_rank(holds: bool) -> bool:
     """Whether something holds in at least one process; all must ask."""
     if rank_and_size()[1] == 1:
         return holds
@@ -122,7 +135,7 @@ def any_process(holds: bool) -> bool:
     return bool(flag)
 
 
-def smallest(number: int) -> int:
+def all_reduce_min(number: int) -> int:
     """The smallest of the numbers that all processes give."""
     if rank_and_size()[1] == 1:
         return number
@@ -131,7 +144,7 @@ def smallest(number: int) -> int:
     return int(least)
 
 
-def first_told(message: str | None) -> str | None:
+def any_message(message: str | None) -> str | None:
     """The message of the first process that has one, on all processes."""
     messages: list[str | None] = [message] * rank_and_size()[1]
     if len(messages) > 1:
@@ -139,7 +152,7 @@ def first_told(message: str | None) -> str | None:
     return next((m for m in messages if m is not None), None)
 
 
-def summed(values: Tensor) -> Tensor:
+def all_reduce_sum(values: Tensor) -> Tensor:
     """The sum of a tensor over all processes, in its place."""
     if rank_and_size()[1] > 1:
         dist.all_reduce(values)

@@ -55,16 +55,16 @@ def one_thread_if(is_small: bool) -> Iterator[None]:
 
 
 def side_by_side(make: Callable[[In], Out], items: Iterable[In], num_threads: int) -> Iterator[Out]:
-    """`make` of each item, in order, each by one thread, so many of them at a time."""
+    """Yields make(item) in order; `num_threads` items are computed at once, each by a single torch thread."""
     usual = torch.get_num_threads()
     try:
         yield from in_order(make, items, num_threads, initializer=partial(torch.set_num_threads, 1))
     finally:
-        torch.set_num_threads(usual)  # what a worker sets holds for threads that are still to come
+        torch.set_num_threads(usual)  # set_num_threads in a worker also changes the default of threads started later
 
 
 def batches_of(net: Denoiser, make: Callable[[In], Out], items: Iterable[In]) -> Iterator[Out]:
-    """`make` of each item, in order; with a small net every core makes one of its own, with others all share in one."""
+    """Yields make(item) in order. Small net: one item per core at once. Large net: one item at a time on all cores."""
     keep_memory()
     yield from side_by_side(make, items, torch.get_num_threads()) if is_small(net) else map(make, items)
 

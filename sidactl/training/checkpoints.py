@@ -34,7 +34,7 @@ def save_checkpoint(training: Training, history: History, live: LiveDir) -> None
     # The same images with more evaluations are another checkpoint: one never takes the place of another.
     name = f"checkpoint-{training.nimg:010d}-{len(history.scores)}"
     with live.folder(name) as folder:
-        ranks.agreed(str)  # the folder is there
+        ranks.barrier()  # the folder is there
         _save_tensors(tensors_of(training, parts=False), folder)
         if ranks.rank_and_size()[0] == 0:
             state = {
@@ -52,7 +52,7 @@ def save_checkpoint(training: Training, history: History, live: LiveDir) -> None
             }
             (folder / _STATE).write_text(json.dumps(state))
             (folder / _DIGESTS).write_text("".join(f"{_sha256(p)}  {p.name}\n" for p in sorted(folder.iterdir())))
-    ranks.agreed(str)  # it is in its place
+    ranks.barrier()  # it is in its place
     if not live.is_writer:
         return
     # What is newer is a damaged one that was passed over; it must not take the place of a sound one.
@@ -134,11 +134,11 @@ def resume(training: Training, history: History, live: LiveDir) -> list[Event]:
     problems: list[str] = []
     warnings: list[str] = []
     for path in reversed(_checkpoints(live)):
-        if problem := ranks.agreed(lambda path=path: _problem_of(path)):  # type: ignore[misc]
+        if problem := ranks.broadcast_from_rank0(lambda path=path: _problem_of(path)):  # type: ignore[misc]
             problems.append(f"{path.name} {problem}")
             continue
         tensors = tensors_of(training, parts=False)
-        if reason := ranks.agreed(lambda path=path, tensors=tensors: _reason_to_refuse(path, tensors)):  # type: ignore[misc]
+        if reason := ranks.broadcast_from_rank0(lambda path=path, tensors=tensors: _reason_to_refuse(path, tensors)):  # type: ignore[misc]
             hint = f"Go on with the sidactl that wrote it, or begin anew after: sidactl gc --live {live.path.name[:12]}"
             raise SidaError(f"{path} {reason}", hint, exit_code=EXIT_FAILED)
         _load_tensors(tensors, path)

@@ -213,7 +213,7 @@ class Distillation:
 
         found = list(threads.side_by_side(of_pass, self.passes, self.num_threads))
         each = {name: torch.stack([sums[name] for sums in found]) for name in self.method.statistics}
-        return {name: ranks.summed(sums.sum(dim=0, dtype=torch.float64)) for name, sums in each.items()}
+        return {name: ranks.all_reduce_sum(sums.sum(dim=0, dtype=torch.float64)) for name, sums in each.items()}
 
     def fit_batch_per_device(self) -> int:
         """The images at a time with which a step fits into memory, by trying, the most first; sets the passes so.
@@ -224,7 +224,7 @@ class Distillation:
         micro_batch = recipe.batch_size // recipe.num_accumulation_rounds
         sizes = [n for n in range(num_rounds, 0, -1) if num_rounds % n == 0 and (n == 1 or recipe.joins_micro_batches)]
         fitting = next((n for n in sizes if self._fits(n)), 1)
-        images = ranks.smallest(fitting) * micro_batch
+        images = ranks.all_reduce_min(fitting) * micro_batch
         self.passes = configure.passes_of(recipe, Execution(batch_per_device=images))
         return images
 

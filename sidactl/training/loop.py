@@ -97,7 +97,7 @@ def run(
             stage = training.stage()
             with threads.one_thread_if(threads.is_small(training.ema)):
                 window.append(training.step())
-            is_due = ranks.any_process(time.monotonic() - reported_sec >= schedule.report_every_sec)
+            is_due = ranks.any_rank(time.monotonic() - reported_sec >= schedule.report_every_sec)
             reports = training.nimg >= schedule.duration_nimg or training.step_index % schedule.report_every_steps == 0
             reports = reports or is_due
             if reports or training.skipped.is_readable_without_sync:
@@ -115,7 +115,7 @@ def run(
                 yield note(_keep(evaluation, training, history, live))
                 if evaluation.warning:
                     yield note(Event("warning", training.nimg, {"message": evaluation.warning}))
-        stopping = ranks.any_process(should_stop())
+        stopping = ranks.any_rank(should_stop())
         is_last = is_over() and not awaits_evaluation()
         if evaluate is None and (is_last or schedule.is_evaluation_due(before, training.nimg)):
             _refuse_standstill(training, history, is_last=is_last)
@@ -170,7 +170,7 @@ def _mean(window: list[dict[str, Tensor]]) -> dict[str, float]:
     """The mean of what all processes' losses add up to, of each over the steps that have it."""
     names = dict.fromkeys(name for losses in window for name in losses)
     means = torch.stack([torch.stack([s[name].sum() for s in window if name in s]).mean() for name in names])
-    return dict(zip(names, ranks.summed(means).tolist(), strict=True))
+    return dict(zip(names, ranks.all_reduce_sum(means).tolist(), strict=True))
 
 
 def _refuse_divergence(training: Training, stop_if_nan_steps: int) -> None:
@@ -216,7 +216,7 @@ def _refuse_non_finite_weights(training: Training) -> None:
     wrong = next(
         (name for name, tensor in tensors_of(training).items() if not bool(torch.isfinite(tensor).all())), None
     )
-    if name := ranks.first_told(wrong):
+    if name := ranks.any_message(wrong):
         net, _, key = name.partition(".")
         raise SidaError(
             f"weight {key} of the {net.replace('_', ' ')} is not finite at step {training.step_index} "

@@ -51,7 +51,7 @@ def apply_gradients(
         factor = (clip_norm / (_norm(parameters) + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(gradients, factor.to(torch.float32))
     if any(map(sharding.is_sharded, parameters)):  # of which each process sees a part
-        finite = torch.tensor(not ranks.any_process(not bool(finite)))
+        finite = torch.tensor(not ranks.any_rank(not bool(finite)))
         if finite:
             optimizer.step()
     else:
@@ -70,7 +70,7 @@ def _norm(parameters: Sequence[nn.Parameter]) -> Tensor:
 
     sharded = [p for p in parameters if sharding.is_sharded(p)]
     whole = square([p for p in parameters if not sharding.is_sharded(p)])
-    return (whole + ranks.summed(square(sharded)) if sharded else whole).sqrt()
+    return (whole + ranks.all_reduce_sum(square(sharded)) if sharded else whole).sqrt()
 
 
 def adam(trained: Mapping[str, tuple[nn.Module, Optimisation]]) -> torch.optim.Adam:
