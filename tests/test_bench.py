@@ -97,7 +97,7 @@ def test_peak_memory_holds_nets_and_optimisers_and_grows_with_the_stage(report: 
 
 
 def test_against_eager_gives_a_ratio_for_each_stage_and_sampling() -> None:
-    setting = bench.Setting(precision="bf16", channels_last=True)
+    setting = bench.SamplingForm(precision="bf16", channels_last=True)
     found = bench.run(
         "tiny-digits",
         mode="sid",

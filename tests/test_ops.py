@@ -32,7 +32,7 @@ from sidactl.commands.words import mapping
 from sidactl.engine import devices, ranks
 from sidactl.errors import SidaError
 from sidactl.nets import Preconditioned
-from sidactl.recipes import Execution, HeunSpec, Mode, OneStepSpec, Setting
+from sidactl.recipes import Execution, HeunSpec, Mode, OneStepSpec, SamplingForm
 from sidactl.store import Artifact, Store, UnwritableError, collect_garbage, digest, rehash
 from sidactl.training import loop, state, updates
 from tests.conftest import SHORT, Finished, Forbid, instead_of, read_only, short_distill
@@ -1518,7 +1518,7 @@ def test_another_precision_is_another_question_and_another_form_is_not(
 
     def images(force: bool = False, **setting: Any) -> sample.Sampled:
         return sidactl.sample(
-            "generator/best", seeds=range(80), setting=Setting(**setting), force=force, run=finished.root
+            "generator/best", seeds=range(80), setting=SamplingForm(**setting), force=force, run=finished.root
         )
 
     usual, half, by_pixel = images(force=True), images(precision="bf16"), images(force=True, channels_last=True)
@@ -1543,7 +1543,7 @@ def test_another_precision_is_another_question_and_another_form_is_not(
     [
         (
             "generator/best",
-            {"setting": Setting(precision="tf32")},
+            {"setting": SamplingForm(precision="tf32")},
             "precision must be fp32, fp16 or bf16 here, got tf32. Pass another --precision.",
         ),
         ("generator/best", {"seeds": []}, "sample count must be >= 1, got 0. Pass --num 1 or more."),

@@ -25,7 +25,7 @@ from sidactl.commands import resolve as commands_resolve
 from sidactl.commands.resolve import load_dataset, load_net, resolve
 from sidactl.data import images as data_images
 from sidactl.errors import SidaError
-from sidactl.recipes import OneStepSpec, Setting
+from sidactl.recipes import OneStepSpec, SamplingForm
 from sidactl.store import Store, UnwritableError, rehash
 from tests.conftest import Finished, Forbid, read_only
 
@@ -177,7 +177,7 @@ def test_statistics_of_a_dataset_are_taken_once(finished: Finished) -> None:
 
 
 def test_a_score_in_another_precision_says_so_and_is_that_of_such_samples(finished: Finished) -> None:
-    half = Setting(precision="bf16")
+    half = SamplingForm(precision="bf16")
     drawn = sidactl.sample("generator/best", seeds=range(50), setting=half, run=finished.root).artifact
     score = sidactl.fid("generator/best", num=50, setting=half, run=finished.root)
     assert score.value == pytest.approx(sidactl.fid(drawn.oid, run=finished.root).value, rel=1e-9)
@@ -217,7 +217,7 @@ def test_a_score_by_another_sampler_says_so_and_is_that_of_such_samples(finished
         ),
         (
             "samples",
-            {"setting": Setting(precision="bf16", compile=True)},
+            {"setting": SamplingForm(precision="bf16", compile=True)},
             "precision and form are those of a net that draws images, got bf16 compiled and fixed samples. "
             "Score the generator itself, or leave out --precision, --channels-last and --compile.",
         ),

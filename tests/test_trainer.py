@@ -19,7 +19,7 @@ from sidactl.methods import base, score_losses
 from sidactl.methods import sid as methods_sid
 from sidactl.nets import edm2
 from sidactl.nets.denoiser import _channel_mean
-from sidactl.recipes import Adversarial, Execution, NetSpec, Recipe, Setting, TeacherRecipe
+from sidactl.recipes import Adversarial, Execution, NetSpec, Recipe, SamplingForm, TeacherRecipe
 from sidactl.store import Store
 from sidactl.training import batches as training_batches
 from sidactl.training import distillation as training_distillation
@@ -711,7 +711,7 @@ def test_traced_nets_compute_no_gradients_of_frozen_weights(monkeypatch: pytest.
 def test_threads_that_need_a_graph_together_compile_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
     trace_alone(monkeypatch)
     torch._dynamo.reset()  # nets of one shape share their graphs
-    net = configure.set_up(nets.build(TINY).eval().requires_grad_(False), Setting(compile=True))
+    net = configure.configure_for_sampling(nets.build(TINY).eval().requires_grad_(False), SamplingForm(compile=True))
     x, before = torch.zeros(2, 1, 8, 8), configure.num_graphs()
     made = list(engine_threads.side_by_side(lambda _: net(x, 2.5), range(4), 2))
     assert configure.num_graphs() - before == 1

@@ -20,7 +20,7 @@ from sidactl import units
 from sidactl.commands import inputs
 from sidactl.engine import heartbeat
 from sidactl.errors import SidaError
-from sidactl.recipes import HeunSpec, NetSpec, Recipe, Setting, TeacherRecipe, flag_of
+from sidactl.recipes import HeunSpec, NetSpec, Recipe, SamplingForm, TeacherRecipe, flag_of
 
 if TYPE_CHECKING:
     pass
@@ -267,10 +267,10 @@ Sampler = Annotated[str | None, typer.Option(metavar="NAME", help="one-step, or 
 
 
 def drawn_by(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags of Setting and HeunSpec, as functions take them that draw images."""
-    settings = {f.name for f in dataclasses.fields(Setting)}
+    """The flags of SamplingForm and HeunSpec, as functions take them that draw images."""
+    settings = {f.name for f in dataclasses.fields(SamplingForm)}
     heun = {name: value for name, value in overrides.items() if name not in settings}
-    return {"setting": Setting(**{n: v for n, v in overrides.items() if n in settings}), "heun": heun or None}
+    return {"setting": SamplingForm(**{n: v for n, v in overrides.items() if n in settings}), "heun": heun or None}
 
 
 # What commands share

@@ -9,7 +9,7 @@ import typer
 from sidactl import units
 from sidactl.cli import console
 from sidactl.errors import SidaError
-from sidactl.recipes import HeunSpec, Setting
+from sidactl.recipes import HeunSpec, SamplingForm
 
 if TYPE_CHECKING:
     pass
@@ -36,7 +36,7 @@ from sidactl.cli.shown import print_artifact, ticking
 
 @app.command()
 @with_processes
-@recipe_flags(Setting, HeunSpec)
+@recipe_flags(SamplingForm, HeunSpec)
 def sample(
     overrides: Mapping[str, Any],
     ref: Ref = None,

@@ -8,7 +8,7 @@ import typer
 
 from sidactl.cli import console
 from sidactl.errors import EXIT_FAILED, SidaError
-from sidactl.recipes import HeunSpec, Setting
+from sidactl.recipes import HeunSpec, SamplingForm
 
 if TYPE_CHECKING:
     from sidactl.commands.scores import Score
@@ -91,7 +91,7 @@ def score_flags(command: Callable[..., "Score"]) -> Callable[..., None]:
             raise SidaError(f"the score {float(score):.6g} is above {limit:g}", "", exit_code=EXIT_FAILED)
 
     parameters = [*inspect.signature(shared).parameters.values(), *own]
-    return with_processes(recipe_flags(Setting, HeunSpec)(with_signature(with_flags, command, parameters)))
+    return with_processes(recipe_flags(SamplingForm, HeunSpec)(with_signature(with_flags, command, parameters)))
 
 
 FailAbove = Annotated[

@@ -12,7 +12,7 @@ import typer
 from sidactl.cli import console
 from sidactl.cli import display as cli_display
 from sidactl.errors import SidaError
-from sidactl.recipes import Adversarial, Execution, NetSpec, Recipe, Setting, TeacherRecipe
+from sidactl.recipes import Adversarial, Execution, NetSpec, Recipe, SamplingForm, TeacherRecipe
 
 if TYPE_CHECKING:
     from sidactl.training.state import Event
@@ -317,7 +317,7 @@ def _watching(log: Sequence[str] | None) -> Iterator[Shown]:
 
 
 @app.command()
-@recipe_flags(Setting)
+@recipe_flags(SamplingForm)
 def bench(
     overrides: Mapping[str, Any],
     teacher: Annotated[
@@ -345,7 +345,7 @@ def bench(
 
     if against not in (None, "eager"):
         raise SidaError(f"--against must be eager, got {against!r}", "Leave it out, or pass --against eager.")
-    one = Setting(**overrides)
+    one = SamplingForm(**overrides)
     report = commands_bench.run(
         teacher,
         mode=mode,

@@ -30,7 +30,7 @@ from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.nets import Preconditioned
 from sidactl.nets.inception import FIDInception
 from sidactl.nets.vit import VisionTransformer
-from sidactl.recipes import Execution, NetSpec, OneStepSpec, Precision, Recipe, Setting, override
+from sidactl.recipes import Execution, NetSpec, OneStepSpec, Precision, Recipe, SamplingForm, override
 from sidactl.training import batches as training_batches
 from sidactl.training import distillation, updates
 
@@ -60,7 +60,7 @@ def _short(number: float | None) -> float | None:
 Progress = Callable[[str], None]
 """told what is measured next"""
 
-EAGER = Setting()
+EAGER = SamplingForm()
 """float32 in the usual order of memory, operation by operation"""
 
 
@@ -116,7 +116,7 @@ class Measured:
     means more where others use the processor, too.
     """
 
-    setting: Setting
+    setting: SamplingForm
     stages: Sequence[Stage]
     parts: Sequence[Part]
     peak: Peak
@@ -236,7 +236,7 @@ def run(
     batch_size: int | None = None,
     num_rounds: int = 1,
     num_steps: int = 3,
-    settings: Sequence[Setting] = (EAGER,),
+    settings: Sequence[SamplingForm] = (EAGER,),
     against_eager: bool = False,
     with_detector: bool = True,
     device: str | None = None,
@@ -284,13 +284,15 @@ def run(
     )
 
 
-def sweep(device: str | None = None) -> list[Setting]:
+def sweep(device: str | None = None) -> list[SamplingForm]:
     """The settings worth trying on a device: each precision that it has, by operations and compiled."""
     precisions: list[Precision] = ["fp32", "bf16"]
     if devices.pick_device(device).type == "cuda":
         precisions = ["fp32", "tf32", "bf16", "fp16"]
     forms = [(False, False), (True, False), (False, True), (True, True)]
-    return [Setting(precision=p, channels_last=last, compile=compiled) for p in precisions for last, compiled in forms]
+    return [
+        SamplingForm(precision=p, channels_last=last, compile=compiled) for p in precisions for last, compiled in forms
+    ]
 
 
 def flop_of_parts(recipe: Recipe, spec: NetSpec) -> dict[str, int]:
@@ -361,7 +363,7 @@ class _Subject:
     """A distillation in one setting, ready to be timed; an eager one is without what we do for nets that are small."""
 
     def __init__(
-        self, recipe: Recipe, spec: NetSpec, setting: Setting, device: torch.device, *, is_eager: bool = False
+        self, recipe: Recipe, spec: NetSpec, setting: SamplingForm, device: torch.device, *, is_eager: bool = False
     ) -> None:
         self.setting, self.device, self.spec, self._is_eager = setting, device, spec, is_eager
         self.recipe = override(recipe, {"precision": setting.precision})

@@ -25,7 +25,7 @@ from sidactl.commands.words import NETS, OnCount, RunDir
 from sidactl.errors import SidaError
 from sidactl.foreign import download
 from sidactl.recipes import (
-    Setting,
+    SamplingForm,
 )
 from sidactl.store import Artifact, Store
 
@@ -77,7 +77,7 @@ def sample(
     guide: Ref | None = None,
     guidance: float = 1.0,
     vae: Ref | None = None,
-    setting: Setting | None = None,
+    setting: SamplingForm | None = None,
     name: str | None = None,
     run: RunDir = None,
     device: str | None = None,
@@ -117,7 +117,7 @@ def sample(
     chosen = chosen_sampler(subject, sampler, steps, heun)
     if isinstance(class_index, str):
         class_index = class_of(store, subject, class_index)
-    setting = setting or Setting()
+    setting = setting or SamplingForm()
     params: dict[str, Any] = {
         "seeds": _seeds_to_json(seeds),
         "class_index": class_index,
@@ -148,7 +148,8 @@ def sample(
 
     chosen_device = devices.pick_device(device)
     used = {
-        role: configure.set_up(load_net(store, artifact, chosen_device), setting) for role, artifact in inputs.items()
+        role: configure.configure_for_sampling(load_net(store, artifact, chosen_device), setting)
+        for role, artifact in inputs.items()
     }
     net = used["net"]
     size = images_per_batch(net.spec.img_channels, net.spec.img_resolution)

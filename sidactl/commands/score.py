@@ -272,7 +272,7 @@ def _work(
     from sidactl import sampling
 
     device = next(iter(loaded.values())).device
-    net = configure.set_up(load_net(asked.store, asked.subject, device), asked.setting)
+    net = configure.configure_for_sampling(load_net(asked.store, asked.subject, device), asked.setting)
     counts: Sequence[int] | None = None
     if asked.settings["labels"] == "dataset" and net.spec.label_dim:
         held = commands_reference.dataset_of(asked.store, asked.subject).results["class_counts"]

@@ -13,7 +13,7 @@ from sidactl.commands.vae import vae_digest, vae_for
 from sidactl.commands.words import NETS, OnCount, require_images
 from sidactl.errors import SidaError
 from sidactl.foreign import download
-from sidactl.recipes import Setting
+from sidactl.recipes import SamplingForm
 from sidactl.store import Artifact, Store, UnwritableError
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class ScoreQuestion:
     num: int
     seeds: Sequence[Sequence[int]]
     settings: Mapping[str, Any]
-    setting: Setting
+    setting: SamplingForm
     vae: Artifact | None
     """what decodes latents; None = the usual one, or there are none"""
     key: str
@@ -103,7 +103,7 @@ class ScoreQuestion:
             raise SidaError(f"sample count must be >= 2, got {num}", "Pass --num 2 or more.")
         if trials < 1:
             raise SidaError(f"the number of trials must be >= 1, got {trials}", "Pass --trials 1 or more.")
-        setting = options.get("setting", Setting())
+        setting = options.get("setting", SamplingForm())
         names = ("labels", "convention", "resize", "neighbours", "num_splits")
         settings = setting.of_images() | {name: options[name] for name in names}
         for name, known in (("labels", LABELS), ("convention", CONVENTIONS), ("resize", ("torch", "pil"))):

@@ -15,7 +15,7 @@ from sidactl.commands.moments import Moments, Need
 from sidactl.commands.words import NETS, OnCount, RunDir
 from sidactl.errors import SidaError
 from sidactl.foreign import download
-from sidactl.recipes import Setting
+from sidactl.recipes import SamplingForm
 from sidactl.store import Artifact, Store
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class ScoreOptions(TypedDict, total=False):
     sampler: str | None
     heun: Mapping[str, float] | None
     vae: Ref | None
-    setting: Setting
+    setting: SamplingForm
     detector: str | os.PathLike[str] | None
     trust_code: bool
     resize: str
@@ -293,7 +293,7 @@ def score_of(artifact: Artifact) -> Score:
     )
 
 
-def fixed_count(subject: Artifact, num: int | None, trials: int, setting: Setting) -> int:
+def fixed_count(subject: Artifact, num: int | None, trials: int, setting: SamplingForm) -> int:
     available = subject.results["num_images"]
     assert isinstance(available, int)
     what = "samples" if subject.kind == "samples" else "images of a dataset"
@@ -302,7 +302,7 @@ def fixed_count(subject: Artifact, num: int | None, trials: int, setting: Settin
             f"trials need images drawn anew, got {trials} trials of fixed {what}",
             "Score the generator itself, or leave out --trials.",
         )
-    if setting != Setting():
+    if setting != SamplingForm():
         raise SidaError(
             f"precision and form are those of a net that draws images, got {setting.name} and fixed {what}",
             "Score the generator itself, or leave out --precision, --channels-last and --compile.",

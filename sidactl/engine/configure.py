@@ -14,7 +14,7 @@ from sidactl.engine.ranks import rank_and_size
 from sidactl.engine.sharding import blocks_of, shard_
 from sidactl.engine.threads import Out, is_small
 from sidactl.nets import Denoiser, Preconditioned
-from sidactl.recipes import Execution, Recipe, Setting
+from sidactl.recipes import Execution, Recipe, SamplingForm
 from sidactl.recipes import passes_of as rounds_of
 
 
@@ -26,7 +26,7 @@ def passes_of(recipe: Recipe, execution: Execution) -> list[Sequence[int]]:
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def arrange(
+def configure_for_training(
     recipe: Recipe,
     execution: Execution,
     teacher: Preconditioned,
@@ -59,7 +59,7 @@ def arrange(
             compile_(net)
 
 
-def set_up(net: Preconditioned, setting: Setting) -> Preconditioned:
+def configure_for_sampling(net: Preconditioned, setting: SamplingForm) -> Preconditioned:
     """Gives a net that is sampled its precision and form, and returns it."""
     net.compute_dtype = DTYPES[setting.precision]
     if setting.channels_last:

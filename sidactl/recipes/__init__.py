@@ -1,7 +1,7 @@
 """Frozen descriptions of networks, samplers and runs, every number with its unit; no torch here, and no I/O."""
 
 from sidactl.recipes.distillation import MODES, Mode, Recipe, override, passes_of
-from sidactl.recipes.execution import PRECISIONS, Execution, Precision, Setting
+from sidactl.recipes.execution import PRECISIONS, Execution, Precision, SamplingForm
 from sidactl.recipes.fields import Plain, flag_of
 from sidactl.recipes.memory import BASE_BYTES, Memory
 from sidactl.recipes.networks import NetSpec
@@ -23,7 +23,7 @@ __all__ = [
     "Plain",
     "Precision",
     "Recipe",
-    "Setting",
+    "SamplingForm",
     "TeacherRecipe",
     "flag_of",
     "override",

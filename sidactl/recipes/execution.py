@@ -36,7 +36,7 @@ class Execution(Plain):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting(Plain):
+class SamplingForm(Plain):
     """How the same mathematics is carried out where nets alone are at work: in sampling, and in benchmarks."""
 
     precision: Precision = "fp32"

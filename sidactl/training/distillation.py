@@ -17,7 +17,7 @@ from sidactl.nets import Preconditioned
 from sidactl.nets.edm2 import drop_logvar_, force_normalize_
 from sidactl.recipes import Execution, Recipe
 from sidactl.training.batches import MicroBatch, MicroBatches
-from sidactl.training.updates import DropoutSeed, LossScale, Side, SkippedSteps, update_ema
+from sidactl.training.updates import LossScale, Side, SkippedSteps, dropout_seeded, update_ema
 
 Rounds = Sequence[int]
 """of a pass: the micro-batches of a batch that go through the nets at once"""
@@ -59,7 +59,7 @@ class Distillation:
         self._normalizes_ema = forced == "published" and is_adversarial
         if self._normalizes_ema:
             force_normalize_(self.ema)
-        configure.arrange(recipe, execution, self.teacher, self.fake_score, self.generator, self.ema)
+        configure.configure_for_training(recipe, execution, self.teacher, self.fake_score, self.generator, self.ema)
         if execution.shard:
             sharding.shard_parts_(self.method)
         self.passes = configure.passes_of(recipe, execution)
@@ -145,7 +145,7 @@ class Distillation:
             batch = self._batch(turn, rounds)
             images = self._images(turn, batch, rounds, shared, keeps_graph=len(passes) == 1)
             if turn == "fake_score":
-                with DropoutSeed(batch.dropout_seed, self.fake_score):
+                with dropout_seeded(batch.dropout_seed, self.fake_score):
                     losses = self.method.score_losses(nets, batch, images.detach(), self.nimg)
                     return losses, total.of(torch.stack(list(losses.values())).sum())
             # The gradient at the images has a graph of its own, gone before the generator's is gone back: no gradient
@@ -199,7 +199,7 @@ class Distillation:
         return images
 
     def _generate(self, batch: MicroBatch) -> Tensor:
-        with DropoutSeed(batch.dropout_seed, self.generator):
+        with dropout_seeded(batch.dropout_seed, self.generator):
             return self.method.generate(self.generator, batch)
 
     def _statistics(self, shared: Shared | None) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from sidactl.nets import Preconditioned
 from sidactl.nets.edm2 import force_normalize_
 from sidactl.recipes import TeacherRecipe
 from sidactl.training.batches import MicroBatches
-from sidactl.training.updates import DropoutSeed, SkippedSteps, adam, apply_gradients, update_ema
+from sidactl.training.updates import SkippedSteps, adam, apply_gradients, dropout_seeded, update_ema
 
 
 class Pretraining:
@@ -49,7 +49,7 @@ class Pretraining:
         images, augment_labels = self._augmented(batch.reals(), batch.augment)
         sigma = (recipe.P_std * batch.diffusion.normal((len(images), 1, 1, 1)) + recipe.P_mean).exp()
         noise = batch.diffusion.normal(images.shape)
-        with DropoutSeed(batch.dropout_seed, self.net):
+        with dropout_seeded(batch.dropout_seed, self.net):
             loss = methods.fake_score_loss(self.net, images, noise, sigma, batch.labels, augment_labels).per_pixel
             (loss.sum() / recipe.batch_size).backward()
         for group in self._optimizer.param_groups:

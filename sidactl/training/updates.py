@@ -1,7 +1,8 @@
 """What becomes of gradients: Adam, clipping, skipped updates, loss scales, the EMA; the seed of dropout. No loss."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -233,18 +234,12 @@ class Side:
         return apply_gradients(self.optimizer, self._update.clip_value, self._update.clip_norm)
 
 
-class DropoutSeed:
+@contextmanager
+def dropout_seeded(seed: int, net: Preconditioned) -> Iterator[None]:
     """Within the block, dropout masks are those of `seed`; the surrounding random state is put back."""
-
-    def __init__(self, seed: int, net: Preconditioned) -> None:
-        self._seed, self._active = seed, net.spec.dropout > 0
-        devices = {p.device for p in net.parameters() if p.device.type == "cuda"}
-        self._fork = torch.random.fork_rng(devices=list(devices), enabled=self._active)
-
-    def __enter__(self) -> None:
-        self._fork.__enter__()
-        if self._active:
-            torch.manual_seed(self._seed)
-
-    def __exit__(self, *exception: Any) -> None:
-        self._fork.__exit__(*exception)
+    has_dropout = net.spec.dropout > 0
+    devices = {p.device for p in net.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices), enabled=has_dropout):
+        if has_dropout:
+            torch.manual_seed(seed)
+        yield
