@@ -9,12 +9,13 @@ from sidactl.commands import resolve, score, words
 from tests.conftest import Forbid
 
 PACKAGE = Path(__file__).parents[1] / "sidactl"
-STANDARD_LIBRARY_ONLY = ["errors", "text", "units", "store", "recipes", "catalog"]
+STANDARD_LIBRARY_ONLY = ["errors", "text", "units", "scopes", "store", "recipes", "catalog"]
 # Folders, and the files that lie beside them, from the ground up: each imports from itself and from those before it.
 ORDER = [
     "errors",
     "text",
     "units",
+    "scopes",
     "store",
     "recipes",
     "catalog",
@@ -39,7 +40,7 @@ KNOW_THE_STORE = {"data", "training", "commands", "cli"}
 LONGEST = 450
 # Files that are longer than that, and may only become shorter. A file that fits is taken off the list.
 LONG = {
-    "commands/bench.py": 835,
+    "commands/bench.py": 463,
     "store/objects.py": 512,
 }
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from sidactl.errors import SidaError
 from sidactl.noise import Draws
 from sidactl.recipes import NetSpec
+from sidactl.scopes import scope
 
 # Low-pass filter of the symlet wavelet with six vanishing moments (sym6), as PyWavelets tabulates it.
 SYM6 = (
@@ -151,5 +152,5 @@ def _resample(images: Tensor, linear: Tensor, shift: Tensor) -> Tensor:
 def augmentation(probability: float, spec: NetSpec) -> Callable[[Tensor, Draws], tuple[Tensor, Tensor | None]]:
     """What gives a net's inputs their augmentation and its labels: nothing, where the net takes no such labels."""
     if probability and spec.augment_dim:
-        return AugmentPipe(p=probability)
+        return scope("augmentation")(AugmentPipe(p=probability))
     return lambda images, draws: (images, None)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sidactl.nets import Denoiser
 from sidactl.noise import Draws
 from sidactl.recipes import NetSpec, Recipe
+from sidactl.scopes import scope
 
 Losses = dict[str, Tensor]
 """scalars by name, as they are reported"""
@@ -62,6 +63,7 @@ class Nets:
     loss_scale: Tensor | None
     """a power of two, where gradients go back through float16"""
 
+    @scope("generator loss backward")
     def gradient(self, loss: Tensor, x: Tensor) -> Tensor:
         """d loss / dx, through the networks that the loss was computed by; their weights get no gradient."""
         if self.loss_scale is None:

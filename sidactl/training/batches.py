@@ -16,6 +16,7 @@ from sidactl.data.codec import LatentCodec, PixelCodec
 from sidactl.engine import devices as engine_devices
 from sidactl.errors import SidaError
 from sidactl.noise import Draws
+from sidactl.scopes import scope
 
 STREAMS = {"latent": 0, "diffusion": 1, "augment": 2, "dropout": 3, "posterior": 4}
 
@@ -154,6 +155,7 @@ class DatasetBatches:
         self._num_rounds, self._size = num_rounds, batch_size // num_rounds
         self._codec = LatentCodec() if dataset.is_latents else PixelCodec()
 
+    @scope("data")
     def get(self, batch: int, round: int) -> MicroBatch:
         return MicroBatch(
             engine_devices.sent(self._dataset.one_hot(self._chosen(batch, round)), self._device),
@@ -164,6 +166,7 @@ class DatasetBatches:
             partial(self.images, batch, round),
         )
 
+    @scope("data")
     def images(self, batch: int, round: int) -> Tensor:
         """Real images in [-1, 1]; of a dataset of latents, samples of their posterior that every visit draws anew."""
         items = engine_devices.sent(self._dataset.images(self._chosen(batch, round)), self._device)

@@ -16,6 +16,7 @@ from sidactl.methods.base import Losses, Nets, Turn
 from sidactl.nets import Preconditioned
 from sidactl.nets.edm2 import drop_logvar_, force_normalize_
 from sidactl.recipes import Execution, Recipe
+from sidactl.scopes import scope
 from sidactl.training.batches import MicroBatch, MicroBatches
 from sidactl.training.updates import LossScale, Side, SkippedSteps, dropout_seeded, update_ema
 
@@ -146,12 +147,16 @@ class Distillation:
             images = self._images(turn, batch, rounds, shared, keeps_graph=len(passes) == 1)
             if turn == "fake_score":
                 with dropout_seeded(batch.dropout_seed, self.fake_score):
-                    losses = self.method.score_losses(nets, batch, images.detach(), self.nimg)
-                    return losses, total.of(torch.stack(list(losses.values())).sum())
+                    with scope("fake score forward"):
+                        losses = self.method.score_losses(nets, batch, images.detach(), self.nimg)
+                    with scope("fake score backward"):
+                        return losses, total.of(torch.stack(list(losses.values())).sum())
             # The gradient at the images has a graph of its own, gone before the generator's is gone back: no gradient
             # of the fake score's weights is computed, and less memory is held at a time.
-            losses, gradient = self.method.image_gradient(nets, batch, images.detach().requires_grad_(), self.nimg)
-            return losses, total.of(images, total.scaled(gradient))
+            with scope("generator loss"):
+                losses, gradient = self.method.image_gradient(nets, batch, images.detach().requires_grad_(), self.nimg)
+            with scope("generator backward"):
+                return losses, total.of(images, total.scaled(gradient))
 
         with engine_gradients.without_weight_gradients(self.fake_score) if turn == "generator" else nullcontext():
             for losses, gradients in threads.side_by_side(gradients_of, passes, self.num_threads):
@@ -198,6 +203,7 @@ class Distillation:
             shared[rounds[0]] = images if turn == "fake_score" else images.detach()
         return images
 
+    @scope("generator forward")
     def _generate(self, batch: MicroBatch) -> Tensor:
         with dropout_seeded(batch.dropout_seed, self.generator):
             return self.method.generate(self.generator, batch)

@@ -14,8 +14,10 @@ from sidactl.engine import ranks, sharding
 from sidactl.methods.base import Optimisation, Update
 from sidactl.nets import Preconditioned
 from sidactl.nets.edm2 import force_normalize_
+from sidactl.scopes import scope
 
 
+@scope("EMA")
 def update_ema(
     ema: nn.Module, net: nn.Module, *, halflife_nimg: int, rampup_ratio: float | None, nimg: int, batch_size: int
 ) -> None:
@@ -226,6 +228,7 @@ class Side:
     def gradient_sum(self, num_passes: int) -> engine_gradients.GradientSum:
         return engine_gradients.GradientSum(nn.ModuleList(self.modules.values()), num_passes, self.scale)
 
+    @scope("optimisers")
     def step(self, nimg: int) -> Tensor:
         """Steps with the gradients that the parameters hold, after so many images; see `apply_gradients`."""
         for group in self.optimizer.param_groups:
