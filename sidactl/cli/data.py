@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sidactl.cli import console
+from sidactl.cli.entry import app
+from sidactl.cli.options import Device, Force, Json, Mirror, Name, Offline, Run, Vae, parsed_count, with_processes
+from sidactl.cli.shown import named_classes, print_artifact, ticking
 from sidactl.commands import inputs
 from sidactl.errors import SidaError
 
 if TYPE_CHECKING:
     pass
-from sidactl.cli.entry import app
-from sidactl.cli.options import Device, Force, Json, Mirror, Name, Offline, Run, Vae, parsed_count, with_processes
-from sidactl.cli.shown import named_classes, print_artifact, ticking
 
 
 # Getting started: teachers and datasets

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 from sidactl.cli.console import fact, folded, is_terminal, note
 from sidactl.units import format_bytes, format_count, format_duration
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 _RATE_WINDOW_SEC = 30.0
 

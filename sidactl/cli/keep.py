@@ -9,11 +9,11 @@ import typer
 
 from sidactl import units
 from sidactl.cli import console
+from sidactl.cli.entry import app
+from sidactl.cli.options import DryRun, Json, Run, piped
 
 if TYPE_CHECKING:
     pass
-from sidactl.cli.entry import app
-from sidactl.cli.options import DryRun, Json, Run, piped
 
 
 @app.command()

@@ -12,10 +12,6 @@ import typer
 
 from sidactl import units
 from sidactl.cli import console
-from sidactl.errors import EXIT_FAILED, SidaError
-
-if TYPE_CHECKING:
-    pass
 from sidactl.cli.entry import app
 from sidactl.cli.options import Json, Ref, Run, from_pipe
 from sidactl.cli.shown import (
@@ -28,6 +24,10 @@ from sidactl.cli.shown import (
     short_text,
     size_text,
 )
+from sidactl.errors import EXIT_FAILED, SidaError
+
+if TYPE_CHECKING:
+    pass
 
 
 # The run directory

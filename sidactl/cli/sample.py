@@ -8,11 +8,6 @@ import typer
 
 from sidactl import units
 from sidactl.cli import console
-from sidactl.errors import SidaError
-from sidactl.recipes import HeunSpec, SamplingForm
-
-if TYPE_CHECKING:
-    pass
 from sidactl.cli.entry import app
 from sidactl.cli.options import (
     Device,
@@ -32,6 +27,11 @@ from sidactl.cli.options import (
     with_processes,
 )
 from sidactl.cli.shown import print_artifact, ticking
+from sidactl.errors import SidaError
+from sidactl.recipes import HeunSpec, SamplingForm
+
+if TYPE_CHECKING:
+    pass
 
 
 @app.command()

@@ -7,11 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sidactl.cli import console
-from sidactl.errors import EXIT_FAILED, SidaError
-from sidactl.recipes import HeunSpec, SamplingForm
-
-if TYPE_CHECKING:
-    from sidactl.commands.scores import Score
 from sidactl.cli.entry import app
 from sidactl.cli.options import (
     Device,
@@ -31,6 +26,11 @@ from sidactl.cli.options import (
     with_signature,
 )
 from sidactl.cli.shown import print_score, ticking
+from sidactl.errors import EXIT_FAILED, SidaError
+from sidactl.recipes import HeunSpec, SamplingForm
+
+if TYPE_CHECKING:
+    from sidactl.commands.scores import Score
 
 
 def score_flags(command: Callable[..., "Score"]) -> Callable[..., None]:

@@ -11,11 +11,6 @@ import typer
 
 from sidactl.cli import console
 from sidactl.cli import display as cli_display
-from sidactl.errors import SidaError
-from sidactl.recipes import Adversarial, Execution, NetSpec, Recipe, SamplingForm, TeacherRecipe
-
-if TYPE_CHECKING:
-    from sidactl.training.state import Event
 from sidactl.cli.entry import app
 from sidactl.cli.options import (
     Device,
@@ -32,6 +27,11 @@ from sidactl.cli.options import (
     with_processes,
 )
 from sidactl.cli.shown import Shown, print_artifact, print_generator
+from sidactl.errors import SidaError
+from sidactl.recipes import Adversarial, Execution, NetSpec, Recipe, SamplingForm, TeacherRecipe
+
+if TYPE_CHECKING:
+    from sidactl.training.state import Event
 
 
 @app.command("train-teacher")

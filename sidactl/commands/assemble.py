@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 from sidactl.commands import moments
 from sidactl.commands import reference as commands_reference
 from sidactl.commands.identity import source_identity
+from sidactl.commands.plan import Plan, check_generator, is_foreign, needs_reference, of_other_vae, plan
 from sidactl.commands.prepare import prepare_data
 from sidactl.commands.question import (
     Question,
 )
 from sidactl.commands.resolve import dataset_called, resolve
+from sidactl.commands.running import check_fit, check_trainable
 from sidactl.commands.vae import (
     vae_digest,
     vae_for,
@@ -35,8 +37,6 @@ if TYPE_CHECKING:
     import torch
 
     from sidactl.training.distillation import Distillation
-from sidactl.commands.plan import Plan, check_generator, is_foreign, needs_reference, of_other_vae, plan
-from sidactl.commands.running import check_fit, check_trainable
 
 
 @dataclass(frozen=True)

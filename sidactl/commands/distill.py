@@ -10,6 +10,16 @@ from typing import TYPE_CHECKING, Any
 from sidactl import catalog
 from sidactl.commands import moments as commands_moments
 from sidactl.commands import reference as commands_reference
+from sidactl.commands.assemble import Assembled, assembled, find_batch_per_device
+from sidactl.commands.evaluation import (
+    Eye,
+    evaluation_of,
+    finite_or_none,
+    is_teacher_scored,
+    preview_of,
+    score_teacher,
+    try_scoring,
+)
 from sidactl.commands.fetch import fetch_detector
 from sidactl.commands.inputs import (
     Ref,
@@ -18,6 +28,7 @@ from sidactl.commands.inputs import (
     ref_text,
 )
 from sidactl.commands.moments import detector_name
+from sidactl.commands.plan import TeacherScore, not_published, published_score
 from sidactl.commands.question import (
     Question,
     answered,
@@ -29,6 +40,7 @@ from sidactl.commands.question import (
     tell_old,
 )
 from sidactl.commands.resolve import load_net
+from sidactl.commands.running import OnEvent, batches_for, run_training
 from sidactl.commands.samplers import sampler_of
 from sidactl.commands.scorers import load_detector
 from sidactl.commands.scores import METRICS, detector_label, distance_name
@@ -54,18 +66,6 @@ from sidactl.store import Artifact, LiveDir, Store
 
 if TYPE_CHECKING:
     pass
-from sidactl.commands.assemble import Assembled, assembled, find_batch_per_device
-from sidactl.commands.evaluation import (
-    Eye,
-    evaluation_of,
-    finite_or_none,
-    is_teacher_scored,
-    preview_of,
-    score_teacher,
-    try_scoring,
-)
-from sidactl.commands.plan import TeacherScore, not_published, published_score
-from sidactl.commands.running import OnEvent, batches_for, run_training
 
 
 def distill(

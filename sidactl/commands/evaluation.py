@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from sidactl import catalog
 from sidactl.commands import moments, preflight, scores
+from sidactl.commands.assemble import Assembled
 from sidactl.commands.question import is_single_process
+from sidactl.commands.running import OnEvent
 from sidactl.commands.samplers import sampler_of
 from sidactl.commands.score import fid
 from sidactl.commands.score_question import is_answered
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
     from sidactl.detectors import Detector
     from sidactl.nets import Preconditioned
     from sidactl.training.state import Evaluate
-from sidactl.commands.assemble import Assembled
-from sidactl.commands.running import OnEvent
 
 PREVIEW_SEEDS = range(64)
 

@@ -8,17 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sidactl import catalog
-from sidactl.commands.inputs import Count, Ref, count_of, ref_text
-from sidactl.errors import SidaError
-from sidactl.foreign import download
-from sidactl.recipes import HeunSpec, NetSpec, OneStepSpec
-from sidactl.store import Artifact, Store, canonical_json
-from sidactl.store.outputs import manifest_of
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from sidactl.nets import Preconditioned
 from sidactl.commands.files import (
     MAX_NAME,
     asset_digest,
@@ -29,9 +18,20 @@ from sidactl.commands.files import (
     read_state_dict,
 )
 from sidactl.commands.identity import check_unchanged, file_digest, source_identity
+from sidactl.commands.inputs import Count, Ref, count_of, ref_text
 from sidactl.commands.question import answered, called_so, named, tell_old
 from sidactl.commands.vae import fetch_vae
 from sidactl.commands.words import NETS, NetKind, RunDir, mapping, suffix_of
+from sidactl.errors import SidaError
+from sidactl.foreign import download
+from sidactl.recipes import HeunSpec, NetSpec, OneStepSpec
+from sidactl.store import Artifact, Store, canonical_json
+from sidactl.store.outputs import manifest_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sidactl.nets import Preconditioned
 
 
 def fetch_teacher(

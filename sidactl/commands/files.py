@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from sidactl import catalog
+from sidactl.commands.identity import file_digest
+from sidactl.commands.words import NET_FILES, plain_name, suffix_of
 from sidactl.errors import SidaError
 from sidactl.foreign import download, http
 from sidactl.store import Store
@@ -15,8 +17,6 @@ from sidactl.store import Store
 if TYPE_CHECKING:
     from torch import Tensor
 
-from sidactl.commands.identity import file_digest
-from sidactl.commands.words import NET_FILES, plain_name, suffix_of
 
 MAX_NAME = 64
 """characters of a name from outside that go into that of a temporary file: file systems take 255 bytes"""

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sidactl import catalog
+from sidactl.commands.words import suffix_of
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.store import SETTLED_NS, Store
 
 if TYPE_CHECKING:
     pass
-from sidactl.commands.words import suffix_of
 
 
 def file_digest(path: Path) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from sidactl import catalog
 from sidactl.commands import preflight, scores
 from sidactl.commands.files import check_has_file
+from sidactl.commands.running import check_fit, check_trainable
 from sidactl.commands.scorers import require_classes
 from sidactl.commands.scores import METRICS, score_name
 from sidactl.commands.vae import (
@@ -38,7 +39,6 @@ from sidactl.store import Artifact, Store
 
 if TYPE_CHECKING:
     pass
-from sidactl.commands.running import check_fit, check_trainable
 
 TeacherScore: TypeAlias = Literal["published", "measure", "none"]
 

@@ -7,13 +7,6 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from sidactl import catalog
 from sidactl.commands.inputs import Count, Ref, Size, count_of, optional_ref, size_of, whole
-from sidactl.errors import SidaError
-from sidactl.foreign import download
-from sidactl.store import Artifact, Store
-
-if TYPE_CHECKING:
-    from sidactl.data.listing import ClassOrder, Convention
-    from sidactl.data.prepare import Encoder
 from sidactl.commands.prepare_images import (
     LatentsBy,
     as_usual,
@@ -37,6 +30,13 @@ from sidactl.commands.question import (
 from sidactl.commands.resolve import resolve
 from sidactl.commands.vae import chosen_vae, vae_label, vae_loader
 from sidactl.commands.words import OnCount, RunDir, means_path, require_pixels
+from sidactl.errors import SidaError
+from sidactl.foreign import download
+from sidactl.store import Artifact, Store
+
+if TYPE_CHECKING:
+    from sidactl.data.listing import ClassOrder, Convention
+    from sidactl.data.prepare import Encoder
 
 _ENCODING = "encoding"
 """what the first of several processes tells the others where there are latents to be made"""

@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sidactl import catalog
-from sidactl.commands.question import Question, option_words
+from sidactl.commands.files import fetched_file
+from sidactl.commands.identity import check_unchanged, identity_in, json_name, source_identity
+from sidactl.commands.question import Question, answer_or_work, answered, called_so, named, option_words, tell_old
+from sidactl.commands.vae import vae_digest, vae_label
+from sidactl.commands.words import OnCount, not_prepared, part_of
 from sidactl.errors import SidaError
 from sidactl.foreign import download, http
 from sidactl.store import Artifact, Store
@@ -18,11 +22,6 @@ from sidactl.store import Artifact, Store
 if TYPE_CHECKING:
     from sidactl.data.prepare import Encoder
     from sidactl.data.unfinished import PreparedDataset
-from sidactl.commands.files import fetched_file
-from sidactl.commands.identity import check_unchanged, identity_in, json_name, source_identity
-from sidactl.commands.question import answer_or_work, answered, called_so, named, tell_old
-from sidactl.commands.vae import vae_digest, vae_label
-from sidactl.commands.words import OnCount, not_prepared, part_of
 
 
 def prepared_as_usual(

@@ -19,10 +19,10 @@ from sidactl.errors import SidaError
 from sidactl.foreign import download
 from sidactl.recipes import flag_of
 from sidactl.store import QUESTION, Artifact, LiveDir, Store, UnwritableError
+from sidactl.store.events import nimg_of
 
 if TYPE_CHECKING:
     pass
-from sidactl.store.events import nimg_of
 
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{10,15})-[0-9]{1,9}")
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sidactl import catalog
 from sidactl.commands.files import fetched_file
+from sidactl.commands.moments import Need, imported_statistics
 from sidactl.commands.prepare import prepare_data
 from sidactl.commands.question import answered
 from sidactl.commands.resolve import dataset_called, repaired, resolve
@@ -17,7 +18,6 @@ from sidactl.store import Artifact, Store
 
 if TYPE_CHECKING:
     pass
-from sidactl.commands.moments import Need, imported_statistics
 
 
 def find(store: Store, text: str | None, subject: Artifact, need: Need, *, recheck: bool = False) -> Artifact:

@@ -5,18 +5,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sidactl import catalog
-from sidactl.commands.inputs import Ref, ref_text, run_of
-from sidactl.errors import MissingError, SidaError
-from sidactl.recipes import NetSpec
-from sidactl.store import Artifact, Store
-
-if TYPE_CHECKING:
-    import torch
-
-    from sidactl.data.dataset import Dataset
-    from sidactl.nets import Preconditioned
-    from sidactl.training.batches import ImageSource
 from sidactl.commands.fetch import fetch_detector, fetch_teacher
+from sidactl.commands.inputs import Ref, ref_text, run_of
 from sidactl.commands.prepare_images import prepared_as_usual
 from sidactl.commands.words import (
     NET_FILES,
@@ -32,6 +22,16 @@ from sidactl.commands.words import (
     stored,
     suffix_of,
 )
+from sidactl.errors import MissingError, SidaError
+from sidactl.recipes import NetSpec
+from sidactl.store import Artifact, Store
+
+if TYPE_CHECKING:
+    import torch
+
+    from sidactl.data.dataset import Dataset
+    from sidactl.nets import Preconditioned
+    from sidactl.training.batches import ImageSource
 
 
 def resolve(

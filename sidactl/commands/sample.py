@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
+from sidactl.commands.evaluation import num_previewed
 from sidactl.commands.features import images_per_batch
 from sidactl.commands.inputs import Count, Ref, Seeds, count_of, optional_ref, ref_text, run_of, seeds_of, whole
 from sidactl.commands.question import answered, named, rank0_first, shared_answer, tell_old
@@ -32,8 +33,6 @@ from sidactl.store import Artifact, Store
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-from sidactl.commands.evaluation import num_previewed
 
 
 @dataclass(frozen=True)

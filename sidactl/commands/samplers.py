@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from sidactl.commands.scores import HEUN_FIELDS
 from sidactl.commands.words import mapping
 from sidactl.errors import SidaError
 from sidactl.recipes import HeunSpec, OneStepSpec, flag_of
@@ -11,7 +12,6 @@ from sidactl.store import Artifact
 
 if TYPE_CHECKING:
     pass
-from sidactl.commands.scores import HEUN_FIELDS
 
 
 def sampler_of(subject: Artifact) -> OneStepSpec | HeunSpec:

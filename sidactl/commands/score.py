@@ -14,6 +14,10 @@ from sidactl.commands.inputs import Ref, ref_text
 from sidactl.commands.moments import MIN_IMAGES_PER_FEATURE, Moments
 from sidactl.commands.question import answered, answering, rank0_first, shared_answer, tell_old
 from sidactl.commands.resolve import load_dataset, load_net
+from sidactl.commands.samplers import sampler_from, sampler_of
+from sidactl.commands.score_question import ScoreQuestion, why_unkept
+from sidactl.commands.scorers import load_detector
+from sidactl.commands.scores import METRICS, Score, ScoreOptions, numbers, plain_options, score_of
 from sidactl.commands.vae import check_vae_is_there, is_of_latents, other_vae, vae_loader
 from sidactl.commands.words import NETS, mapping, part_of
 from sidactl.store import Artifact, LiveDir, Store, UnwritableError, sealed, unsealed
@@ -25,10 +29,6 @@ if TYPE_CHECKING:
 
     from sidactl.data.dataset import Dataset
     from sidactl.detectors import Detector
-from sidactl.commands.samplers import sampler_from, sampler_of
-from sidactl.commands.score_question import ScoreQuestion, why_unkept
-from sidactl.commands.scorers import load_detector
-from sidactl.commands.scores import METRICS, Score, ScoreOptions, numbers, plain_options, score_of
 
 
 def fid(ref: Ref, **options: Unpack[ScoreOptions]) -> Score:

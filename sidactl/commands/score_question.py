@@ -9,15 +9,6 @@ from sidactl.commands import moments, reference
 from sidactl.commands.inputs import seeds_of
 from sidactl.commands.question import Question, option_words
 from sidactl.commands.resolve import resolve
-from sidactl.commands.vae import vae_digest, vae_for
-from sidactl.commands.words import NETS, OnCount, require_images
-from sidactl.errors import SidaError
-from sidactl.foreign import download
-from sidactl.recipes import SamplingForm
-from sidactl.store import Artifact, Store, UnwritableError
-
-if TYPE_CHECKING:
-    pass
 from sidactl.commands.samplers import chosen_sampler, sampler_of
 from sidactl.commands.scorers import (
     applicable_metrics,
@@ -38,6 +29,15 @@ from sidactl.commands.scores import (
     plain_options,
     subset_of,
 )
+from sidactl.commands.vae import vae_digest, vae_for
+from sidactl.commands.words import NETS, OnCount, require_images
+from sidactl.errors import SidaError
+from sidactl.foreign import download
+from sidactl.recipes import SamplingForm
+from sidactl.store import Artifact, Store, UnwritableError
+
+if TYPE_CHECKING:
+    pass
 
 
 def why_unkept(asked: "ScoreQuestion") -> str | None:

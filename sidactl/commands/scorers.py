@@ -12,6 +12,7 @@ from sidactl.commands.fetch import fetch_detector
 from sidactl.commands.files import read_state_dict
 from sidactl.commands.identity import changed, file_digest, source_identity
 from sidactl.commands.moments import RANDOM_FEATURES, detector_name
+from sidactl.commands.scores import METRICS
 from sidactl.commands.words import NETS
 from sidactl.errors import EXIT_FAILED, MissingError, SidaError
 from sidactl.store import Artifact, Store
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     import torch
 
     from sidactl.detectors import Detector, Resize
-from sidactl.commands.scores import METRICS
 
 
 def applicable_metrics(store: Store, subject: Artifact, options: Mapping[str, Any]) -> list[str]:

@@ -21,6 +21,7 @@ from sidactl.commands.question import (
     tell_old,
 )
 from sidactl.commands.resolve import resolve
+from sidactl.commands.running import OnEvent, batches_for, check_fit, check_trainable, run_training
 from sidactl.commands.words import (
     RunDir,
     require_images,
@@ -37,7 +38,6 @@ from sidactl.store import Artifact, Store
 
 if TYPE_CHECKING:
     pass
-from sidactl.commands.running import OnEvent, batches_for, check_fit, check_trainable, run_training
 
 
 def train_teacher(

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sidactl import catalog
+from sidactl.commands.files import fetched_file
+from sidactl.commands.identity import check_unchanged, source_identity
+from sidactl.commands.question import answered, named
+from sidactl.commands.words import NETS, is_ref, mapping, means_path, plain_name
 from sidactl.errors import MissingError, SidaError
 from sidactl.foreign import download
 from sidactl.store import Artifact, Store
 
 if TYPE_CHECKING:
     pass
-from sidactl.commands.files import fetched_file
-from sidactl.commands.identity import check_unchanged, source_identity
-from sidactl.commands.question import answered, named
-from sidactl.commands.words import NETS, is_ref, mapping, means_path, plain_name
 
 
 def fetch_vae(

@@ -17,9 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sidactl.errors import SidaError
-
-if TYPE_CHECKING:
-    import torch
 from sidactl.foreign.records import (
     GLOBALS,
     OF_WEIGHTS,
@@ -34,6 +31,9 @@ from sidactl.foreign.records import (
     shown,
 )
 from sidactl.foreign.unpickler import MAX_DEPTH, MAX_VALUES, Reader
+
+if TYPE_CHECKING:
+    import torch
 
 
 def read(path: str | Path) -> dict[str, Any]:

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    pass
 from sidactl.foreign.records import (
     FORMAT_VERSION,
     MAX_DIMS,
@@ -29,6 +27,9 @@ from sidactl.foreign.records import (
     is_tensor,
     shown,
 )
+
+if TYPE_CHECKING:
+    pass
 
 # The largest published network takes 100,000 opcodes, those of its storages included, and 20,000 values 18 levels deep.
 MAX_OPCODES = 500_000
