@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
+import typer
+from typer.testing import CliRunner
 
-from sidactl import __version__, units
-from sidactl.cli import console
+from sidactl import __version__, cli, units
+from sidactl.cli import console, train
 from sidactl.data import prepare, transforms
 from sidactl.recipes import HeunSpec
 from sidactl.store import Store
@@ -770,3 +773,19 @@ def test_prepare_data_of_classes_without_images(tmp_path: Path) -> None:
         sidactl("fid", "dataset/seven", run=tmp_path / "run", check=None),
         f"images are needed, got dataset {oid[:12]} of classes alone. Give a dataset with images.",
     )
+
+
+def test_help_of_distill_has_every_option_once_under_headings_and_those_of_the_mode_alone() -> None:
+    group = typer.main.get_command(cli.app)
+    assert isinstance(group, click.Group)
+    listed = [name for names in train._HEADINGS.values() for name in names.split()]
+    assert len(listed) == len(set(listed))
+    for name, apart in (("distill", set()), ("finetune-sid2a", {"mode"})):
+        command = group.commands[name]
+        assert {parameter.name for parameter in command.params} | {"help"} == {*listed} - apart
+        shown = CliRunner().invoke(cli.app, [name, "--help"]).output
+        assert [line[:-1] for line in shown.splitlines() if line.endswith(":") and line[0] != " "] == [*train._HEADINGS]
+        assert "--lambda-adv VALUE" in shown
+    shown = CliRunner().invoke(cli.app, ["distill", "--mode", "sid", "--help"]).output
+    assert "--lambda-adv" not in shown
+    assert "--alpha VALUE" in shown

@@ -1,13 +1,16 @@
 """Commands that train: train-teacher, distill, finetune-sid2a; and bench."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import click
 import typer
+from typer.core import TyperCommand
 
 from sidactl.cli import console
 from sidactl.cli import display as cli_display
@@ -25,6 +28,7 @@ from sidactl.cli.options import (
     recipe_flags,
     ref_option,
     with_processes,
+    with_signature,
 )
 from sidactl.cli.shown import Shown, print_artifact, print_generator
 from sidactl.errors import SidaError
@@ -80,8 +84,8 @@ RunDetector = Annotated[
     typer.Option(
         "--detector",
         metavar="NAME",
-        help="what scores the run: inception, dinov2, tiny-digits, random-features or a file; the reference's own, "
-        "of a dataset of your own random-features",
+        help="what scores the run: inception, dinov2, tiny-digits, random-features or a file; by default the "
+        "reference's detector, for a dataset of your own random-features",
     ),
 ]
 
@@ -101,13 +105,41 @@ AllowUntrained = Annotated[
 ]
 
 
-@app.command("distill")
+_HEADINGS: Mapping[str, str] = {
+    "What to distill": "teacher mode generator dataset vae allow_untrained duration_nimg",
+    "Method": "alpha sigma_init tmax lambda_sid lambda_adv discriminator_scale adversarial_from_nimg joint_weight "
+    "generator_from_nimg share_fakes forced_normalization logvar",
+    "Optimisation": "batch_size num_accumulation_rounds fake_score_lr generator_lr fake_score_beta1 generator_beta1 "
+    "beta2 adam_eps clip_gradient_value ema_halflife_nimg ema_rampup_ratio stop_if_nan_steps",
+    "Data and noise": "P_mean P_std augment_p dropout seed",
+    "Evaluation and checkpoints": "reference detector no_score teacher_score evaluate_every_nimg evaluate_num "
+    "evaluate_early_nimg evaluate_labels evaluate_also patience checkpoint_every_nimg",
+    "Memory and speed": "device precision teacher_precision batch_per_device shard checkpoint_activations ema_on_cpu "
+    "channels_last compile hang_timeout",
+    "Run directory": "name run force dry_run as_json log help",
+}
+"""of `distill --help`: what its options are about"""
+
+
+class GroupedCommand(TyperCommand):
+    """A command that lists its options under headings, after `--mode sid` without those of the adversarial part."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        of_others = {field.name for field in dataclasses.fields(Adversarial)} if ctx.params.get("mode") == "sid" else ()
+        shown = {parameter.name: parameter.get_help_record(ctx) for parameter in self.get_params(ctx)}
+        for heading, names in _HEADINGS.items():
+            records = [shown.get(name) for name in names.split() if name not in of_others]
+            with formatter.section(heading):
+                formatter.write_dl([record for record in records if record])
+
+
+@app.command("distill", cls=GroupedCommand)
 @with_processes
 @recipe_flags(Recipe, Adversarial, Execution)
 def distill(
     teacher: TeacherRef,
     overrides: Mapping[str, Any],
-    mode: Annotated[str, typer.Option(help="sid, sida or sid2a")] = "sida",
+    mode: Annotated[str, typer.Option(help="sid, sida or sid2a", is_eager=True)] = "sida",
     generator: Annotated[str | None, ref_option("where sid2a starts")] = None,
     dataset: RealImages = None,
     reference: Compared = None,
@@ -141,43 +173,32 @@ def distill(
     _distill(planned, others, overrides, log, as_json, dry_run)
 
 
-@app.command("finetune-sid2a")
-@with_processes
-@recipe_flags(Recipe, Adversarial, Execution)
-def finetune_sid2a(
-    teacher: TeacherRef,
-    generator: Annotated[str, ref_option("the generator to start from, such as generator/best")],
-    overrides: Mapping[str, Any],
-    dataset: RealImages = None,
-    reference: Compared = None,
-    detector: RunDetector = None,
-    no_score: NoScore = False,
-    vae: Vae = None,
-    teacher_score: TeacherScore = None,
-    allow_untrained: AllowUntrained = False,
-    log: Log = None,
-    name: Name = None,
-    run: Run = None,
-    device: Device = None,
-    as_json: Json = False,
-    force: Force = False,
-    dry_run: DryRun = False,
-) -> None:
-    """Go on from a SiD generator; prints an oid.
+def _of_mode(mode: str, start: str, name: str, doc: str) -> Callable[..., None]:
+    """The command `distill` with this mode, which starts from a generator that must be given."""
+
+    def command(**arguments: Any) -> None:
+        distill(mode=mode, **arguments)
+
+    parameters = dict(inspect.signature(distill).parameters)
+    parameters.pop("mode")
+    generator = parameters["generator"].replace(
+        annotation=Annotated[str, ref_option(start)], default=inspect.Parameter.empty
+    )
+    command.__name__, command.__doc__ = name, doc
+    return with_signature(command, command, [*(parameters | {"generator": generator}).values()])
+
+
+app.command("finetune-sid2a", cls=GroupedCommand)(
+    _of_mode(
+        "sid2a",
+        "the generator to start from, such as generator/best",
+        "finetune_sid2a",
+        """Go on from a SiD generator; prints an oid.
 
     Example: sidactl finetune-sid2a --teacher tiny-digits --generator generator/tiny-digits-sid
-    """
-    planned: dict[str, Any] = {
-        "teacher": teacher,
-        "mode": "sid2a",
-        "generator": generator,
-        "dataset": dataset,
-        "reference": reference,
-    }
-    planned |= {"score": not no_score, "detector": detector, "allow_untrained": allow_untrained, "device": device}
-    planned |= {"vae": vae, "teacher_score": teacher_score}
-    others = {"name": name, "run": run, "force": force}
-    _distill(planned, others, overrides, log, as_json, dry_run)
+    """,
+    )
+)
 
 
 def _distill(

@@ -56,7 +56,7 @@ class Recipe(Plain):
     """half-life of the generator's exponential moving average"""
     adversarial: Adversarial | None
     generator_from_nimg: int | None = 100_000
-    """the generator is stepped once more than this many images were seen (strictly); None = from the start"""
+    """train the generator only after more than this many images; none = from the start"""
     num_accumulation_rounds: int = 1
     """micro-batches that a batch is split into; part of the method, since the adversarial losses average over one"""
     sigma_init: float = 2.5
@@ -76,7 +76,7 @@ class Recipe(Plain):
     beta2: float = 0.999
     """Adam's average of squared gradients, of both nets"""
     adam_eps: float = 1e-8
-    """1e-6 in fp16, unless another is given"""
+    """Adam's epsilon (1e-8; 1e-6 with --precision fp16)"""
     ema_rampup_ratio: float | None = 0.05
     """the EMA half-life is at most this share of the images seen; None = no ramp-up"""
     augment_p: float = 0.0
@@ -90,7 +90,7 @@ class Recipe(Plain):
     share_fakes: bool = False
     """both updates of a step take the same generated images, as Algorithm 1 prints; the published code draws twice"""
     seed: int = 0
-    """of every random number of the run"""
+    """seed of all random numbers of the run"""
     precision: Precision = "fp32"
     """type of the U-Nets' arithmetic; preconditioning, losses, weights and their updates are float32 in any case"""
     teacher_precision: Precision | None = None

@@ -40,7 +40,7 @@ class SamplingForm(Plain):
     """How the same mathematics is carried out where nets alone are at work: in sampling, and in benchmarks."""
 
     precision: Precision = "fp32"
-    """of the network's arithmetic: fp32, fp16 or bf16; tf32 is for bench alone"""
+    """number format of the network: fp32, fp16 or bf16; tf32 is for bench alone"""
     channels_last: bool = False
     """activations and weights lie in memory pixel by pixel instead of channel by channel"""
     compile: bool = False

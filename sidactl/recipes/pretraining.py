@@ -47,7 +47,7 @@ class TeacherRecipe(Plain):
     augment_p: float = 0.0
     """probability of EDM's augmentation, for nets with augmentation labels"""
     seed: int = 0
-    """of every random number of the run"""
+    """seed of all random numbers of the run"""
     stop_if_nan_steps: int = 20
     """so many updates in a row with a non-finite gradient stop the run"""
 

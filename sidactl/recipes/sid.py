@@ -14,9 +14,9 @@ class Adversarial(Plain):
     discriminator_scale: float = 1.0
     """scale of the discriminator loss; 100 in the EDM2 runs"""
     adversarial_from_nimg: int = 200_000
-    """the adversarial term counts once more than this many images were seen (strictly)"""
+    """use the adversarial terms only after more than this many images"""
     joint_weight: float = 0.5
-    """weight of both generator terms from then on (eq. 8)"""
+    """factor on both generator terms while the adversarial one is in use (eq. 8)"""
     clip_gradient_value: float | None = 1.0
     """each element of the fake score's gradient is clipped to +- this; EDM runs only, not in the paper"""
 
