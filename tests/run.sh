@@ -6,5 +6,5 @@ set -eu
 cd "$(dirname "$0")/.."
 . examples/install.sh
 install_sidactl dev
-[ $# -gt 0 ] || set -- -n 2 --dist loadfile --no-loadscope-reorder
+[ $# -gt 0 ] || set -- -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 exec python -m pytest "$@"

@@ -1,5 +1,6 @@
 """The command line: what goes to stdout, what to stderr, exit codes, and the exact text of errors."""
 
+import io
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from typer.testing import CliRunner
 
 from sidactl import __version__, cli, units
 from sidactl.cli import console, train
+from sidactl.commands import words
 from sidactl.data import prepare, transforms
 from sidactl.recipes import HeunSpec
 from sidactl.store import Store
@@ -37,6 +40,31 @@ FAST = {
 def sidactl(
     *arguments: str, run: Path | None = None, stdin: str = "", check: int | None = 0
 ) -> subprocess.CompletedProcess[str]:
+    """A command as in a process of its own, but in this one, where torch is there already; see `process`."""
+    said, told, piped = io.StringIO(), io.StringIO(), sys.stdin
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(told):
+        for name in [name for name in os.environ if name.startswith("SIDACTL_")]:
+            patch.delenv(name)
+        if run is not None:
+            patch.setenv("SIDACTL_RUN", str(run))
+        words.say_once.cache_clear()
+        sys.stdin = io.StringIO(stdin)
+        try:
+            cli.main(arguments)
+            code = 0
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        finally:
+            sys.stdin = piped
+    if check is not None:
+        assert code == check, told.getvalue()
+    return subprocess.CompletedProcess(arguments, code, said.getvalue(), told.getvalue())
+
+
+def process(
+    *arguments: str, run: Path | None = None, stdin: str = "", check: int | None = 0
+) -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SIDACTL_")} | {"OMP_NUM_THREADS": "1"}
     if run is not None:
         environment["SIDACTL_RUN"] = str(run)
@@ -103,15 +131,16 @@ def test_help_lists_every_member_of_a_closed_set() -> None:
 
 
 def test_the_bare_command_prints_its_help_line_by_line() -> None:
-    done = sidactl(check=2)
+    done = process(check=2)
     assert done.stdout == ""
-    assert done.stderr == sidactl("--help").stdout
+    assert done.stderr == process("--help").stdout
 
 
 @pytest.mark.parametrize("arguments", [["distill", "--help"], ["train-teacher", "--help"], ["bench", "--help"]])
 def test_every_option_says_what_it_is(arguments: list[str]) -> None:
     """A name that fills its line stands alone; what it is for begins on the next."""
-    lines = sidactl(*arguments).stdout.partition("Options:\n")[2].splitlines()
+    _, _, listed = re.split(r"^\w[\w ]*(:)$", sidactl(*arguments).stdout, maxsplit=1, flags=re.MULTILINE)
+    lines = listed.splitlines()
     options = [i for i, line in enumerate(lines) if line.startswith("  -")]
     silent = [lines[i] for i in options if "  " not in lines[i].strip() and not lines[i + 1].startswith("   ")]
     assert options
@@ -120,13 +149,13 @@ def test_every_option_says_what_it_is(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("arguments", [["--debug", "show", "3fa2b1"], ["show", "3fa2b1", "--debug"]])
 def test_debug_may_stand_anywhere(arguments: list[str], tmp_path: Path) -> None:
-    done = sidactl(*arguments, run=tmp_path / "run", check=2)
+    done = process(*arguments, run=tmp_path / "run", check=2)
     assert done.stderr.startswith("Traceback")
     assert done.stderr.splitlines()[-1].startswith("error: no ")
 
 
 def test_version_is_one_line() -> None:
-    assert sidactl("--version").stdout == f"{__version__}\n"
+    assert process("--version").stdout == f"{__version__}\n"
 
 
 def test_misspelt_command_gets_the_nearest_one() -> None:
@@ -371,7 +400,7 @@ def test_distill_prints_one_oid_and_people_read_stderr(distilled: tuple[Path, st
     run, oid = distilled
     assert len(oid) == 64
     assert Store.open(run).get(oid).kind == "generator"
-    again = sidactl("distill", "--teacher", "tiny-digits", "--mode", "sida", *flags(), run=run)
+    again = process("distill", "--teacher", "tiny-digits", "--mode", "sida", *flags(), run=run)
     assert again.stdout == f"{oid}\n"
     lines = again.stderr.splitlines()
     assert lines[0].startswith("answered from the run directory, asked on 20")
