@@ -48,7 +48,7 @@ def fetch(
     max_bytes: int | None = None,
     offline: bool = False,
     mirror: str | None = None,
-    say: download.Say = lambda line: None,
+    say: download.OnLine = lambda line: None,
 ) -> str:
     return download.fetch(
         url or f"{site.url}/a/net.pkl",
