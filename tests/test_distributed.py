@@ -263,9 +263,10 @@ def test_a_hang_timeout_is_seconds_up_to_a_day(given: str) -> None:
 
 def test_what_does_not_fit_the_processes_is_told_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = override(catalog.recipe_for("tiny-digits", "sida"), {"num_accumulation_rounds": 4})
-    instead_of(engine_ranks.rank_and_size, lambda: (0, 3), monkeypatch)
-    with pytest.raises(SidaError, match=r"^the 4 micro-batches of a batch must be shared evenly, got 3 processes"):
-        configure.passes_of(recipe, Execution())
+    with monkeypatch.context() as patch:
+        instead_of(engine_ranks.rank_and_size, lambda: (0, 3), patch)
+        with pytest.raises(SidaError, match=r"^the 4 micro-batches of a batch must be shared evenly, got 3 processes"):
+            configure.passes_of(recipe, Execution())
     instead_of(engine_ranks.rank_and_size, lambda: (1, 2), monkeypatch)
     assert [list(rounds) for rounds in configure.passes_of(recipe, Execution())] == [[1], [3]]
     assert [list(rounds) for rounds in configure.passes_of(recipe, Execution(batch_per_device=64))] == [[1, 3]]
