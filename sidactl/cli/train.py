@@ -356,7 +356,7 @@ def bench(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Time a training step part by part, sampling and scoring, on random weights; prints tables.
+    """Time training steps and their parts, sampling and scoring, on random weights; prints tables.
 
     Utilisation compares with the larger of a matrix product and a convolution, measured in the same run and precision.
 
