@@ -86,13 +86,17 @@ class Detector:
         return torch.cat(parts)
 
     def _features(self, images: Tensor) -> Tensor:
+        num_images = len(images)
+        if self.name in SMALL:
+            # Always as many at a time: by their number libraries choose among ways to add, whose last digits differ.
+            images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, self.images_at_once - num_images))
         features: object = self.extract(images)
         wanted = [len(images), self.num_features]
         if not _are_features(features, wanted):
             message = f"detector {self.short_identity} must give features {wanted} of {len(images)} images"
             raise SidaError(f"{message}, got {_described(features)}", "Give another --detector.")
         assert isinstance(features, Tensor)
-        return features.cpu()
+        return features[:num_images].cpu()
 
     @torch.inference_mode()
     def logits(self, features: Tensor) -> Tensor:
@@ -173,9 +177,7 @@ def load(
 
 def _digits_detector(net: DigitsClassifier, identity: str, device: torch.device) -> Detector:
     def extract(images: Tensor) -> Tensor:
-        # Always as many at a time: by their number libraries choose among ways to add, whose last digits differ.
-        pixels = _padded(images, IMAGES_AT_ONCE).to(torch.float32) / 127.5 - 1
-        return (net.raw_features(pixels) * net.feature_scale)[: len(images)]
+        return net.raw_features(images.to(torch.float32) / 127.5 - 1) * net.feature_scale
 
     def classify(features: Tensor) -> Tensor:
         return F.linear(features / net.feature_scale, net.classifier.weight)
@@ -183,21 +185,10 @@ def _digits_detector(net: DigitsClassifier, identity: str, device: torch.device)
     return Detector(BUILT_IN, 64, identity, device, extract, classify, shape=(1, 8, 8))
 
 
-def _padded(images: Tensor, least: int) -> Tensor:
-    """These images [N, C, H, W], and black ones after them up to `least`."""
-    return F.pad(images, (0, 0, 0, 0, 0, 0, 0, max(0, least - len(images))))
-
-
 def _random_detector(state_dict: Mapping[str, Tensor], identity: str, device: torch.device) -> Detector:
     net = RandomFeatures()
     net.load_state_dict(dict(state_dict))
-    net = net.to(device).eval()
-
-    def extract(images: Tensor) -> Tensor:
-        features: Tensor = net(_padded(images, IMAGES_AT_ONCE))[: len(images)]
-        return features
-
-    return Detector(RANDOM_FEATURES, net.NUM_FEATURES, identity, device, extract)
+    return Detector(RANDOM_FEATURES, net.NUM_FEATURES, identity, device, net.to(device).eval())
 
 
 def load_torchscript(path: Path | str, *, device: torch.device | str = "cpu", trust_code: bool = False) -> Detector:
