@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from sidactl import catalog
 from sidactl.commands.inputs import Count, Ref, Size, count_of, optional_ref, size_of, whole
 from sidactl.commands.prepare_images import (
+    How,
     LatentsBy,
     as_usual,
     files_made,
@@ -16,6 +18,7 @@ from sidactl.commands.prepare_images import (
     preparation,
     prepare_images,
     prepare_labels,
+    prepared_as_usual,
     results_of,
 )
 from sidactl.commands.question import (
@@ -112,10 +115,20 @@ def prepare_data(
         "subset": "by class in turn" if max_images is not None and convention is None else None,
     }
     options |= {option: value for option, value in others.items() if value}
+    how = How(
+        workers=workers,
+        name=name,
+        force=force,
+        recheck=recheck,
+        say=say,
+        tick=tick,
+        offline=offline,
+        mirror=mirror,
+    )
     if labels_only or classes is not None or (source and labels_called(source)):
         if latents or any(options.values()):
             raise SidaError("labels without images take no options of images, got some", "Leave them out.")
-        return prepare_labels(store, source, classes, name, force, recheck, say, tick, offline, mirror)
+        return prepare_labels(store, source, classes, how)
     if source is None:
         raise SidaError("a source is needed, got none", "Name a folder, an archive, or tiny-digits.")
     if latents:
@@ -134,78 +147,53 @@ def prepare_data(
                 encoder = chosen_vae(store, vae, offline=offline, mirror=mirror, recheck=force or recheck)
         load_vae = vae_loader(store, encoder, purpose="encoding latents", offline=offline, mirror=mirror)
         by = LatentsBy(vae, encoder, partial(_encoder, load_vae, device))
-        prepared = partial(
-            _prepare_latents,
-            *(store, source, options, workers, name, force, recheck, say, tick, offline, mirror, by),
-        )
-        return _with_helpers(store, by, prepared)
+        return _with_helpers(store, by, partial(_prepare_latents, store, source, options, how, by))
     source = plain_source(source)
-    usual = as_usual(source, options)
-    return prepare_images(
-        store, source, usual, workers, name, force, recheck, say, tick, offline, mirror, any_size=any_size
-    )
+    return prepare_images(store, source, as_usual(source, options), how, any_size=any_size)
 
 
-def _prepare_latents(
-    store: Store,
-    source: str,
-    options: Mapping[str, Any],
-    workers: int | None,
-    name: str | None,
-    force: bool,
-    recheck: bool,
-    say: download.OnLine | None,
-    tick: OnCount | None,
-    offline: bool,
-    mirror: str | None,
-    by: "LatentsBy",
-) -> Artifact:
+def _prepare_latents(store: Store, source: str, options: Mapping[str, Any], how: How, by: LatentsBy) -> Artifact:
     """Latents of a dataset artifact, linked with it; of any other source without its pixels, which are kept nowhere."""
     pixels = None
     if not _streams(store, source, options):
         name_of_data = source.removeprefix("dataset/")
         entry = catalog.DATASETS.get(name_of_data)
         if entry and entry.source and not store.ref("dataset", name_of_data):
-            pixels = prepare_data(
-                source, offline=offline, mirror=mirror, run=store.root, recheck=recheck, say=None, tick=tick
-            )
+            pixels = prepared_as_usual(store, source, replace(how, workers=None, name=None, force=False, say=None))
         else:
-            pixels = resolve(store, source, ["dataset"], recheck=force or recheck)
+            pixels = resolve(store, source, ["dataset"], recheck=how.force or how.recheck)
     if pixels is None:
         source = plain_source(source)
-        usual = as_usual(source, options)
-        return prepare_images(
-            store, source, usual, workers, name, force, recheck, say, tick, offline, mirror, latents=by
-        )
+        return prepare_images(store, source, as_usual(source, options), how, latents=by)
     require_pixels(pixels)
     key = store.key("prepare-data", by.params, {"dataset": pixels.oid})
-    refs = [name] if name else []
+    refs = [how.name] if how.name else []
     inputs = {"dataset": pixels.oid, **by.inputs}
     words = {**options, "latents": True, "vae": by.asked}
-    asks = preparation(source, {**options, **by.params}, words, name, inputs)
-    with answer_or_work(store, key, source, force, recheck, asks) as work:
+    asks = preparation(source, {**options, **by.params}, words, how.name, inputs)
+    with answer_or_work(store, key, source, how.force, how.recheck, asks) as work:
         if isinstance(work, Artifact):
-            tell_old(store, key, say)
-            return named(store, called_so(store, work, name), refs, say)
+            tell_old(store, key, how.say)
+            return named(store, called_so(store, work, how.name), refs, how.say)
         from sidactl.data import prepare
 
         made = prepare.prepare(
             store.path(pixels, "images.zip"),
             path := work.path / "images.zip",
             encode=by.encoder(),
-            workers=workers,
+            workers=how.workers,
             work=work.path,
-            progress=tick,
+            progress=how.tick,
             say=download.to_stderr,
         )
         params = {
-            "name": name or pixels.params["name"],
+            "name": how.name or pixels.params["name"],
             "licence": pixels.params["licence"],
             "vae": vae_label(by.vae),
         }
         results = results_of(made) | {"skipped": pixels.results["skipped"]}
         artifact = store.put("dataset", files_made(path, made), inputs=inputs, params=params, results=results)
-        return answered(store, key, artifact, "prepare-data", refs=refs, say=say)
+        return answered(store, key, artifact, "prepare-data", refs=refs, say=how.say)
 
 
 def _streams(store: Store, source: str, options: Mapping[str, Any]) -> bool:

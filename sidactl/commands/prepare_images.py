@@ -24,28 +24,27 @@ if TYPE_CHECKING:
     from sidactl.data.unfinished import PreparedDataset
 
 
-def prepared_as_usual(
-    store: Store, source: str, *, any_size: bool = False, force: bool = False, recheck: bool = False
-) -> Artifact:
-    """The dataset of a path, or of a name of the catalog, without options and without a word."""
+@dataclass(frozen=True, kw_only=True)
+class How:
+    """How a preparation is asked for; nothing of it changes a byte of the dataset."""
+
+    workers: int | None = None
+    name: str | None = None
+    force: bool = False
+    recheck: bool = False
+    say: download.OnLine | None = None
+    tick: OnCount | None = None
+    offline: bool = False
+    mirror: str | None = None
+
+
+def prepared_as_usual(store: Store, source: str, how: How, *, any_size: bool = False) -> Artifact:
+    """The dataset of a path, or of a name of the catalog, without options."""
     if labels_called(source):
-        return prepare_labels(store, source, None, None, force, recheck, None, None, False, None)
+        return prepare_labels(store, source, None, how)
     source = plain_source(source)
     usual = as_usual(source, dict.fromkeys(("preset", "transform", "resolution", "max_images")))
-    return prepare_images(
-        store,
-        source,
-        {**usual, "skip_bad": False},
-        None,
-        None,
-        force,
-        recheck,
-        None,
-        None,
-        False,
-        None,
-        any_size=any_size,
-    )
+    return prepare_images(store, source, {**usual, "skip_bad": False}, how, any_size=any_size)
 
 
 def labels_called(source: str) -> catalog.Dataset | None:
@@ -82,24 +81,18 @@ def prepare_images(
     store: Store,
     source: str,
     options: Mapping[str, Any],
-    workers: int | None,
-    name: str | None,
-    force: bool,
-    recheck: bool,
-    say: download.OnLine | None,
-    tick: OnCount | None,
-    offline: bool,
-    mirror: str | None,
+    how: How,
     *,
     any_size: bool = False,
     latents: "LatentsBy | None" = None,
 ) -> Artifact:
     """Of a source that is no artifact; latents: of its images, by this VAE."""
-    identity = source_identity(store, source, recheck=force or recheck)
+    name = how.name
+    identity = source_identity(store, source, recheck=how.force or how.recheck)
     tell_other_file(source, identity)
     question: dict[str, Any] = {"source": identity, **options, **(latents.params if latents else {})}
     key = store.key("prepare-data", question, {})
-    if any_size and (force or not store.asked(key)):  # what is fit for training is fit for scores
+    if any_size and (how.force or not store.asked(key)):  # what is fit for training is fit for scores
         key = store.key("prepare-data", question | {"any_size": True}, {})
     entry = catalog.DATASETS.get(source)
     file = entry.source if entry else None
@@ -110,11 +103,11 @@ def prepare_images(
     asks = preparation(source, question, words, name)
     if any_size:  # a score began it
         asks = dataclasses.replace(asks, words=())
-    with answer_or_work(store, key, source, force, recheck, asks) as work:
+    with answer_or_work(store, key, source, how.force, how.recheck, asks) as work:
         if isinstance(work, Artifact):
-            tell_old(store, key, say)
-            _tell_count(catalog.DATASETS.get(options["preset"] or ""), work, say)
-            return named(store, called_so(store, work, name), refs, say)
+            tell_old(store, key, how.say)
+            _tell_count(catalog.DATASETS.get(options["preset"] or ""), work, how.say)
+            return named(store, called_so(store, work, name), refs, how.say)
         from sidactl.data import prepare
 
         path = work.path / "images.zip"
@@ -123,8 +116,8 @@ def prepare_images(
         encode = latents.encoder() if latents else None
         ready: Any = nullcontext((source, None))
         if file:
-            progress = part_of(tick, f"downloading {source}", "bytes")
-            ready = fetched_file(store, file.url, source, entry, progress, offline, mirror)
+            progress = part_of(how.tick, f"downloading {source}", "bytes")
+            ready = fetched_file(store, file.url, source, entry, progress, how.offline, how.mirror)
         with ready as (readable, _):
             made = prepare.prepare(
                 readable,
@@ -132,9 +125,9 @@ def prepare_images(
                 **chosen,
                 any_size=any_size,
                 encode=encode,
-                workers=workers,
+                workers=how.workers,
                 work=work.path,
-                progress=tick,
+                progress=how.tick,
                 say=download.to_stderr,
             )
             entry = entry or catalog.DATASETS.get(options["preset"] or "")
@@ -154,7 +147,7 @@ def prepare_images(
                 "dataset", files, inputs=inputs, params={**params, **options}, results=results_of(made)
             )
             _tell_count(catalog.DATASETS.get(options["preset"] or ""), artifact, download.to_stderr)
-            return answered(store, key, artifact, "prepare-data", refs=refs, say=say)
+            return answered(store, key, artifact, "prepare-data", refs=refs, say=how.say)
 
 
 def tell_other_file(source: str, identity: Any) -> None:
@@ -223,14 +216,9 @@ def prepare_labels(
     store: Store,
     source: str | None,
     classes: int | None,
-    name: str | None,
-    force: bool,
-    recheck: bool,
-    say: download.OnLine | None,
-    tick: OnCount | None,
-    offline: bool,
-    mirror: str | None,
+    how: How,
 ) -> Artifact:
+    """Classes without images: of a dataset.json or its URL, of the catalog's entry, or so many of them, each once."""
     if (source is None) == (classes is None):
         got = "neither" if source is None else "both"
         raise SidaError(
@@ -242,12 +230,12 @@ def prepare_labels(
         plain_source(str(source))
         source = entry.source.url
     url = http.check_url(source) if source and "://" in source else None
-    identity = source_identity(store, source, recheck=force or recheck) if source else None
+    identity = source_identity(store, source, recheck=how.force or how.recheck) if source else None
     key = store.key("prepare-data", {"labels_only": identity, "classes": classes}, {})
-    refs = [*([entry.name] if entry else []), *([name] if name else [])]
-    if not force and (known := store.asked(key, whole=recheck)):
-        tell_old(store, key, say)
-        return named(store, known if entry else called_so(store, known, name), refs, say)
+    refs = [*([entry.name] if entry else []), *([how.name] if how.name else [])]
+    if not how.force and (known := store.asked(key, whole=how.recheck)):
+        tell_old(store, key, how.say)
+        return named(store, known if entry else called_so(store, known, how.name), refs, how.say)
     from sidactl.data.labels import LABEL_FILE, MAX_LABEL, LabelFile, class_counts, read_labels
 
     origin: dict[str, Any] = {}
@@ -255,8 +243,8 @@ def prepare_labels(
         ready: Any = nullcontext((Path(source), None))
         if url:
             what = entry.name if entry else url
-            progress = part_of(tick, f"downloading {what}", "bytes")
-            ready = fetched_file(store, url, what, entry, progress, offline, mirror)
+            progress = part_of(how.tick, f"downloading {what}", "bytes")
+            ready = fetched_file(store, url, what, entry, progress, how.offline, how.mirror)
         with ready as (path, sha256):
             found = read_labels(path)
         check_unchanged(store, source, identity)
@@ -279,7 +267,7 @@ def prepare_labels(
     }
     names = {"class_names": found.class_names} if found.class_names else {}
     results |= names
-    called = name or (json_name(Path(source.partition("?")[0]).name) if source else f"classes-{classes}")
+    called = how.name or (json_name(Path(source.partition("?")[0]).name) if source else f"classes-{classes}")
     params = {
         "name": entry.labels_of if entry else called,  # the dataset that a net trained on them is of
         "licence": entry.licence if entry else None,
@@ -288,4 +276,4 @@ def prepare_labels(
     document = json.dumps({"labels": list(labels.items()), **names}).encode()
     artifact = store.put("dataset", {LABEL_FILE: document}, params=params, results=results)
     _tell_count(entry, artifact, download.to_stderr)
-    return answered(store, key, artifact, "prepare-data", refs=refs, say=say)
+    return answered(store, key, artifact, "prepare-data", refs=refs, say=how.say)

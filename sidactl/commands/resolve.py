@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from sidactl import catalog
 from sidactl.commands.fetch import fetch_detector, fetch_teacher
 from sidactl.commands.inputs import Ref, ref_text, run_of
-from sidactl.commands.prepare_images import prepared_as_usual
+from sidactl.commands.prepare_images import How, prepared_as_usual
 from sidactl.commands.words import (
     NET_FILES,
     NETS,
@@ -52,7 +52,7 @@ def resolve(
         if problem := None if "://" in text or os.path.exists(text) else not_readable(store, text, kinds):
             raise problem
         if not is_net and "dataset" in kinds:
-            return prepared_as_usual(store, text, any_size=any_size, recheck=recheck)
+            return prepared_as_usual(store, text, How(recheck=recheck), any_size=any_size)
         if not nets:
             raise SidaError(f"{text} cannot be read as a {' or '.join(kinds)}", "Give an artifact or another file.")
         kind = nets[0] if len(nets) == 1 else None
@@ -78,12 +78,12 @@ def dataset_called(store: Store, name: str, *, recheck: bool = False, may_downlo
     """
     entry = catalog.DATASETS.get(name)
     if entry and entry.builtin:
-        return prepared_as_usual(store, f"dataset/{name}", recheck=recheck)
+        return prepared_as_usual(store, f"dataset/{name}", How(recheck=recheck))
     if store.ref("dataset", name):
         found = store.resolve(f"dataset/{name}", ["dataset"])
         return repaired(store, found) if recheck else found
     if entry and entry.source and may_download:
-        return prepared_as_usual(store, f"dataset/{name}", recheck=recheck)
+        return prepared_as_usual(store, f"dataset/{name}", How(recheck=recheck))
     if entry:
         raise not_prepared(entry)
     raise MissingError(
@@ -100,7 +100,7 @@ def repaired(store: Store, artifact: Artifact) -> Artifact:
     if artifact.kind == "detector":
         fetch_detector(name, run=store.root, recheck=True)
     elif artifact.kind == "dataset" and name in catalog.DATASETS and catalog.DATASETS[name].builtin:
-        prepared_as_usual(store, f"dataset/{name}", force=True)
+        prepared_as_usual(store, f"dataset/{name}", How(force=True))
     elif artifact.kind in NETS and (url or name in catalog.TEACHERS) and "dataset" not in artifact.inputs:
         fetch_teacher(str(url or name), run=store.root, force=True, is_inner=True)
     return artifact
