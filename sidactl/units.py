@@ -4,13 +4,8 @@ import math
 import re
 from collections.abc import Sequence
 from itertools import chain, pairwise
-from typing import TYPE_CHECKING
 
 from sidactl.errors import SidaError
-
-if TYPE_CHECKING:
-    pass
-
 
 _COUNT = re.compile(r"([0-9]{1,15})(?:\.([0-9]{1,15}))?([kMG]?)", re.IGNORECASE)
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,20 +43,25 @@ SHORT: dict[str, Any] = {
 @contextmanager
 def read_only(store: "Store", lock: int = 0) -> "Iterator[ExitStack]":
     """Takes the place of `Store._writing` on a file system that is mounted read-only; root may write anywhere else."""
-    from sidactl.store import telling_os_errors as _disk
+    from sidactl.store.files import telling_os_errors
 
-    with _disk(store.root, "written"):
+    with telling_os_errors(store.root, "written"):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
     yield ExitStack()
 
 
-def instead_of(function: Callable[..., Any], other: Callable[..., Any], patch: pytest.MonkeyPatch) -> None:
-    """Puts `other` in the place of one of our functions: where it is defined, and wherever we import it by name."""
+@cache
+def _import_the_package() -> None:
     import sidactl
 
     for found in pkgutil.walk_packages(sidactl.__path__, "sidactl."):
         if not found.name.endswith("__main__"):
-            importlib.import_module(found.name)  # what came in later would keep `other` for good
+            importlib.import_module(found.name)
+
+
+def instead_of(function: Callable[..., Any], other: Callable[..., Any], patch: pytest.MonkeyPatch) -> None:
+    """Puts `other` in the place of one of our functions: where it is defined, and wherever we import it by name."""
+    _import_the_package()  # what came in later would keep `other` for good
     name = function.__name__
     assert getattr(sys.modules[function.__module__], name) is function
     for module in [module for title, module in sys.modules.items() if title.startswith("sidactl.")]:

@@ -19,7 +19,6 @@ from typing import Any
 
 import pytest
 
-from sidactl import store as store_module
 from sidactl.errors import SidaError
 from sidactl.store import (
     KINDS,
@@ -34,6 +33,7 @@ from sidactl.store import (
     rehash,
 )
 from sidactl.store import artifact as store_artifact
+from sidactl.store import files as store_files
 from tests.conftest import instead_of
 
 SEE_LS = "See what there is with: sidactl ls"
@@ -343,8 +343,8 @@ def test_reading_a_missing_object_or_name_says_so(store: Store) -> None:
 def test_path_hashes_a_file_once_until_it_changes(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     artifact = store.put("run", {"a": b"hello"})
     hashed: list[Path] = []
-    hash_file = store_module.hash_file
-    instead_of(store_module.hash_file, lambda path: hashed.append(path) or hash_file(path), monkeypatch)
+    hash_file = store_files.hash_file
+    instead_of(store_files.hash_file, lambda path: hashed.append(path) or hash_file(path), monkeypatch)
     assert store.path(artifact, "a") == store.path(artifact, "a") == object_path(store, artifact.files["a"].sha256)
     assert len(hashed) == 1
     Store(store.root).path(artifact, "a")
@@ -362,8 +362,8 @@ def test_a_large_file_is_hashed_once_for_all_processes_until_it_is_touched(
     artifact = store.put("run", {"a": b"hello"})
     path = object_path(store, artifact.files["a"].sha256)
     hashed: list[Path] = []
-    hash_file = store_module.hash_file
-    instead_of(store_module.hash_file, lambda path: hashed.append(path) or hash_file(path), monkeypatch)
+    hash_file = store_files.hash_file
+    instead_of(store_files.hash_file, lambda path: hashed.append(path) or hash_file(path), monkeypatch)
     for expected in (1, 2):  # it was written a moment ago
         assert Store(store.root).path(artifact, "a") == path
         assert hashed == [path] * expected
@@ -394,7 +394,7 @@ def test_a_file_that_looks_like_a_manifest_is_none(store: Store) -> None:
 
 def test_artifacts_reads_only_the_head_of_large_objects(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     artifact = store.put("run", {"a": b"x" * (1 << 22)})
-    instead_of(store_module.hash_file, lambda path: pytest.fail(f"{path} was hashed whole"), monkeypatch)
+    instead_of(store_files.hash_file, lambda path: pytest.fail(f"{path} was hashed whole"), monkeypatch)
     assert list(store.artifacts()) == [artifact]
 
 
@@ -887,14 +887,14 @@ def test_what_cannot_be_read_is_told_and_the_rest_is_looked_at(store: Store, mon
     store.set_ref("samples", "shut", shut.oid)
     sha256 = shut.files["a"].sha256
     object_path(store, lost.files["a"].sha256).unlink()
-    hash_file = store_module.hash_file
+    hash_file = store_files.hash_file
 
     def refuse(path: Path) -> str:
         if path == object_path(store, sha256):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         return hash_file(path)
 
-    instead_of(store_module.hash_file, refuse, monkeypatch)
+    instead_of(store_files.hash_file, refuse, monkeypatch)
     found = dict(rehash(store))
     assert found[sha256] == (
         f"file a of samples {shut.oid[:12]} (samples/shut): cannot be read: Permission denied. "

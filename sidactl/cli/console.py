@@ -8,13 +8,10 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.text import visible
-
-if TYPE_CHECKING:
-    pass
 
 _BREAKS = re.compile(r"\s*[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]\s*")
 

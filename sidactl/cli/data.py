@@ -1,7 +1,7 @@
 """Commands that bring things in: fetch-teacher, prepare-data."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -12,11 +12,7 @@ from sidactl.cli.shown import named_classes, print_artifact, ticking
 from sidactl.commands import inputs
 from sidactl.errors import SidaError
 
-if TYPE_CHECKING:
-    pass
 
-
-# Getting started: teachers and datasets
 @app.command("fetch-teacher")
 def fetch_teacher(
     source: Annotated[str, typer.Argument(help="a name from ls --catalog, a URL, or a .pkl or .safetensors file")],

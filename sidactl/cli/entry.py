@@ -6,7 +6,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import click
 import typer
@@ -16,9 +16,6 @@ from typer.core import TyperGroup
 from sidactl import __version__
 from sidactl.cli import console
 from sidactl.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, SidaError
-
-if TYPE_CHECKING:
-    pass
 
 
 class RefGroup(DefaultGroup, TyperGroup):  # type: ignore[misc]  # click-default-group has no types

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -11,9 +11,6 @@ from sidactl import units
 from sidactl.cli import console
 from sidactl.cli.entry import app
 from sidactl.cli.options import DryRun, Json, Run, piped
-
-if TYPE_CHECKING:
-    pass
 
 
 @app.command()

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -26,11 +26,7 @@ from sidactl.cli.shown import (
 )
 from sidactl.errors import EXIT_FAILED, SidaError
 
-if TYPE_CHECKING:
-    pass
 
-
-# The run directory
 @app.command()
 def show(
     ref: Ref = None,

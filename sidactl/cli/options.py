@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, get_args, get_origin
+from typing import Annotated, Any, Literal, TextIO, get_args, get_origin
 
 import typer
 
@@ -21,10 +21,6 @@ from sidactl.commands import inputs
 from sidactl.engine import heartbeat
 from sidactl.errors import SidaError
 from sidactl.recipes import HeunSpec, NetSpec, Recipe, SamplingForm, TeacherRecipe, flag_of
-
-if TYPE_CHECKING:
-    pass
-
 
 Run = Annotated[
     Path | None,
@@ -152,7 +148,6 @@ def with_processes(command: Callable[..., None]) -> Callable[..., None]:
     return with_signature(with_flag, command, [*inspect.signature(command).parameters.values(), flag])
 
 
-# Training. A command's recipe flags are made from the recipe's fields, so that each is written once.
 _NOT_FLAGS: Mapping[type, set[str]] = {
     Recipe: {"teacher", "mode", "dataset", "adversarial"},
     TeacherRecipe: {"dataset", "net"},
@@ -260,7 +255,6 @@ Log = Annotated[
     typer.Option("--log", metavar="NAME", help="tensorboard or wandb, beside events.jsonl; may be given twice"),
 ]
 
-# Sampling and scores
 Steps = Annotated[int | None, typer.Option(help="number of sampling steps; the network's own if not given")]
 
 Sampler = Annotated[str | None, typer.Option(metavar="NAME", help="one-step, or heun for a teacher")]
@@ -273,7 +267,6 @@ def drawn_by(overrides: Mapping[str, Any]) -> dict[str, Any]:
     return {"setting": SamplingForm(**{n: v for n, v in overrides.items() if n in settings}), "heun": heun or None}
 
 
-# What commands share
 def parsed_count(text: str | None, flag: str, least: int = 1, what: str = "images") -> int | None:
     count = None if text is None else units.parse_count(text, flag, what)
     if count is not None and count < least:

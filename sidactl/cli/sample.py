@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -29,9 +29,6 @@ from sidactl.cli.options import (
 from sidactl.cli.shown import print_artifact, ticking
 from sidactl.errors import SidaError
 from sidactl.recipes import HeunSpec, SamplingForm
-
-if TYPE_CHECKING:
-    pass
 
 
 @app.command()

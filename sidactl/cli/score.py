@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def score_flags(command: Callable[..., "Score"]) -> Callable[..., None]:
-    """Gives a scoring command the options of all, as `options` for `scores.evaluate`; prints its score."""
+    """Gives a scoring command the options of all, as `options` for `commands.score.evaluate`; prints its score."""
 
     def shared(
         ref: Ref = None,

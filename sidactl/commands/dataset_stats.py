@@ -1,7 +1,6 @@
 """Feature statistics of a dataset as an artifact."""
 
 import os
-from typing import TYPE_CHECKING
 
 from sidactl import catalog
 from sidactl.commands import reference
@@ -14,9 +13,6 @@ from sidactl.commands.resolve import resolve
 from sidactl.commands.scorers import load_detector
 from sidactl.commands.words import OnCount, RunDir, require_images
 from sidactl.store import Artifact, Store
-
-if TYPE_CHECKING:
-    pass
 
 
 def dataset_stats(

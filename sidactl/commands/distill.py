@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sidactl import catalog
 from sidactl.commands import moments as commands_moments
@@ -63,9 +63,6 @@ from sidactl.recipes import (
     Recipe,
 )
 from sidactl.store import Artifact, LiveDir, Store
-
-if TYPE_CHECKING:
-    pass
 
 
 def distill(

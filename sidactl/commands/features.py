@@ -300,7 +300,7 @@ def stats_of(
     """Moments of all images of a dataset, and the stats artifact that holds them: computed once, by all processes.
 
     Where the run directory takes nothing there is no artifact, and the first of several processes alone has the
-    moments. recheck: as in `artifacts.resolve`.
+    moments. recheck: as in `resolve.resolve`.
     """
     import numpy as np
 

@@ -7,15 +7,12 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sidactl import catalog
 from sidactl.commands.words import suffix_of
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.store import SETTLED_NS, Store
-
-if TYPE_CHECKING:
-    pass
 
 
 def file_digest(path: Path) -> str:

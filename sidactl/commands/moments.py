@@ -147,7 +147,7 @@ def moments(
     """Mean and covariance of the reference's features by this detector; computed with `part_of(watcher)` where need be.
 
     All processes ask together; where the run directory takes nothing the first alone has those of a dataset, the others
-    None. recheck: as in `artifacts.resolve`.
+    None. recheck: as in `resolve.resolve`.
 
     Raises SidaError where statistics were made by another detector, by other weights, or with another resize.
     """

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from sidactl import catalog
 from sidactl.commands import preflight, scores
@@ -36,9 +36,6 @@ from sidactl.recipes import (
     passes_of,
 )
 from sidactl.store import Artifact, Store
-
-if TYPE_CHECKING:
-    pass
 
 TeacherScore: TypeAlias = Literal["published", "measure", "none"]
 

@@ -76,7 +76,7 @@ def check_images(data: Input) -> None:
 
 
 def find(store: Store, text: str, kinds: list[str]) -> Input:
-    """What `artifacts.resolve` would make of a word. Raises SidaError where that would, as far as can be seen."""
+    """What `resolve.resolve` would make of a word. Raises SidaError where that would, as far as can be seen."""
     groups: Mapping[str, Mapping[str, catalog.Entry]] = {
         "teacher": catalog.TEACHERS,
         "generator": {**catalog.GENERATORS, **catalog.COMPARISONS},
@@ -102,7 +102,7 @@ def find(store: Store, text: str, kinds: list[str]) -> Input:
 
 
 def dataset_called(store: Store, name: str, *, may_download: bool = True) -> Input:
-    """What `artifacts.dataset_called` would give: a network from outside names no path or URL that is read."""
+    """What `resolve.dataset_called` would give: a network from outside names no path or URL that is read."""
     entry = catalog.DATASETS.get(name)
     if entry and entry.source and not may_download and not store.ref("dataset", name):
         raise words.not_prepared(entry)
@@ -134,7 +134,7 @@ def _need_of_file(text: str, how: str, *, is_file: bool) -> Need:
 
 
 def reference(store: Store, asked: str | None, teacher: Input, data: Input | None) -> Input:
-    """What `references.of_run`, or else `references.find`, gives to score against. data: None = not there.
+    """What `reference.of_run`, or else `reference.find`, gives to score against. data: None = not there.
 
     Raises SidaError where there is nothing.
     """

@@ -13,16 +13,13 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sidactl.errors import SidaError
 from sidactl.foreign import download
 from sidactl.recipes import flag_of
 from sidactl.store import QUESTION, Artifact, LiveDir, Store, UnwritableError
 from sidactl.store.events import nimg_of
-
-if TYPE_CHECKING:
-    pass
 
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{10,15})-[0-9]{1,9}")
 

@@ -4,7 +4,7 @@ import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sidactl import catalog
 from sidactl.commands.files import fetched_file
@@ -16,16 +16,13 @@ from sidactl.commands.words import NETS, is_ref, mapping, means_path
 from sidactl.errors import MissingError, SidaError
 from sidactl.store import Artifact, Store
 
-if TYPE_CHECKING:
-    pass
-
 
 def find(store: Store, text: str | None, subject: Artifact, need: Need, *, recheck: bool = False) -> Artifact:
     """The dataset or stats artifact to score `subject` against.
 
     text: a dataset or stats artifact, a catalog name, a URL or a file; None = that of the subject's own dataset. A name
     of published statistics, also as `stats/NAME`, means them; `dataset/NAME` means the images. recheck: as in
-    `artifacts.resolve`. Raises SidaError for what has no images where those are needed.
+    `resolve.resolve`. Raises SidaError for what has no images where those are needed.
     """
     if text is None:
         return _own(store, subject, need, recheck)

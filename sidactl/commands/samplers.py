@@ -2,16 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sidactl.commands.scores import HEUN_FIELDS
 from sidactl.commands.words import mapping
 from sidactl.errors import SidaError
 from sidactl.recipes import HeunSpec, OneStepSpec, flag_of
 from sidactl.store import Artifact
-
-if TYPE_CHECKING:
-    pass
 
 
 def sampler_of(subject: Artifact) -> OneStepSpec | HeunSpec:

@@ -306,7 +306,7 @@ def _positions(asked: ScoreQuestion, dataset: "Dataset") -> "Sequence[int] | NDA
 
 
 def _against(asked: ScoreQuestion, metric: str, detector: "Detector") -> "Moments | features.Features | None":
-    """What a metric compares with: moments, features of real images, or nothing; see `references.moments`."""
+    """What a metric compares with: moments, features of real images, or nothing; see `moments.moments`."""
     need, recheck = METRICS[metric].need, asked.force
     if need is None:
         return None

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sidactl import catalog
 from sidactl.commands import moments, reference
@@ -35,9 +35,6 @@ from sidactl.errors import SidaError
 from sidactl.foreign import download
 from sidactl.recipes import SamplingForm
 from sidactl.store import Artifact, Store, UnwritableError
-
-if TYPE_CHECKING:
-    pass
 
 
 def why_unkept(asked: "ScoreQuestion") -> str | None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sidactl import catalog
 from sidactl.commands.inputs import (
@@ -35,9 +35,6 @@ from sidactl.recipes import (
     TeacherRecipe,
 )
 from sidactl.store import Artifact, Store
-
-if TYPE_CHECKING:
-    pass
 
 
 def train_teacher(

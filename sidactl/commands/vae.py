@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sidactl import catalog
 from sidactl.commands.files import fetched_file
@@ -18,9 +18,6 @@ from sidactl.commands.words import NETS, is_ref, mapping, means_path, plain_name
 from sidactl.errors import MissingError, SidaError
 from sidactl.foreign import download
 from sidactl.store import Artifact, Store
-
-if TYPE_CHECKING:
-    pass
 
 
 def fetch_vae(

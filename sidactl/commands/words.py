@@ -5,16 +5,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from sidactl import catalog
 from sidactl.errors import MissingError, SidaError
 from sidactl.foreign import download
 from sidactl.store import KINDS, Artifact, Store
-
-if TYPE_CHECKING:
-    pass
-
 
 OnCount = Callable[[int, int], None]
 """called with (images done, images in all)"""

@@ -1,4 +1,4 @@
-"""Making dataset zips in the EDM layout: presets, transforms, and the writing; data.py reads them back."""
+"""Making dataset zips in the EDM layout: presets, transforms, and the writing; dataset.py reads them back."""
 
 import itertools
 import os

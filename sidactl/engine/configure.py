@@ -19,7 +19,7 @@ from sidactl.recipes import passes_of as rounds_of
 
 
 def passes_of(recipe: Recipe, execution: Execution) -> list[Sequence[int]]:
-    """The accumulation rounds of this process, in groups that go through the nets at once; see `recipe.passes_of`."""
+    """The accumulation rounds of this process, in groups that go through the nets at once; see `recipes.passes_of`."""
     return rounds_of(recipe, execution, *rank_and_size())
 
 

@@ -6,7 +6,7 @@ import pickle  # for the names of the opcodes alone
 import pickletools
 import struct
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -27,9 +27,6 @@ from sidactl.foreign.records import (
     is_tensor,
     shown,
 )
-
-if TYPE_CHECKING:
-    pass
 
 # The largest published network takes 100,000 opcodes, those of its storages included, and 20,000 values 18 levels deep.
 MAX_OPCODES = 500_000

@@ -2,7 +2,7 @@
 
 from sidactl.store.artifact import KINDS, Artifact, BrokenError, canonical_json, digest
 from sidactl.store.collect import COLLECTED, GcReport, collect_garbage, rehash
-from sidactl.store.files import FileEntry, UnwritableError, hash_file, sealed, telling_os_errors, unsealed
+from sidactl.store.files import FileEntry, UnwritableError, sealed, unsealed
 from sidactl.store.live import QUESTION, LiveDir
 from sidactl.store.objects import SETTLED_NS, Store
 
@@ -21,9 +21,7 @@ __all__ = [
     "canonical_json",
     "collect_garbage",
     "digest",
-    "hash_file",
     "rehash",
     "sealed",
-    "telling_os_errors",
     "unsealed",
 ]

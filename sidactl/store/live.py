@@ -17,7 +17,7 @@ from sidactl.store.files import Data, append, flush, place, telling_os_errors, w
 _LIVE_NAME = re.compile(rf"(?!lock$){PART}")
 
 QUESTION = "question.json"
-"""the file in a live directory that says in words what is worked on; see live.py"""
+"""the file in a live directory that says in words what is worked on; see commands/question.py"""
 
 _LOOKS_SEC = (0.02, 0.05, 0.1)
 
