@@ -12,8 +12,8 @@ from torch import Tensor
 
 import sidactl
 from sidactl import detectors
-from sidactl.commands import dataset_stats, features, moments
-from sidactl.commands import question as commands_question
+from sidactl.commands import dataset_stats, features, moments, tasks
+from sidactl.commands.question import Question
 from sidactl.engine import ranks
 from sidactl.errors import SidaError
 from sidactl.store import Artifact, LiveDir, Store, UnwritableError, rehash, sealed, unsealed
@@ -148,14 +148,14 @@ def test_a_score_goes_on_where_it_was_interrupted(
         interrupt_after(references_batches + 4, patch)  # one batch into the second trial
         with pytest.raises(KeyboardInterrupt):
             sidactl.fid("tiny-digits", **options)
-    (unfinished,) = commands_question.unfinished(net_of_digits)
+    (unfinished,) = tasks.unfinished(net_of_digits)
     assert unfinished.nimg == 56
     expected = "sidactl fid tiny-digits --ref dataset/tiny-digits --num 40 --trials 2 --steps 2"
     assert unfinished.go_on() == expected
     capfd.readouterr()
     again = sidactl.fid("tiny-digits", **options)
     assert capfd.readouterr().err.splitlines() == ["going on after 56 images, which were measured before"]
-    assert commands_question.unfinished(net_of_digits) == []
+    assert tasks.unfinished(net_of_digits) == []
     assert sidactl.fid("tiny-digits", **options, force=True) == again
 
 
@@ -199,29 +199,30 @@ def test_features_of_a_reference_go_on_and_answer_the_next_score(
         assert done[0] == (1000, 1797)
         with forbidden(ranks.gather_in_order):
             ask(net_of_digits, data, detector)
-    assert commands_question.unfinished(net_of_digits) == []
+    assert tasks.unfinished(net_of_digits) == []
 
 
 def test_of_two_processes_that_ask_the_same_the_second_waits_and_has_the_answer(
     net_of_digits: Store, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    key, question = "ab" * 32, commands_question.Question(command="fid", subject="tiny-digits", words=[], params={})
+    task = tasks.Task("fid", "tiny-digits", [], {})
+    question = Question(store=net_of_digits, command="score", params={}, task=task)
     made = net_of_digits.resolve("teacher/tiny-digits")
     begun, found = threading.Event(), list[object]()
 
     def second() -> None:
         begun.wait()
-        with commands_question.answering(net_of_digits, key, question) as place:
+        with question.known_or_working_together() as place:
             found.append(place)
 
     other = threading.Thread(target=second)
     other.start()
-    with commands_question.answering(net_of_digits, key, question) as place:
+    with question.known_or_working_together() as place:
         assert isinstance(place, LiveDir)
         begun.set()
         while "waiting for another process" not in (told := capfd.readouterr().err):
             assert not told
-        commands_question.answered(net_of_digits, key, made, "score")
+        question.record(made)
     other.join()
     assert isinstance(found[0], Artifact)
     assert found[0].oid == made.oid

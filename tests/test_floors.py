@@ -9,13 +9,14 @@ from sidactl.commands import resolve, score, words
 from tests.conftest import Forbid
 
 PACKAGE = Path(__file__).parents[1] / "sidactl"
-STANDARD_LIBRARY_ONLY = ["errors", "text", "units", "scopes", "store", "recipes", "catalog"]
+STANDARD_LIBRARY_ONLY = ["errors", "text", "units", "scopes", "launch", "store", "recipes", "catalog"]
 # Folders, and the files that lie beside them, from the ground up: each imports from itself and from those before it.
 ORDER = [
     "errors",
     "text",
     "units",
     "scopes",
+    "launch",
     "store",
     "recipes",
     "catalog",

@@ -14,8 +14,7 @@ import pytest
 
 import sidactl
 from sidactl import cli
-from sidactl.commands import inventory
-from sidactl.commands import question as commands_question
+from sidactl.commands import inventory, tasks
 from sidactl.errors import SidaError
 from sidactl.recipes import Adversarial, Recipe
 from sidactl.store import QUESTION, Store, collect_garbage
@@ -220,8 +219,8 @@ def test_an_unfinished_preparation_is_listed_with_its_options(tmp_path: Path) ->
     with pytest.raises(KeyboardInterrupt):
         sidactl.prepare_data(str(source), resolution=(8, 8), transform="center-crop", name="mine", run=root, tick=tick)
     (each,) = inventory.unfinished(run=root)
-    assert each.question
-    assert (each.question.title, each.nimg) == (f"prepare-data {source}", 3)
+    assert each.task
+    assert (each.task.title, each.nimg) == (f"prepare-data {source}", 3)
     command = each.go_on()
     assert command
     words = shlex.split(command)[1:]
@@ -259,8 +258,8 @@ def test_an_unfinished_teacher_is_listed_with_its_options(fresh_run: Path) -> No
         )
     assert "1,797 images of 8x8x1, 10 classes" in told
     (each,) = inventory.unfinished(run=fresh_run)
-    assert each.question
-    assert each.question.title == "train-teacher tiny-digits"
+    assert each.task
+    assert each.task.title == "train-teacher tiny-digits"
     assert (each.nimg, each.total_nimg, each.checkpoint_nimg) == (64, 96, 64)
     assert each.go_on() == ("sidactl train-teacher tiny-digits --name mine --duration 96 --batch-size 32 --dropout 0.1")
 
@@ -276,10 +275,10 @@ def test_a_forced_repetition_is_listed_with_force(run: Path, finished: Finished)
 
 def test_work_that_has_left_nothing_to_go_on_from_leaves_no_directory(tmp_path: Path) -> None:
     store = Store.open(tmp_path)
-    question = commands_question.Question(command="distill", subject="a b", words=["distill"], params={})
+    task = tasks.Task("distill", "a b", ["distill"], {})
     for name, left in ((None, []), ("batch-per-device.json", ["key"])):
         with store.live("key") as place:
-            assert commands_question.begin(store, place, question) == []
+            assert tasks.begin(store, place, task) == []
             if name:
                 place.write(name, b"{}")
         assert os.listdir(tmp_path / "live") == left
@@ -287,7 +286,7 @@ def test_work_that_has_left_nothing_to_go_on_from_leaves_no_directory(tmp_path: 
 
 def test_options_in_python_become_the_words_of_the_command() -> None:
     options: dict[str, Any] = {"name": None, "no_score": False, "allow_untrained": True, "dataset": "a b"}
-    assert commands_question.option_words(options) == ["--allow-untrained", "--dataset", "a b"]
+    assert tasks.option_words(options) == ["--allow-untrained", "--dataset", "a b"]
     fields: dict[str, Any] = {
         "duration_nimg": 200_000,
         "generator_from_nimg": None,
@@ -296,7 +295,7 @@ def test_options_in_python_become_the_words_of_the_command() -> None:
         "clip_gradient_value": None,
         "P_mean": -0.4,
     }
-    words = commands_question.option_words(fields, Recipe, Adversarial)
+    words = tasks.option_words(fields, Recipe, Adversarial)
     assert " ".join(words) == (
         "--duration 200000 --generator-from none --share-fakes --logvar false --clip-gradient-value none --p-mean -0.4"
     )

@@ -894,7 +894,7 @@ def test_the_question_of_the_default_recipe_is_what_it_was(finished: Finished) -
     asked_for = assemble.assembled(store, execution=Execution(), device=None, recheck=False, **options, **more)
     oids = {role: refs(finished.root)[f"{role}/tiny-digits"] for role in ("teacher", "dataset")}
     recipe = catalog.TEACHERS["tiny-digits"].recipes["sida"].to_json()
-    assert asked_for.keys(store)["best"] == store.key("distill", {"recipe": recipe, "which": "best"}, oids)
+    assert asked_for.questions(store)["best"].key == store.key("distill", {"recipe": recipe, "which": "best"}, oids)
 
 
 def test_without_scores_the_last_generator_is_the_result_and_nothing_is_needed_for_them(

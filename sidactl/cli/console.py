@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import TextIO
 
+from sidactl import launch
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.text import visible
 
@@ -88,7 +89,7 @@ def warn(message: str) -> None:
 
 def fail(error: SidaError) -> int:
     """Tells the error in one line on stderr and returns the exit code it asks for; any of several processes does."""
-    who = "" if speaks() else f"process {os.environ['RANK']}: "
+    who = "" if launch.is_rank0() else f"process {os.environ['RANK']}: "
     print_lines(sys.stderr, folded(f"{who}error: {error}"))
     return error.exit_code
 
@@ -107,18 +108,13 @@ def folded(text: str) -> str:
     return visible(_BREAKS.sub(" ", text).strip())
 
 
-def speaks() -> bool:
-    """Of the processes that torchrun starts the first one alone speaks."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def is_terminal(file: TextIO) -> bool:
     """Whether displays can be drawn; NO_COLOR does not matter here, rich draws without colours then."""
-    return speaks() and file.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
+    return launch.is_rank0() and file.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
 
 
 def _write(file: TextIO, text: str) -> None:
-    if speaks():
+    if launch.is_rank0():
         print_lines(file, text)
 
 

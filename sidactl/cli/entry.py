@@ -1,7 +1,6 @@
 """The sidactl command: its group, its entry, its exit codes. stdout is data, stderr is for people."""
 
 import difflib
-import os
 import signal
 import sys
 import traceback
@@ -13,7 +12,7 @@ import typer
 from click_default_group import DefaultGroup
 from typer.core import TyperGroup
 
-from sidactl import __version__
+from sidactl import __version__, launch
 from sidactl.cli import console
 from sidactl.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, SidaError
 
@@ -74,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     handler = signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGTERM, handler if callable(handler) else signal.default_int_handler)
     try:
-        check_processes()
+        launch.check()
         code = app(given, standalone_mode=False, prog_name="sidactl") or 0
         if code == EXIT_INTERRUPTED:
             raise KeyboardInterrupt  # typer had made a mere number of it
@@ -98,26 +97,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         code = console.fail(explained(error))
     sys.exit(code)
-
-
-def check_processes() -> None:
-    """Raises SidaError where torchrun's variables are there in part or do not fit: some process would be silent."""
-    names = ("RANK", "WORLD_SIZE")
-    if there := [name for name in names if name in os.environ]:
-        if len(there) < len(names):
-            (missing,) = set(names) - set(there)
-            raise SidaError(f"{there[0]} is set, {missing} is not", f"Start it with torchrun, or unset {there[0]}.")
-        rank, size = (os.environ[name] for name in names)
-        if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
-            raise SidaError(
-                f"RANK must be a number from 0 to WORLD_SIZE - 1, got RANK={rank} and WORLD_SIZE={size}",
-                "Start it with torchrun, or unset both.",
-            )
-        if int(size) > 1 and "MASTER_ADDR" not in os.environ:
-            raise SidaError(
-                f"WORLD_SIZE is {size}, but MASTER_ADDR, where the processes meet, is not set",
-                "Start it with torchrun, or unset RANK and WORLD_SIZE.",
-            )
 
 
 def explained(error: Exception) -> SidaError:

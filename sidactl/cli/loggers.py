@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sidactl import launch
 from sidactl.errors import SidaError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def watching(names: Sequence[str], then: OnEvent) -> Iterator[OnEvent]:
         def watch(event: "Event") -> None:
             nonlocal facts
             then(event)
-            if os.environ.get("RANK", "0") != "0":
+            if not launch.is_rank0():
                 return
             if event.kind == "started":
                 facts = event.values

@@ -111,8 +111,8 @@ def _print_unfinished(run: Path | None, as_json: bool) -> None:
             [
                 {
                     "key": each.key,
-                    "command": each.question and each.question.command,
-                    "title": each.question and each.question.title,
+                    "command": each.task and each.task.command,
+                    "title": each.task and each.task.title,
                     "nimg": each.nimg,
                     "total_nimg": each.total_nimg,
                     "checkpoint_nimg": each.checkpoint_nimg,
@@ -129,7 +129,7 @@ def _print_unfinished(run: Path | None, as_json: bool) -> None:
     rows = [
         [
             each.key[:12],
-            each.question.title if each.question else "unknown, of an older version",
+            each.task.title if each.task else "unknown, of an older version",
             images_text(each.nimg, each.total_nimg),
             None if each.checkpoint_nimg is None else f"{each.checkpoint_nimg:,}",
             units.format_bytes(each.size_bytes),

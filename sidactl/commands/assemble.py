@@ -11,11 +11,10 @@ from sidactl.commands import reference as commands_reference
 from sidactl.commands.identity import source_identity
 from sidactl.commands.plan import Plan, check_generator, is_foreign, needs_reference, of_other_vae, plan
 from sidactl.commands.prepare import prepare_data
-from sidactl.commands.question import (
-    Question,
-)
+from sidactl.commands.question import Question
 from sidactl.commands.resolve import dataset_called, resolve
 from sidactl.commands.running import check_fit, check_trainable
+from sidactl.commands.tasks import Task
 from sidactl.commands.vae import (
     vae_digest,
     vae_for,
@@ -62,25 +61,26 @@ class Assembled:
         apart = {name: getattr(self.default, name) for name in ("checkpoint_every_nimg", "stop_if_nan_steps")}
         return dataclasses.replace(self.recipe, **apart).to_json()
 
-    def keys(self, store: Store) -> dict[str, str]:
-        """The questions that the best and the last generator answer; what shapes neither is no part of them."""
-        recipe = self._recipe_of_keys()
-        oids = {role: artifact.oid for role, artifact in self.inputs.items()}
+    def questions(self, store: Store, words: Sequence[str] = (), **how: Any) -> dict[str, Question]:
+        """The questions that the best and the last generator answer; what shapes neither is no part of them.
+
+        words: the command that goes on. how: `force` and `say`, as in `Question`.
+        """
+        recipe, inputs = self._recipe_of_keys(), self.inputs
+        shown = {**recipe, **({"no_score": True} if "scored" in self.settings else self.settings)}
+        oids = {role: artifact.oid for role, artifact in inputs.items()}
+        task = Task("distill", f"{self.recipe.teacher} {self.recipe.mode}", words, shown, oids)
         return {
-            which: store.key("distill", {"recipe": recipe, "which": which, **self.settings}, oids)
+            which: Question(
+                store=store,
+                command="distill",
+                params={"recipe": recipe, "which": which, **self.settings},
+                inputs=inputs,
+                task=task,
+                **how,
+            )
             for which in ("best", "last")
         }
-
-    def question(self, words: Sequence[str]) -> Question:
-        """What the keys stand for, in words and numbers."""
-        settings = {"no_score": True} if "scored" in self.settings else self.settings
-        return Question(
-            command="distill",
-            subject=f"{self.recipe.teacher} {self.recipe.mode}",
-            words=words,
-            params={**self._recipe_of_keys(), **settings},
-            inputs={role: artifact.oid for role, artifact in self.inputs.items()},
-        )
 
 
 def assembled(

@@ -8,7 +8,7 @@ from sidactl.commands.features import stats_of
 from sidactl.commands.fetch import fetch_detector
 from sidactl.commands.inputs import Ref, optional_ref, ref_text, run_of
 from sidactl.commands.moments import detector_name
-from sidactl.commands.question import named, rank0_first
+from sidactl.commands.question import name_artifact, rank0_first
 from sidactl.commands.resolve import resolve
 from sidactl.commands.scorers import load_detector
 from sidactl.commands.words import OnCount, RunDir, require_images
@@ -43,4 +43,4 @@ def dataset_stats(
     store.check_writable()
     _, made = stats_of(store, data, chosen, tick, recheck=force)
     assert made
-    return named(store, made, [f"{name}-{chosen.name}" for name in names])
+    return name_artifact(store, made, [f"{name}-{chosen.name}" for name in names])

@@ -29,21 +29,13 @@ from sidactl.commands.inputs import (
 )
 from sidactl.commands.moments import detector_name
 from sidactl.commands.plan import TeacherScore, not_published, published_score
-from sidactl.commands.question import (
-    Question,
-    answered,
-    asked,
-    at_work,
-    named,
-    option_words,
-    rank0_first,
-    tell_old,
-)
+from sidactl.commands.question import Question, name_artifact, rank0_first
 from sidactl.commands.resolve import load_net
 from sidactl.commands.running import OnEvent, batches_for, run_training
 from sidactl.commands.samplers import sampler_of
 from sidactl.commands.scorers import load_detector
 from sidactl.commands.scores import METRICS, detector_label, distance_name
+from sidactl.commands.tasks import option_words
 from sidactl.commands.vae import (
     vae_label,
     vae_loader,
@@ -144,30 +136,28 @@ def distill(
             device=device,
             recheck=force,
         )
-        keys = asked_for.keys(store)
-        is_known = not force and asked(store, keys["best"]) is not None
-    if is_known:
-        tell_old(store, keys["best"], say)
-    else:
         words = ["distill", *option_words({"teacher": teacher, "mode": mode, "generator": generator})]
         words += option_words({"dataset": dataset, "ref": reference, "detector": detector, "vae": vae, "name": name})
         words += option_words(
             {"no_score": not score, "teacher_score": teacher_score, "allow_untrained": allow_untrained}
         )
         words += option_words(recipe_overrides, Recipe, Adversarial)
-        with _together(store, keys["best"], asked_for.question(words)) as live:
-            _distill(store, live, keys, asked_for, device, watch, teacher_score=teacher_score, force=force, say=say)
+        questions = asked_for.questions(store, words, force=force, say=say)
+        known = questions["best"].known()
+    if not known:
+        with _together(questions["best"]) as live:
+            _distill(live, questions, asked_for, device, watch, teacher_score=teacher_score, force=force, say=say)
     with rank0_first():
-        found = store.asked(keys["best"])
+        found = known or questions["best"].answer()
         assert found
-        return named(store, found, [name] if name else [], say)
+        return name_artifact(store, found, [name] if name else [], say)
 
 
 def _name_generators(store: Store, made: Mapping[str, Artifact], data: Artifact, say: download.OnLine) -> None:
     """Gives a finished run its names; see `distill` for which of them move."""
     new, recipe = made["best"], mapping(made["best"].params["recipe"])
-    named(store, made["last"], ["last"])
-    named(store, new, ["latest", f"{recipe['teacher']}-{recipe['mode']}".replace("/", "-")])
+    name_artifact(store, made["last"], ["last"])
+    name_artifact(store, new, ["latest", f"{recipe['teacher']}-{recipe['mode']}".replace("/", "-")])
     detector = new.results["detector"]
     of_dataset = f"best-{plain_name(str(new.params['dataset']))}"
     of_dataset += "" if detector in (None, detector_name(data)) else f"-{plain_name(str(detector))}"
@@ -178,7 +168,7 @@ def _name_generators(store: Store, made: Mapping[str, Artifact], data: Artifact,
             old = new
         verdict = _is_better(new, old)
         if old.oid == new.oid or verdict:
-            named(store, new, [name])
+            name_artifact(store, new, [name])
         elif name == "best" and verdict is None:
             say(
                 f"generator/best stays {old.oid[:12]} ({old.params['name']}, of {old.params['dataset']}), which does "
@@ -215,7 +205,7 @@ def _told_score(generator: Artifact) -> str:
 
 
 @contextmanager
-def _together(store: Store, key: str, question: Question) -> Iterator[LiveDir]:
+def _together(question: Question) -> Iterator[LiveDir]:
     """The live directory of a question that several processes work on; the first one holds and fills it."""
     from sidactl.engine import ranks
 
@@ -223,15 +213,14 @@ def _together(store: Store, key: str, question: Question) -> Iterator[LiveDir]:
         place = Path(ranks.receive())
         yield LiveDir(place, is_writer=False)
         return
-    with at_work(store, key, question) as live:
+    with question.working() as live:
         ranks.broadcast_from_rank0(lambda: str(live.path))
         yield live
 
 
 def _distill(
-    store: Store,
     live: LiveDir,
-    keys: Mapping[str, str],
+    questions: Mapping[str, Question],
     wanted: Assembled,
     device: str | None,
     watch: OnEvent | None,
@@ -248,6 +237,7 @@ def _distill(
     from sidactl.foreign import networks
     from sidactl.training import distillation, loop, state
 
+    store = questions["best"].store
     recipe, execution, inputs, compared = wanted.recipe, wanted.execution, wanted.inputs, wanted.compared
     chosen_device = devices.pick_device(device)
     configure.passes_of(recipe, execution)  # what does not fit is told before anything is loaded
@@ -370,7 +360,7 @@ def _distill(
         if is_first and not is_teacher_scored(store, wanted):  # hours may pass, and the generator is wanted before
             keep(None)
             for which, ref in (("last", "last"), ("best", "latest")):
-                named(store, made[which], [ref])
+                name_artifact(store, made[which], [ref])
             (say or (lambda line: None))("generator/latest is there already; scoring the teacher goes on")
         measured = score_teacher(store, wanted, device, watch, force)
         if is_first:
@@ -389,7 +379,7 @@ def _distill(
     _name_generators(store, made, data, say or (lambda line: None))
     # The best comes last: once it is there, the question is answered.
     for which, artifact in made.items():
-        answered(store, keys[which], artifact, "distill")
+        questions[which].record(artifact)
 
 
 def finetune_sid2a(*, teacher: Ref, generator: Ref, **options: Any) -> Artifact:

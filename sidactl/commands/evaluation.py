@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sidactl import catalog
+from sidactl import catalog, launch
 from sidactl.commands import moments, preflight, scores
 from sidactl.commands.assemble import Assembled
-from sidactl.commands.question import is_single_process
 from sidactl.commands.running import OnEvent
 from sidactl.commands.samplers import sampler_of
 from sidactl.commands.score import fid
@@ -170,7 +169,7 @@ def score_teacher(
                 raise
             return fid(teacher.oid, **(options | {"force": True})).value
     except (SidaError, RuntimeError, MemoryError) as error:
-        if not is_single_process():  # the others wait for this process
+        if launch.world_size() > 1:  # the others wait for this process
             raise
         reason = error.message if isinstance(error, SidaError) else (str(error).splitlines() or [repr(error)])[0]
         tell(f"the teacher could not be scored ({reason}); the generator is kept without that comparison", "warning")

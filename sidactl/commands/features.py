@@ -10,8 +10,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sidactl.commands.question import Question, answered, answering, on_every_rank
+from sidactl.commands.question import Question, on_every_rank
 from sidactl.commands.resolve import load_dataset
+from sidactl.commands.tasks import Task
 from sidactl.commands.words import OnCount
 from sidactl.errors import SidaError
 from sidactl.foreign import download
@@ -307,8 +308,8 @@ def stats_of(
     from sidactl.engine import ranks
 
     params: dict[str, Any] = {"detector": detector.identity}
-    key = store.key("stats", params, {"dataset": data.oid})
-    with answering(store, key, _question("moments", data, detector, params), recheck=recheck) as place:
+    question = _question(store, "stats", "dataset", data, detector, params, recheck)
+    with question.known_or_working_together() as place:
         if isinstance(place, Artifact):
             return read_stats(store, place), place
         dataset = load_dataset(store, data)
@@ -320,7 +321,7 @@ def stats_of(
             files = {"stats.npz": buffer.getvalue()}
             with suppress(UnwritableError):  # whoever asks is told by what becomes of the score
                 kept = store.put("stats", files, inputs={"dataset": data.oid}, params=params)
-                answered(store, key, kept, "stats")
+                question.record(kept)
         kept = on_every_rank(store, kept)
         return (read_stats(store, kept) if kept else stats), kept
 
@@ -347,8 +348,8 @@ def real_features(
     from sidactl.data.dataset import drawn_subset
 
     params: dict[str, Any] = {"detector": detector.identity, "at_most": MAX_REAL_IMAGES}
-    key = store.key("features", params, {"subject": data.oid})
-    with answering(store, key, _question("features", data, detector, params), recheck=recheck) as place:
+    question = _question(store, "features", "subject", data, detector, params, recheck)
+    with question.known_or_working_together() as place:
         name = detector.name
         if isinstance(place, Artifact) and (known := read(store, {name: place})) is not None:
             return known.get(name)
@@ -360,13 +361,22 @@ def real_features(
         live = None if isinstance(place, Artifact) else place
         found = collect(work, live, tick=out_of(tick, len(chosen))).features.get(name)
         if found:
-            keep(store, key, data, params, found)
+            keep(question, found)
         return found
 
 
-def _question(what: str, data: Artifact, detector: "Detector", params: Mapping[str, Any]) -> Question:
-    subject = f"of {data.params.get('name') or data.oid[:12]} by {detector.name}"
-    return Question(command=what, subject=subject, words=[], params=params, inputs={"dataset": data.oid})
+def _question(
+    store: Store,
+    command: str,
+    role: str,
+    data: Artifact,
+    detector: "Detector",
+    params: Mapping[str, Any],
+    recheck: bool,
+) -> Question:
+    title = f"of {data.params.get('name') or data.oid[:12]} by {detector.name}"
+    task = Task("moments" if command == "stats" else command, title, [], params, {"dataset": data.oid})
+    return Question(store=store, command=command, params=params, inputs={role: data}, recheck=recheck, task=task)
 
 
 def out_of(tick: OnCount | None, total: int) -> Callable[[int], None] | None:
@@ -374,14 +384,17 @@ def out_of(tick: OnCount | None, total: int) -> Callable[[int], None] | None:
     return None if tick is None else lambda done: tick(done, total)
 
 
-def keep(store: Store, key: str, subject: Artifact, params: Mapping[str, Any], features: Features) -> None:
+def keep(question: Question, features: Features) -> None:
     """Keeps features as the answer to their question, where the run directory takes them: they only save time."""
     import safetensors.torch
 
     tensors = {"features": features.rows.contiguous(), "digests": features.digests}
     with suppress(UnwritableError):  # what becomes of the score is told
-        files = {"features.safetensors": safetensors.torch.save(tensors)}
-        answered(store, key, store.put("features", files, inputs={"subject": subject.oid}, params=params), "features")
+        files, inputs = (
+            {"features.safetensors": safetensors.torch.save(tensors)},
+            {"subject": question.inputs["subject"].oid},
+        )
+        question.record(question.store.put("features", files, inputs=inputs, params=question.params))
 
 
 def read(store: Store, artifacts: Mapping[str, Artifact | None]) -> Mapping[str, Features] | None:

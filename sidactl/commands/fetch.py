@@ -19,7 +19,7 @@ from sidactl.commands.files import (
 )
 from sidactl.commands.identity import check_unchanged, file_digest, source_identity
 from sidactl.commands.inputs import Count, Ref, count_of, ref_text
-from sidactl.commands.question import answered, called_so, named, tell_old
+from sidactl.commands.question import Question, name_artifact
 from sidactl.commands.vae import fetch_vae
 from sidactl.commands.words import NETS, NetKind, RunDir, mapping, suffix_of
 from sidactl.errors import SidaError
@@ -73,30 +73,40 @@ def fetch_teacher(
     if entry:
         _check_kind(source, _kind_of(entry), kind)
     if isinstance(entry, catalog.Teacher) and entry.asset:
-        artifact = _fetch_asset(store, entry, entry.asset, force, recheck, None if is_inner else say)
-        return named(store, artifact, [entry.name, *([name] if name else [])], say)
+        artifact = _fetch_asset(store, entry, entry.asset, force, recheck, say, is_inner)
+        return name_artifact(store, artifact, [entry.name, *([name] if name else [])], say)
     called = entry.name if entry else name or name_of_file(source)
-    refs = [called, name] if name else [called]
     suffix = suffix_of(url or source)
     what = url or source_identity(store, source, recheck=force or recheck)
     # What it was first imported as answers for the source itself, so that only a new source is downloaded.
-    first_key = store.key("fetch-teacher", {"source": what}, {})
-    key = store.key("fetch-teacher", {"source": what, "kind": kind, "dataset": dataset}, {})
-    temporary = store.root / "tmp" / f"import-{key[:16]}-{called.replace('/', '-')[:MAX_NAME]}{suffix}"
+    question = Question(
+        store=store,
+        command="fetch-teacher",
+        params={"source": what, "kind": kind, "dataset": dataset},
+        refs=[called, name] if name else [called],
+        called=None if entry else name,
+        force=force,
+        recheck=recheck,
+        say=say,
+        is_inner=is_inner,
+    )
+    first = dataclasses.replace(question, params={"source": what})
+    temporary = store.root / "tmp" / f"import-{question.key[:16]}-{called.replace('/', '-')[:MAX_NAME]}{suffix}"
 
     def known() -> Artifact | None:
-        found, first = [None if force else store.asked(k, whole=recheck) for k in (key, first_key)]
-        if (found or first) and not is_inner:
-            tell_old(store, key if found else first_key, say)
-        if found or not first or (suffix != ".pkl" and kind not in (None, first.kind)):
+        if found := question.known():
             return found
-        return answered(store, key, _as_said(store, first, kind, dataset), "fetch-teacher")
+        imported = None if force else first.answer()
+        if not imported or (suffix != ".pkl" and kind not in (None, imported.kind)):
+            return None
+        unnamed = dataclasses.replace(question, refs=[])
+        return first.named(unnamed.record(_as_said(store, imported, kind, dataset)))
 
     if found := known():
-        return named(store, found if entry else called_so(store, found, name), refs, say)
+        return found
     with download.exclusive(temporary.with_suffix(".lock"), lambda: say(f"waiting for another process: {source}")):
         if found := known():
-            return named(store, found if entry else called_so(store, found, name), refs, say)
+            return found
         try:
             path = Path(source) if url is None else temporary
             if url is None:
@@ -130,8 +140,8 @@ def fetch_teacher(
         artifact = store.put(chosen, {"model.safetensors": _weights(foreign)}, params=params)
         if url is None:
             check_unchanged(store, source, what)
-        store.answer(first_key, artifact.oid)
-        answered(store, key, artifact, "fetch-teacher", refs=refs, say=say)
+        store.answer(first.key, artifact.oid)
+        question.record(artifact)
         temporary.unlink(missing_ok=True)  # no sooner: what fails before need not download it again
         return artifact
 
@@ -269,14 +279,22 @@ def _weights(foreign: _Foreign) -> bytes:
 
 
 def _fetch_asset(
-    store: Store, entry: catalog.Teacher, asset: str, force: bool, recheck: bool, say: download.OnLine | None
+    store: Store, entry: catalog.Teacher, asset: str, force: bool, recheck: bool, say: download.OnLine, is_inner: bool
 ) -> Artifact:
-    key = store.key("fetch-teacher", {"entry": _teacher_params(entry), "asset_version": asset_digest(asset)}, {})
-    if not force and (known := store.asked(key, whole=recheck)):
-        tell_old(store, key, say)
+    question = Question(
+        store=store,
+        command="fetch-teacher",
+        params={"entry": _teacher_params(entry), "asset_version": asset_digest(asset)},
+        refs=[entry.name],
+        force=force,
+        recheck=recheck,
+        say=say,
+        is_inner=is_inner,
+    )
+    if known := question.known():
         return known
     artifact = store.put("teacher", {"model.safetensors": catalog.ASSETS / asset}, params=_teacher_params(entry))
-    return answered(store, key, artifact, "fetch-teacher", refs=[entry.name])
+    return question.record(artifact)
 
 
 def _teacher_params(entry: catalog.Teacher) -> dict[str, Any]:
@@ -306,17 +324,18 @@ def fetch_detector(
     """
     entry, store = catalog.detector(name), Store.open(run)
     source = entry.source.url if entry.source else asset_digest(entry.asset) if entry.asset else name
-    key = store.key("fetch-detector", {"source": source}, {})
-    if known := store.asked(key, whole=recheck):
-        return named(store, known, [name])
-    params: dict[str, Any] = {"name": name, "licence": entry.licence}
+    params: dict[str, Any] = {"source": source}
+    question = Question(store=store, command="fetch-detector", params=params, refs=[name], recheck=recheck)
+    if known := question.known():
+        return known
+    params = {"name": name, "licence": entry.licence}
     files: dict[str, Path | bytes]
     if entry.source is None:
         files = {"model.safetensors": catalog.ASSETS / entry.asset if entry.asset else _drawn_weights()}
-        return answered(store, key, store.put("detector", files, params=params), "fetch-detector", refs=[name])
+        return question.record(store.put("detector", files, params=params))
     with fetched_file(store, entry.source.url, name, entry, progress, offline, mirror, max_bytes) as (path, sha256):
-        if known := store.asked(key, whole=recheck):
-            return named(store, known, [name])
+        if known := question.known():
+            return known
         import safetensors.torch
 
         from sidactl import detectors
@@ -330,7 +349,7 @@ def fetch_detector(
             detectors.load(name, weights)
             files = {"model.safetensors": safetensors.torch.save(weights)}
         artifact = store.put("detector", files, params=params | {"source_url": source, "source_sha256": sha256})
-        return answered(store, key, artifact, "fetch-detector", refs=[name])
+        return question.record(artifact)
 
 
 def _drawn_weights() -> bytes:

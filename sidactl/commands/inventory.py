@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sidactl import __version__, catalog
-from sidactl.commands import question, signing
+from sidactl.commands import signing, tasks
 from sidactl.commands.inputs import Ref, ref_text, run_of
 from sidactl.commands.scores import Score, score_of
 from sidactl.commands.words import RunDir
@@ -203,9 +203,9 @@ def verify_signature(path: os.PathLike[str] | str, key: os.PathLike[str] | str) 
     signing.check(Path(path), Path(key))
 
 
-def unfinished(*, run: RunDir = None) -> list[question.Unfinished]:
+def unfinished(*, run: RunDir = None) -> list[tasks.Unfinished]:
     """Work that did not end, or goes on now: how far it has come and what goes on with it, the last touched first."""
-    return question.unfinished(Store.open(run))
+    return tasks.unfinished(Store.open(run))
 
 
 def gc(
@@ -231,7 +231,7 @@ def gc(
 
 
 def _remove_unfinished(store: Store, keys: Sequence[str], dry_run: bool) -> GcReport:
-    found = {each.key: each for each in (question.find(store, key) for key in keys)}
+    found = {each.key: each for each in (tasks.find(store, key) for key in keys)}
     for each in found.values():
         if each.is_worked_on:
             who = f" by process {each.process}" if each.process else ""

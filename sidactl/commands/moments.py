@@ -9,7 +9,7 @@ from sidactl import catalog
 from sidactl.commands import features
 from sidactl.commands.files import fetched_file
 from sidactl.commands.identity import check_unchanged, source_identity
-from sidactl.commands.question import answered, named
+from sidactl.commands.question import Question
 from sidactl.commands.words import part_of
 from sidactl.errors import SidaError
 from sidactl.store import Artifact, Store
@@ -45,9 +45,10 @@ def imported_statistics(store: Store, source: str, entry: catalog.Reference | No
     if "://" not in source and not Path(source).is_file():
         raise SidaError(f"{source}: no such file", "Check the path.")
     identity = source_identity(store, source, recheck=recheck)
-    key, refs = store.key("import-stats", {"source": identity}, {}), [entry.name] if entry else []
-    if known := store.asked(key, whole=recheck):
-        return named(store, known, refs)
+    refs, params = [entry.name] if entry else [], dict[str, Any](source=identity)
+    question = Question(store=store, command="import-stats", params=params, refs=refs, recheck=recheck)
+    if known := question.known():
+        return known
     import numpy as np
 
     from sidactl.foreign import pickles
@@ -61,7 +62,7 @@ def imported_statistics(store: Store, source: str, entry: catalog.Reference | No
             np.savez(buffer, allow_pickle=False, mu=moments.mean, sigma=moments.covariance)
             files[f"{name}.npz"] = buffer.getvalue()
         called = entry.name if entry else Path(source.partition("?")[0]).name
-        params: dict[str, Any] = {
+        params = {
             "name": called,
             "source": source,
             "source_sha256": sha256,
@@ -74,7 +75,7 @@ def imported_statistics(store: Store, source: str, entry: catalog.Reference | No
             params["num_images"] = num
         check_unchanged(store, source, identity)
         artifact = store.put("stats", files, params=params)
-        return answered(store, key, artifact, "import-stats", refs=refs)
+        return question.record(artifact)
 
 
 def _read_npz(path: Path) -> Moments:

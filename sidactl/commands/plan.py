@@ -3,14 +3,13 @@
 import dataclasses
 import json
 import math
-import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from sidactl import catalog
+from sidactl import catalog, launch
 from sidactl.commands import preflight, scores
 from sidactl.commands.files import check_has_file
 from sidactl.commands.running import check_fit, check_trainable
@@ -152,7 +151,7 @@ def plan(
     default = recipe
     recipe = dataclasses.replace(override(recipe, overrides), dataset=dataset or str(own_dataset))
     settings, notes = execution or Execution(), list[str]()
-    passes_of(recipe, settings, 0, int(os.environ.get("WORLD_SIZE", "1")))
+    passes_of(recipe, settings, 0, launch.world_size())
     warnings = recipe.unusual()
     if refusal := preflight.check_stages(recipe):
         if not allow_untrained:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
-from sidactl import catalog
+from sidactl import catalog, launch
 from sidactl.commands.inputs import Count, Ref, Size, count_of, optional_ref, size_of, whole
 from sidactl.commands.prepare_images import (
     How,
@@ -21,15 +21,7 @@ from sidactl.commands.prepare_images import (
     prepared_as_usual,
     results_of,
 )
-from sidactl.commands.question import (
-    answer_or_work,
-    answered,
-    called_so,
-    is_single_process,
-    named,
-    rank0_first,
-    tell_old,
-)
+from sidactl.commands.question import Question, rank0_first
 from sidactl.commands.resolve import resolve
 from sidactl.commands.vae import chosen_vae, vae_label, vae_loader
 from sidactl.commands.words import OnCount, RunDir, means_path, require_pixels
@@ -166,15 +158,19 @@ def _prepare_latents(store: Store, source: str, options: Mapping[str, Any], how:
         source = plain_source(source)
         return prepare_images(store, source, as_usual(source, options), how, latents=by)
     require_pixels(pixels)
-    key = store.key("prepare-data", by.params, {"dataset": pixels.oid})
-    refs = [how.name] if how.name else []
     inputs = {"dataset": pixels.oid, **by.inputs}
     words = {**options, "latents": True, "vae": by.asked}
-    asks = preparation(source, {**options, **by.params}, words, how.name, inputs)
-    with answer_or_work(store, key, source, how.force, how.recheck, asks) as work:
+    question = Question(
+        store=store,
+        command="prepare-data",
+        params=by.params,
+        inputs={"dataset": pixels},
+        task=preparation(source, {**options, **by.params}, words, how.name, inputs),
+        **how.of_question(),
+    )
+    with question.known_or_working() as work:
         if isinstance(work, Artifact):
-            tell_old(store, key, how.say)
-            return named(store, called_so(store, work, how.name), refs, how.say)
+            return work
         from sidactl.data import prepare
 
         made = prepare.prepare(
@@ -193,7 +189,7 @@ def _prepare_latents(store: Store, source: str, options: Mapping[str, Any], how:
         }
         results = results_of(made) | {"skipped": pixels.results["skipped"]}
         artifact = store.put("dataset", files_made(path, made), inputs=inputs, params=params, results=results)
-        return answered(store, key, artifact, "prepare-data", refs=refs, say=how.say)
+        return question.record(artifact)
 
 
 def _streams(store: Store, source: str, options: Mapping[str, Any]) -> bool:
@@ -218,7 +214,7 @@ def _encoder(load_vae: Callable[[], Any], device: str | None) -> "Encoder":
 
 def _with_helpers(store: Store, by: LatentsBy, make: Callable[[], Artifact]) -> Artifact:
     """What `make` gives in the first of several processes, while the others encode their share of latents for it."""
-    if is_single_process():
+    if launch.world_size() == 1:
         return make()
     from sidactl.engine import ranks
 

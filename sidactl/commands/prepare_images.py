@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from sidactl import catalog
 from sidactl.commands.files import fetched_file
 from sidactl.commands.identity import check_unchanged, identity_in, json_name, source_identity
-from sidactl.commands.question import Question, answer_or_work, answered, called_so, named, option_words, tell_old
+from sidactl.commands.question import Question
+from sidactl.commands.tasks import Task, option_words
 from sidactl.commands.vae import vae_digest, vae_label
 from sidactl.commands.words import OnCount, not_prepared, part_of
 from sidactl.errors import SidaError
@@ -36,6 +37,12 @@ class How:
     tick: OnCount | None = None
     offline: bool = False
     mirror: str | None = None
+
+    def of_question(self) -> dict[str, Any]:
+        """The fields of a `Question` that it gives."""
+        refs = [self.name] if self.name else []
+        called = {"refs": refs, "called": self.name}
+        return {**called, "force": self.force, "recheck": self.recheck, "say": self.say}
 
 
 def prepared_as_usual(store: Store, source: str, how: How, *, any_size: bool = False) -> Artifact:
@@ -90,24 +97,24 @@ def prepare_images(
     name = how.name
     identity = source_identity(store, source, recheck=how.force or how.recheck)
     tell_other_file(source, identity)
-    question: dict[str, Any] = {"source": identity, **options, **(latents.params if latents else {})}
-    key = store.key("prepare-data", question, {})
-    if any_size and (how.force or not store.asked(key)):  # what is fit for training is fit for scores
-        key = store.key("prepare-data", question | {"any_size": True}, {})
+    asked: dict[str, Any] = {"source": identity, **options, **(latents.params if latents else {})}
     entry = catalog.DATASETS.get(source)
     file = entry.source if entry else None
     if file and {option: value for option, value in options.items() if value} == {"preset": source} and not latents:
         name = name or source
     refs = [*([source] if entry and entry.builtin and not latents else []), *([name] if name else [])]
     words = {**options, "latents": True, "vae": latents.asked} if latents else options
-    asks = preparation(source, question, words, name)
+    task = preparation(source, asked, words, name)
     if any_size:  # a score began it
-        asks = dataclasses.replace(asks, words=())
-    with answer_or_work(store, key, source, how.force, how.recheck, asks) as work:
+        task = dataclasses.replace(task, words=())
+    fields = {**how.of_question(), "refs": refs, "called": name}
+    question = Question(store=store, command="prepare-data", params=asked, task=task, **fields)
+    if any_size and (how.force or not question.answer()):  # what is fit for training is fit for scores
+        question = dataclasses.replace(question, params=asked | {"any_size": True})
+    with question.known_or_working() as work:
         if isinstance(work, Artifact):
-            tell_old(store, key, how.say)
             _tell_count(catalog.DATASETS.get(options["preset"] or ""), work, how.say)
-            return named(store, called_so(store, work, name), refs, how.say)
+            return work
         from sidactl.data import prepare
 
         path = work.path / "images.zip"
@@ -147,7 +154,7 @@ def prepare_images(
                 "dataset", files, inputs=inputs, params={**params, **options}, results=results_of(made)
             )
             _tell_count(catalog.DATASETS.get(options["preset"] or ""), artifact, download.to_stderr)
-            return answered(store, key, artifact, "prepare-data", refs=refs, say=how.say)
+            return question.record(artifact)
 
 
 def tell_other_file(source: str, identity: Any) -> None:
@@ -173,11 +180,11 @@ def preparation(
     options: Mapping[str, Any],
     name: str | None,
     inputs: Mapping[str, str] | None = None,
-) -> Question:
+) -> Task:
     resolution = options.get("resolution")
     written = {**options, "resolution": resolution and "x".join(map(str, resolution)), "name": name}
     words = ["prepare-data", source, *option_words(written)]
-    return Question(command="prepare-data", subject=source, words=words, params=params, inputs=inputs or {})
+    return Task("prepare-data", source, words, params, inputs or {})
 
 
 @dataclass(frozen=True)
@@ -231,11 +238,13 @@ def prepare_labels(
         source = entry.source.url
     url = http.check_url(source) if source and "://" in source else None
     identity = source_identity(store, source, recheck=how.force or how.recheck) if source else None
-    key = store.key("prepare-data", {"labels_only": identity, "classes": classes}, {})
-    refs = [*([entry.name] if entry else []), *([how.name] if how.name else [])]
-    if not how.force and (known := store.asked(key, whole=how.recheck)):
-        tell_old(store, key, how.say)
-        return named(store, known if entry else called_so(store, known, how.name), refs, how.say)
+    fields = how.of_question()
+    if entry:
+        fields |= {"refs": [entry.name, *fields["refs"]], "called": None}
+    params: dict[str, Any] = {"labels_only": identity, "classes": classes}
+    question = Question(store=store, command="prepare-data", params=params, **fields)
+    if known := question.known():
+        return known
     from sidactl.data.labels import LABEL_FILE, MAX_LABEL, LabelFile, class_counts, read_labels
 
     origin: dict[str, Any] = {}
@@ -276,4 +285,4 @@ def prepare_labels(
     document = json.dumps({"labels": list(labels.items()), **names}).encode()
     artifact = store.put("dataset", {LABEL_FILE: document}, params=params, results=results)
     _tell_count(entry, artifact, download.to_stderr)
-    return answered(store, key, artifact, "prepare-data", refs=refs, say=how.say)
+    return question.record(artifact)

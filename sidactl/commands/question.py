@@ -1,295 +1,167 @@
-"""A question and its answer: known, worked on, gone on with, recorded; and unfinished work in live/."""
+"""What a command asks of the run directory: answered already, worked on, gone on with, recorded."""
 
-import dataclasses
-import fcntl
-import json
-import math
-import os
-import re
-import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from sidactl import launch
+from sidactl.commands.tasks import Task, begin
 from sidactl.errors import SidaError
 from sidactl.foreign import download
-from sidactl.recipes import flag_of
-from sidactl.store import QUESTION, Artifact, LiveDir, Store, UnwritableError
-from sidactl.store.events import nimg_of
-
-_CHECKPOINT = re.compile(r"checkpoint-([0-9]{10,15})-[0-9]{1,9}")
-
-_TAIL_BYTES = 1 << 16
-"""as much of events.jsonl is read for its last event"""
-
-_DIFFERENCES_TOLD = 3
-
-_TRAINING = ("distill", "train-teacher")
+from sidactl.store import Artifact, LiveDir, Store, UnwritableError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What a live directory works on, in words and numbers; its key is a digest, which says nothing."""
+    """A command, its parameters and inputs: their digest is the key under which the answer, an artifact, is kept.
 
+    The commands read alike: `if known := question.known(): return known`, then `with question.working() as live: ...`
+    and `return question.record(artifact)`.
+    """
+
+    store: Store
     command: str
-    """such as "distill" """
-    subject: str
-    """such as "tiny-digits sida"; two questions of one subject are likely to be compared by whoever asks them"""
-    words: Sequence[str]
-    """what follows `sidactl` to go on with it; none where it is part of another command"""
+    """such as "distill"; it is stored"""
     params: Mapping[str, Any]
-    inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    inputs: Mapping[str, Artifact] = field(default_factory=dict)
+    refs: Sequence[str] = ()
+    """the names that its answer gets"""
+    called: str | None = None
+    """the name that an answer has in itself; None = the one that it was made under"""
+    force: bool = False
+    recheck: bool = False
+    """read all of an answer, and take one with a damaged file for none"""
+    say: download.OnLine | None = None
+    is_inner: bool = False
+    """another question asks it: nobody need be told that its answer is an old one"""
+    task: Task | None = None
+    """what `ls --live` shows of it while it is worked on"""
 
-    @property
-    def title(self) -> str:
-        return f"{self.command} {self.subject}"
+    @cached_property
+    def key(self) -> str:
+        oids = {role: artifact.oid for role, artifact in self.inputs.items()}
+        return self.store.key(self.command, self.params, oids)
 
-    def again(self) -> "Question":
-        """The same, asked again."""
-        return dataclasses.replace(self, words=[*self.words, "--force"] if self.words else [])
+    def answer(self) -> Artifact | None:
+        """The answer; tidies up after a process that was killed once it had given it."""
+        known = self.store.asked(self.key, whole=self.recheck)
+        if known and (self.store.root / "live" / self.key).exists():
+            with suppress(SidaError), self.store.live(self.key) as live:
+                live.clear()
+        return known
 
-    def to_bytes(self) -> bytes:
-        return json.dumps(dataclasses.asdict(self), indent=1).encode()
+    def known(self) -> Artifact | None:
+        """The answer under its names, and said so; None where there is none, or it is to be made again."""
+        return self.named(known) if not self.force and (known := self.answer()) else None
 
-    @classmethod
-    def read(cls, path: Path) -> "Question | None":
-        """The question in a file; None for one that is not there, or not of ours."""
-        try:
-            value = json.loads(path.read_bytes())
-            read = cls(**value)
-        except (OSError, ValueError, TypeError, RecursionError):
-            return None
-        strings = [read.command, read.subject, *(read.words if isinstance(read.words, list) else [None])]
-        sound = isinstance(read.params, dict) and isinstance(read.inputs, dict)
-        return read if sound and all(isinstance(text, str) for text in strings) else None
+    def known_by_all(self) -> Artifact | None:
+        """`known` as rank 0 sees it: a process that looks later may see another."""
+        known = on_every_rank(self.store, None if self.force else self.answer())
+        return known and self.named(known)
 
+    def named(self, known: Artifact) -> Artifact:
+        """An answer that was there, as if it had been made now: under the names asked for. Says that it is an old one.
 
-@dataclass(frozen=True, kw_only=True)
-class Unfinished:
-    """One directory of live/, as it is now."""
+        A name within it that is another becomes the one asked for.
+        """
+        if self.say and not self.is_inner and (when := self.store.asked_at(self.key)):
+            date = time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(when))
+            self.say(f"answered from the run directory, asked on {date}; --force does it again")
+        if self.called is not None and known.params.get("name") != self.called:
+            known = self.store.put_again(known, {**known.params, "name": self.called})
+        return name_artifact(self.store, known, self.refs, self.say)
 
-    key: str
-    question: Question | None
-    """None in those of older versions"""
-    nimg: int | None
-    """images done"""
-    total_nimg: int | None
-    checkpoint_nimg: int | None
-    """images of the newest checkpoint"""
-    size_bytes: int
-    is_worked_on: bool
-    process: int | None
-    """that works on it, where it is known"""
-    touched: float
-    """when something in it was last written, as time.time() counts"""
+    @contextmanager
+    def working(self) -> Iterator[LiveDir]:
+        """Its live directory, which an interruption leaves for the next time and success empties.
 
-    def go_on(self, run: str | None = None) -> str | None:
-        """The command that goes on, in a shell; None where it is not known."""
-        if self.question is None or not self.question.words:
-            return None
-        return shlex.join(["sidactl", *self.question.words, *(["--run", run] if run else [])])
+        Says which other work does not go on. To answer anew (--force) has a place of its own, so that a forced run goes
+        on, too, and the old answer stays until then.
+        """
+        assert self.task
+        store, known = self.store, self.store.asked(self.key)
+        key = store.key("again", {"key": self.key}, {"known": known.oid}) if known else self.key
+        with store.live(key) as live:
+            for line in begin(store, live, self.task.again() if known else self.task):
+                download.to_stderr(line)
+            yield live
+            live.clear()
 
-
-def option_words(options: Mapping[str, Any], *recipes: Any) -> list[str]:
-    """Options by their names in Python, as words of a command; what is None, or off by default and off, is left out.
-
-    Of fields of the dataclasses `recipes` a None is the word none, and what is on by default takes true or false.
-    """
-    defaults = {f.name: f.default for cls in recipes for f in dataclasses.fields(cls)}
-    words: list[str] = []
-    for name, value in options.items():
-        if isinstance(value, bool) and defaults.get(name, False) is False:
-            words += [flag_of(name)] if value else []
-        elif value is not None or name in defaults:
-            words += [flag_of(name), _word(value)]
-    return words
-
-
-def _word(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "none", True: "true", False: "false"}[value]
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def unfinished(store: Store) -> list[Unfinished]:
-    """Every unfinished piece of work, the one touched last first."""
-    root = store.root / "live"
-    names = store.live_names()
-    found = [look for name in names if (look := _look_at(root / name))]
-    return sorted(found, key=lambda each: -each.touched)
-
-
-def find(store: Store, prefix: str) -> Unfinished:
-    """The one whose key begins so; SidaError where there is none, or several."""
-    fitting = [each for each in unfinished(store) if each.key.startswith(prefix)]
-    exact = [each for each in fitting if each.key == prefix]
-    if prefix and len(exact or fitting) == 1:
-        return (exact or fitting)[0]
-    hint = "See what there is with: sidactl ls --live"
-    if prefix and fitting:
-        labels = ", ".join(each.key[:12] for each in fitting[:5])
-        raise SidaError(f"'{prefix}' fits {len(fitting)} pieces of unfinished work: {labels}", "Give more digits.")
-    raise SidaError(f"no unfinished work in {store.root} has a key that starts with '{prefix}'", hint)
-
-
-def _look_at(folder: Path) -> Unfinished | None:
-    size_bytes, touched = 0, 0.0
-    for place, _, names in os.walk(folder):
-        for name in names:
-            with suppress(OSError):  # a process is at work
-                about = os.lstat(os.path.join(place, name))
-                size_bytes, touched = size_bytes + about.st_size, max(touched, about.st_mtime)
-    entries: list[str] = []
-    with suppress(OSError):
-        entries = os.listdir(folder)
-    if set(entries) <= {"lock"}:  # nothing to go on from: an empty place that a killed process left
-        return None
-    is_worked_on, process = _who_works_on(folder / "lock")
-    question = Question.read(folder / QUESTION)
-    total = question.params.get("duration_nimg") if question else None
-    checkpoints = [int(found[1]) for name in entries if (found := _CHECKPOINT.fullmatch(name))]
-    return Unfinished(
-        key=folder.name,
-        question=question,
-        nimg=_nimg_in(folder),
-        total_nimg=total if isinstance(total, int) else None,
-        checkpoint_nimg=max(checkpoints, default=None),
-        size_bytes=size_bytes,
-        is_worked_on=is_worked_on,
-        process=process,
-        touched=touched,
-    )
-
-
-def _who_works_on(lock: Path) -> tuple[bool, int | None]:
-    try:
-        with lock.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                text = file.read(32).strip()
-                return True, int(text) if text.isdigit() else None
-    except OSError:
-        pass
-    return False, None
-
-
-def _nimg_in(folder: Path) -> int | None:
-    """Images trained on, by the last event, or prepared."""
-    events, state = folder / "events.jsonl", folder / "state.json"
-    with suppress(OSError), (events if events.is_file() else Path(os.devnull)).open("rb") as file:  # not of a FIFO
-        file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
-        counts = [nimg_of(line) for line in file.read().splitlines()]
-        if known := [int(count) for count in counts if count < math.inf]:
-            return known[-1]
-    with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-        if state.is_file():
-            return int(json.loads(state.read_bytes())["state"]["done"])
-    return None
-
-
-def begin(store: Store, live: LiveDir, question: Question) -> list[str]:
-    """Keeps the question in its live directory; returns what to tell people of other work that does not go on."""
-    others = [] if set(os.listdir(live.path)) - {"lock", QUESTION} else _told_of_others(store, live, question)
-    live.write(QUESTION, question.to_bytes())
-    return others
-
-
-def _told_of_others(store: Store, live: LiveDir, question: Question) -> list[str]:
-    others = [each for each in unfinished(store) if each.key != live.path.name]
-    lines = []
-    for each in others:
-        there = each.question
-        if there is None or each.is_worked_on or (there.command, there.subject) != (question.command, question.subject):
-            continue
-        if apart := list(_differences(there, question)):
-            listed = "; ".join(apart[:_DIFFERENCES_TOLD])
-            more = f"; and {len(apart) - _DIFFERENCES_TOLD} more" if len(apart) > _DIFFERENCES_TOLD else ""
-            lines.append(
-                f"this begins anew: an unfinished {question.title} differs in {listed}{more}"
-                " (sidactl ls --live lists it)"
-            )
-    unknown = [each.key[:12] for each in others if each.question is None and each.checkpoint_nimg is not None]
-    if unknown and question.command in _TRAINING:
-        lines.append(
-            f"unfinished work of an older version does not go on: {', '.join(unknown[:3])} "
-            f"(sidactl gc --live {unknown[0]} removes it)"
-        )
-    return lines
-
-
-def _differences(there: Question, now: Question) -> Iterator[str]:
-    """What differs in two questions, as options: "--generator-lr 1e-05 there, 2e-05 now"."""
-    one, other = _flat(there.params), _flat(now.params)
-    for name in dict.fromkeys([*other, *one]):
-        before, after = one.get(name, "default"), other.get(name, "default")
-        if before != after and name == "source":
-            yield "the files of the source"
-        elif before != after:
-            yield f"{flag_of(name)} {_word(before)} there, {_word(after)} now"
-    for role in dict.fromkeys([*now.inputs, *there.inputs]):
-        before, after = str(there.inputs.get(role, "none")), now.inputs.get(role, "none")
-        if before != after:
-            yield f"{role} {before[:12]} there, {after[:12]} now"
-
-
-def _flat(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested fields as those of one level, as options have them; in the form that JSON gives them back."""
-    flat: dict[str, Any] = {}
-    for name, value in json.loads(json.dumps(dict(params))).items():
-        is_source = name == "source"  # of which files a digest is of no use to people
-        flat |= _flat(value) if isinstance(value, dict) and not is_source else {name: value}
-    return flat
-
-
-@contextmanager
-def answer_or_work(
-    store: Store, key: str, what: str, force: bool, recheck: bool, question: Question
-) -> Iterator[Artifact | LiveDir]:
-    """What answered the question before, or else the place to work on it, alone: emptied when all went well.
-
-    An interruption leaves it for the next time.
-    """
-    if not force and (known := asked(store, key, recheck)):
-        yield known
-        return
-    lock = store.root / "tmp" / f"prepare-{key[:16]}.lock"
-    with download.exclusive(lock, lambda: download.to_stderr(f"waiting for another process: {what}")):
-        known = store.asked(key, whole=recheck)
-        if known and not force:
+    @contextmanager
+    def known_or_working(self) -> Iterator[Artifact | LiveDir]:
+        """`known`, or else its live directory; of several commands that ask the same one works, the others wait."""
+        if known := self.known():
             yield known
             return
-        with at_work(store, key, question) as live:
-            yield live
+        assert self.task
+        lock, title = self.store.root / "tmp" / f"prepare-{self.key[:16]}.lock", self.task.title
+        with download.exclusive(lock, lambda: download.to_stderr(f"waiting for another process: {title}")):
+            if known := self.known():
+                yield known
+                return
+            with self.working() as live:
+                yield live
+
+    @contextmanager
+    def known_or_working_together(self) -> Iterator[Artifact | LiveDir | None]:
+        """`known_or_working` in all processes that torchrun started; rank 0 writes.
+
+        None where the run directory takes nothing.
+        """
+        if launch.world_size() == 1:
+            with self._place() as place:
+                yield place
+            return
+        from sidactl.engine import ranks
+
+        if ranks.rank_and_size()[0] > 0:
+            kind, _, rest = ranks.receive().partition(" ")
+            yield self.store.get(rest) if kind == "answer" else LiveDir(Path(rest), is_writer=False) if rest else None
+            return
+        with self._place() as place:
+            payload = f"answer {place.oid}" if isinstance(place, Artifact) else f"place {place.path if place else ''}"
+            ranks.broadcast_from_rank0(lambda: payload)
+            yield place
+
+    @contextmanager
+    def _place(self) -> Iterator[Artifact | LiveDir | None]:
+        with ExitStack() as stack:
+            place = None
+            with suppress(UnwritableError):
+                self.store.check_writable()
+                place = stack.enter_context(self.known_or_working())
+            yield place
+
+    def record(self, artifact: Artifact) -> Artifact:
+        """Keeps an artifact as the answer, under its names."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        # In this order, so that every answer is in the log, by which verify knows one that was swapped.
+        self.store.log({"time": now, "command": self.command, "key": self.key, "oid": artifact.oid})
+        self.store.answer(self.key, artifact.oid)
+        return name_artifact(self.store, artifact, self.refs, self.say)
 
 
-@contextmanager
-def at_work(store: Store, key: str, question: Question) -> Iterator[LiveDir]:
-    """The live directory of a question, emptied when all went well; says which other work does not go on.
-
-    To answer anew (--force) has a place of its own, so that this, too, goes on after an interruption.
-    """
-    known = store.asked(key)
-    with store.live(store.key("again", {"key": key}, {"known": known.oid}) if known else key) as live:
-        for line in begin(store, live, question.again() if known else question):
-            download.to_stderr(line)
-        yield live
-        live.clear()
-
-
-def is_single_process() -> bool:
-    """Whether torchrun started no other process with this one; told without importing torch."""
-    return os.environ.get("WORLD_SIZE", "1") == "1"
+def name_artifact(
+    store: Store, artifact: Artifact, refs: Sequence[str], say: download.OnLine | None = None
+) -> Artifact:
+    """Gives an artifact names; `say` takes a line for each that was another artifact's."""
+    for name in refs:
+        if (old := store.ref(artifact.kind, name)) != artifact.oid:
+            store.set_ref(artifact.kind, name, artifact.oid)
+            if old and say:
+                say(f"{artifact.kind}/{name} named {old[:12]} before, and names {artifact.oid[:12]} now")
+    return artifact
 
 
 @contextmanager
 def rank0_first() -> Iterator[None]:
     """See `ranks.rank0_first`; a process that is alone anyway does not import torch for it."""
-    if is_single_process():
+    if launch.world_size() == 1:
         yield
         return
     from sidactl.engine import ranks
@@ -298,93 +170,11 @@ def rank0_first() -> Iterator[None]:
         yield
 
 
-def shared_answer(store: Store, key: str) -> Artifact | None:
-    """The answer that there is, as the first of several processes sees it: one that looks later may see another."""
-    return on_every_rank(store, asked(store, key))
-
-
 def on_every_rank(store: Store, artifact: Artifact | None) -> Artifact | None:
     """The artifact that the first of several processes has, on all of them."""
-    if is_single_process():
+    if launch.world_size() == 1:
         return artifact
     from sidactl.engine import ranks
 
     oid = ranks.broadcast_from_rank0(lambda: artifact.oid if artifact else "")
     return store.get(oid) if oid else None
-
-
-@contextmanager
-def answering(
-    store: Store, key: str, question: Question, *, force: bool = False, recheck: bool = False
-) -> Iterator[Artifact | LiveDir | None]:
-    """What all processes find together: an answer, or the place to work on it, of which the first is the writer.
-
-    None where the run directory takes nothing.
-    """
-    if not is_single_process():
-        from sidactl.engine import ranks
-
-        if ranks.rank_and_size()[0] > 0:
-            kind, _, rest = ranks.receive().partition(" ")
-            yield store.get(rest) if kind == "answer" else LiveDir(Path(rest), is_writer=False) if rest else None
-            return
-    with ExitStack() as stack:
-        place = None
-        with suppress(UnwritableError):
-            store.check_writable()
-            place = stack.enter_context(answer_or_work(store, key, question.title, force, recheck, question))
-        if not is_single_process():
-            from sidactl.engine import ranks
-
-            payload = f"answer {place.oid}" if isinstance(place, Artifact) else f"place {place.path if place else ''}"
-            ranks.broadcast_from_rank0(lambda: payload)
-        yield place
-
-
-def asked(store: Store, key: str, whole: bool = False) -> Artifact | None:
-    """The answer to a question of long work; tidies up after a process that was killed once it had given it."""
-    known = store.asked(key, whole=whole)
-    if known and (store.root / "live" / key).exists():
-        with suppress(SidaError), store.live(key) as live:
-            live.clear()
-    return known
-
-
-def tell_old(store: Store, key: str, say: download.OnLine | None) -> None:
-    """Says that an answer was in the run directory already, and since when."""
-    if say and (when := store.asked_at(key)):
-        date = time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(when))
-        say(f"answered from the run directory, asked on {date}; --force does it again")
-
-
-def called_so(store: Store, artifact: Artifact, name: str | None) -> Artifact:
-    """An artifact under the name that it is now given: as if it had been made under it."""
-    if name is None or artifact.params.get("name") == name:
-        return artifact
-    return store.put_again(artifact, {**artifact.params, "name": name})
-
-
-def answered(
-    store: Store,
-    key: str,
-    artifact: Artifact,
-    command: str,
-    *,
-    refs: Sequence[str] = (),
-    say: download.OnLine | None = None,
-) -> Artifact:
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    # In this order, so that every answer is in the log, by which verify knows one that was swapped.
-    store.log({"time": now, "command": command, "key": key, "oid": artifact.oid})
-    store.answer(key, artifact.oid)
-    return named(store, artifact, refs, say)
-
-
-def named(store: Store, artifact: Artifact, refs: Sequence[str], say: download.OnLine | None = None) -> Artifact:
-    """Gives an artifact names; `say` takes a line for each that was another artifact's."""
-    for name in refs:
-        if (old := store.ref(artifact.kind, name)) != artifact.oid:
-            store.set_ref(artifact.kind, name, artifact.oid)
-            if old and say:
-                say(f"{artifact.kind}/{name} named {old[:12]} before, and names {artifact.oid[:12]} now")
-    return artifact

@@ -10,7 +10,7 @@ from sidactl import catalog
 from sidactl.commands.files import fetched_file
 from sidactl.commands.moments import Need, imported_statistics
 from sidactl.commands.prepare import prepare_data
-from sidactl.commands.question import answered
+from sidactl.commands.question import Question
 from sidactl.commands.resolve import dataset_called, repaired, resolve
 from sidactl.commands.words import NETS, is_ref, mapping, means_path
 from sidactl.errors import MissingError, SidaError
@@ -198,12 +198,13 @@ def _class_names(store: Store, artifact: Artifact) -> Sequence[str] | None:
 def _published(store: Store, entry: catalog.Reference, need: Need, recheck: bool) -> Artifact:
     assert entry.source
     if entry.holds == "images" and need == "images":
-        key = store.key("fetch-reference", {"source": entry.source.url}, {})
-        if known := store.asked(key, whole=recheck):
+        params = {"source": entry.source.url}
+        question = Question(store=store, command="fetch-reference", params=params, recheck=recheck)
+        if known := question.known():
             return known
         with fetched_file(store, entry.source.url, entry.name, entry) as (path, _):
             artifact = prepare_data(str(path), name=entry.name, run=store.root, recheck=recheck, say=None)
-        return answered(store, key, artifact, "fetch-reference")
+        return question.record(artifact)
     if need == "images":
         try:
             return _checked(store, pixels_of(store, dataset_called(store, entry.dataset)), recheck, need)

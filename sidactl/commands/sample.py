@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 from sidactl.commands.evaluation import num_previewed
 from sidactl.commands.features import images_per_batch
 from sidactl.commands.inputs import Count, Ref, Seeds, count_of, optional_ref, ref_text, run_of, seeds_of, whole
-from sidactl.commands.question import answered, named, rank0_first, shared_answer, tell_old
+from sidactl.commands.question import Question, rank0_first
 from sidactl.commands.reference import class_of
 from sidactl.commands.resolve import load_dataset, load_net, resolve
 from sidactl.commands.samplers import chosen_sampler
@@ -131,12 +131,17 @@ def sample(
         params["guidance"] = guidance
     elif guidance != 1:
         raise SidaError(f"guidance {guidance:g} needs a second net, got none", "Pass --guide REF.")
-    question = params | ({"vae": vae_digest(decoder)} if decoder else {})
-    key = store.key("sample", question, {role: artifact.oid for role, artifact in inputs.items()})
-    refs = [name] if name else []
-    if not force and (known := shared_answer(store, key)):
-        tell_old(store, key, say)
-        return Sampled(named(store, known, refs, say), store)
+    question = Question(
+        store=store,
+        command="sample",
+        params=params | ({"vae": vae_digest(decoder)} if decoder else {}),
+        inputs=inputs,
+        refs=[name] if name else [],
+        force=force,
+        say=say,
+    )
+    if known := question.known_by_all():
+        return Sampled(known, store)
     store.check_writable()
     if decoder is None and is_of_latents(subject):
         check_vae_is_there(store)
@@ -187,7 +192,7 @@ def sample(
             params=params | {"name": subject.params["name"], "dataset": subject.params["dataset"]} | by,
             results={"num_images": len(seeds), "nfe": chosen.nfe},
         )
-    artifact = answered(store, key, artifact, "sample", refs=refs, say=say)
+    artifact = question.record(artifact)
     return Sampled(store.get(ranks.broadcast_from_rank0(lambda: artifact.oid)), store)
 
 

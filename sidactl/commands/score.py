@@ -12,7 +12,7 @@ from sidactl.commands import reference as commands_reference
 from sidactl.commands.identity import check_unchanged
 from sidactl.commands.inputs import Ref, ref_text
 from sidactl.commands.moments import MIN_IMAGES_PER_FEATURE, Moments
-from sidactl.commands.question import answered, answering, rank0_first, shared_answer, tell_old
+from sidactl.commands.question import Question, rank0_first
 from sidactl.commands.resolve import load_dataset, load_net
 from sidactl.commands.samplers import sampler_from, sampler_of
 from sidactl.commands.score_question import ScoreQuestion, why_unkept
@@ -63,12 +63,11 @@ def evaluate(ref: Ref, metrics: Sequence[str] | None = None, **options: Unpack[S
     plain = plain_options(ref, options)
     with rank0_first():  # it downloads what the others find then
         asked = ScoreQuestion.parse(ref_text(ref), metrics, plain)
-    if known := None if asked.force else shared_answer(asked.store, asked.key):
-        tell_old(asked.store, asked.key, asked.say)
+    if known := asked.question.known_by_all():
         return score_of(known)
     from sidactl.engine import ranks
 
-    with answering(asked.store, asked.key, asked.question(ref_text(ref), plain), force=asked.force) as place:
+    with asked.question.known_or_working_together() as place:
         if isinstance(place, Artifact):  # by a process that this one waited for
             return score_of(place)
         problem = why_unkept(asked) if place is None else None
@@ -237,10 +236,13 @@ def _features(
         **{name: asked.settings[name] for name in ("subset_seed", "sampler", "vae") if name in asked.settings},
     }
     by = {name: params | {"detector": detector.identity} for name, detector in loaded.items()}
-    keys = {name: store.key("features", params, {"subject": asked.subject.oid}) for name, params in by.items()}
+    inputs = {"subject": asked.subject}
+    questions = {
+        n: Question(store=store, command="features", params=p, inputs=inputs, force=asked.force) for n, p in by.items()
+    }
     before, total = trial * asked.num, asked.num * max(1, len(asked.seeds))
     tick = asked.tick or (lambda done, total: None)
-    known = {name: None if asked.force else shared_answer(store, key) for name, key in keys.items()}
+    known = {name: question.known_by_all() for name, question in questions.items()}
     if (found := features.read(store, known)) is not None:
         stats = {name: FeatureStats() for name in loaded}
         for name, kept in found.items():
@@ -256,7 +258,7 @@ def _features(
         tick=lambda done: tick(before + done, total),
     )
     for name, kept in collected.features.items():
-        features.keep(store, keys[name], asked.subject, by[name], kept)
+        features.keep(questions[name], kept)
     return collected
 
 
@@ -343,7 +345,7 @@ def _keep(asked: ScoreQuestion, measured: _Measured, problem: str | None) -> dic
     if problem is None:
         try:
             draft = asked.store.put("score", {}, inputs=draft.inputs, params=draft.params, results=draft.results)
-            answered(asked.store, asked.key, draft, "score")
+            asked.question.record(draft)
         except UnwritableError as error:
             return asdict(score_of(draft)) | {"unkept": error.message}
     return asdict(score_of(draft))

@@ -7,7 +7,7 @@ from typing import Any
 from sidactl import catalog
 from sidactl.commands import moments, reference
 from sidactl.commands.inputs import seeds_of
-from sidactl.commands.question import Question, option_words
+from sidactl.commands.question import Question
 from sidactl.commands.resolve import resolve
 from sidactl.commands.samplers import chosen_sampler, sampler_of
 from sidactl.commands.scorers import (
@@ -29,6 +29,7 @@ from sidactl.commands.scores import (
     plain_options,
     subset_of,
 )
+from sidactl.commands.tasks import Task, option_words
 from sidactl.commands.vae import vae_digest, vae_for
 from sidactl.commands.words import NETS, OnCount, require_images
 from sidactl.errors import SidaError
@@ -53,8 +54,7 @@ def why_unkept(asked: "ScoreQuestion") -> str | None:
 
 def is_answered(ref: str, metrics: Sequence[str], options: ScoreOptions) -> bool:
     """Whether `evaluate` would have its answer from the run directory."""
-    question = ScoreQuestion.parse(ref, metrics, plain_options(ref, options))
-    return question.store.asked(question.key) is not None
+    return ScoreQuestion.parse(ref, metrics, plain_options(ref, options)).question.answer() is not None
 
 
 @dataclass(frozen=True)
@@ -76,22 +76,12 @@ class ScoreQuestion:
     setting: SamplingForm
     vae: Artifact | None
     """what decodes latents; None = the usual one, or there are none"""
-    key: str
+    question: Question
     device: str | None
     trust_code: bool
     force: bool
     say: download.OnLine | None
     tick: OnCount | None
-
-    def question(self, ref: str, options: Mapping[str, Any]) -> Question:
-        """What `ls --live` shows, and the command that goes on."""
-        command = self.metrics[0] if len(self.metrics) == 1 else "evaluate"
-        given = {name: options[name] for name, default in DEFAULTS.items() if options[name] != default}
-        words = option_words({"ref": options.get("reference"), "trust_code": self.trust_code, **given})
-        words += option_words(self.setting.of_images()) + option_words(dict(options.get("heun") or {}))
-        params = {"num": self.num, "seeds": self.seeds, "metrics": self.metrics, **self.settings}
-        inputs = {"subject": self.subject.oid, **{name: artifact.oid for name, artifact in self.references.items()}}
-        return Question(command=command, subject=ref, words=[command, ref, *words], params=params, inputs=inputs)
 
     @classmethod
     def parse(cls, ref: str, metrics: Sequence[str] | None, options: Mapping[str, Any]) -> "ScoreQuestion":
@@ -160,16 +150,22 @@ class ScoreQuestion:
                 read_again(store, name)
         needs_classes = {name for metric, name in detectors.items() if metric == "inception-score"}
         weights = {name: weights_of(store, name, name in needs_classes) for name in set(detectors.values())}
-        key = store.key(
-            "score",
-            {
-                "metrics": chosen,
-                "num": num,
-                "seeds": seeds,
-                "settings": settings,
-                **weights_by_whom(detectors, weights),
-            },
-            {"subject": subject.oid} | {name: artifact.oid for name, artifact in found.items()},
+        params = {"metrics": chosen, "num": num, "seeds": seeds}
+        shown = {**params, **settings}
+        given = {name: options[name] for name, default in DEFAULTS.items() if options[name] != default}
+        trust_code = options.get("trust_code", False)
+        words = option_words({"ref": options.get("reference"), "trust_code": trust_code, **given})
+        words += option_words(setting.of_images()) + option_words(dict(options.get("heun") or {}))
+        command, inputs = chosen[0] if len(chosen) == 1 else "evaluate", {"subject": subject, **found}
+        oids = {name: artifact.oid for name, artifact in inputs.items()}
+        question = Question(
+            store=store,
+            command="score",
+            params={**params, "settings": settings, **weights_by_whom(detectors, weights)},
+            inputs=inputs,
+            force=force,
+            say=options.get("say", download.to_stderr),
+            task=Task(command, ref, [command, ref, *words], shown, oids),
         )
         return cls(
             store,
@@ -183,9 +179,9 @@ class ScoreQuestion:
             settings,
             setting,
             vae,
-            key,
+            question,
             options.get("device"),
-            options.get("trust_code", False),
+            trust_code,
             force,
             options.get("say", download.to_stderr),
             options.get("tick"),

@@ -4,24 +4,16 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from sidactl import catalog
+from sidactl import catalog, launch
 from sidactl.commands.inputs import (
     Ref,
     field_values,
     ref_text,
 )
-from sidactl.commands.question import (
-    Question,
-    answered,
-    asked,
-    at_work,
-    is_single_process,
-    named,
-    option_words,
-    tell_old,
-)
+from sidactl.commands.question import Question
 from sidactl.commands.resolve import resolve
 from sidactl.commands.running import OnEvent, batches_for, check_fit, check_trainable, run_training
+from sidactl.commands.tasks import Task, option_words
 from sidactl.commands.words import (
     RunDir,
     require_images,
@@ -58,7 +50,7 @@ def train_teacher(
     """
     if net not in (None, *catalog.SMALL_NETS):
         raise SidaError(f"the net must be one of {', '.join(catalog.SMALL_NETS)}, got {net!r}", "Pass --net ddpmpp.")
-    if not is_single_process():
+    if launch.world_size() > 1:
         raise SidaError("train-teacher runs in one process", "Start it without torchrun.")
     store = Store.open(run)
     store.check_name("teacher", name)
@@ -66,19 +58,21 @@ def train_teacher(
     require_images(data)
     recipe_overrides = field_values(recipe_overrides, TeacherRecipe, NetSpec)
     recipe = _teacher_recipe(recipe, net, data, recipe_overrides)
-    key = store.key("train-teacher", {"recipe": recipe.to_json()}, {"dataset": data.oid})
-    if not force and (known := asked(store, key)):
-        tell_old(store, key, say)
-        return named(store, known, [name], say)
     words = ["train-teacher", ref_text(dataset, "the dataset"), *option_words({"name": name, "net": net})]
+    words += option_words(recipe_overrides, TeacherRecipe, NetSpec)
     question = Question(
+        store=store,
         command="train-teacher",
-        subject=recipe.dataset,
-        words=[*words, *option_words(recipe_overrides, TeacherRecipe, NetSpec)],
-        params=recipe.to_json(),
-        inputs={"dataset": data.oid},
+        params={"recipe": recipe.to_json()},
+        inputs={"dataset": data},
+        refs=[name],
+        force=force,
+        say=say,
+        task=Task("train-teacher", recipe.dataset, words, recipe.to_json(), {"dataset": data.oid}),
     )
-    with at_work(store, key, question) as live:
+    if known := question.known():
+        return known
+    with question.working() as live:
         import torch
 
         from sidactl import nets
@@ -113,7 +107,7 @@ def train_teacher(
         artifact = store.put(
             "teacher", {"model.safetensors": loop.weights(training.ema)}, inputs={"dataset": data.oid}, params=params
         )
-        return answered(store, key, artifact, "train-teacher", refs=[name], say=say)
+        return question.record(artifact)
 
 
 def _teacher_recipe(

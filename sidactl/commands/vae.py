@@ -13,7 +13,7 @@ from typing import Any
 from sidactl import catalog
 from sidactl.commands.files import fetched_file
 from sidactl.commands.identity import check_unchanged, source_identity
-from sidactl.commands.question import answered, named
+from sidactl.commands.question import Question
 from sidactl.commands.words import NETS, is_ref, mapping, means_path, plain_name
 from sidactl.errors import MissingError, SidaError
 from sidactl.foreign import download
@@ -43,14 +43,14 @@ def fetch_vae(
             return found
         name = str(found.params["name"])
     url = _vae_url(source, name)
-    key = store.key("fetch-vae", {"source": url}, {})
-    if known := store.asked(key, whole=recheck):
-        return named(store, known, [name])
-    lock = store.root / "tmp" / f"vae-{key[:16]}.lock"
+    question = Question(store=store, command="fetch-vae", params={"source": url}, refs=[name], recheck=recheck)
+    if known := question.known():
+        return known
+    lock = store.root / "tmp" / f"vae-{question.key[:16]}.lock"
     waiting = f"waiting for another process: the VAE {name}"
     with download.exclusive(lock, lambda: download.to_stderr(waiting)), ExitStack() as fetched:
-        if known := store.asked(key, whole=recheck):
-            return named(store, known, [name])
+        if known := question.known():
+            return known
         files = _vae_of_diffusers(name)
         if files is None:
             download.refuse_forbidden(url, f"the VAE {name}", offline=offline, mirror=mirror)
@@ -63,7 +63,7 @@ def fetch_vae(
                 files[file], _ = fetched.enter_context(ready)
                 _check_vae(f"the VAE {name}", files[catalog.VAE_CONFIG])
         made = _kept_vae(store, files, name, url, recheck=recheck)
-        return answered(store, key, made, "fetch-vae", refs=[name])
+        return question.record(made)
 
 
 def _vae_url(source: str, name: str) -> str:
@@ -136,15 +136,16 @@ def _kept_vae(
 ) -> Artifact:
     """The artifact of these files; the one that there is, where they were kept before."""
     identities = {file: source_identity(store, str(path), recheck=recheck) for file, path in files.items()}
-    key = store.key("keep-vae", {file: identity["sha256"] for file, identity in identities.items()}, {})
-    if known := store.asked(key, whole=recheck):
+    digests = {file: identity["sha256"] for file, identity in identities.items()}
+    question = Question(store=store, command="keep-vae", params=digests, recheck=recheck)
+    if known := question.known():
         return known
     entry = catalog.VAES.get(name)
     params = {"name": name, "licence": entry.licence if entry else None, "source_url": url}
     artifact = store.put("vae", dict(files), params=params)
     for file, identity in identities.items():
         check_unchanged(store, str(files[file]), identity)
-    return answered(store, key, artifact, "keep-vae")
+    return question.record(artifact)
 
 
 def vae_digest(vae: Artifact) -> str:

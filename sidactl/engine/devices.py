@@ -1,13 +1,13 @@
 """Devices: which one, what memory it has, how tensors get there."""
 
 import ctypes
-import os
 import sys
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from sidactl import launch
 from sidactl.errors import SidaError
 
 
@@ -20,8 +20,8 @@ def pick_device(name: str | None = None) -> torch.device:
     allow_tf32(False)
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name == "cuda" and (local_rank := launch.local_rank()) is not None:
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -2,7 +2,6 @@
 
 import atexit
 import gc
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -13,14 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+from sidactl import launch
 from sidactl.engine.heartbeat import LONGEST, Watch
 from sidactl.engine.threads import In, Out
 
 
 def rank_and_size() -> tuple[int, int]:
     """This process's number and how many there are; joins those that torchrun started. (0, 1) without torchrun."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    if launch.world_size() == 1:
         return 0, 1
     join()
     return dist.get_rank(), dist.get_world_size()
@@ -29,7 +28,7 @@ def rank_and_size() -> tuple[int, int]:
 def join(**where: Any) -> None:
     if dist.is_initialized():
         return
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = launch.local_rank() or 0
     has_own = local_rank < torch.cuda.device_count()
     if has_own:
         torch.cuda.set_device(local_rank)  # NCCL takes the current one for its own work

@@ -15,6 +15,7 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from sidactl import launch
 from sidactl.errors import EXIT_FAILED, NO_LOCKS, MissingError, SidaError
 from sidactl.foreign.http import Body, answered, check_url, reason_of, request
 from sidactl.text import visible
@@ -36,7 +37,7 @@ _OF_MANY = re.compile(r"/[^/]+/([^/]+)/resolve/[^/]+/(config\.json|diffusion_pyt
 
 def to_stderr(line: str) -> None:
     """Prints one line on stderr; of the processes that torchrun starts the first one alone does."""
-    if os.environ.get("RANK", "0") == "0":
+    if launch.is_rank0():
         print(visible(line), file=sys.stderr, flush=True)
 
 
