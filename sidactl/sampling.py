@@ -13,8 +13,9 @@ from torch import Tensor
 
 from sidactl.data.codec import Codec, codec_for
 from sidactl.engine.configure import is_compiled
+from sidactl.engine.devices import keep_memory
 from sidactl.engine.ranks import rank_share
-from sidactl.engine.threads import batches_of
+from sidactl.engine.threads import map_ordered, threads_for
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.nets import Denoiser, Preconditioned
 from sidactl.nets.denoiser import as_one_hot
@@ -74,11 +75,15 @@ class Samples:
         return -(-len(self.seeds) // self.batch_size)
 
     def __iter__(self) -> Iterator[SampleBatch]:
-        return batches_of(self.net, self._batch, self._starts)
+        return self._made(self._starts)
 
     def shared(self, first: int = 0) -> Iterator[SampleBatch]:
         """This process's share of the batches from this one on; an image depends on its seed."""
-        return batches_of(self.net, self._batch, rank_share(self._starts[first:]))
+        return self._made(rank_share(self._starts[first:]))
+
+    def _made(self, starts: Sequence[int]) -> Iterator[SampleBatch]:
+        keep_memory()
+        return map_ordered(self._batch, starts, threads_for(self.net))
 
     @property
     def _starts(self) -> range:

@@ -20,7 +20,7 @@ from sidactl.engine import devices, ranks, sharding
 from sidactl.engine.devices import pick_device
 from sidactl.engine.failures import explain_failure
 from sidactl.engine.gradients import GradientSum
-from sidactl.engine.threads import batches_of, in_order, is_small, one_thread_if
+from sidactl.engine.threads import is_small, map_ordered, one_thread_if, threads_for
 from sidactl.errors import SidaError
 from sidactl.nets import Preconditioned
 
@@ -114,7 +114,7 @@ def test_a_gathered_net_keeps_its_precision_and_order_in_memory() -> None:
 def test_threads_see_the_settings_of_whoever_starts_them() -> None:
     setting = ContextVar("setting", default=0)
     setting.set(7)
-    assert list(in_order(lambda item: setting.get(), range(20), 2)) == [7] * 20
+    assert list(map_ordered(lambda item: setting.get(), range(20), 2)) == [7] * 20
 
 
 def tiny_net(**changes: Any) -> Preconditioned:
@@ -136,12 +136,12 @@ def test_results_come_in_order_from_any_number_of_threads(num_threads: int) -> N
         time.sleep(0.002 * (item % 2 == 0))
         return item * item
 
-    assert list(in_order(slow_if_even, range(60), num_threads)) == [i * i for i in range(60)]
+    assert list(map_ordered(slow_if_even, range(60), num_threads)) == [i * i for i in range(60)]
 
 
 def test_work_ahead_is_bounded_and_ends_with_its_reader() -> None:
     started: list[int] = []
-    results = in_order(started.append, itertools.count(), 2)
+    results = map_ordered(started.append, itertools.count(), 2)
     next(results)
     results.close()
     assert len(started) <= 10
@@ -149,12 +149,12 @@ def test_work_ahead_is_bounded_and_ends_with_its_reader() -> None:
 
 def test_an_error_in_a_thread_reaches_the_reader() -> None:
     with pytest.raises(ZeroDivisionError):
-        list(in_order(lambda item: 1 // item, [1, 0, 1], 2))
+        list(map_ordered(lambda item: 1 // item, [1, 0, 1], 2))
 
 
 @pytest.mark.usefixtures("two_threads")
 def test_batches_of_a_small_net_are_made_by_threads_of_one_and_leave_no_trace() -> None:
-    seen = list(batches_of(tiny_net(), lambda item: torch.get_num_threads(), range(8)))
+    seen = list(map_ordered(lambda item: torch.get_num_threads(), range(8), threads_for(tiny_net())))
     assert seen == [1] * 8
     assert torch.get_num_threads() == 2
 

@@ -9,7 +9,7 @@ from sidactl.commands import resolve, score, words
 from tests.conftest import Forbid
 
 PACKAGE = Path(__file__).parents[1] / "sidactl"
-STANDARD_LIBRARY_ONLY = ["errors", "text", "units", "scopes", "launch", "store", "recipes", "catalog"]
+STANDARD_LIBRARY_ONLY = ["errors", "text", "units", "scopes", "launch", "digests", "store", "recipes", "catalog"]
 # Folders, and the files that lie beside them, from the ground up: each imports from itself and from those before it.
 ORDER = [
     "errors",
@@ -17,6 +17,7 @@ ORDER = [
     "units",
     "scopes",
     "launch",
+    "digests",
     "store",
     "recipes",
     "catalog",

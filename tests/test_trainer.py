@@ -713,7 +713,7 @@ def test_threads_that_need_a_graph_together_compile_it_once(monkeypatch: pytest.
     torch._dynamo.reset()  # nets of one shape share their graphs
     net = configure.configure_for_sampling(nets.build(TINY).eval().requires_grad_(False), SamplingForm(compile=True))
     x, before = torch.zeros(2, 1, 8, 8), configure.num_graphs()
-    made = list(engine_threads.side_by_side(lambda _: net(x, 2.5), range(4), 2))
+    made = list(engine_threads.map_ordered(lambda _: net(x, 2.5), range(4), 2))
     assert configure.num_graphs() - before == 1
     assert all(torch.equal(each, made[0]) for each in made)
 

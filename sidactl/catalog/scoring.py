@@ -1,10 +1,10 @@
 """Detectors, and the statistics that others published."""
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from sidactl.catalog.entries import SEE_PUBLISHER, Detector, Download, Reference, did_you_mean
+from sidactl.digests import file_sha256
 from sidactl.errors import SidaError
 
 DETECTORS: Mapping[str, Detector] = {
@@ -102,8 +102,7 @@ REFERENCES: Mapping[str, Reference] = {entry.name: entry for entry in _reference
 def digest_of_code(path: Path | str, trust_code: bool = False) -> str:
     """SHA-256 of a TorchScript file. Raises SidaError for another than the published one that nobody trusts."""
     try:
-        with Path(path).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = file_sha256(Path(path))
     except OSError as error:
         raise SidaError(f"{path}: cannot be read ({error.strerror})", "Check the path.") from error
     published = DETECTORS["inception-torchscript"].source

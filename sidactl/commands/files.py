@@ -1,6 +1,5 @@
 """Files from outside on their way in: fetched, hashed, read without being executed."""
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ from urllib.parse import urlsplit
 from sidactl import catalog
 from sidactl.commands.identity import file_digest
 from sidactl.commands.words import NET_FILES, plain_name, suffix_of
+from sidactl.digests import file_sha256
 from sidactl.errors import SidaError
 from sidactl.foreign import download, http
 from sidactl.store import Store
@@ -146,4 +146,4 @@ def fetched_file(
 def asset_digest(name: str) -> str | None:
     """SHA-256 of a file that ships with the package; None where there is no such file."""
     path = catalog.ASSETS / name
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+    return file_sha256(path) if path.exists() else None

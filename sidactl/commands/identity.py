@@ -11,6 +11,7 @@ from typing import Any
 
 from sidactl import catalog
 from sidactl.commands.words import suffix_of
+from sidactl.digests import file_sha256
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.store import SETTLED_NS, Store
 
@@ -18,8 +19,7 @@ from sidactl.store import SETTLED_NS, Store
 def file_digest(path: Path) -> str:
     """SHA-256 of a file; SidaError where it cannot be read."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(path)
     except OSError as error:
         raise SidaError(f"{path} cannot be read: {error.strerror}", "Check its permissions.") from error
 

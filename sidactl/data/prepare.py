@@ -24,7 +24,7 @@ from sidactl.data.sources import open_source
 from sidactl.data.transforms import TRANSFORMS, Change, Transformed, check_shape, transformed
 from sidactl.data.unfinished import FILES, NoRoomError, PreparedDataset, Unfinished, open_unfinished
 from sidactl.engine.ranks import scatter_in_order
-from sidactl.engine.threads import in_order
+from sidactl.engine.threads import map_ordered
 from sidactl.errors import SidaError
 
 Latents = NDArray[np.float32]
@@ -158,7 +158,7 @@ def prepare(
             stack.enter_context(quiet_pillow())
             items = itertools.islice(itertools.compress(opened.items(), chosen), done, None)
             decode = partial(transformed, change=change)
-            results = stack.enter_context(closing(in_order(lambda item: (item, decode(item)), items, num_threads)))
+            results = stack.enter_context(closing(map_ordered(lambda item: (item, decode(item)), items, num_threads)))
             is_copied = work is not None and destination == work / FILES[0]
             walked = _usable(
                 results,

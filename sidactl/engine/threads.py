@@ -10,7 +10,6 @@ from typing import TypeVar
 
 import torch
 
-from sidactl.engine.devices import keep_memory
 from sidactl.nets import Denoiser, Preconditioned
 
 SMALL_NET = 1 << 25
@@ -54,29 +53,21 @@ def one_thread_if(is_small: bool) -> Iterator[None]:
         torch.set_num_threads(usual)
 
 
-def side_by_side(make: Callable[[In], Out], items: Iterable[In], num_threads: int) -> Iterator[Out]:
-    """Yields make(item) in order; `num_threads` items are computed at once, each by a single torch thread."""
-    usual = torch.get_num_threads()
-    try:
-        yield from in_order(make, items, num_threads, initializer=partial(torch.set_num_threads, 1))
-    finally:
-        torch.set_num_threads(usual)  # set_num_threads in a worker also changes the default of threads started later
+def threads_for(net: Denoiser) -> int:
+    """How many passes of a net run at once. Small net: one per core. Large net: one at a time on all cores."""
+    return torch.get_num_threads() if is_small(net) else 1
 
 
-def batches_of(net: Denoiser, make: Callable[[In], Out], items: Iterable[In]) -> Iterator[Out]:
-    """Yields make(item) in order. Small net: one item per core at once. Large net: one item at a time on all cores."""
-    keep_memory()
-    yield from side_by_side(make, items, torch.get_num_threads()) if is_small(net) else map(make, items)
+def map_ordered(make: Callable[[In], Out], items: Iterable[In], num_threads: int) -> Generator[Out]:
+    """Yields make(item) in order; `num_threads` items are computed at once, each by a single torch thread.
 
-
-def in_order(
-    make: Callable[[In], Out], items: Iterable[In], num_threads: int, *, initializer: Callable[[], None] | None = None
-) -> Generator[Out]:
-    """`make` of each item, in the order of `items`, a few of them ahead in other threads."""
+    A few are computed ahead. With one thread nothing is, and torch keeps its threads.
+    """
     if num_threads == 1:
         yield from map(make, items)
         return
-    with ThreadPoolExecutor(num_threads, initializer=initializer) as pool:
+    usual = torch.get_num_threads()
+    with ThreadPoolExecutor(num_threads, initializer=partial(torch.set_num_threads, 1)) as pool:
         pending: deque[Future[Out]] = deque()
         try:
             for item in items:
@@ -89,3 +80,4 @@ def in_order(
         finally:
             for future in pending:
                 future.cancel()
+            torch.set_num_threads(usual)  # set_num_threads in a worker also changes the default of threads made later

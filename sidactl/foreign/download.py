@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from sidactl import launch
+from sidactl.digests import file_sha256
 from sidactl.errors import EXIT_FAILED, NO_LOCKS, MissingError, SidaError
 from sidactl.foreign.http import Body, answered, check_url, reason_of, request
 from sidactl.text import visible
@@ -79,8 +80,7 @@ def fetch(
         else:
             announced = _complete(partial, places, what, licence, sha256, size_bytes, max_bytes, progress, say)
             os.replace(partial, destination)
-        with destination.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = file_sha256(destination)
         expected = sha256 or announced
         if expected not in (None, digest):
             destination.unlink()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from sidactl.digests import file_sha256
 from sidactl.errors import NO_LOCKS, SidaError
 
 Data: TypeAlias = bytes | memoryview
@@ -112,10 +113,8 @@ def is_file(path: Path) -> bool:
 
 
 def hash_file(path: Path) -> str:
-    if not is_file(path):
-        return ""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of a file; empty of what is no regular one."""
+    return file_sha256(path) if is_file(path) else ""
 
 
 def sealed(said: Mapping[str, Any]) -> bytes:

@@ -1,6 +1,5 @@
 """Checkpoints: written whole, verified, gone on from."""
 
-import hashlib
 import json
 import re
 import warnings
@@ -12,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sidactl.digests import file_sha256
 from sidactl.engine import ranks, sharding
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.store import LiveDir
@@ -51,7 +51,7 @@ def save_checkpoint(training: Training, history: History, live: LiveDir) -> None
                 **({"also": history.also} if history.also else {}),
             }
             (folder / _STATE).write_text(json.dumps(state))
-            (folder / _DIGESTS).write_text("".join(f"{_sha256(p)}  {p.name}\n" for p in sorted(folder.iterdir())))
+            (folder / _DIGESTS).write_text("".join(f"{file_sha256(p)}  {p.name}\n" for p in sorted(folder.iterdir())))
     ranks.barrier()  # it is in its place
     if not live.is_writer:
         return
@@ -102,11 +102,6 @@ def _carrying_os_errors() -> Iterator[None]:
             raise next((e for e, _ in error.failures.values() if isinstance(e, OSError)), error) from error
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 _CHECKPOINT = re.compile(r"checkpoint-[0-9]{10,15}-[0-9]{1,9}")
 
 
@@ -154,7 +149,7 @@ def resume(training: Training, history: History, live: LiveDir) -> list[Event]:
                 warnings.append(f"{path.name} was written before losses were scaled in float16; from here on they are")
         if history.best and history.best_sha256 is None:
             best = live.path / best_name(history.best[0])
-            history.best_sha256 = _sha256(best) if best.is_file() else None
+            history.best_sha256 = file_sha256(best) if best.is_file() else None
             warnings.append(f"{path.name} has no digest of the best generator: {best.name} is taken as it is")
         break
     _forget_events_after(training.nimg, history, live)
@@ -232,7 +227,7 @@ def _problem_of(checkpoint: Path) -> str:
         digests = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
         if set(digests) != {path.name for path in checkpoint.iterdir()} - {_DIGESTS}:
             return "is not complete"
-        return "" if all(_sha256(checkpoint / name) == digest for name, digest in digests.items()) else "is damaged"
+        return "" if all(file_sha256(checkpoint / name) == digest for name, digest in digests.items()) else "is damaged"
     except FileNotFoundError:
         return "has lost its digests"
     except (OSError, ValueError) as error:

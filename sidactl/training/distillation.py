@@ -159,7 +159,7 @@ class Distillation:
                 return losses, total.of(images, total.scaled(gradient))
 
         with engine_gradients.without_weight_gradients(self.fake_score) if turn == "generator" else nullcontext():
-            for losses, gradients in threads.side_by_side(gradients_of, passes, self.num_threads):
+            for losses, gradients in threads.map_ordered(gradients_of, passes, self.num_threads):
                 total.add(gradients)
                 found.append({name: value.detach() for name, value in losses.items()})
         return total, {name: torch.stack([losses[name] for losses in found]) for name in found[0]}
@@ -217,7 +217,7 @@ class Distillation:
             batch = self._batch("generator", rounds)
             return self.method.measure(nets, batch, self._generate(batch), self.nimg)
 
-        found = list(threads.side_by_side(of_pass, self.passes, self.num_threads))
+        found = list(threads.map_ordered(of_pass, self.passes, self.num_threads))
         each = {name: torch.stack([sums[name] for sums in found]) for name in self.method.statistics}
         return {name: ranks.all_reduce_sum(sums.sum(dim=0, dtype=torch.float64)) for name, sums in each.items()}
 
