@@ -30,31 +30,14 @@ _MODULES = {
     "store": "sidactl.store",
 }
 _PLACES = {
-    "distill": (
-        "distill",
-        "finetune_sid2a",
-    ),
+    "distill": ("distill", "finetune_sid2a"),
     "export": ("export",),
     "fetch": ("fetch_teacher",),
-    "inventory": (
-        "env",
-        "files",
-        "gc",
-        "look",
-        "ls",
-        "show",
-        "verify",
-    ),
+    "inventory": ("env", "files", "gc", "look", "ls", "show", "verify"),
     "prepare": ("prepare_data",),
     "resolve": ("load",),
     "sample": ("sample",),
-    "score": (
-        "evaluate",
-        "fd_dinov2",
-        "fid",
-        "inception_score",
-        "prec_recall",
-    ),
+    "score": ("evaluate", "fd_dinov2", "fid", "inception_score", "prec_recall"),
     "train": ("train_teacher",),
 }
 """the public functions, by the module of `commands` that they are in"""

@@ -1,7 +1,7 @@
 """What is stored, or asked, keeps its name: digests of recipes and networks, questions' keys, oids, tensors' names.
 
 A change of any of these makes run directories forget what they know. Whoever means to change one says so in the
-changelog; a field that is added to a recipe is left out of its JSON while it holds its default (`Plain._later`).
+changelog; a field that is added to a recipe is left out of its JSON while it holds its default (`JsonFields._later`).
 """
 
 import json

@@ -16,16 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kills import (
-    PAGE_BYTES,
-    SLOWLY,
-    Bench,
-    assert_goes_on,
-    kill_and_go_on,
-    run,
-    sizes,
-    used_bytes,
-)
+from tests.kills import PAGE_BYTES, SLOWLY, Bench, assert_goes_on, kill_and_go_on, run, sizes, used_bytes
 from tests.web import serving
 
 # How many runs of each; the first of those named in QUICK are no slow ones.

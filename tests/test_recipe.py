@@ -17,16 +17,16 @@ from sidactl.recipes import (
     Adversarial,
     Execution,
     HeunSpec,
+    JsonFields,
     NetSpec,
     OneStepSpec,
-    Plain,
     Recipe,
     TeacherRecipe,
     override,
 )
 
 SID, SIDA = (catalog.TEACHERS["tiny-digits"].recipes[mode] for mode in ("sid", "sida"))
-PLAIN: list[Plain] = [
+PLAIN: list[JsonFields] = [
     OneStepSpec(num_steps=4),
     HeunSpec(),
     HeunSpec(S_churn=40.0, S_max=50.0, convention="edm2"),
@@ -37,7 +37,7 @@ PLAIN: list[Plain] = [
 
 
 @pytest.mark.parametrize("value", PLAIN, ids=lambda value: f"{type(value).__name__}")
-def test_there_and_back_through_json_nothing_changes(value: Plain) -> None:
+def test_there_and_back_through_json_nothing_changes(value: JsonFields) -> None:
     text = json.dumps(value.to_json(), allow_nan=False)
     assert type(value).from_json(json.loads(text)) == value
 
@@ -60,7 +60,7 @@ def test_nested_parts_are_objects_in_json() -> None:
 @pytest.mark.parametrize(
     ("cls", "fields"), [(OneStepSpec, "num_steps, sigma_init"), (Adversarial, "adversarial_from_nimg")]
 )
-def test_an_unknown_name_in_json_is_refused_with_those_that_there_are(cls: type[Plain], fields: str) -> None:
+def test_an_unknown_name_in_json_is_refused_with_those_that_there_are(cls: type[JsonFields], fields: str) -> None:
     with pytest.raises(SidaError) as caught:
         cls.from_json({"colour": 1})
     assert str(caught.value).startswith(f"unknown {cls.__name__} field 'colour'. It has {fields}")
@@ -263,7 +263,7 @@ def test_a_network_that_cannot_be_is_refused_with_the_flag_to_pass(
         (Execution, {"batch_per_device": 0}, "batch_per_device must be at least 1, got 0"),
     ],
 )
-def test_what_else_cannot_be_is_refused(cls: type[Plain], fields: dict[str, Any], told: str) -> None:
+def test_what_else_cannot_be_is_refused(cls: type[JsonFields], fields: dict[str, Any], told: str) -> None:
     with pytest.raises(SidaError) as caught:
         cls.from_json(fields)
     assert caught.value.message == told

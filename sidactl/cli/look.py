@@ -58,7 +58,7 @@ def show(
         console.print_data(f"  {'file':8} {name} ({units.format_bytes(artifact.files[name].size_bytes)}): {path}")
     for title, values in (("setting", artifact.params), ("result", artifact.results)):
         for key, value in values.items():
-            shown = named_classes(value) if key == "class_names" else value  # type: ignore[arg-type]
+            shown = named_classes(value) if key == "class_names" else value
             console.print_data(f"  {title:8} {key}: {short_text(shown)}")
     for score in described.scores:
         for line in score_lines(score, commands_scores.against(score, run)):

@@ -99,7 +99,7 @@ def print_generator(artifact: "Artifact", as_json: bool) -> None:
     from sidactl.commands.scores import score_name
 
     results: Mapping[str, Any] = artifact.results
-    recipe, seen = Recipe.from_json(artifact.params["recipe"]), results["images_seen"]  # type: ignore[arg-type]
+    recipe, seen = Recipe.from_json(artifact.params["recipe"]), results["images_seen"]
     look = f"Look at it: sidactl export {artifact.oid[:12]} FOLDER"
     if untrained := recipe.untrained(seen):
         start = "its teacher" if recipe.mode != "sid2a" else "the generator that it started from"

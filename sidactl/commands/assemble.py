@@ -15,21 +15,10 @@ from sidactl.commands.question import Question
 from sidactl.commands.resolve import dataset_called, resolve
 from sidactl.commands.running import check_fit, check_trainable
 from sidactl.commands.tasks import Task
-from sidactl.commands.vae import (
-    vae_digest,
-    vae_for,
-)
-from sidactl.commands.words import (
-    mapping,
-    require_images,
-    shape_for_nets,
-)
+from sidactl.commands.vae import vae_digest, vae_for
+from sidactl.commands.words import require_images, shape_for_nets
 from sidactl.errors import MissingError
-from sidactl.recipes import (
-    Execution,
-    NetSpec,
-    Recipe,
-)
+from sidactl.recipes import Execution, NetSpec, Recipe
 from sidactl.store import Artifact, LiveDir, Store
 
 if TYPE_CHECKING:
@@ -101,7 +90,7 @@ def assembled(
     dataset, generator, reference = (options[name] for name in ("dataset", "generator", "reference"))
     teacher_artifact = resolve(store, teacher, ["teacher"])
     inputs = {"teacher": teacher_artifact}
-    net = NetSpec.from_json(mapping(teacher_artifact.params["net"]))
+    net = NetSpec.from_json(teacher_artifact.params["net"])
     data = inputs["dataset"] = _training_data(store, planned, teacher_artifact, dataset, recheck)
     recipe = dataclasses.replace(
         planned.recipe, dataset=planned.recipe.dataset if dataset is None else str(data.params["name"])
@@ -162,7 +151,7 @@ def _training_data(store: Store, planned: Plan, teacher: Artifact, asked: str | 
         if asked or planned.recipe.mode != "sid":
             raise
         # A net without classes looks at no label: one class does as well.
-        num_classes = int(mapping(teacher.params["net"])["label_dim"]) or 1
+        num_classes = int(teacher.params["net"]["label_dim"]) or 1
         return prepare_data(None, classes=num_classes, run=store.root, recheck=recheck, say=None)
     if planned.recipe.mode != "sid":
         require_images(data)

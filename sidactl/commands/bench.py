@@ -139,7 +139,7 @@ class Report:
             yield ["detector", "images/s", "share of evaluations in a run"], [row], "Evaluation in the loop"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """JsonFields JSON values."""
         return dataclasses.asdict(self)
 
 

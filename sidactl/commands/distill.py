@@ -21,12 +21,7 @@ from sidactl.commands.evaluation import (
     try_scoring,
 )
 from sidactl.commands.fetch import fetch_detector
-from sidactl.commands.inputs import (
-    Ref,
-    field_values,
-    optional_ref,
-    ref_text,
-)
+from sidactl.commands.inputs import Ref, field_values, optional_ref, ref_text
 from sidactl.commands.moments import detector_name
 from sidactl.commands.plan import TeacherScore, not_published, published_score
 from sidactl.commands.question import Question, name_artifact, rank0_first
@@ -36,24 +31,11 @@ from sidactl.commands.samplers import sampler_of
 from sidactl.commands.scorers import load_detector
 from sidactl.commands.scores import METRICS, detector_label, distance_name
 from sidactl.commands.tasks import option_words
-from sidactl.commands.vae import (
-    vae_label,
-    vae_loader,
-)
-from sidactl.commands.words import (
-    RunDir,
-    mapping,
-    part_of,
-    plain_name,
-)
+from sidactl.commands.vae import vae_label, vae_loader
+from sidactl.commands.words import RunDir, part_of, plain_name
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.foreign import download
-from sidactl.recipes import (
-    Adversarial,
-    Execution,
-    OneStepSpec,
-    Recipe,
-)
+from sidactl.recipes import Adversarial, Execution, OneStepSpec, Recipe
 from sidactl.store import Artifact, LiveDir, Store
 
 
@@ -155,7 +137,7 @@ def distill(
 
 def _name_generators(store: Store, made: Mapping[str, Artifact], data: Artifact, say: download.OnLine) -> None:
     """Gives a finished run its names; see `distill` for which of them move."""
-    new, recipe = made["best"], mapping(made["best"].params["recipe"])
+    new, recipe = made["best"], made["best"].params["recipe"]
     name_artifact(store, made["last"], ["last"])
     name_artifact(store, new, ["latest", f"{recipe['teacher']}-{recipe['mode']}".replace("/", "-")])
     detector = new.results["detector"]

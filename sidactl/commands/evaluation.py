@@ -14,15 +14,10 @@ from sidactl.commands.samplers import sampler_of
 from sidactl.commands.score import fid
 from sidactl.commands.score_question import is_answered
 from sidactl.commands.scores import METRICS, ScoreOptions, distance_name
-from sidactl.commands.vae import (
-    is_of_latents,
-)
+from sidactl.commands.vae import is_of_latents
 from sidactl.commands.words import OnCount, part_of
 from sidactl.errors import SidaError
-from sidactl.recipes import (
-    HeunSpec,
-    OneStepSpec,
-)
+from sidactl.recipes import HeunSpec, OneStepSpec
 from sidactl.store import BrokenError, Store
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from sidactl.commands.inputs import Ref, ref_text, run_of
 from sidactl.commands.inventory import is_safetensors, show
 from sidactl.commands.resolve import load_dataset, load_net
 from sidactl.commands.scores import score_name
-from sidactl.commands.words import NETS, RunDir, mapping, require_images
+from sidactl.commands.words import NETS, RunDir, require_images
 from sidactl.errors import SidaError
 from sidactl.store import KINDS, Artifact, Store
 from sidactl.store.outputs import MANIFEST, Output, manifest_of, type_of, whole
@@ -250,7 +250,7 @@ def model_card(store: Store, artifact: Artifact, form: ExportForm, file: str) ->
 def _rows_of_training(generator: Artifact) -> Iterator[str]:
     """What the run measured by which it chose this generator, and of its teacher."""
     results = generator.results
-    recipe = mapping(generator.params["recipe"])
+    recipe = generator.params["recipe"]
     name, by = score_name(str(results["detector"])), _text(results["detector"])
     for of, value in (("", results["selection_score"]), (", its teacher", results.get("teacher_score"))):
         if isinstance(value, int | float):
@@ -265,7 +265,7 @@ def _usage(artifact: Artifact, form: ExportForm, file: str) -> list[str]:
     """How images are drawn from the exported `file`, as lines of Markdown."""
     if form in ("files", "safetensors"):
         return ["```sh", f"sidactl fetch-teacher {shell_word(file)} | sidactl sample --num 64", "```"]
-    net, sampler = mapping(artifact.params["net"]), mapping(artifact.params["sampler"])
+    net, sampler = artifact.params["net"], artifact.params["sampler"]
     if form == "state-dict":
         spec = "HeunSpec" if artifact.kind == "teacher" else "OneStepSpec"
         code = [
@@ -354,7 +354,7 @@ def _export_onnx(store: Store, artifact: Artifact, path: Path) -> None:
     net = load_net(store, artifact, "cpu")
     if 4 * sum(p.numel() for p in net.parameters()) > ONNX_MAX_BYTES:
         raise SidaError("an ONNX file holds at most 2 GB, this network is larger", "Export it --to safetensors.")
-    step = OneStep(net, float(mapping(artifact.params["sampler"])["sigma_init"]))
+    step = OneStep(net, float(artifact.params["sampler"]["sigma_init"]))
     # Two images, since torch takes a single one for a constant.
     spec, batch = net.spec, {0: torch.export.Dim.DYNAMIC}
     latents = torch.zeros(2, spec.img_channels, spec.img_resolution, spec.img_resolution)

@@ -21,7 +21,7 @@ from sidactl.commands.identity import check_unchanged, file_digest, source_ident
 from sidactl.commands.inputs import Count, Ref, count_of, ref_text
 from sidactl.commands.question import Question, name_artifact
 from sidactl.commands.vae import fetch_vae
-from sidactl.commands.words import NETS, NetKind, RunDir, mapping, suffix_of
+from sidactl.commands.words import NETS, NetKind, RunDir, suffix_of
 from sidactl.errors import SidaError
 from sidactl.foreign import download
 from sidactl.recipes import HeunSpec, NetSpec, OneStepSpec
@@ -152,7 +152,7 @@ def _as_said(store: Store, artifact: Artifact, kind: NetKind | None, dataset: st
         return artifact
     params = {**artifact.params, "dataset": dataset or artifact.params["dataset"]}
     if kind and kind != artifact.kind:
-        params["sampler"] = _default_sampler(kind, NetSpec.from_json(mapping(params["net"]))).to_json()
+        params["sampler"] = _default_sampler(kind, NetSpec.from_json(params["net"])).to_json()
         params["recipe"] = None
     files = {"model.safetensors": store.path(artifact, "model.safetensors")}
     return store.put(kind or artifact.kind, files, params=params)

@@ -15,25 +15,10 @@ from sidactl.commands.files import check_has_file
 from sidactl.commands.running import check_fit, check_trainable
 from sidactl.commands.scorers import require_classes
 from sidactl.commands.scores import METRICS, score_name
-from sidactl.commands.vae import (
-    other_vae,
-    vae_for,
-)
-from sidactl.commands.words import (
-    NET_FILES,
-    mapping,
-)
+from sidactl.commands.vae import other_vae, vae_for
+from sidactl.commands.words import NET_FILES
 from sidactl.errors import EXIT_USAGE, SidaError
-from sidactl.recipes import (
-    MODES,
-    Execution,
-    Memory,
-    Mode,
-    NetSpec,
-    Recipe,
-    override,
-    passes_of,
-)
+from sidactl.recipes import MODES, Execution, Memory, Mode, NetSpec, Recipe, override, passes_of
 from sidactl.store import Artifact, Store
 
 TeacherScore: TypeAlias = Literal["published", "measure", "none"]
@@ -137,7 +122,7 @@ def plan(
     preflight.check_device(device)
     chosen: Mode = next(m for m in MODES if m == mode)
     taught = _teacher_of(store, teacher)
-    net = NetSpec.from_json(mapping(taught.params["net"]))
+    net = NetSpec.from_json(taught.params["net"])
     name, own_dataset = str(taught.params["name"]), taught.params["dataset"]
     if taught.artifact:
         num_parameters = _num_parameters(store.path(taught.artifact, "model.safetensors"))
@@ -363,7 +348,7 @@ def check_generator(generator: Mapping[str, Any], teacher: Mapping[str, Any]) ->
         )
     # Dropout is the recipe's, and generators have no uncertainty head.
     apart = {"dropout": 0, "logvar_channels": 0}
-    theirs, ours = (dict(mapping(params["net"])) | apart for params in (generator, teacher))
+    theirs, ours = (dict(params["net"]) | apart for params in (generator, teacher))
     if theirs != ours:
         wrong = next(k for k in ours if theirs.get(k) != ours[k])
         raise SidaError(

@@ -17,7 +17,7 @@ from sidactl import catalog
 from sidactl.commands import files, moments, resolve, words
 from sidactl.commands import reference as commands_reference
 from sidactl.commands.vae import check_vae_is_there, refuse_vae_of_pixels, vae_for
-from sidactl.commands.words import NET_FILES, NETS, is_source, mapping, require_images, shape_for_nets
+from sidactl.commands.words import NET_FILES, NETS, is_source, require_images, shape_for_nets
 from sidactl.errors import SidaError
 from sidactl.foreign import download
 from sidactl.recipes import NetSpec, Recipe
@@ -63,7 +63,7 @@ class Input:
     def has_images(self) -> bool:
         """Whether a dataset holds images, not classes alone; of what is prepared first, whether it will."""
         if self.artifact:
-            return self.artifact.results["kind"] != "labels"
+            return bool(self.artifact.results["kind"] != "labels")
         return not (isinstance(self.entry, catalog.Dataset) and self.entry.labels_of)
 
 
@@ -194,7 +194,7 @@ def _published(store: Store, entry: catalog.Reference) -> Input:
 
 
 def _net(of: Input) -> NetSpec:
-    return NetSpec.from_json(mapping(of.params["net"]))
+    return NetSpec.from_json(of.params["net"])
 
 
 def default_detector(of: Input) -> str:
@@ -281,7 +281,7 @@ def vae(store: Store, asked: str | None, teacher: Input, *, is_needed: bool) -> 
     is_needed: whether the run fails without it. Raises SidaError for a network of pixels where one is asked for, and
     for what is no VAE.
     """
-    net = mapping(teacher.params["net"])
+    net = teacher.params["net"]
     if asked is not None:
         refuse_vae_of_pixels(str(teacher.params["name"]), net)
     elif net["img_channels"] != catalog.LATENT_CHANNELS or not is_needed:

@@ -12,7 +12,7 @@ from sidactl.commands.moments import Need, imported_statistics
 from sidactl.commands.prepare import prepare_data
 from sidactl.commands.question import Question
 from sidactl.commands.resolve import dataset_called, repaired, resolve
-from sidactl.commands.words import NETS, is_ref, mapping, means_path
+from sidactl.commands.words import NETS, is_ref, means_path
 from sidactl.errors import MissingError, SidaError
 from sidactl.store import Artifact, Store
 
@@ -115,7 +115,7 @@ def _own(store: Store, subject: Artifact, need: Need, recheck: bool) -> Artifact
         if need == "moments" or held.kind == "dataset":
             return _checked(store, held, recheck, need)
     name = dataset_name(store, net)
-    entry = published_for(name, mapping(net.params["net"]).get("architecture") if net.kind in NETS else None)
+    entry = published_for(name, net.params["net"].get("architecture") if net.kind in NETS else None)
     if entry and need == "moments":
         return _published(store, entry, need, recheck)
     if entry and (images := catalog.REFERENCES.get(f"{name}-images")):
@@ -140,7 +140,7 @@ def of_run(store: Store, teacher: Artifact, data: Artifact, *, recheck: bool = F
     """
     pixels = pixels_of(store, data)
     if data.results["kind"] != "labels":
-        architecture = mapping(teacher.params["net"]).get("architecture")
+        architecture = teacher.params["net"].get("architecture")
         if entry := published_for(str(data.params["name"]), architecture):
             return _published(store, entry, "moments", recheck)
         if pixels.results["kind"] == "pixels":

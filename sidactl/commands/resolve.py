@@ -14,7 +14,6 @@ from sidactl.commands.words import (
     RunDir,
     catalog_entries,
     is_source,
-    mapping,
     not_prepared,
     not_readable,
     require_images,
@@ -118,7 +117,7 @@ def load_net(store: Store, artifact: Artifact, device: "str | torch.device") -> 
     from sidactl import nets as nets_module
     from sidactl.foreign import networks
 
-    net = nets_module.build(NetSpec.from_json(mapping(artifact.params["net"])))
+    net = nets_module.build(NetSpec.from_json(artifact.params["net"]))
     networks.load_weights(net, safetensors.torch.load(store.read(artifact, "model.safetensors")))
     return net.eval().requires_grad_(False).to(device)
 

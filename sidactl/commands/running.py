@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sidactl.commands.resolve import image_source
 from sidactl.errors import EXIT_INTERRUPTED, SidaError
-from sidactl.recipes import (
-    NetSpec,
-)
+from sidactl.recipes import NetSpec
 from sidactl.store import Artifact, LiveDir, Store
 
 if TYPE_CHECKING:

@@ -25,9 +25,7 @@ from sidactl.commands.vae import (
 from sidactl.commands.words import NETS, OnCount, RunDir
 from sidactl.errors import SidaError
 from sidactl.foreign import download
-from sidactl.recipes import (
-    SamplingForm,
-)
+from sidactl.recipes import SamplingForm
 from sidactl.store import Artifact, Store
 
 if TYPE_CHECKING:

@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 from sidactl.commands.scores import HEUN_FIELDS
-from sidactl.commands.words import mapping
 from sidactl.errors import SidaError
 from sidactl.recipes import HeunSpec, OneStepSpec, flag_of
 from sidactl.store import Artifact
@@ -13,7 +12,7 @@ from sidactl.store import Artifact
 
 def sampler_of(subject: Artifact) -> OneStepSpec | HeunSpec:
     """The sampler that a teacher or generator artifact names as its own."""
-    return sampler_from(mapping(subject.params["sampler"]))
+    return sampler_from(subject.params["sampler"])
 
 
 def sampler_from(settings: Mapping[str, Any]) -> OneStepSpec | HeunSpec:

@@ -19,7 +19,7 @@ from sidactl.commands.score_question import ScoreQuestion, why_unkept
 from sidactl.commands.scorers import load_detector
 from sidactl.commands.scores import METRICS, Score, ScoreOptions, numbers, plain_options, score_of
 from sidactl.commands.vae import check_vae_is_there, is_of_latents, other_vae, vae_loader
-from sidactl.commands.words import NETS, mapping, part_of
+from sidactl.commands.words import NETS, part_of
 from sidactl.store import Artifact, LiveDir, Store, UnwritableError, sealed, unsealed
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def _looks_grey(store: Store, artifact: Artifact) -> bool:
     shape = _shape(artifact)
     if artifact.kind != "dataset" or shape is None or shape[0] == 1:
         return shape is not None and shape[0] == 1
-    num = int(artifact.results["num_images"])  # type: ignore[arg-type]
+    num = int(artifact.results["num_images"])
     some = load_dataset(store, artifact).images(range(0, num, max(1, num // 64)))
     return bool((some == some[:, :1]).all())
 
@@ -196,7 +196,7 @@ def _looks_grey(store: Store, artifact: Artifact) -> bool:
 def _shape(artifact: Artifact) -> tuple[int, int, int] | None:
     """Channels, width and height of an artifact's images; None where it does not say, or they are latents."""
     if artifact.kind in NETS:
-        net = mapping(artifact.params["net"])
+        net = artifact.params["net"]
         channels, side = int(net["img_channels"]), int(net["img_resolution"])
         return (channels, side, side) if channels in (1, 3) else None
     results: Mapping[str, Any] = artifact.results
@@ -277,9 +277,7 @@ def _work(
     net = configure.configure_for_sampling(load_net(asked.store, asked.subject, device), asked.setting)
     counts: Sequence[int] | None = None
     if asked.settings["labels"] == "dataset" and net.spec.label_dim:
-        held = commands_reference.dataset_of(asked.store, asked.subject).results["class_counts"]
-        assert isinstance(held, list)
-        counts = held
+        counts = commands_reference.dataset_of(asked.store, asked.subject).results["class_counts"]
     size = features.images_per_batch(net.spec.img_channels, net.spec.img_resolution)
     sampler = sampler_from(asked.settings["sampler"]) if "sampler" in asked.settings else sampler_of(asked.subject)
     samples = sampling.generate(

@@ -295,7 +295,6 @@ def score_of(artifact: Artifact) -> Score:
 
 def fixed_count(subject: Artifact, num: int | None, trials: int, setting: SamplingForm) -> int:
     available = subject.results["num_images"]
-    assert isinstance(available, int)
     what = "samples" if subject.kind == "samples" else "images of a dataset"
     if trials > 1:
         raise SidaError(
@@ -318,7 +317,6 @@ def fixed_count(subject: Artifact, num: int | None, trials: int, setting: Sampli
 def subset_of(subject: Artifact, num: int, seed: int | None) -> dict[str, int]:
     """The settings of a drawn subset; none where all images are scored."""
     available = subject.results["num_images"]
-    assert isinstance(available, int)
     if seed is not None and not 0 <= seed < 1 << 31:
         raise SidaError(f"the subset seed must be from 0 to {(1 << 31) - 1}, got {seed}", "Pass --subset-seed 0.")
     if num < available:

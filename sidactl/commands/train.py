@@ -5,27 +5,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from sidactl import catalog, launch
-from sidactl.commands.inputs import (
-    Ref,
-    field_values,
-    ref_text,
-)
+from sidactl.commands.inputs import Ref, field_values, ref_text
 from sidactl.commands.question import Question
 from sidactl.commands.resolve import resolve
 from sidactl.commands.running import OnEvent, batches_for, check_fit, check_trainable, run_training
 from sidactl.commands.tasks import Task, option_words
-from sidactl.commands.words import (
-    RunDir,
-    require_images,
-    shape_for_nets,
-)
+from sidactl.commands.words import RunDir, require_images, shape_for_nets
 from sidactl.errors import SidaError
 from sidactl.foreign import download
-from sidactl.recipes import (
-    HeunSpec,
-    NetSpec,
-    TeacherRecipe,
-)
+from sidactl.recipes import HeunSpec, NetSpec, TeacherRecipe
 from sidactl.store import Artifact, Store
 
 

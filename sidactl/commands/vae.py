@@ -14,7 +14,7 @@ from sidactl import catalog
 from sidactl.commands.files import fetched_file
 from sidactl.commands.identity import check_unchanged, source_identity
 from sidactl.commands.question import Question
-from sidactl.commands.words import NETS, is_ref, mapping, means_path, plain_name
+from sidactl.commands.words import NETS, is_ref, means_path, plain_name
 from sidactl.errors import MissingError, SidaError
 from sidactl.foreign import download
 from sidactl.store import Artifact, Store
@@ -165,7 +165,7 @@ def vae_for(store: Store, asked: str | None, net: Artifact, *, recheck: bool = F
     Raises SidaError for a network of pixels where one is asked for, and where it cannot be had.
     """
     if asked is not None:
-        refuse_vae_of_pixels(str(net.params["name"]), mapping(net.params["net"]))
+        refuse_vae_of_pixels(str(net.params["name"]), net.params["net"])
         return chosen_vae(store, asked, recheck=recheck)
     label = str(net.params.get("vae") or catalog.VAE_NAME)
     if label == catalog.VAE_NAME or not is_of_latents(net):
@@ -192,7 +192,7 @@ def chosen_vae(
 
 def is_of_latents(artifact: Artifact) -> bool:
     """Whether it is a network that draws latents, which a VAE decodes."""
-    return artifact.kind in NETS and mapping(artifact.params["net"])["img_channels"] == catalog.LATENT_CHANNELS
+    return artifact.kind in NETS and artifact.params["net"]["img_channels"] == catalog.LATENT_CHANNELS
 
 
 def refuse_vae_of_pixels(name: str, net: Mapping[str, Any]) -> None:

@@ -162,11 +162,6 @@ def part_of(watcher: object, what: str, unit: str = "images") -> OnCount | None:
     return part(what, unit) if part else None
 
 
-def mapping(value: Any) -> Mapping[str, Any]:
-    assert isinstance(value, Mapping)
-    return value
-
-
 def suffix_of(path_or_url: str) -> str:
     """The suffix in lower case, with its dot."""
     return Path(path_or_url.partition("?")[0] if "://" in path_or_url else path_or_url).suffix.lower()

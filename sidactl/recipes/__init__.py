@@ -2,7 +2,7 @@
 
 from sidactl.recipes.distillation import MODES, Mode, Recipe, override, passes_of
 from sidactl.recipes.execution import PRECISIONS, Execution, Precision, SamplingForm
-from sidactl.recipes.fields import Plain, flag_of
+from sidactl.recipes.fields import JsonFields, flag_of
 from sidactl.recipes.memory import BASE_BYTES, Memory
 from sidactl.recipes.networks import NetSpec
 from sidactl.recipes.pretraining import TeacherRecipe
@@ -16,11 +16,11 @@ __all__ = [
     "Adversarial",
     "Execution",
     "HeunSpec",
+    "JsonFields",
     "Memory",
     "Mode",
     "NetSpec",
     "OneStepSpec",
-    "Plain",
     "Precision",
     "Recipe",
     "SamplingForm",

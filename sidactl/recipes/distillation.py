@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 from sidactl.errors import SidaError
 from sidactl.recipes.execution import Execution, Precision
 from sidactl.recipes.fields import (
-    Plain,
+    JsonFields,
     at_least,
     below_one,
     check_seed,
@@ -29,7 +29,7 @@ MODES: tuple[Mode, ...] = ("sid", "sida", "sid2a")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(Plain):
+class Recipe(JsonFields):
     """Everything that shapes a distillation run. The published value is the default where there is one.
 
     Counts of images end in `_nimg`. Modes are values: `sid` has no adversarial part, `sida` has one, `sid2a` has
@@ -149,7 +149,7 @@ class Recipe(Plain):
         changed = dataclasses.replace(self, duration_nimg=duration_nimg)
         ratio = duration_nimg / self.duration_nimg
 
-        def scaled(value: Plain, *names: str) -> dict[str, Any]:
+        def scaled(value: JsonFields, *names: str) -> dict[str, Any]:
             counts = {name: getattr(value, name) for name in names}
             return {name: n and max(round(n * ratio), 1) for name, n in counts.items()}
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sidactl.errors import SidaError
-from sidactl.recipes.fields import Plain, at_least
+from sidactl.recipes.fields import JsonFields, at_least
 
 Precision = Literal["fp32", "tf32", "fp16", "bf16"]
 
@@ -12,7 +12,7 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "tf32", "fp16", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Execution(Plain):
+class Execution(JsonFields):
     """How a recipe is carried out. It shapes speed and memory, never the method, so it is no part of the question."""
 
     batch_per_device: int | None = None
@@ -36,7 +36,7 @@ class Execution(Plain):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingForm(Plain):
+class SamplingForm(JsonFields):
     """How the same mathematics is carried out where nets alone are at work: in sampling, and in benchmarks."""
 
     precision: Precision = "fp32"

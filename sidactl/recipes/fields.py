@@ -17,7 +17,7 @@ HIGH_LR = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plain:
+class JsonFields:
     """Conversion of a frozen dataclass to plain JSON values and back, strictly.
 
     Every field must be of its declared type, and within its bounds, of which each class knows its own.
@@ -49,14 +49,14 @@ class Plain:
 
 
 def _plain(value: object) -> object:
-    if isinstance(value, Plain):
+    if isinstance(value, JsonFields):
         return value.to_json()
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _typed(declared: Any, value: Any) -> Any:
     for option in typing.get_args(declared) or (declared,):
-        if isinstance(option, type) and issubclass(option, Plain) and isinstance(value, Mapping):
+        if isinstance(option, type) and issubclass(option, JsonFields) and isinstance(value, Mapping):
             return option.from_json(value)
     if not isinstance(value, bool) and isinstance(value, Real):
         return _number(typing.get_args(declared) or (declared,), value)
@@ -119,7 +119,7 @@ def flag_of(field: str) -> str:
     return "--steps" if field == "num_steps" else "--" + field.removesuffix("_nimg").replace("_", "-").lower()
 
 
-def within(value: Plain, names: Sequence[str], what: str, holds: Callable[[Any], bool]) -> None:
+def within(value: JsonFields, names: Sequence[str], what: str, holds: Callable[[Any], bool]) -> None:
     """Refuses the first of these fields for which it does not hold; None, where the type allows it, always does."""
     for name in names:
         got = getattr(value, name)
@@ -127,45 +127,45 @@ def within(value: Plain, names: Sequence[str], what: str, holds: Callable[[Any],
             raise refusal(name, what, got)
 
 
-def at_least(value: Plain, least: int, *names: str) -> None:
+def at_least(value: JsonFields, least: int, *names: str) -> None:
     within(value, names, f"at least {least}", lambda got: got >= least)
 
 
-def finite(value: Plain, *names: str) -> None:
+def finite(value: JsonFields, *names: str) -> None:
     within(value, names, "finite", math.isfinite)
 
 
-def positive(value: Plain, *names: str) -> None:
+def positive(value: JsonFields, *names: str) -> None:
     within(value, names, "positive and finite", lambda got: 0 < got < math.inf)
 
 
-def not_negative(value: Plain, *names: str) -> None:
+def not_negative(value: JsonFields, *names: str) -> None:
     within(value, names, "at least 0 and finite", lambda got: 0 <= got < math.inf)
 
 
-def below_one(value: Plain, *names: str) -> None:
+def below_one(value: JsonFields, *names: str) -> None:
     within(value, names, "in [0, 1)", lambda got: 0 <= got < 1)
 
 
-def in_unit_interval(value: Plain, *names: str) -> None:
+def in_unit_interval(value: JsonFields, *names: str) -> None:
     within(value, names, "in [0, 1]", lambda got: 0 <= got <= 1)
 
 
-def moderate(value: Plain, *names: str) -> None:
+def moderate(value: JsonFields, *names: str) -> None:
     """Noise levels and their like, whose squares float32 must hold."""
     within(value, names, "from 1e-9 to 1e9", lambda got: 1e-9 <= got <= 1e9)
 
 
-def at_most(value: Plain, most: int, *names: str) -> None:
+def at_most(value: JsonFields, most: int, *names: str) -> None:
     within(value, names, f"at most {most:,}", lambda got: got <= most)
 
 
-def check_seed(value: Plain) -> None:
+def check_seed(value: JsonFields) -> None:
     at_least(value, 0, "seed")
     within(value, ["seed"], "at most 2^63 - 1", lambda got: got < 1 << 63)
 
 
-def high_rates(recipe: Plain, *names: str) -> list[str]:
+def high_rates(recipe: JsonFields, *names: str) -> list[str]:
     return [
         f"{name} is {getattr(recipe, name):g}; Adam's rates above {HIGH_LR:g} rarely train anything"
         for name in names

@@ -6,7 +6,7 @@ from typing import Literal
 
 from sidactl.errors import SidaError
 from sidactl.recipes.fields import (
-    Plain,
+    JsonFields,
     at_least,
     at_most,
     below_one,
@@ -19,7 +19,7 @@ from sidactl.recipes.fields import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetSpec(Plain):
+class NetSpec(JsonFields):
     """The shape of a denoiser: all that is needed to build it, without its weights.
 
     `architecture` is the U-Net; options that it does not have are ignored by it and stay at their default.

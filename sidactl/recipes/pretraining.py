@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from sidactl.recipes.fields import (
-    Plain,
+    JsonFields,
     at_least,
     below_one,
     check_seed,
@@ -17,7 +17,7 @@ from sidactl.recipes.networks import NetSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherRecipe(Plain):
+class TeacherRecipe(JsonFields):
     """How a teacher is trained from scratch with the EDM loss. Source: EDM (2206.00364), eq. 2 and table 1."""
 
     dataset: str

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from sidactl.recipes.fields import Plain, at_least, moderate, not_negative, positive, refusal, within
+from sidactl.recipes.fields import JsonFields, at_least, moderate, not_negative, positive, refusal, within
 
 
 @dataclass(frozen=True, kw_only=True)
-class OneStepSpec(Plain):
+class OneStepSpec(JsonFields):
     """Settings of sampling from a distilled generator. Source: SiDA (2410.14919), eq. 1, with a_t = 1."""
 
     num_steps: int = 1
@@ -29,7 +29,7 @@ class OneStepSpec(Plain):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeunSpec(Plain):
+class HeunSpec(JsonFields):
     """Settings of a teacher's multi-step sampler. Source: EDM (2206.00364), Algorithm 2."""
 
     num_steps: int = 18
@@ -66,10 +66,10 @@ class HeunSpec(Plain):
         return 2 * self.num_steps - 1
 
     def to_json(self) -> dict[str, Any]:
-        """As `Plain.to_json`; an infinite S_max is written as null, which JSON can hold."""
+        """As `JsonFields.to_json`; an infinite S_max is written as null, which JSON can hold."""
         return super().to_json() | {"S_max": None if math.isinf(self.S_max) else self.S_max}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """As `Plain.from_json`; reads a null S_max as infinite."""
+        """As `JsonFields.from_json`; reads a null S_max as infinite."""
         return super().from_json({k: math.inf if k == "S_max" and v is None else v for k, v in value.items()})

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from sidactl.recipes.fields import Plain, at_least, not_negative, within
+from sidactl.recipes.fields import JsonFields, at_least, not_negative, within
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adversarial(Plain):
+class Adversarial(JsonFields):
     """The adversarial part of SiDA. Source: SiDA (2410.14919), eqs. 7-10, and the published run scripts."""
 
     lambda_adv: float = 0.01

@@ -73,8 +73,8 @@ class Artifact:
     kind: str
     files: Mapping[str, FileEntry]
     inputs: Mapping[str, str]
-    params: Mapping[str, Json]
-    results: Mapping[str, Json]
+    params: Mapping[str, Any]
+    results: Mapping[str, Any]
 
 
 def canonical_json(value: object) -> bytes:
