@@ -2,41 +2,42 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sidactl import catalog
 from sidactl.commands import moments as commands_moments
 from sidactl.commands import reference as commands_reference
 from sidactl.commands.assemble import Assembled, assembled, find_batch_per_device
-from sidactl.commands.evaluation import (
-    Eye,
-    evaluation_of,
-    finite_or_none,
-    is_teacher_scored,
-    preview_of,
-    score_teacher,
-    try_scoring,
-)
+from sidactl.commands.evaluation import Eye, evaluation_of, is_teacher_scored, score_teacher, try_scoring
 from sidactl.commands.fetch import fetch_detector
+from sidactl.commands.generators import draw, keep, name_run
 from sidactl.commands.inputs import Ref, field_values, optional_ref, ref_text
-from sidactl.commands.moments import detector_name
 from sidactl.commands.plan import TeacherScore, not_published, published_score
 from sidactl.commands.question import Question, name_artifact, rank0_first
 from sidactl.commands.resolve import load_net
 from sidactl.commands.running import OnEvent, batches_for, run_training
 from sidactl.commands.samplers import sampler_of
 from sidactl.commands.scorers import load_detector
-from sidactl.commands.scores import METRICS, detector_label, distance_name
+from sidactl.commands.scores import METRICS, distance_name
 from sidactl.commands.tasks import option_words
-from sidactl.commands.vae import vae_label, vae_loader
-from sidactl.commands.words import RunDir, part_of, plain_name
+from sidactl.commands.vae import vae_loader
+from sidactl.commands.words import RunDir, part_of
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.foreign import download
 from sidactl.recipes import Adversarial, Execution, OneStepSpec, Recipe
 from sidactl.store import Artifact, LiveDir, Store
+
+if TYPE_CHECKING:
+    import torch
+
+    from sidactl.detectors import Detector
+    from sidactl.nets import Preconditioned
+    from sidactl.training.distillation import Distillation
+    from sidactl.training.state import Evaluate, History
 
 
 def distill(
@@ -135,57 +136,6 @@ def distill(
         return name_artifact(store, found, [name] if name else [], say)
 
 
-def _name_generators(store: Store, made: Mapping[str, Artifact], data: Artifact, say: download.OnLine) -> None:
-    """Gives a finished run its names; see `distill` for which of them move."""
-    new, recipe = made["best"], made["best"].params["recipe"]
-    name_artifact(store, made["last"], ["last"])
-    name_artifact(store, new, ["latest", f"{recipe['teacher']}-{recipe['mode']}".replace("/", "-")])
-    detector = new.results["detector"]
-    of_dataset = f"best-{plain_name(str(new.params['dataset']))}"
-    of_dataset += "" if detector in (None, detector_name(data)) else f"-{plain_name(str(detector))}"
-    for name in (of_dataset, "best"):
-        try:
-            old = store.resolve(f"generator/{name}", ["generator"])
-        except SidaError:  # there is none, or it is damaged
-            old = new
-        verdict = _is_better(new, old)
-        if old.oid == new.oid or verdict:
-            name_artifact(store, new, [name])
-        elif name == "best" and verdict is None:
-            say(
-                f"generator/best stays {old.oid[:12]} ({old.params['name']}, of {old.params['dataset']}), which does "
-                f"not compare with this run; the best of its dataset is generator/{of_dataset}"
-            )
-        elif name == "best" or verdict is None:
-            say(
-                f"generator/latest {_told_score(new)} is not better than generator/{name} {_told_score(old)} "
-                f"({old.params['name']}, {old.oid[:12]}); generator/{name} stays"
-            )
-
-
-def _is_better(new: Artifact, old: Artifact) -> bool | None:
-    """Whether a generator did better than another by their selection scores; None where these do not compare."""
-
-    def shared(generator: Artifact) -> list[object]:
-        against = generator.inputs.get("reference", generator.inputs.get("dataset"))
-        return [generator.params.get("dataset"), generator.results.get("detector"), against]
-
-    def rank(generator: Artifact) -> tuple[int, float]:
-        score, recipe = generator.results.get("selection_score"), generator.params.get("recipe")
-        if not isinstance(score, int | float) or not isinstance(recipe, Mapping):
-            return 0, 0.0
-        return recipe.get("evaluate_num", 0), -score
-
-    if rank(old)[0] == 0 and new.params["dataset"] == old.params.get("dataset"):
-        return rank(new)[0] > 0
-    return rank(new) > rank(old) if shared(new) == shared(old) else None
-
-
-def _told_score(generator: Artifact) -> str:
-    score = generator.results.get("selection_score")
-    return f"{score:.4g}" if isinstance(score, int | float) else "(not scored)"
-
-
 @contextmanager
 def _together(question: Question) -> Iterator[LiveDir]:
     """The live directory of a question that several processes work on; the first one holds and fills it."""
@@ -200,6 +150,17 @@ def _together(question: Question) -> Iterator[LiveDir]:
         yield live
 
 
+@dataclass(frozen=True)
+class _Scoring:
+    """How a run scores its generators, and what of its teacher's score is known before it starts."""
+
+    detector: "Detector | None" = None
+    evaluate: "Evaluate | None" = None
+    teacher: TeacherScore = "none"
+    published: float | None = None
+    notes: Sequence[str] = ()
+
+
 def _distill(
     live: LiveDir,
     questions: Mapping[str, Question],
@@ -211,59 +172,62 @@ def _distill(
     force: bool,
     say: download.OnLine | None,
 ) -> None:
-    """Trains, stores the last and the best generator under their keys, and a run that binds them."""
-    import safetensors.torch
+    """Trains, stores the last and the best generator as the answers to their questions, and a run that binds them."""
+    from sidactl.engine import devices, ranks, sharding
 
-    from sidactl import report, sampling
-    from sidactl.engine import configure, devices, ranks, sharding
-    from sidactl.foreign import networks
-    from sidactl.training import distillation, loop, state
+    store, chosen_device = questions["best"].store, devices.pick_device(device)
+    training, scoring, history = _train(store, live, wanted, chosen_device, watch, teacher_score, force)
+    net = sharding.gathered(training.ema, chosen_device)
+    drawn = None
+    if ranks.rank_and_size()[0] == 0:
+        num_skipped = sum(training.skipped.total.values())
+        drawn = draw(store, wanted, net, training.nimg, num_skipped, history, live, say)
+    if scoring.teacher == "measure":
+        if drawn and not is_teacher_scored(store, wanted):  # hours may pass, and the generator is wanted before
+            made = keep(store, wanted, drawn, scoring.detector, None)
+            for which, ref in (("last", "last"), ("best", "latest")):
+                name_artifact(store, made[which], [ref])
+            (say or (lambda line: None))("generator/latest is there already; scoring the teacher goes on")
+        of_teacher = score_teacher(store, wanted, device, watch, force)
+    else:
+        of_teacher = scoring.published if scoring.teacher == "published" else None
+    if not drawn:
+        return
+    made = keep(store, wanted, drawn, scoring.detector, of_teacher, is_published=scoring.teacher == "published")
+    name_run(store, wanted, made, say or (lambda line: None))
+    # The best comes last: once it is there, the question is answered.
+    for which, artifact in made.items():
+        questions[which].record(artifact)
 
-    store = questions["best"].store
-    recipe, execution, inputs, compared = wanted.recipe, wanted.execution, wanted.inputs, wanted.compared
-    chosen_device = devices.pick_device(device)
+
+def _train(
+    store: Store,
+    live: LiveDir,
+    wanted: Assembled,
+    device: "torch.device",
+    watch: OnEvent | None,
+    teacher_score: TeacherScore | None,
+    force: bool,
+) -> "tuple[Distillation, _Scoring, History]":
+    """Loads the nets and trains to the end, or goes on to it."""
+    from sidactl.engine import configure
+    from sidactl.training import distillation, state
+
+    recipe, execution, inputs = wanted.recipe, wanted.execution, wanted.inputs
     configure.passes_of(recipe, execution)  # what does not fit is told before anything is loaded
-    sampler = OneStepSpec(sigma_init=recipe.sigma_init)
-    teacher = load_net(store, inputs["teacher"], chosen_device)
-    start = load_net(store, inputs["generator"], chosen_device) if "generator" in inputs else None
-    load_vae = vae_loader(store, wanted.vae)
-    detector, evaluate, notes = None, None, list(wanted.notes)
-    facts = {"title": f"distill {recipe.teacher} {recipe.mode}", "teacher": recipe.teacher}
-    if compared:
-        assert wanted.detector
-        if force and wanted.detector in catalog.DETECTORS:
-            fetch_detector(wanted.detector, run=store.root, recheck=True)
-        detector = load_detector(store, wanted.detector, chosen_device)
-        facts["score_name"] = distance_name(detector)
-        moments = commands_moments.moments(store, compared, detector, watch, recheck=force)
-        try_scoring(detector, moments, start or teacher, sampler, load_vae)
-        counts: Any = inputs["dataset"].results["class_counts"] if recipe.evaluate_labels == "dataset" else None
-        tick = part_of(watch, "scoring the generator")
-        eyes = [Eye("fid", detector, moments)]
-        for metric in recipe.evaluate_also:
-            by = METRICS[metric].detector
-            other = load_detector(store, by, chosen_device) if by not in (None, wanted.detector) else detector
-            needed = (
-                commands_moments.moments(store, compared, other, watch, recheck=force) if METRICS[metric].need else None
-            )
-            eyes.append(Eye(metric, other, needed))
-        evaluate = evaluation_of(eyes, sampler, recipe.evaluate_num, tick, counts or None, load_vae)
-        entry = None if wanted.vae else commands_reference.published_as(compared)
-        published = published_score(recipe, entry, distance_name(detector))
-        if teacher_score is None:
-            teacher_score = "measure" if published is None else "published"
-        elif teacher_score == "published" and published is None:
-            raise not_published(recipe, distance_name(detector))
-        if teacher_score == "measure" and not is_teacher_scored(store, wanted):
-            notes.append(
-                f"at the end the teacher is scored, too, on {recipe.evaluate_num:,} images of "
-                f"{sampler_of(inputs['teacher']).nfe} evaluations each; --teacher-score none leaves that out"
-            )
-    data = inputs["dataset"]
-    batches = batches_for(store, data, recipe.batch_size, recipe.num_accumulation_rounds, recipe.seed, chosen_device)
+    teacher = load_net(store, inputs["teacher"], device)
+    start = load_net(store, inputs["generator"], device) if "generator" in inputs else None
+    facts, scoring = {"title": f"distill {recipe.teacher} {recipe.mode}", "teacher": recipe.teacher}, _Scoring()
+    if wanted.compared:
+        scoring = _scoring(store, wanted, wanted.compared, start or teacher, device, watch, teacher_score, force)
+        assert scoring.detector
+        facts["score_name"] = distance_name(scoring.detector)
+    batches = batches_for(
+        store, inputs["dataset"], recipe.batch_size, recipe.num_accumulation_rounds, recipe.seed, device
+    )
     training = distillation.Distillation(recipe, teacher, start, batches, execution)
-    if tried := find_batch_per_device(training, execution, live, chosen_device):
-        notes.append(tried)
+    tried = find_batch_per_device(training, execution, live, device)
+    notes = [*wanted.notes, *scoring.notes, *([tried] if tried else [])]
     schedule = state.Schedule(
         duration_nimg=recipe.duration_nimg,
         evaluate_every_nimg=recipe.evaluate_every_nimg,
@@ -275,93 +239,54 @@ def _distill(
         patience=recipe.patience,
         patience_from_nimg=max(start or 0 for start in recipe.stages().values()),
     )
-    history = run_training(training, schedule, live, evaluate, watch, facts, notes, wanted.warnings)
-    last: tuple[int, float | None] = training.nimg, None
-    best = last
-    if detector:
-        if history.best is None:
-            raise SidaError("no evaluation gave a finite score", "Lower the learning rate.", exit_code=EXIT_FAILED)
-        last, best = history.scores[-1], history.best
-    net = sharding.gathered(training.ema, chosen_device)
-    is_first = ranks.rank_and_size()[0] == 0
-    untrained, made = recipe.untrained(), dict[str, Artifact]()
-    also = {name: [[nimg, finite_or_none(value)] for nimg, value in points] for name, points in history.also.items()}
-    made_with = {"vae": wanted.vae.oid} if wanted.vae else {}
-    files: dict[str, dict[str, bytes]] = {}
-    for which in ("last", "best") if is_first else ():
-        if which == "best" and history.best:
-            networks.load_weights(net, safetensors.torch.load(loop.best_weights(history, live)))
-        files[which] = {"model.safetensors": loop.weights(net)}
-        try:
-            files[which]["grid.png"] = preview_of(net, sampler, load_vae)
-        except SidaError as error:
-            # Of a run that was scored the last may draw what is no image; one that is not may be without its VAE.
-            if isinstance(error, sampling.NotFiniteError) != (compared is not None):
-                raise
-            if compared is None and which == "best" and say:
-                say(f"warning: there is no picture of the generator: {error.message}")
+    history = run_training(training, schedule, live, scoring.evaluate, watch, facts, notes, wanted.warnings)
+    if scoring.detector and history.best is None:
+        raise SidaError("no evaluation gave a finite score", "Lower the learning rate.", exit_code=EXIT_FAILED)
+    return training, scoring, history
 
-    def keep(of_teacher: float | None, *, is_published: bool = False) -> None:
-        """Stores the last and the best generator, beside this score of the teacher."""
-        if detector:
-            curve = report.curve(
-                history.scores,
-                teacher_score=of_teacher,
-                title=f"{recipe.mode} of {recipe.teacher}, one step",
-                ylabel=distance_name(detector),
-            )
-            for kept in files.values():
-                kept["curve.png"] = curve
-        for which, (nimg, score) in (("last", last), ("best", best)):
-            made[which] = store.put(
-                "generator",
-                files[which],
-                inputs={role: artifact.oid for role, artifact in inputs.items()} | made_with,
-                params={
-                    "name": f"{recipe.teacher}-{recipe.mode}",
-                    "net": net.spec.to_json(),
-                    "sampler": sampler.to_json(),
-                    "dataset": recipe.dataset,
-                    "recipe": recipe.to_json(),
-                    **({"vae": vae_label(wanted.vae)} if wanted.vae else {}),
-                },
-                results={
-                    "images_seen": nimg,
-                    "selection_score": finite_or_none(score),
-                    "teacher_score": of_teacher,
-                    **({"teacher_score_is": "published"} if is_published else {}),
-                    "detector": detector_label(detector) if detector else None,
-                    "scores": [[n, finite_or_none(s)] for n, s in history.scores],
-                    **({"also": also} if also else {}),
-                    "skipped_updates": sum(training.skipped.total.values()),
-                    **({"untrained": untrained} if untrained else {}),
-                },
-            )
 
-    if detector and teacher_score == "measure":
-        if is_first and not is_teacher_scored(store, wanted):  # hours may pass, and the generator is wanted before
-            keep(None)
-            for which, ref in (("last", "last"), ("best", "latest")):
-                name_artifact(store, made[which], [ref])
-            (say or (lambda line: None))("generator/latest is there already; scoring the teacher goes on")
-        measured = score_teacher(store, wanted, device, watch, force)
-        if is_first:
-            keep(measured)
-    elif is_first and detector and teacher_score == "published":
-        keep(published, is_published=True)
-    elif is_first:
-        keep(None)
-    if not is_first:
-        return
-    record = store.put(
-        "run", {}, inputs={which: artifact.oid for which, artifact in made.items()}, params=recipe.to_json()
-    )
-    # A run keeps its generators reachable when a later run takes over the names best and last.
-    store.set_ref("run", f"{recipe.teacher}-{recipe.mode}-{record.oid[:8]}".replace("/", "-"), record.oid)
-    _name_generators(store, made, data, say or (lambda line: None))
-    # The best comes last: once it is there, the question is answered.
-    for which, artifact in made.items():
-        questions[which].record(artifact)
+def _scoring(
+    store: Store,
+    wanted: Assembled,
+    compared: Artifact,
+    net: "Preconditioned",
+    device: "torch.device",
+    watch: OnEvent | None,
+    teacher_score: TeacherScore | None,
+    force: bool,
+) -> _Scoring:
+    """Loads what scores the generators, and tries it on two images of `net`."""
+    assert wanted.detector
+    recipe, inputs = wanted.recipe, wanted.inputs
+    sampler, load_vae = OneStepSpec(sigma_init=recipe.sigma_init), vae_loader(store, wanted.vae)
+    if force and wanted.detector in catalog.DETECTORS:
+        fetch_detector(wanted.detector, run=store.root, recheck=True)
+    detector = load_detector(store, wanted.detector, device)
+    moments = commands_moments.moments(store, compared, detector, watch, recheck=force)
+    try_scoring(detector, moments, net, sampler, load_vae)
+    eyes = [Eye("fid", detector, moments)]
+    for metric in recipe.evaluate_also:
+        by = METRICS[metric].detector
+        other = load_detector(store, by, device) if by not in (None, wanted.detector) else detector
+        needed = (
+            commands_moments.moments(store, compared, other, watch, recheck=force) if METRICS[metric].need else None
+        )
+        eyes.append(Eye(metric, other, needed))
+    counts = inputs["dataset"].results["class_counts"] if recipe.evaluate_labels == "dataset" else None
+    tick = part_of(watch, "scoring the generator")
+    evaluate = evaluation_of(eyes, sampler, recipe.evaluate_num, tick, counts or None, load_vae)
+    entry = None if wanted.vae else commands_reference.published_as(compared)
+    published, notes = published_score(recipe, entry, distance_name(detector)), list[str]()
+    if teacher_score is None:
+        teacher_score = "measure" if published is None else "published"
+    elif teacher_score == "published" and published is None:
+        raise not_published(recipe, distance_name(detector))
+    if teacher_score == "measure" and not is_teacher_scored(store, wanted):
+        notes.append(
+            f"at the end the teacher is scored, too, on {recipe.evaluate_num:,} images of "
+            f"{sampler_of(inputs['teacher']).nfe} evaluations each; --teacher-score none leaves that out"
+        )
+    return _Scoring(detector, evaluate, teacher_score, published, notes)
 
 
 def finetune_sid2a(*, teacher: Ref, generator: Ref, **options: Any) -> Artifact:
