@@ -43,7 +43,7 @@ LONGEST = 450
 # Files that are longer than that, and may only become shorter. A file that fits is taken off the list.
 LONG = {
     "commands/bench.py": 463,
-    "store/objects.py": 512,
+    "store/objects.py": 511,
 }
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any
 
 from sidactl.errors import SidaError
 from sidactl.store.files import FileEntry
@@ -15,7 +15,6 @@ SCHEMA_VERSION = 1
 
 KINDS = ("teacher", "generator", "dataset", "detector", "vae", "samples", "features", "stats", "score", "run")
 
-Json: TypeAlias = bool | int | float | str | list[Any] | dict[str, Any] | None
 
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 

@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sidactl.errors import MissingError, SidaError
 from sidactl.store.artifact import (
@@ -36,7 +36,6 @@ from sidactl.store.artifact import (
     SHA256,
     Artifact,
     BrokenError,
-    Json,
     canonical_json,
     complete,
     digest,
@@ -105,7 +104,7 @@ class Store:
         return store
 
     @staticmethod
-    def key(command: str, params: Mapping[str, Json], inputs: Mapping[str, str]) -> str:
+    def key(command: str, params: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
         """The name of a question: SHA-256 of the command, its resolved parameters, its input oids and the schema."""
         return digest({"command": command, "inputs": inputs, "params": params, "schema": SCHEMA_VERSION})
 
@@ -115,8 +114,8 @@ class Store:
         files: Mapping[str, Path | Data],
         *,
         inputs: Mapping[str, str] = EMPTY,
-        params: Mapping[str, Json] = EMPTY,
-        results: Mapping[str, Json] = EMPTY,
+        params: Mapping[str, Any] = EMPTY,
+        results: Mapping[str, Any] = EMPTY,
     ) -> Artifact:
         """Stores an artifact, the manifest last, and returns it. Files given as paths are copied and left alone.
 
@@ -132,7 +131,7 @@ class Store:
                 place(tmp, self._object(entry.sha256))
         return artifact
 
-    def put_again(self, artifact: Artifact, params: Mapping[str, Json]) -> Artifact:
+    def put_again(self, artifact: Artifact, params: Mapping[str, Any]) -> Artifact:
         """Stores an artifact of the same files, inputs and results with other params; the files are not copied."""
         with self._writing() as stack:
             again, manifest = complete(replace(artifact, oid="", params=params))
@@ -385,7 +384,7 @@ class Store:
                 finally:
                     tmp.unlink(missing_ok=True)
 
-    def log(self, line: Mapping[str, Json]) -> None:
+    def log(self, line: Mapping[str, Any]) -> None:
         """Adds one JSON line to log.jsonl, exactly what is given."""
         with self._writing():
             append(self.root / "log.jsonl", canonical_json(line))
