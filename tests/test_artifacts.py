@@ -31,7 +31,7 @@ from sidactl.commands import dataset_stats, export, identity, plan, reference, r
 from sidactl.commands import vae as commands_vae
 from sidactl.commands.export import ExportForm
 from sidactl.commands.resolve import image_source, load_dataset, resolve
-from sidactl.commands.words import mapping, shape_for_nets
+from sidactl.commands.words import shape_for_nets
 from sidactl.data.codec import LatentCodec
 from sidactl.data.order import DataOrder
 from sidactl.errors import SidaError
@@ -1506,7 +1506,7 @@ def test_a_generator_in_onnx_draws_the_same_images(run: Path, tmp_path: Path, so
     path = sidactl.export(oid, tmp_path / "g.onnx", form="onnx", run=run)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     net = sidactl.load(oid, run=run)
-    sigma_init = float(mapping(Store.open(run).get(oid).params["sampler"])["sigma_init"])
+    sigma_init = float(Store.open(run).get(oid).params["sampler"]["sigma_init"])
     for batch in (1, 3):
         latents = torch.randn(batch, net.spec.img_channels, net.spec.img_resolution, net.spec.img_resolution)
         given = {"latents": latents.numpy()}
@@ -1612,7 +1612,7 @@ def test_latents_are_trained_on_as_four_channels_and_scored_by_pixels_alone(run:
     latents = prepare_data("in", latents=True, name="mine", run=run, device="cpu")
     teacher = sidactl.train_teacher("mine", name="t", run=run, device="cpu", duration_nimg=32, batch_size=16)
     assert teacher.inputs == {"dataset": latents.oid}
-    net = NetSpec.from_json(words.mapping(teacher.params["net"]))
+    net = NetSpec.from_json(teacher.params["net"])
     assert (net.img_resolution, net.img_channels, net.label_dim) == (8, 4, 2)
     told = "latents have no images to compare with, got mine. Pass --ref with the dataset of pixels, or with published"
     asked: dict[str, Any] = {"teacher": "t", "mode": "sida", "generator": None, "dataset": None, "overrides": {}}

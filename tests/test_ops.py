@@ -23,12 +23,11 @@ from PIL import Image
 import sidactl
 from sidactl import catalog, metrics, sampling
 from sidactl.cli import shown
-from sidactl.commands import assemble, dataset_stats, distill, evaluation, resolve, running, sample, scorers, vae
+from sidactl.commands import assemble, dataset_stats, evaluation, generators, resolve, running, sample, scorers, vae
 from sidactl.commands import moments as commands_moments
 from sidactl.commands import plan as commands_plan
 from sidactl.commands import reference as commands_reference
 from sidactl.commands import scores as commands_scores
-from sidactl.commands.words import mapping
 from sidactl.engine import devices, ranks
 from sidactl.errors import SidaError
 from sidactl.nets import Preconditioned
@@ -262,7 +261,7 @@ def test_best_moves_to_a_better_generator_of_the_same_dataset_detector_and_refer
             },
             results={"selection_score": score, "detector": detector if score is not None else None},
         )
-        distill._name_generators(store, {"best": generator, "last": generator}, data[dataset], said.append)
+        generators._name_generators(store, {"best": generator, "last": generator}, data[dataset], said.append)
         assert refs(store.root)["generator/latest"] == generator.oid
         return generator.oid
 
@@ -637,7 +636,7 @@ def test_sid2a_says_where_its_generator_is_not_of_mode_sid(finished: Finished, f
     shutil.copytree(finished.root, fresh_run, dirs_exist_ok=True)
     store = Store.open(fresh_run)
     of_sida = store.resolve("generator/last")
-    of_sid = changed(fresh_run, of_sida, recipe={**mapping(of_sida.params["recipe"]), "mode": "sid"})
+    of_sid = changed(fresh_run, of_sida, recipe={**of_sida.params["recipe"], "mode": "sid"})
     planned: dict[str, Any] = {"teacher": "tiny-digits", "mode": "sid2a", "dataset": None, "overrides": {}}
     notes = [commands_plan.plan(generator=name, store=store, **planned).notes for name in (of_sid, "generator/last")]
     line = "SiD2A starts from a generator of mode sid, generator/last is one of mode sida"
@@ -707,7 +706,7 @@ def test_an_unknown_recipe_field_is_refused_with_those_that_there_are(tmp_path: 
 def test_a_generator_must_fit_the_teacher(finished: Finished, fresh_run: Path) -> None:
     shutil.copytree(finished.root, fresh_run, dirs_exist_ok=True)
     hint = "Give a generator that was distilled from this teacher."
-    net = mapping(finished.best.params["net"])
+    net = finished.best.params["net"]
     for params, message in (
         ({"dataset": "cifar10"}, "the generator must be of the teacher's dataset 'tiny-digits', got one of 'cifar10'"),
         (
@@ -1387,7 +1386,7 @@ TEACHER = {"duration_nimg": 96, "batch_size": 32, "model_channels": 4, "channel_
 def test_a_trained_teacher_can_be_sampled_scored_and_distilled(fresh_run: Path) -> None:
     teacher = sidactl.train_teacher("tiny-digits", name="mine", run=fresh_run, device="cpu", **TEACHER)
     assert refs(fresh_run)["teacher/mine"] == teacher.oid
-    assert mapping(teacher.params["net"])["label_dim"] == 10
+    assert teacher.params["net"]["label_dim"] == 10
     assert sidactl.sample("mine", seeds=range(2), steps=2, run=fresh_run).images.shape == (2, 8, 8, 1)
     generator = sidactl.distill(teacher="mine", mode="sid", run=fresh_run, device="cpu", **one_step(SHORT))
     assert (generator.params["name"], generator.inputs["teacher"]) == ("mine-sid", teacher.oid)
@@ -1417,7 +1416,7 @@ def test_an_interrupted_teacher_goes_on_to_the_same_oid(fresh_run: Path, tmp_pat
 
 def test_a_teacher_may_leave_classes_out_but_not_differ_in_size(fresh_run: Path) -> None:
     teacher = sidactl.train_teacher("tiny-digits", name="plain", run=fresh_run, device="cpu", label_dim=0, **TEACHER)
-    assert mapping(teacher.params["net"])["label_dim"] == 0
+    assert teacher.params["net"]["label_dim"] == 0
     assert sidactl.sample("plain", seeds=range(2), steps=1, run=fresh_run).labels is None
     with pytest.raises(SidaError) as caught:
         sidactl.train_teacher("tiny-digits", name="mine", run=fresh_run, img_resolution=16)
@@ -1644,9 +1643,9 @@ def edm2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_an_edm2_teacher_has_its_uncertainty_head_its_rate_and_its_sampler(edm2: tuple[Path, str]) -> None:
     root, oid = edm2
     teacher = Store.open(root).get(oid)
-    assert mapping(teacher.params["net"])["logvar_channels"] == 16
-    assert mapping(teacher.params["sampler"])["convention"] == "edm2"
-    assert mapping(teacher.params["recipe"])["lr"] == 1e-2
+    assert teacher.params["net"]["logvar_channels"] == 16
+    assert teacher.params["sampler"]["convention"] == "edm2"
+    assert teacher.params["recipe"]["lr"] == 1e-2
     assert sidactl.load(oid, run=root).logvar(torch.tensor([0.01, 10.0])).shape == (2, 1, 1, 1)
 
 
@@ -1656,9 +1655,9 @@ def test_edm2_end_to_end_in_every_mode(edm2: tuple[Path, str]) -> None:
     made["sida"] = sidactl.distill(teacher=teacher, mode="sida", run=root, device="cpu", **SHORT)
     made["sid2a"] = sidactl.finetune_sid2a(teacher=teacher, generator=made["sid"].oid, run=root, device="cpu", **SHORT)
     for mode, generator in made.items():
-        recipe = mapping(generator.params["recipe"])
+        recipe = generator.params["recipe"]
         assert (recipe["mode"], recipe["forced_normalization"]) == (mode, "published")
-        assert mapping(generator.params["net"])["logvar_channels"] == 0
+        assert generator.params["net"]["logvar_channels"] == 0
         drawn = sidactl.sample(generator.oid, seeds=range(50), run=root)
         assert drawn.images.shape == (50, 8, 8, 1)
         score = sidactl.fid(drawn.artifact.oid, run=root)
@@ -1787,7 +1786,7 @@ def test_mode_sid_of_a_teacher_without_classes_needs_no_dataset_either(edm2: tup
     made = sidactl.distill(
         teacher=moved_away(root, plain, "elsewhere"), mode="sid", run=root, device="cpu", **one_step(SHORT)
     )
-    assert mapping(made.params["net"])["label_dim"] == 0
+    assert made.params["net"]["label_dim"] == 0
     assert sidactl.sample(made.oid, seeds=range(2), run=root).labels is None
 
 
