@@ -255,6 +255,34 @@ def test_a_process_that_others_wait_for_and_a_job_that_is_stopped_as_a_whole_do_
     assert "error" not in stderr
 
 
+FAILING = """
+import os, sys, time
+import torch.distributed as dist
+from sidactl import cli
+from sidactl.training import batches
+dist.destroy_process_group = lambda: time.sleep(600)  # as NCCL, while the others are in a collective
+get, calls = batches.DatasetBatches.get, []
+def failing(self, index, round):
+    calls.append(index)
+    if os.environ["RANK"] == "1" and len(calls) > 9:
+        raise OSError(5, "Input/output error", "images.zip")
+    return get(self, index, round)
+batches.DatasetBatches.get = failing
+cli.main()
+"""
+
+
+def test_where_one_process_fails_the_run_ends_at_once_though_connections_cannot_be_closed(tmp_path: Path) -> None:
+    (tmp_path / "failing.py").write_text(FAILING)
+    words = [*command(2, [])[:-3], str(tmp_path / "failing.py"), "distill", *SHORT]
+    settings = {"SIDACTL_RUN": str(tmp_path / "run"), "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(words, env=os.environ | settings, stderr=subprocess.PIPE, text=True)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "process 1: error: " in stderr
+    assert "Input/output error" in stderr
+
+
 @pytest.mark.parametrize("given", ["0", "-1", "1.5", "86401", "soon"])
 def test_a_hang_timeout_is_seconds_up_to_a_day(given: str) -> None:
     with pytest.raises(SidaError, match=r"^the hang timeout must be a whole number of seconds from 1 to 86400, got "):

@@ -281,6 +281,30 @@ def test_two_checkpoints_with_digests_are_left_and_nothing_half_written(live: Li
     ]
 
 
+def test_a_checkpoint_is_written_file_by_file_and_read_again_to_the_same_bits(
+    live: LiveDir, straight: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the writer holds twice, as tensors and as bytes, is one file, whatever the size of the nets."""
+    monkeypatch.setattr(training_checkpoints, "_FILE_BYTES", 64)
+    held: list[int] = []
+
+    def watched(tensors: dict[str, Tensor], *rest: Any, **named: Any) -> bytes:
+        held.append(sum(tensor.nbytes for tensor in tensors.values()))
+        assert all(tensor.is_contiguous() for tensor in tensors.values())
+        return save(tensors, *rest, **named)
+
+    save = safetensors.torch.save
+    monkeypatch.setattr(safetensors.torch, "save", watched)
+    runner = Runner(live)
+    stop_at = runner.start(should_stop=lambda: runner.toy.nimg >= 40)
+    assert [event.kind for event in stop_at][-1] == "interrupted"
+    (newest,) = sorted(live.path.glob("checkpoint-*"))[-1:]
+    assert len(list(newest.glob("*.safetensors"))) > 2
+    assert max(held) <= 64
+    runner.run()
+    assert runner.state() == straight
+
+
 def test_no_finite_score_means_no_best() -> None:
     assert training_state.History([(30, math.nan), (60, math.inf)]).best is None
 

@@ -94,8 +94,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = console.fail(SidaError("interrupted", "Repeat the same command to go on.", exit_code=EXIT_INTERRUPTED))
     except Exception as error:  # the last resort: a bug of ours, told in one line
         if debug:
-            raise
+            traceback.print_exc()
         code = console.fail(explained(error))
+    if code and launch.world_size() > 1 and "torch" in sys.modules:
+        from sidactl.engine import ranks
+
+        ranks.abandon(code)
     sys.exit(code)
 
 

@@ -2,10 +2,13 @@
 
 import atexit
 import gc
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from itertools import islice
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -15,6 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 from sidactl import launch
 from sidactl.engine.heartbeat import LONGEST, Watch
 from sidactl.engine.threads import In, Out
+from sidactl.errors import EXIT_FAILED
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -37,16 +41,41 @@ def join(**where: Any) -> None:
         store, rank, size = next(rendezvous("env://", timeout=LONGEST))
         watch, where = Watch(rank, size), {"store": store, "rank": rank, "world_size": size}
     # One process may prepare or download for hours while the others wait; of one that ends they hear at once, and of
-    # one that hangs by the watch.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if has_own else "gloo", timeout=LONGEST, **where)
+    # one that hangs by the watch. On GPUs nobody waits for long: what has not come within NCCL's time never comes.
+    if has_own:
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=NCCL_TIMEOUT, **where)
+        _patient.append(dist.new_group(backend="gloo", timeout=LONGEST))
+    else:
+        dist.init_process_group("gloo", timeout=LONGEST, **where)
     atexit.register(_leave, watch)
 
 
+NCCL_TIMEOUT = timedelta(minutes=15)
+
+_patient: list[dist.ProcessGroup] = []
+
+
+def patient_group() -> dist.ProcessGroup | None:
+    """The group for what may take hours, over the CPU alone; None = the default one."""
+    return _patient[0] if _patient else None
+
+
 def _leave(watch: Watch | None) -> None:
+    if hasattr(sys, "last_value"):  # Python ends with an exception that nobody caught
+        abandon(EXIT_FAILED)
     if watch:
         watch.end()
     gc.collect()  # sharded tensors must be gone before the connections that they use
+    _patient.clear()
     dist.destroy_process_group()
+
+
+def abandon(code: int) -> NoReturn:
+    """Ends this process at once: to close connections would wait for the others, who wait for it in their work."""
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def rank_share(items: Sequence[In]) -> Sequence[In]:
@@ -71,7 +100,7 @@ def gather_in_order(
         made = next(mine) if start + rank < num_items else None
         everyone: list[Out] | None = [made] * size if rank == 0 else None  # type: ignore[list-item]  # filled below
         if size > 1:
-            dist.gather_object(made, everyone)
+            dist.gather_object(made, everyone, group=patient_group())
         yield from (everyone or [])[: num_items - start]
 
 
@@ -89,7 +118,7 @@ def scatter_in_order(make: Callable[[In], Out], items: Iterable[In]) -> Iterator
         taken = list(islice(waiting, size))
         parts = [(len(taken), item) for item in [*taken, *[None] * (size - len(taken))]]
         payload: list[Any] = [None]
-        dist.scatter_object_list(payload, parts if rank == 0 else None)
+        dist.scatter_object_list(payload, parts if rank == 0 else None, group=patient_group())
         num_taken, item = payload[0]
         yield from gather_in_order(map(make, [item] if rank < num_taken else []), num_taken)
 
@@ -99,7 +128,7 @@ def broadcast_from_rank0(make: Callable[[], str]) -> str:
     rank, size = rank_and_size()
     payload: list[str | None] = [make() if rank == 0 else None]
     if size > 1:
-        dist.broadcast_object_list(payload)
+        dist.broadcast_object_list(payload, group=patient_group())
     assert payload[0] is not None
     return payload[0]
 
@@ -130,7 +159,7 @@ def any_rank(holds: bool) -> bool:
     if rank_and_size()[1] == 1:
         return holds
     flag = torch.tensor(int(holds))  # on the CPU, so that no GPU is waited for
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    dist.all_reduce(flag, dist.ReduceOp.MAX, patient_group())
     return bool(flag)
 
 
@@ -139,7 +168,7 @@ def all_reduce_min(number: int) -> int:
     if rank_and_size()[1] == 1:
         return number
     least = torch.tensor(number)
-    dist.all_reduce(least, dist.ReduceOp.MIN)
+    dist.all_reduce(least, dist.ReduceOp.MIN, patient_group())
     return int(least)
 
 
@@ -147,7 +176,7 @@ def any_message(message: str | None) -> str | None:
     """The message of the first process that has one, on all processes."""
     messages: list[str | None] = [message] * rank_and_size()[1]
     if len(messages) > 1:
-        dist.all_gather_object(messages, message)
+        dist.all_gather_object(messages, message, group=patient_group())
     return next((m for m in messages if m is not None), None)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from sidactl.digests import file_sha256
-from sidactl.engine import ranks, sharding
+from sidactl.engine import ranks
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.store import LiveDir
 from sidactl.store.events import nimg_of
@@ -22,6 +22,9 @@ CHECKPOINTS_KEPT = 2
 
 CHECKPOINT_SCHEMA = 2
 """of a checkpoint's state.json; 1 says no number, lacks loss scales and counts of updates, or the best's digest, too"""
+
+_FILE_BYTES = 1 << 28
+"""of tensors in one file of a checkpoint, unless a single one is larger"""
 
 _STATE, _DIGESTS = "state.json", "SHA256SUMS"
 
@@ -69,14 +72,37 @@ def save_checkpoint(training: Training, history: History, live: LiveDir) -> None
 
 
 def _save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    # safetensors knows no other order in memory
-    packed = {name: tensor if sharding.is_sharded(tensor) else tensor.contiguous() for name, tensor in tensors.items()}
+    class Contiguous(DefaultSavePlanner):
+        """Lays a tensor out as safetensors has it, the one alone that is written next."""
+
+        def transform_object(self, write_item: Any, object: Any) -> Any:
+            found = super().transform_object(write_item, object)
+            return found.contiguous() if isinstance(found, Tensor) else found
+
     with _carrying_os_errors():
-        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        save(packed, storage_writer=writer, no_dist=ranks.rank_and_size()[1] == 1)
+        writer = HuggingFaceStorageWriter(str(folder), _files_of(tensors), save_distributed=True)
+        save(
+            tensors,
+            storage_writer=writer,
+            planner=Contiguous(),
+            process_group=ranks.patient_group(),
+            no_dist=ranks.rank_and_size()[1] == 1,
+        )
+
+
+def _files_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The number of the file, from 1 on, that each tensor goes to: each file is held twice in memory when written."""
+    files, file, size_bytes = dict[str, int](), 1, 0
+    for name, tensor in tensors.items():
+        if size_bytes and size_bytes + tensor.nbytes > _FILE_BYTES:
+            file, size_bytes = file + 1, 0
+        files[name] = file
+        size_bytes += tensor.nbytes
+    return files
 
 
 def _load_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
@@ -86,7 +112,8 @@ def _load_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
 
     with _carrying_os_errors():
         reader = HuggingFaceStorageReader(str(folder))
-        load(tensors, storage_reader=reader, no_dist=ranks.rank_and_size()[1] == 1)
+        group = ranks.patient_group()
+        load(tensors, storage_reader=reader, process_group=group, no_dist=ranks.rank_and_size()[1] == 1)
 
 
 @contextmanager

@@ -143,8 +143,8 @@ def _keep(evaluation: Evaluation, training: Training, history: History, live: Li
     if evaluation.preview:
         live.write(f"preview-{nimg:010d}.png", evaluation.preview)
     if history.best == (nimg, score):
-        best = weights(training.ema)
-        history.best_sha256 = hashlib.sha256(best).hexdigest()
+        best = weights(training.ema, is_writer=live.is_writer)
+        history.best_sha256 = ranks.broadcast_from_rank0(lambda: hashlib.sha256(best).hexdigest())
         live.write(best_name(nimg), best)
     return Event("evaluation", nimg, {"score": score, **evaluation.also})
 
@@ -160,10 +160,17 @@ def best_weights(history: History, live: LiveDir) -> bytes:
     return best
 
 
-def weights(net: nn.Module) -> bytes:
-    """The net's state dict as safetensors bytes, the same bytes for the same weights."""
-    whole = {name: sharding.whole(tensor.detach()) for name, tensor in net.state_dict().items()}
-    return safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in whole.items()})
+def weights(net: nn.Module, *, is_writer: bool = True) -> bytes:
+    """The net's state dict as safetensors bytes, the same bytes for the same weights; all must ask for a sharded one's.
+
+    is_writer: of several processes one alone needs the bytes; the others get none, and hold one tensor at a time.
+    """
+    held: dict[str, Tensor] = {}
+    for name, tensor in net.state_dict().items():
+        whole = sharding.whole(tensor.detach())
+        if is_writer:
+            held[name] = whole.cpu().contiguous()
+    return safetensors.torch.save(held) if is_writer else b""
 
 
 def _mean(window: list[dict[str, Tensor]]) -> dict[str, float]:
