@@ -40,6 +40,7 @@ class Toy:
         self.net, self.average = nn.Linear(3, 3), nn.Linear(3, 3)
         self.optimizer = updates.adam({"generator": (self.net, Optimisation(lr=0.1, beta1=0.9))})
         self.nimg = self.step_index = 0
+        self.so_far = training_state.StepSoFar()
         self.skipped = updates.SkippedSteps()
         self.bad_gradients, self.poisoned = bad_gradients, poisoned
 
@@ -53,7 +54,7 @@ class Toy:
     def modules(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
         return {"generator": self.net, "ema": self.average, "optimizer": self.optimizer}
 
-    def step(self) -> dict[str, Tensor]:
+    def step(self, should_stop: Callable[[], bool] = lambda: False) -> dict[str, Tensor]:
         noise = torch.randn(3, 3, generator=torch.Generator().manual_seed(self.step_index))
         loss = (self.net.weight * noise).sum() + self.net.bias.square().sum()
         (loss * (math.nan if self.step_index in self.bad_gradients else 1)).backward()
@@ -621,7 +622,7 @@ def newer(state: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (newer, "its schema is 3, this sidactl reads 2 and older ones"),
+        (newer, "its schema is 4, this sidactl reads 3 and older ones"),
         (lambda state: state.pop("nimg"), "it does not say 'nimg'"),
         (lambda state: state.pop("loss_scales"), "it does not say 'loss_scales'"),
         (lambda state: state.update(scores=5), "'int' object is not iterable"),

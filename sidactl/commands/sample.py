@@ -12,7 +12,7 @@ from sidactl.commands.inputs import Count, Ref, Seeds, count_of, optional_ref, r
 from sidactl.commands.question import Question, rank0_first
 from sidactl.commands.reference import class_of
 from sidactl.commands.resolve import load_dataset, load_net, resolve
-from sidactl.commands.samplers import chosen_sampler
+from sidactl.commands.samplers import chosen_sampler, drawn_on
 from sidactl.commands.vae import (
     check_vae_is_there,
     is_of_latents,
@@ -120,6 +120,7 @@ def sample(
         "class_index": class_index,
         "sampler": chosen.to_json(),
         **setting.of_images(),
+        **drawn_on(device),
     }
     inputs = {"net": subject}
     if not math.isfinite(guidance):

@@ -1,5 +1,6 @@
 """The sampler of a network, and the settings of it that a command may change."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -8,6 +9,22 @@ from sidactl.commands.scores import HEUN_FIELDS
 from sidactl.errors import SidaError
 from sidactl.recipes import HeunSpec, OneStepSpec, flag_of
 from sidactl.store import Artifact
+
+_GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+"""there where a driver of NVIDIA, of AMD, or Windows' is; without any of them torch need not be asked"""
+
+
+def drawn_on(device: str | None) -> dict[str, str]:
+    """The kind of random generator, as part of a question: a seed's images on a GPU are not those of a CPU.
+
+    {} for a CPU's, the Mersenne Twister; {"rng": "cuda"} for a GPU's, Philox. device: as in `devices.pick_device`.
+    """
+    kind = "cpu" if device is None else device.partition(":")[0]
+    if device is None and any(map(os.path.exists, _GPU_FILES)):
+        import torch
+
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    return {} if kind == "cpu" else {"rng": kind}
 
 
 def sampler_of(subject: Artifact) -> OneStepSpec | HeunSpec:

@@ -233,7 +233,7 @@ def _features(
         "seeds": seeds,
         "labels": asked.settings["labels"],
         **asked.setting.of_images(),
-        **{name: asked.settings[name] for name in ("subset_seed", "sampler", "vae") if name in asked.settings},
+        **{name: asked.settings[name] for name in ("subset_seed", "sampler", "rng", "vae") if name in asked.settings},
     }
     by = {name: params | {"detector": detector.identity} for name, detector in loaded.items()}
     inputs = {"subject": asked.subject}

@@ -9,7 +9,7 @@ from sidactl.commands import moments, reference
 from sidactl.commands.inputs import seeds_of
 from sidactl.commands.question import Question
 from sidactl.commands.resolve import resolve
-from sidactl.commands.samplers import chosen_sampler, sampler_of
+from sidactl.commands.samplers import chosen_sampler, drawn_on, sampler_of
 from sidactl.commands.scorers import (
     applicable_metrics,
     detector_of,
@@ -118,6 +118,7 @@ class ScoreQuestion:
             sampler = chosen_sampler(subject, *how_sampled)
             if sampler != sampler_of(subject):
                 settings["sampler"] = sampler.to_json()
+            settings |= drawn_on(options.get("device"))
             if vae := vae_for(store, options.get("vae"), subject, recheck=force):
                 settings["vae"] = vae_digest(vae)
         else:

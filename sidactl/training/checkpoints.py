@@ -5,7 +5,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from sidactl.engine import ranks
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.store import LiveDir
 from sidactl.store.events import nimg_of
-from sidactl.training.state import Event, History, Training, tensors_of
+from sidactl.training.state import Event, History, StepSoFar, Training, tensors_of
 
 CHECKPOINTS_KEPT = 2
 
-CHECKPOINT_SCHEMA = 2
-"""of a checkpoint's state.json; 1 says no number, lacks loss scales and counts of updates, or the best's digest, too"""
+CHECKPOINT_SCHEMA = 3
+"""of a checkpoint's state.json; 1 says no number, lacks loss scales and counts of updates, or the best's digest, too; 2
+is of whole steps, as most are"""
 
 _FILE_BYTES = 1 << 28
 """of tensors in one file of a checkpoint, unless a single one is larger"""
@@ -41,7 +42,7 @@ def save_checkpoint(training: Training, history: History, live: LiveDir) -> None
         _save_tensors(tensors_of(training, parts=False), folder)
         if ranks.rank_and_size()[0] == 0:
             state = {
-                "schema": CHECKPOINT_SCHEMA,
+                "schema": 2 if training.so_far == StepSoFar() else CHECKPOINT_SCHEMA,
                 "nimg": training.nimg,
                 "step_index": training.step_index,
                 "skipped": training.skipped.total,
@@ -52,6 +53,7 @@ def save_checkpoint(training: Training, history: History, live: LiveDir) -> None
                 "scores": history.scores,
                 "best_sha256": history.best_sha256,
                 **({"also": history.also} if history.also else {}),
+                **({"step_so_far": asdict(training.so_far)} if training.so_far != StepSoFar() else {}),
             }
             (folder / _STATE).write_text(json.dumps(state))
             (folder / _DIGESTS).write_text("".join(f"{file_sha256(p)}  {p.name}\n" for p in sorted(folder.iterdir())))
@@ -166,6 +168,7 @@ def resume(training: Training, history: History, live: LiveDir) -> list[Event]:
         _load_tensors(tensors, path)
         saved = _Saved.of(path)
         training.nimg, training.step_index = saved.nimg, saved.step_index
+        training.so_far = saved.step_so_far
         training.skipped.restore(saved.skipped, saved.in_a_row, saved.made)
         history.scores[:], history.best_sha256 = saved.scores, saved.best_sha256
         history.made, history.also = saved.made_at_evaluation, saved.also
@@ -199,6 +202,7 @@ class _Saved:
     scores: list[tuple[int, float]]
     best_sha256: str | None
     also: dict[str, list[tuple[int, float]]]
+    step_so_far: StepSoFar
 
     @classmethod
     def of(cls, checkpoint: Path) -> "_Saved":
@@ -219,6 +223,7 @@ class _Saved:
             scores=_points(state["scores"]),
             best_sha256=state["best_sha256"] if schema > 1 else state.get("best_sha256"),
             also={str(name): _points(points) for name, points in state.get("also", {}).items()},
+            step_so_far=StepSoFar(**state.get("step_so_far", {})),
         )
 
 

@@ -1,7 +1,7 @@
 """The alternating updates of distillation. The loop around the steps is in loop.py."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -18,6 +18,7 @@ from sidactl.nets.edm2 import drop_logvar_, force_normalize_
 from sidactl.recipes import Execution, Recipe
 from sidactl.scopes import scope
 from sidactl.training.batches import MicroBatch, MicroBatches
+from sidactl.training.state import StepSoFar, StoppedError
 from sidactl.training.updates import LossScale, Side, SkippedSteps, dropout_seeded, update_ema
 
 Rounds = Sequence[int]
@@ -69,6 +70,7 @@ class Distillation:
         self.num_threads = 1 if alone else torch.get_num_threads()
         self._batches, self._augmented = batches, augmentation(recipe.augment_p, teacher.spec)
         self.nimg = self.step_index = 0
+        self.so_far, self._is_sharded = StepSoFar(), execution.shard
         normalizes = {
             "fake_score": forced == "intended" or (forced == "published" and not is_adversarial),
             "generator": forced != "off",
@@ -103,41 +105,56 @@ class Distillation:
         optimizers = {f"{side.name}_optimizer": side.optimizer for side in self.sides.values()}
         return {**trained, "ema": self.ema, **state, **optimizers}
 
-    def step(self) -> Losses:
+    def step(self, should_stop: Callable[[], bool] = lambda: False) -> Losses:
         """One iteration: the fake score and the heads on the generator's images, the generator, the average.
 
         Who has a turn, in which order, and what both see alike is the method's schedule. Returns the losses that the
-        method reports, one value per pass of this process, [passes].
+        method reports, one value per pass of this process, [passes]; a step that goes on where another was told to
+        stop has those of the updates that were left. should_stop: looked at between passes; see `StoppedError`.
         """
         schedule = self.method.schedule
         turns = [turn for turn in schedule.turns(self.step_index, self.trains_generator) if turn in self.sides]
         shared: Shared | None = {} if schedule.shares == "images" and len(turns) == 2 else None
         losses: Losses = {}
         for turn in turns if shared is not None else ():  # the first update has the generator in training mode, too
-            self.sides[turn].normalize()
-        for turn in turns:
-            if shared is None:
-                self.sides[turn].normalize()
-            losses |= self._update(turn, shared)
+            self._normalize(turn)
+        for turn in turns[self.so_far.turns :]:
+            self._normalize(turn)
+            # The images that a generator stepped since then had handed on cannot be had again.
+            is_last_chance = shared is not None and self.so_far.turns and turn == "fake_score"
+            losses |= self._update(turn, shared, None if is_last_chance else should_stop)
+            self.so_far.turns += 1
+        self.so_far = StepSoFar()
         self._average()
         self.nimg += self.recipe.batch_size
         self.step_index += 1
         return losses
 
-    def _update(self, turn: Turn, shared: Shared | None) -> Losses:
+    def _normalize(self, turn: Turn) -> None:
+        if self.so_far.once(f"{turn} normalized"):
+            self.sides[turn].normalize()
+
+    def _update(self, turn: Turn, shared: Shared | None, should_stop: Callable[[], bool] | None) -> Losses:
         """Sums gradients over passes and processes, and steps with them unless one is not finite."""
-        if turn == "generator" and self.method.statistics:
+        if turn == "generator" and self.method.statistics and self.so_far.once("observed"):
             self.method.observe(self._statistics(shared))
         side = self.sides[turn]
-        total, losses = self._gradients(turn, self.passes, shared)
+        total, losses = self._gradients(turn, self.passes, shared, should_stop)
         total.finish()
         self.skipped.count(side.name, side.step(self.nimg))
         return losses
 
     def _gradients(
-        self, turn: Turn, passes: Sequence[Rounds], shared: Shared | None
+        self,
+        turn: Turn,
+        passes: Sequence[Rounds],
+        shared: Shared | None,
+        should_stop: Callable[[], bool] | None = None,
     ) -> tuple[engine_gradients.GradientSum, Losses]:
-        """The sum of an update's gradients over these passes, before it is finished, and its losses, [passes]."""
+        """The sum of an update's gradients over these passes, before it is finished, and its losses, [passes].
+
+        Raises StoppedError where should_stop() is true between passes.
+        """
         side, nets = self.sides[turn], self._nets(turn, shared)
         total, found = side.gradient_sum(len(passes)), list[Losses]()
 
@@ -162,7 +179,16 @@ class Distillation:
             for losses, gradients in threads.map_ordered(gradients_of, passes, self.num_threads):
                 total.add(gradients)
                 found.append({name: value.detach() for name, value in losses.items()})
+                if should_stop and len(found) < len(passes) and self._stops(should_stop):
+                    break
+        if should_stop and ranks.any_rank(len(found) < len(passes)):
+            side.optimizer.zero_grad()
+            raise StoppedError
         return total, {name: torch.stack([losses[name] for losses in found]) for name in found[0]}
+
+    def _stops(self, should_stop: Callable[[], bool]) -> bool:
+        """Between passes each process asks for itself, but that passes of what is sharded need all of them."""
+        return ranks.any_rank(should_stop()) if self._is_sharded else should_stop()
 
     def _nets(self, turn: Turn, shared: Shared | None) -> Nets:
         """The networks; in training mode is what the update steps, and the generator where both take its images."""

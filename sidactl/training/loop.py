@@ -8,6 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 
 import safetensors.torch
@@ -18,7 +19,17 @@ from sidactl.engine import devices, ranks, sharding, threads
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.store import LiveDir
 from sidactl.training.checkpoints import best_name, resume, save_checkpoint
-from sidactl.training.state import Evaluate, Evaluation, Event, History, Schedule, Training, passed, tensors_of
+from sidactl.training.state import (
+    Evaluate,
+    Evaluation,
+    Event,
+    History,
+    Schedule,
+    StoppedError,
+    Training,
+    passed,
+    tensors_of,
+)
 
 _GO_BACK = "The last checkpoint is kept; lower the learning rate or choose another precision."
 
@@ -95,14 +106,14 @@ def run(
         before = training.nimg
         if not awaits_evaluation():
             stage = training.stage()
-            with threads.one_thread_if(threads.is_small(training.ema)):
-                window.append(training.step())
+            with threads.one_thread_if(threads.is_small(training.ema)), suppress(StoppedError):
+                window.append(training.step(should_stop))
             is_due = ranks.any_rank(time.monotonic() - reported_sec >= schedule.report_every_sec)
             reports = training.nimg >= schedule.duration_nimg or training.step_index % schedule.report_every_steps == 0
             reports = reports or is_due
             if reports or training.skipped.is_readable_without_sync:
                 _refuse_divergence(training, schedule.stop_if_nan_steps)
-            if reports:
+            if reports and window:  # a step that was stopped at once has nothing to report
                 values = {"stage": stage, "skipped_steps": sum(training.skipped.total.values()), **_mean(window)}
                 window.clear()
                 reported_sec = time.monotonic()

@@ -1,6 +1,7 @@
 """The EDM update that trains a teacher from scratch. The loop around the steps is in loop.py."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from sidactl.nets import Preconditioned
 from sidactl.nets.edm2 import force_normalize_
 from sidactl.recipes import TeacherRecipe
 from sidactl.training.batches import MicroBatches
+from sidactl.training.state import StepSoFar
 from sidactl.training.updates import SkippedSteps, adam, apply_gradients, dropout_seeded, update_ema
 
 
@@ -30,6 +32,7 @@ class Pretraining:
         how = Optimisation(lr=recipe.lr, beta1=recipe.beta1, beta2=recipe.beta2, eps=recipe.adam_eps)
         self._optimizer = adam({"net": (net, how)})
         self.nimg = self.step_index = 0
+        self.so_far = StepSoFar()
         self.skipped = SkippedSteps()
 
     def stage(self) -> str:
@@ -39,8 +42,8 @@ class Pretraining:
     def modules(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
         return {"net": self.net, "ema": self.ema, "optimizer": self._optimizer}
 
-    def step(self) -> dict[str, Tensor]:
-        """One update; returns the mean loss per pixel, [1]."""
+    def step(self, should_stop: Callable[[], bool] = lambda: False) -> dict[str, Tensor]:
+        """One update, of a single pass, which is made to its end; returns the mean loss per pixel, [1]."""
         recipe = self.recipe
         self.net.train()
         if self.net.spec.architecture == "EDM2":

@@ -43,17 +43,43 @@ class Skipped(Protocol):
         ...
 
 
+class StoppedError(Exception):
+    """A step that was told to stop between its passes: what it had added up is dropped, and nothing is lost.
+
+    Every draw is a function of its position, so that the same step, in whatever process, comes to the same bits.
+    """
+
+
+@dataclass
+class StepSoFar:
+    """What a step had changed for good when it was told to stop; in checkpoints, of which most have none."""
+
+    turns: int = 0
+    """updates made"""
+    done: list[str] = field(default_factory=list)
+    """what is to be done once a step, such as to normalise weights"""
+
+    def once(self, what: str) -> bool:
+        """Whether this is the first time in the step, wherever it goes on."""
+        is_first = what not in self.done
+        self.done += [what] if is_first else []
+        return is_first
+
+
 class Training(Protocol):
     """What the loop needs: a step, the net that is kept, and everything that a checkpoint must hold."""
 
     nimg: int
     step_index: int
     ema: Preconditioned
+    so_far: StepSoFar
 
     @property
     def skipped(self) -> Skipped: ...
 
-    def step(self) -> dict[str, Tensor]: ...
+    def step(self, should_stop: Callable[[], bool] = ...) -> dict[str, Tensor]:
+        """One step; raises StoppedError, in all processes, where it is told to stop in one of them before its end."""
+        ...
 
     def stage(self) -> str: ...
 
