@@ -1,3 +1,4 @@
+import copy
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sidactl import catalog
+from sidactl.commands.evaluation import vae_dtype
 from sidactl.data.codec import LatentCodec, PixelCodec, codec_for, decode_affine, encode_affine, stable_diffusion_vae
 from sidactl.errors import SidaError
 from tests.golden import golden, golden_metrics
@@ -81,6 +83,29 @@ def test_large_batches_go_through_the_vae_in_parts_and_it_is_loaded_once() -> No
     assert torch.equal(statistics, torch.tensor([1.0, 2.0]).repeat_interleave(3).reshape(1, 6, 1, 1).expand(9, 6, 2, 2))
     (vae,) = loaded
     assert [len(part) for part in vae.seen] == [8, 8, 3, 8, 1]
+
+
+def test_in_half_precision_the_vae_decodes_channels_last_and_pixels_stay_within_rounding() -> None:
+    class Half(torch.nn.Conv2d):
+        def decode(self, latents: torch.Tensor) -> SimpleNamespace:
+            assert latents.dtype == self.weight.dtype
+            assert self.weight.is_contiguous(memory_format=torch.channels_last)
+            return SimpleNamespace(sample=self(latents).sigmoid())
+
+    torch.manual_seed(0)
+    vae, latents = Half(4, 3, 3, padding=1), torch.randn(5, 4, 8, 8)
+    with torch.no_grad():
+        exact = LatentCodec(lambda: copy.deepcopy(vae).to(memory_format=torch.channels_last)).decode(latents)
+        codec = LatentCodec(lambda: vae, torch.bfloat16)  # float16 convolutions are slow on a CPU
+        half = codec.decode(latents)
+    assert vae.weight.dtype == torch.bfloat16
+    assert (half.int() - exact.int()).abs().max() <= 6
+    codec.leave_device()
+
+
+def test_a_training_looks_at_latents_in_half_precision_on_a_gpu_alone() -> None:
+    assert vae_dtype(torch.device("cuda", 1)) == torch.float16
+    assert vae_dtype(torch.device("cpu")) == torch.float32
 
 
 def test_four_channels_are_latents_and_others_pixels() -> None:

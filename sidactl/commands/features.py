@@ -172,7 +172,7 @@ class _State:
 
     def add(self, rows: "Mapping[str, Tensor]", digests: "Tensor | None") -> None:
         for detector, features in rows.items():
-            self.stats[detector].add(features)
+            self.stats[detector].add(features.to(self.work.detectors[detector].device))
             if detector in self.rows:
                 self.rows[detector].append(features)
         if digests is not None:

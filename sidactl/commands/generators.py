@@ -52,17 +52,18 @@ def draw(
     import safetensors.torch
 
     from sidactl import sampling
+    from sidactl.data.codec import codec_for
     from sidactl.foreign import networks
     from sidactl.training import loop
 
-    recipe, load_vae = wanted.recipe, vae_loader(store, wanted.vae)
+    recipe, codec = wanted.recipe, codec_for(net.spec.img_channels, vae_loader(store, wanted.vae))
     files: dict[str, dict[str, bytes]] = {}
     for which in ("last", "best"):
         if which == "best" and history.best:
             networks.load_weights(net, safetensors.torch.load(loop.best_weights(history, live)))
         files[which] = {"model.safetensors": loop.weights(net)}
         try:
-            files[which]["grid.png"] = preview_of(net, OneStepSpec(sigma_init=recipe.sigma_init), load_vae)
+            files[which]["grid.png"] = preview_of(net, OneStepSpec(sigma_init=recipe.sigma_init), codec)
         except SidaError as error:
             # Of a run that was scored the last may draw what is no image; one that is not may be without its VAE.
             if isinstance(error, sampling.NotFiniteError) != (wanted.compared is not None):

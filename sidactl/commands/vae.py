@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -240,12 +241,13 @@ def vae_loader(
     offline: bool = False,
     mirror: str | None = None,
 ) -> Callable[[], Any]:
-    """Loads a VAE; None = the usual one, which is fetched where neither diffusers nor the run directory has it."""
+    """Loads a VAE, once; None = the usual one, fetched where neither diffusers nor the run directory has it."""
 
     def files() -> Mapping[str, Path]:
         held = vae or fetch_vae(store, catalog.VAE_NAME, offline=offline, mirror=mirror)
         return {name: store.path(held, name) for name in catalog.VAE_FILES}
 
+    @cache
     def load() -> Any:
         from sidactl.data import codec
 

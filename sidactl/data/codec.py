@@ -31,6 +31,10 @@ class Codec(Protocol):
         """Pixels, uint8 [B, C, H, W], of a network's images."""
         ...
 
+    def leave_device(self) -> None:
+        """Frees what it holds on a GPU, until it is needed again."""
+        ...
+
 
 class PixelCodec:
     """Pixels as float32 in [-1, 1]. Implements `Codec`; draws nothing."""
@@ -43,17 +47,21 @@ class PixelCodec:
         """x * 127.5 + 128, clipped to 0..255, truncated. Source: the sample writers of EDM and EDM2."""
         return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
 
+    def leave_device(self) -> None:
+        """Holds nothing there."""
+
 
 class LatentCodec:
     """Latents of the Stable Diffusion VAE, normalised per channel. Implements `Codec`.
 
     Datasets hold mean and standard deviation of the VAE's posterior, which are sampled anew every time.
     `load_vae` is called at the first need: an object with `encode` and `decode` as diffusers' AutoencoderKL has them.
+    dtype: in which it decodes, channels last in half precision; scores that are told are in float32.
     Source: EDM2 (2312.02696), appendix A.
     """
 
-    def __init__(self, load_vae: Callable[[], Any] | None = None) -> None:
-        self._load_vae = load_vae or stable_diffusion_vae
+    def __init__(self, load_vae: Callable[[], Any] | None = None, dtype: torch.dtype = torch.float32) -> None:
+        self._load_vae, self._dtype = load_vae or stable_diffusion_vae, dtype
         self._vae: Any = None
 
     def encode(self, items: Tensor, draws: Draws) -> Tensor:
@@ -64,7 +72,8 @@ class LatentCodec:
     def decode(self, images: Tensor) -> Tensor:
         """The VAE's output, clipped to 0..1, times 255, truncated: uint8 [B, 3, 8h, 8w]."""
         vae = self._on(images)
-        decoded = (vae.decode(part).sample for part in decode_affine(images.to(torch.float32)).split(_VAE_BATCH))
+        raw = decode_affine(images.to(torch.float32)).to(self._dtype)
+        decoded = (vae.decode(part).sample.to(torch.float32) for part in raw.split(_VAE_BATCH))
         return torch.cat([(part.clamp(0, 1) * 255).to(torch.uint8) for part in decoded])
 
     def mean_and_std(self, pixels: Tensor) -> Tensor:
@@ -79,7 +88,14 @@ class LatentCodec:
     def _on(self, like: Tensor) -> Any:
         if self._vae is None:
             self._vae = self._load_vae()
-        return self._vae.to(like.device)
+        if self._dtype == torch.float32:
+            return self._vae.to(like.device)
+        return self._vae.to(like.device, self._dtype, memory_format=torch.channels_last)
+
+    def leave_device(self) -> None:
+        """Frees the memory that the VAE holds on a GPU, until it is needed again."""
+        if self._vae is not None:
+            self._vae.to("cpu")
 
 
 def encode_affine(raw: Tensor) -> Tensor:
@@ -100,9 +116,11 @@ def _scale_and_bias(like: Tensor) -> tuple[Tensor, Tensor]:
     return scale, -mean * scale
 
 
-def codec_for(img_channels: int, load_vae: Callable[[], Any] | None = None) -> Codec:
-    """The codec of a network with so many channels: four are latents, others are pixels."""
-    return LatentCodec(load_vae) if img_channels == LATENT_CHANNELS else PixelCodec()
+def codec_for(
+    img_channels: int, load_vae: Callable[[], Any] | None = None, dtype: torch.dtype = torch.float32
+) -> Codec:
+    """The codec of a network with so many channels: four are latents, others are pixels. dtype: the VAE's."""
+    return LatentCodec(load_vae, dtype) if img_channels == LATENT_CHANNELS else PixelCodec()
 
 
 def stable_diffusion_vae(
