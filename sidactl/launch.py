@@ -21,6 +21,13 @@ def local_rank() -> int | None:
     return None if number is None else int(number)
 
 
+def processes_per_machine() -> int:
+    """How many processes share a machine, where every machine has as many; all of them where that is not known."""
+    size = world_size()
+    here = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(here) if here.isdecimal() and int(here) and size % int(here) == 0 else size
+
+
 def check() -> None:
     """Raises SidaError where torchrun's variables are there in part or do not fit: some process would be silent."""
     names = ("RANK", "WORLD_SIZE")

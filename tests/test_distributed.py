@@ -92,6 +92,35 @@ def test_the_same_generator_and_scores_come_of_any_number_of_processes(
 
 
 @pytest.mark.slow
+def test_over_two_machines_each_holds_a_copy_in_parts_and_the_generator_is_the_same(
+    alone: tuple[Path, str], tmp_path: Path
+) -> None:
+    """Four processes that take themselves for two on each of two machines, by the variable that torchrun sets."""
+    (tmp_path / "machines.py").write_text(MACHINES)
+    words = [*command(4, [])[:-3], str(tmp_path / "machines.py"), "distill", *SHORT, "--shard"]
+    settings = {"SIDACTL_RUN": str(tmp_path / "run"), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(words, env=os.environ | settings, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == alone[1], done.stderr
+    assert "parts of 2, copies of 2" in done.stderr
+
+
+MACHINES = """
+import os, sys
+os.environ["LOCAL_WORLD_SIZE"] = "2"
+from sidactl import cli
+from sidactl.engine import sharding
+gathered = sharding.gathered
+def told(net, device):
+    sharded = next(p for p in net.parameters() if sharding.is_sharded(p))
+    copies, parts = sharded.device_mesh.shape
+    print(f"parts of {parts}, copies of {copies}", file=sys.stderr)
+    return gathered(net, device)
+sharding.gathered = told
+cli.main()
+"""
+
+
+@pytest.mark.slow
 def test_memory_levers_change_no_bit(alone: tuple[Path, str], tmp_path: Path) -> None:
     assert told(1, tmp_path, "distill", *SHORT, "--checkpoint-activations", "--ema-on-cpu") == alone[1]
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sidactl import nets
+from sidactl import launch, nets
 from sidactl.engine.ranks import join, rank_and_size
 from sidactl.nets import Preconditioned
 from sidactl.nets.edm import UNetBlock
@@ -25,6 +25,13 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """All of a sharded tensor, in every process; others as they are."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def sum_of_parts(values: Tensor, sharded: Tensor) -> Tensor:
+    """The sum over the processes that hold the parts of a sharded tensor, in the place of `values`."""
+    mesh = sharded.device_mesh  # type: ignore[attr-defined]
+    torch.distributed.all_reduce(values, group=mesh.get_group(mesh.ndim - 1))
+    return values
 
 
 def blocks_of(net: nn.Module) -> list[nn.Module]:
@@ -56,9 +63,10 @@ def shard_parts_(heads: nn.Module) -> None:
 
 
 def _split(modules: Sequence[nn.Module]) -> None:
-    """Splits the parameters of these modules, inner ones first.
+    """Splits the parameters of these modules, inner ones first, over the processes of a machine (HSDP).
 
-    Small ones stay whole: single numbers (EDM2's gains), which FSDP2 cannot split, and what does not split into full
+    Machines hold a copy each, since between them weights would travel far slower than within. Small ones stay whole:
+    single numbers (EDM2's gains), which FSDP2 cannot split, and what does not split into full
     vectors, since the optimiser's kernel rounds the rest of a vector in another way.
     """
     from torch.distributed.device_mesh import init_device_mesh
@@ -66,10 +74,12 @@ def _split(modules: Sequence[nn.Module]) -> None:
 
     parameters = {parameter for module in modules for parameter in module.parameters()}
     kind = next(iter(parameters)).device.type
-    size = rank_and_size()[1]
-    if size == 1:  # without torchrun FSDP2 needs a group of one
+    if rank_and_size()[1] == 1:  # without torchrun FSDP2 needs a group of one
         join(store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
-    mesh = init_device_mesh(kind, (size,))
+    size = launch.processes_per_machine()
+    num_copies = launch.world_size() // size
+    mesh = init_device_mesh(kind, (num_copies, size), mesh_dim_names=("copies", "parts"))
+    mesh = mesh if num_copies > 1 else mesh["parts"]
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float64)  # see GradientSum
     stay_whole = {p for p in parameters if p.ndim == 0 or len(p) % size or p.numel() // size % _VECTOR_SIZE}
     for module in modules:

@@ -18,7 +18,7 @@ class Execution(JsonFields):
     batch_per_device: int | None = None
     """images that go through the nets at a time, a multiple of the micro-batch; None = as many as fit, by trying"""
     shard: bool = False
-    """nets, EMA and optimiser states are split over the processes (FSDP2)"""
+    """nets, EMA and optimiser states are split over the processes of a machine (FSDP2)"""
     checkpoint_activations: bool = False
     """the backward pass computes activations anew, block by block, instead of keeping them"""
     ema_on_cpu: bool = False

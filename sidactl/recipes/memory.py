@@ -10,6 +10,9 @@ from sidactl.recipes.networks import NetSpec
 BASE_BYTES = 250_000_000
 """of a process that has loaded torch, on the CPU"""
 
+_DEVICES_OF_A_MACHINE = 8
+"""over which networks are split, whatever the number of machines"""
+
 _GRAPHS = 3
 """networks whose activations a generator step holds at once: generator, fake score, teacher"""
 
@@ -62,7 +65,7 @@ class Memory:
         values *= at_once
         if net.architecture == "EDM2" or size < 4:
             values += _GRAPHS * num_parameters
-        shares = num_devices if execution.shard else 1
+        shares = min(num_devices, _DEVICES_OF_A_MACHINE) if execution.shard else 1
         has_sums = num_devices > 1 or at_once < recipe.batch_size
         num_blocks = sum(count for count, _ in levels)
         gathered = 2 * num_parameters // num_blocks if execution.shard else 0

@@ -73,7 +73,7 @@ def _norm(parameters: Sequence[nn.Parameter]) -> Tensor:
 
     sharded = [p for p in parameters if sharding.is_sharded(p)]
     whole = square([p for p in parameters if not sharding.is_sharded(p)])
-    return (whole + ranks.all_reduce_sum(square(sharded)) if sharded else whole).sqrt()
+    return (whole + sharding.sum_of_parts(square(sharded), sharded[0]) if sharded else whole).sqrt()
 
 
 def adam(trained: Mapping[str, tuple[nn.Module, Optimisation]]) -> torch.optim.Adam:
