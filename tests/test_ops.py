@@ -330,14 +330,14 @@ def interrupting(number: int, kind: str, nimg: int, seen: list[state.Event]) -> 
 @pytest.mark.parametrize(
     ("number", "kind", "nimg", "stops_at"),
     [
-        (signal.SIGINT, "started", 0, 16),
-        (signal.SIGTERM, "checkpoint", 32, 48),
+        (signal.SIGINT, "started", 0, 0),
+        (signal.SIGTERM, "checkpoint", 32, 32),
         (signal.SIGINT, "evaluation", 64, 64),
         (signal.SIGTERM, "progress", 96, 96),
         (signal.SIGINT, "checkpoint", 96, 96),
     ],
 )
-def test_a_signal_ends_the_run_after_the_step_and_the_same_call_goes_on(
+def test_a_signal_ends_the_run_after_the_pass_and_the_same_call_goes_on(
     finished: Finished, fresh_run: Path, number: int, kind: str, nimg: int, stops_at: int
 ) -> None:
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
@@ -346,13 +346,15 @@ def test_a_signal_ends_the_run_after_the_step_and_the_same_call_goes_on(
         short_distill(fresh_run, interrupting(number, kind, nimg, seen))
     assert caught.value.exit_code == 130
     assert str(caught.value) == (
-        f"interrupted at {stops_at} of 96 images; the checkpoint is kept. Repeat the same command to go on."
+        f"interrupted at {stops_at} of 96 images; {'the checkpoint is kept' if stops_at else 'no step was done yet'}. "
+        "Repeat the same command to go on."
     )
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert list(rehash(Store.open(fresh_run))) == []
     again: list[state.Event] = []
     assert short_distill(fresh_run, again.append) == finished.best
-    assert [(e.kind, e.nimg) for e in again[:2]] == [("started", 0), ("resumed", stops_at)]
+    begun = [("started", 0), *([("resumed", stops_at)] if stops_at else [])]
+    assert [(e.kind, e.nimg) for e in again[: len(begun)]] == begun
     assert nothing_is_wrong(fresh_run)
 
 
@@ -372,13 +374,13 @@ def test_sigterm_that_comes_twice_in_a_row_loses_no_checkpoint(finished: Finishe
 
     def watch(event: state.Event) -> None:
         seen.append(event)
-        if event.nimg < 48:
+        if event.kind == "checkpoint":
             for _ in range(3):
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(SidaError, match=r"^interrupted at 16 of 96 images; the checkpoint is kept\. Repeat"):
+    with pytest.raises(SidaError, match=r"^interrupted at 32 of 96 images; the checkpoint is kept\. Repeat"):
         short_distill(fresh_run, watch)
-    assert [(e.kind, e.nimg) for e in seen] == [("started", 0), ("checkpoint", 16), ("interrupted", 16)]
+    assert [(e.kind, e.nimg) for e in seen][-1] == ("interrupted", 32)
     assert short_distill(fresh_run) == finished.best
 
 
@@ -448,7 +450,7 @@ def test_an_interrupted_force_goes_on_too_and_the_old_answer_stays_meanwhile(
     assert short_distill(fresh_run, never) == finished.best
     seen: list[state.Event] = []
     assert short_distill(fresh_run, seen.append, force=True) == finished.best
-    assert (seen[1].kind, seen[1].nimg) == ("resumed", 80)
+    assert (seen[1].kind, seen[1].nimg) == ("resumed", 64)
     assert nothing_is_wrong(fresh_run)
 
 

@@ -89,8 +89,9 @@ def run_training(
             interrupted |= event.kind == "interrupted"
         # Whichever of several processes was asked to stop, all of them have.
         if ranks.any_rank(interrupted or should_stop()):
+            kept = "the checkpoint is kept" if training.nimg else "no step was done yet"
             raise SidaError(
-                f"interrupted at {training.nimg:,} of {schedule.duration_nimg:,} images; the checkpoint is kept",
+                f"interrupted at {training.nimg:,} of {schedule.duration_nimg:,} images; {kept}",
                 "Repeat the same command to go on.",
                 exit_code=EXIT_INTERRUPTED,
             )

@@ -133,7 +133,8 @@ def run(
             history.made = training.skipped.made
         if is_last or stopping or passed(before, training.nimg, schedule.checkpoint_every_nimg):
             save()
-            yield note(Event("checkpoint", training.nimg))
+            if training.nimg:
+                yield note(Event("checkpoint", training.nimg))
         if is_last and training.nimg < schedule.duration_nimg:
             count = "the last evaluation" if schedule.patience == 1 else f"{schedule.patience} evaluations"
             message = f"no better score in {count} (--patience): the run ends here"
