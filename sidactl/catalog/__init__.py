@@ -25,7 +25,7 @@ from sidactl.catalog.entries import (
 )
 from sidactl.catalog.generators import COMPARISONS, GENERATORS
 from sidactl.catalog.lookup import Row, rows
-from sidactl.catalog.scoring import DETECTORS, REFERENCES, detector, digest_of_code
+from sidactl.catalog.scoring import DETECTORS, EYES, REFERENCES, detector, digest_of_code
 from sidactl.catalog.teachers import COSTS, NUM_PARAMETERS, TEACHERS, Cost, recipe_for, teacher
 from sidactl.catalog.tiny_digits import SMALL_NETS
 
@@ -35,6 +35,7 @@ __all__ = [
     "COSTS",
     "DATASETS",
     "DETECTORS",
+    "EYES",
     "GENERATORS",
     "LATENT_CHANNELS",
     "LATENT_SCALE",

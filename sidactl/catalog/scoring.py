@@ -98,6 +98,12 @@ def _references() -> Iterator[Reference]:
 
 REFERENCES: Mapping[str, Reference] = {entry.name: entry for entry in _references()}
 
+EYES: Mapping[str | None, tuple[str, ...]] = {
+    "tiny-digits": ("random-features", "tiny-digits"),
+    None: ("random-features",),
+}
+"""detectors that are built in, by the dataset that they are for (None = any other), in the order of preference"""
+
 
 def digest_of_code(path: Path | str, trust_code: bool = False) -> str:
     """SHA-256 of a TorchScript file. Raises SidaError for another than the published one that nobody trusts."""

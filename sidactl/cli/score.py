@@ -26,11 +26,15 @@ from sidactl.cli.options import (
     with_signature,
 )
 from sidactl.cli.shown import print_score, ticking
+from sidactl.commands.inputs import words_of
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.recipes import HeunSpec, SamplingForm
 
 
 def _own_options(
+    metrics: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="the metrics to print; all that apply if not given")
+    ] = None,
     resize: Annotated[
         str, typer.Option(metavar="NAME", help="of dinov2: torch, as in published statistics, or pil")
     ] = "torch",
@@ -59,7 +63,7 @@ _COMMANDS: Mapping[str, tuple[str, str, Sequence[str]]] = {
     "evaluate": (
         "Print all scores that apply, in one pass over the images.",
         "evaluate generator/best --num 10k --trials 10",
-        ["resize", "neighbours", "num_splits"],
+        ["metrics", "resize", "neighbours", "num_splits"],
     ),
 }
 """by name, which but for `evaluate` is the metric's: help, an example, and which options it has beside those of all"""
@@ -88,6 +92,9 @@ def _options(
             metavar="NAME", help="inception, dinov2, tiny-digits, random-features or a file; the reference's own"
         ),
     ] = None,
+    detectors: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="several detectors in one pass, the main one first")
+    ] = None,
     trust_code: Annotated[
         bool, typer.Option("--trust-code", help="run a TorchScript detector that is not the published one")
     ] = False,
@@ -112,12 +119,13 @@ def _register(name: str, text: str, example: str, own: Sequence[str]) -> None:
         arguments["num"] = parsed_count(arguments["num"], "--num", least=2)
         if limit is not None and not limit >= 0:
             raise SidaError(f"--fail-above must be a number of at least 0, got {limit}", "Pass another.")
-        metrics = None if name == "evaluate" else [name]
+        asked = arguments.pop("metrics", None)
+        metrics = (asked and words_of(asked)) if name == "evaluate" else [name]
         with ticking(name) as tick:
             score = commands_score.evaluate(from_pipe(ref), metrics, **arguments, tick=tick, say=console.note)
         # The display has ended: what it draws last would erase a result that is printed within.
         against = commands_scores.against(score, arguments["run"])
-        print_score(score, against, as_json, all_lines=metrics is None)
+        print_score(score, against, as_json, all_lines=name == "evaluate")
         if limit is not None and float(score) > limit:
             raise SidaError(f"the score {float(score):.6g} is above {limit:g}", "", exit_code=EXIT_FAILED)
 

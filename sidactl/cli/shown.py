@@ -154,7 +154,8 @@ def score_lines(score: "Score", against: Mapping[str, str]) -> list[str]:
     def line(name: str, n: Mapping[str, Any]) -> str:
         spread = "" if n["std"] is None else f" +- {n['std']:.2g} (minimum {n['minimum']:.4g})"
         beside = f", against {against[name]}" if name in against else ""
-        return f"{name} {n['value']:.4g}{spread}; {trials}, {n['detector']}{beside}"
+        blind = "" if n["blind"] else ", which chose it: not blind"
+        return f"{name} {n['value']:.4g}{spread}; {trials}, {n['detector']}{blind}{beside}"
 
     return [line(name, n) for name, n in told["scores"].items()]
 

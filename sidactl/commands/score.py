@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from sidactl import __version__
 from sidactl.commands import features, moments
 from sidactl.commands import reference as commands_reference
+from sidactl.commands.blindness import seen_by
 from sidactl.commands.identity import check_unchanged
 from sidactl.commands.inputs import Ref, ref_text
 from sidactl.commands.moments import MIN_IMAGES_PER_FEATURE, Moments
@@ -17,7 +18,7 @@ from sidactl.commands.resolve import load_dataset, load_net
 from sidactl.commands.samplers import sampler_from, sampler_of
 from sidactl.commands.score_question import ScoreQuestion, why_unkept
 from sidactl.commands.scorers import load_detector
-from sidactl.commands.scores import METRICS, Score, ScoreOptions, numbers, plain_options, score_of
+from sidactl.commands.scores import Score, ScoreOptions, detector_label, metric_of, numbers, plain_options, score_of
 from sidactl.commands.vae import check_vae_is_there, is_of_latents, other_vae, vae_loader
 from sidactl.commands.words import NETS, part_of
 from sidactl.store import Artifact, LiveDir, Store, UnwritableError, sealed, unsealed
@@ -82,6 +83,7 @@ class _Measured:
     detectors: Mapping[str, str]
     references: Mapping[str, str]
     warnings: Sequence[str]
+    seen: Sequence[str]
 
 
 def _measure(asked: ScoreQuestion, place: LiveDir | None) -> _Measured:
@@ -97,17 +99,17 @@ def _measure(asked: ScoreQuestion, place: LiveDir | None) -> _Measured:
         for name in sorted(set(asked.detectors.values()))  # in one order in all processes
     }
     by_metric = {metric: loaded[name] for metric, name in asked.detectors.items()}
-    keeps = {asked.detectors[m] for m in asked.metrics if METRICS[m].need != "moments"}
+    keeps = {asked.detectors[m] for m in asked.metrics if metric_of(m).need != "moments"}
     warnings = [
         w for a in asked.references.values() if (w := commands_reference.warning(asked.store, asked.subject, a))
     ]
     for metric in asked.metrics:
         detector = by_metric[metric]
-        if METRICS[metric].need == "moments":
+        if metric_of(metric).need == "moments":
             warnings += _too_few(
                 asked.num, commands_reference.num_images(asked.store, asked.references[metric]), detector
             )
-        elif METRICS[metric].need == "images":
+        elif metric_of(metric).need == "images":
             held = commands_reference.num_images(asked.store, asked.references[metric])
             if held and held > features.MAX_REAL_IMAGES:
                 warnings.append(
@@ -145,7 +147,10 @@ def _measure(asked: ScoreQuestion, place: LiveDir | None) -> _Measured:
                 made_by[name] = by_metric[metric].identity
                 if metric in asked.references:
                     made_against[name] = asked.references[metric].oid
-    return _Measured(values, made_by, made_against, sorted(set(warnings)))
+    eyes = seen_by(asked.store, asked.subject)
+    labels = {detector.identity: detector_label(detector) for detector in loaded.values()}
+    seen = sorted(name for name, identity in made_by.items() if labels[identity] in eyes)
+    return _Measured(values, made_by, made_against, sorted(set(warnings)), seen)
 
 
 def _once(
@@ -307,7 +312,7 @@ def _positions(asked: ScoreQuestion, dataset: "Dataset") -> "Sequence[int] | NDA
 
 def _against(asked: ScoreQuestion, metric: str, detector: "Detector") -> "Moments | features.Features | None":
     """What a metric compares with: moments, features of real images, or nothing; see `moments.moments`."""
-    need, recheck = METRICS[metric].need, asked.force
+    need, recheck = metric_of(metric).need, asked.force
     if need is None:
         return None
     reference = asked.references[metric]
@@ -338,6 +343,7 @@ def _keep(asked: ScoreQuestion, measured: _Measured, problem: str | None) -> dic
             "values": {name: list(values) for name, values in measured.values.items()},
             "versions": _versions(),
             "warnings": list(measured.warnings),
+            **({"seen": list(measured.seen)} if measured.seen else {}),
         },
     )
     if problem is None:

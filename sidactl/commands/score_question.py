@@ -6,6 +6,7 @@ from typing import Any
 
 from sidactl import catalog
 from sidactl.commands import moments, reference
+from sidactl.commands.blindness import blind_detector
 from sidactl.commands.inputs import seeds_of
 from sidactl.commands.question import Question
 from sidactl.commands.resolve import resolve
@@ -13,7 +14,9 @@ from sidactl.commands.samplers import chosen_sampler, drawn_on, sampler_of
 from sidactl.commands.scorers import (
     applicable_metrics,
     detector_of,
+    has_classes,
     read_again,
+    reference_for,
     require_classes,
     weights_by_whom,
     weights_of,
@@ -99,10 +102,13 @@ class ScoreQuestion:
         for name in metrics or ():
             if name not in METRICS:
                 raise SidaError(f"unknown metric {name!r}", f"Metrics are {', '.join(METRICS)}.")
-        if (asked := options.get("detector")) and not moments.is_detector_file(asked):
-            catalog.detector(asked)
-        if asked and moments.is_torchscript(asked):
-            catalog.digest_of_code(asked, options.get("trust_code", False))
+        several = list(options.get("detectors") or ())
+        options = {**options, "detector": several[0]} if several else options
+        for asked in several or filter(None, [options.get("detector")]):
+            if not moments.is_detector_file(asked):
+                catalog.detector(asked)
+            if moments.is_torchscript(asked):
+                catalog.digest_of_code(asked, options.get("trust_code", False))
         store, force = Store.open(options.get("run")), options.get("force", False)
         subject = resolve(store, ref, SCORED, any_size=True, recheck=force)
         require_images(subject)
@@ -146,14 +152,29 @@ class ScoreQuestion:
         detectors = {name: detector_of(name, options, found, store, subject) for name in chosen}
         if scorer := detectors.get("inception-score"):
             require_classes(scorer)
+        further = several[1:]
+        if metrics is None and not options.get("detector"):
+            blind = blind_detector(store, subject, options.get("reference"), list(detectors.values()))
+            further = [blind] if blind else []
+        for index, detector in enumerate(further, start=1):
+            for name in chosen if metrics or several else ["fid"]:
+                if METRICS[name].detector or (name == "inception-score" and not has_classes(detector)):
+                    continue
+                key = f"{name}@{index}"
+                detectors[key] = detector
+                if need := METRICS[name].need:
+                    found[key] = reference_for(store, options.get("reference"), subject, need, detector, force)
+        chosen = list(detectors)
         if force:
             for name in set(detectors.values()):
                 read_again(store, name)
-        needs_classes = {name for metric, name in detectors.items() if metric == "inception-score"}
+        needs_classes = {name for metric, name in detectors.items() if metric.startswith("inception-score")}
         weights = {name: weights_of(store, name, name in needs_classes) for name in set(detectors.values())}
         params = {"metrics": chosen, "num": num, "seeds": seeds}
         shown = {**params, **settings}
         given = {name: options[name] for name, default in DEFAULTS.items() if options[name] != default}
+        if several:
+            given = {name: value for name, value in given.items() if name != "detector"}
         trust_code = options.get("trust_code", False)
         words = option_words({"ref": options.get("reference"), "trust_code": trust_code, **given})
         words += option_words(setting.of_images()) + option_words(dict(options.get("heun") or {}))

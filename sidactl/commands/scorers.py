@@ -11,8 +11,8 @@ from sidactl.commands import reference as commands_reference
 from sidactl.commands.fetch import fetch_detector
 from sidactl.commands.files import read_state_dict
 from sidactl.commands.identity import changed, file_digest, source_identity
-from sidactl.commands.moments import RANDOM_FEATURES, detector_name
-from sidactl.commands.scores import METRICS
+from sidactl.commands.moments import RANDOM_FEATURES, Need, detector_name
+from sidactl.commands.scores import metric_of
 from sidactl.commands.words import NETS
 from sidactl.errors import EXIT_FAILED, MissingError, SidaError
 from sidactl.store import Artifact, Store
@@ -37,13 +37,13 @@ def applicable_metrics(store: Store, subject: Artifact, options: Mapping[str, An
         wanted.append("fd-dinov2")
     if has_images:
         wanted += ["prec-recall", "kid"]
-    return wanted + (["inception-score"] if _has_classes(detector) else [])
+    return wanted + (["inception-score"] if has_classes(detector) else [])
 
 
 def detector_of(
     metric: str, options: Mapping[str, Any], found: Mapping[str, Artifact], store: Store, subject: Artifact
 ) -> str:
-    fixed, asked = METRICS[metric].detector, options.get("detector")
+    fixed, asked = metric_of(metric).detector, options.get("detector")
     if fixed and asked not in (None, fixed):
         raise SidaError(f"{metric} is by detector {fixed}, got {asked!r}", "Leave out --detector.")
     if fixed or asked:
@@ -51,14 +51,24 @@ def detector_of(
     if metric in found:
         return _default_detector(subject, found[metric], options)
     # What compares with nothing is by the detector of what is compared beside it, or would be.
-    compared = next((found[name] for name in found if not METRICS[name].detector), None)
+    compared = next((found[name] for name in found if not metric_of(name).detector), None)
     if not compared and options.get("reference"):
         compared = commands_reference.find(store, options.get("reference"), subject, "moments")
-    if compared and _has_classes(own := detector_name(compared)):
+    if compared and has_classes(own := detector_name(compared)):
         return own
     if not compared and subject.kind == "dataset":
         return detector_name(subject)
     return "tiny-digits" if commands_reference.dataset_name(store, subject) == "tiny-digits" else "inception"
+
+
+def reference_for(
+    store: Store, asked: str | None, subject: Artifact, need: Need, detector: str, recheck: bool
+) -> Artifact:
+    """What a further detector compares with: published statistics where they hold its, or else the images."""
+    found = commands_reference.find(store, asked, subject, need, recheck=recheck)
+    if found.kind == "stats" and f"{detector}.npz" not in found.files:
+        found = commands_reference.find(store, asked, subject, "images", recheck=recheck)
+    return found
 
 
 def _default_detector(subject: Artifact, reference: Artifact, options: Mapping[str, Any]) -> str:
@@ -71,12 +81,12 @@ def _default_detector(subject: Artifact, reference: Artifact, options: Mapping[s
 
 def require_classes(detector: str) -> None:
     """Raises SidaError for a detector that gives no inception score."""
-    if not _has_classes(detector):
+    if not has_classes(detector):
         what = f"the inception score needs classes, detector {detector} gives none"
         raise SidaError(what, "Pass --detector inception.")
 
 
-def _has_classes(detector: str) -> bool:
+def has_classes(detector: str) -> bool:
     """Whether it classifies: only the digits' and Inception do; in TorchScript that, too, gives features alone."""
     return detector not in ("dinov2", "random-features", "inception-torchscript") and not moments.is_torchscript(
         detector

@@ -64,6 +64,12 @@ METRICS: Mapping[str, Metric] = {
     "inception-score": Metric(need=None, has_order=True),
 }
 
+
+def metric_of(key: str) -> Metric:
+    """The metric behind a key such as "fid", or "fid@1" under the first further detector."""
+    return METRICS[key.partition("@")[0]]
+
+
 DEFAULTS: Mapping[str, Any] = {
     "num": None,
     "trials": 1,
@@ -73,6 +79,7 @@ DEFAULTS: Mapping[str, Any] = {
     "steps": None,
     "sampler": None,
     "detector": None,
+    "detectors": None,
     "vae": None,
     "resize": "torch",
     "convention": "edm",
@@ -94,6 +101,8 @@ class ScoreOptions(TypedDict, total=False):
     steps, sampler, heun: how a generator or teacher is sampled where it is not by its own sampler, as in `sample`.
     vae: what decodes the latents of a generator or teacher, as in `sample`.
     setting: of the arithmetic of a generator or teacher, float32 by default; that of detectors is always float32.
+    detectors: several of them, a list or a text with commas, for one pass over the images; the first one is the main
+        one, of whose numbers some do not bear its name.
     detector: inception, dinov2, tiny-digits, random-features (built in, for any images), or a file: Inception in
         TorchScript, or a state dict of Inception's.
     trust_code: run a TorchScript detector that is not the published one: a program, which can do all that you can.
@@ -119,6 +128,7 @@ class ScoreOptions(TypedDict, total=False):
     vae: Ref | None
     setting: SamplingForm
     detector: str | os.PathLike[str] | None
+    detectors: Sequence[str] | str | None
     trust_code: bool
     resize: str
     convention: str
@@ -151,6 +161,8 @@ class Score:
     subject: str
     oid: str
     unkept: str | None = None
+    seen: Sequence[str] = ()
+    """the numbers by detectors that trained, chose or stopped the subject: by those it may flatter itself"""
 
     @property
     def value(self) -> float:
@@ -177,6 +189,7 @@ class Score:
                 "minimum": min(values),
                 "trials": list(values),
                 "detector": self.detectors[name],
+                "blind": name not in self.seen,
                 "reference": self.references.get(name),
             }
             for name, values in self.values.items()
@@ -214,6 +227,13 @@ def plain_options(ref: Ref, options: ScoreOptions) -> Mapping[str, Any]:
         raise SidaError(f"unknown option {unknown[0]!r}", f"There are {', '.join(ScoreOptions.__annotations__)}.")
     for name in ("reference", "detector", "vae"):
         plain[name] = optional_ref(plain.get(name), f"the {name}")
+    if isinstance(several := plain.get("detectors"), str):
+        several = [name.strip() for name in several.split(",")]
+    plain["detectors"] = [str(optional_ref(name, "the detector")) for name in several or ()] or None
+    if plain["detectors"] and plain.get("detector"):
+        raise SidaError("one detector or several, got both", "Leave out --detector.")
+    if len(set(plain["detectors"] or ())) < len(plain["detectors"] or ()):
+        raise SidaError(f"detectors must differ, got {', '.join(plain['detectors'])}", "Name each once.")
     if plain.get("num") is not None:
         plain["num"] = count_of(plain["num"], "num")
     for name in ("steps", "trials", "first_seed", "subset_seed", "neighbours", "num_splits"):
@@ -243,6 +263,8 @@ def numbers(
 ) -> Mapping[str, float]:
     """What a metric says of images, by name: from the moments of their features, or the features themselves.
 
+    metric: a key as `metric_of` takes it; under a further detector every number bears its name.
+
     settings: convention, order, neighbours and num_splits, as far as the metric has them.
     """
     from sidactl import metrics as metrics_module
@@ -260,7 +282,7 @@ def numbers(
         score, _ = metrics_module.inception_score(detector.logits(ours), settings["num_splits"])
         return {f"IS{suffix}": score}
     theirs = against.by_content() if is_by_content else against.rows
-    if metric == "kid":
+    if metric.partition("@")[0] == "kid":
         distance, _ = metrics_module.kernel_distance(
             theirs, ours, subset_size=min(1000, len(theirs), len(ours)), seed=0
         )
@@ -272,7 +294,8 @@ def numbers(
     else:
         dtype: Literal["float16", "float32"] = "float16" if convention == "sid" else "float32"
         precision, recall = metrics_module.precision_recall(real, generated, k, precision=dtype)
-    return {"precision": precision, "recall": recall}
+    by = f" {label}" if "@" in metric else ""
+    return {f"precision{by}": precision, f"recall{by}": recall}
 
 
 def score_of(artifact: Artifact) -> Score:
@@ -290,6 +313,7 @@ def score_of(artifact: Artifact) -> Score:
         warnings=results["warnings"],
         subject=artifact.inputs["subject"],
         oid=artifact.oid,
+        seen=results.get("seen", ()),
     )
 
 

@@ -1,0 +1,88 @@
+"""A number is a claim under detectors alone that did not train, choose or stop the generator; and several at once."""
+
+import json
+from typing import Any
+
+import pytest
+
+import sidactl
+from sidactl import cli
+from sidactl.commands import blindness
+from sidactl.commands.scores import ScoreOptions
+from sidactl.errors import SidaError
+from sidactl.store import Artifact, Store
+from tests.conftest import Finished, Forbid
+
+FD, BLIND_FD = "FD tiny-digits", "random-features FD"
+
+
+def put(store: Store, kind: str, inputs: dict[str, str], **results: Any) -> Artifact:
+    return store.put(kind, {}, inputs=inputs, params={"name": "made up"}, results=results)
+
+
+def test_samples_and_what_starts_from_a_generator_inherit_its_eyes(fresh_run: Any) -> None:
+    store = Store.open(fresh_run)
+    teacher = put(store, "teacher", {})
+    chosen = put(store, "generator", {"teacher": teacher.oid}, selection_score=1.0, detector="tiny-digits")
+    unscored = put(store, "generator", {"teacher": teacher.oid}, selection_score=None, detector="tiny-digits")
+    later = put(store, "generator", {"generator": chosen.oid}, selection_score=2.0, detector="inception")
+    trained = put(store, "generator", {"generator": unscored.oid}, selection_score=None, trained_by=["dinov2"])
+    samples = put(store, "samples", {"net": later.oid})
+    expected = [(teacher, set()), (chosen, {"tiny-digits"}), (unscored, set()), (trained, {"dinov2"})]
+    for artifact, eyes in [*expected, (later, {"tiny-digits", "inception"}), (samples, {"tiny-digits", "inception"})]:
+        assert blindness.seen_by(store, artifact) == eyes
+
+
+def test_an_evaluation_has_a_blind_detector_beside_the_one_that_chose(finished: Finished) -> None:
+    score = sidactl.evaluate("generator/best", num=40, trials=2, run=finished.root)
+    told = {name: number["blind"] for name, number in score.to_json()["scores"].items()}
+    assert told[FD] is False
+    assert told[BLIND_FD] is True
+    assert set(score.seen) == {name for name, is_blind in told.items() if not is_blind}
+    assert sidactl.evaluate("generator/best", num=40, trials=2, run=finished.root) == score  # as it is kept
+    teacher = sidactl.evaluate("tiny-digits", num=20, run=finished.root)
+    assert not teacher.seen
+    assert BLIND_FD not in teacher.values
+
+
+def test_several_detectors_score_in_one_pass_as_each_does_alone(finished: Finished, forbidden: Forbid) -> None:
+    options: ScoreOptions = {"num": 40, "first_seed": 7, "run": finished.root}
+    names = ["fid", "prec-recall", "inception-score"]
+    several = sidactl.evaluate("generator/best", names, detectors="tiny-digits, random-features", **options)
+    assert set(several.values) == {
+        *(FD, BLIND_FD, "precision", "recall", "IS tiny-digits"),
+        *("precision random-features", "recall random-features"),
+    }
+    alone = sidactl.evaluate("generator/best", ["fid", "prec-recall"], detector="random-features", **options)
+    assert several.values[BLIND_FD] == pytest.approx(alone.values[BLIND_FD], rel=1e-9)
+    assert several.values["recall random-features"] == alone.values["recall"]
+    assert several.detectors["recall random-features"] == alone.detectors["recall"]
+    assert several.references.keys() == several.values.keys() - {"IS tiny-digits"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"detectors": "tiny-digits", "detector": "dinov2"}, "one detector or several, got both"),
+        ({"detectors": ["tiny-digits", "tiny-digits"]}, "detectors must differ, got tiny-digits, tiny-digits"),
+        ({"detectors": "tiny-digits,inceptoin"}, "unknown detector 'inceptoin'"),
+    ],
+)
+def test_detectors_that_do_not_go_together_are_refused(
+    finished: Finished, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SidaError, match=f"^{message}"):
+        sidactl.fid("generator/best", num=20, run=finished.root, **options)
+
+
+def test_the_command_line_says_what_is_not_blind(finished: Finished, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["evaluate", "generator/best", "--num", "40", "--metrics", "fid", "--run", str(finished.root)]
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--detectors", "tiny-digits,random-features"])
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert ", which chose it: not blind, against dataset tiny-digits" in lines[0]
+    assert "blind" not in lines[1]
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--json"])
+    assert json.loads(capfd.readouterr().out)["scores"][FD]["blind"] is False
