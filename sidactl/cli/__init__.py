@@ -6,5 +6,5 @@ from sidactl.cli.entry import app, main
 
 __all__ = ["app", "main"]
 
-for _name in ("data", "train", "sample", "score", "look", "keep"):
+for _name in ("data", "train", "sample", "score", "compare", "look", "keep"):
     import_module(f"sidactl.cli.{_name}")

@@ -62,7 +62,7 @@ def train_teacher(
     """
     from sidactl.commands import train
 
-    with _watching(log) as watch:
+    with watching(log) as watch:
         artifact = train.train_teacher(
             dataset, name=name, net=net, run=run, device=device, force=force, say=console.note, watch=watch, **overrides
         )
@@ -221,7 +221,7 @@ def _distill(
         loggers.check(log or ())
         _print_plan(planned, others["run"], overrides, execution)
         return
-    with _watching(log) as watch:
+    with watching(log) as watch:
         artifact = commands_distill.distill(
             **planned, **others, execution=execution, say=console.note, watch=watch, **overrides
         )
@@ -299,7 +299,7 @@ _LOSS_NAMES = {
 
 
 @contextmanager
-def _watching(log: Sequence[str] | None) -> Iterator[Shown]:
+def watching(log: Sequence[str] | None = None) -> Iterator[Shown]:
     """A display of a training run, opened by its first event, and the loggers that were asked for."""
     from sidactl.cli import loggers
 
@@ -318,7 +318,11 @@ def _watching(log: Sequence[str] | None) -> Iterator[Shown]:
             assert shown
             progress = shown()
             if event.kind == "progress":
-                losses = {_LOSS_NAMES[k]: f"{v:.3g}" for k, v in values.items() if k in _LOSS_NAMES}
+                losses = {
+                    _LOSS_NAMES.get(k, k.replace("_", " ")): f"{v:.3g}"
+                    for k, v in values.items()
+                    if k not in ("stage", "skipped_steps") and isinstance(v, int | float)
+                }
                 skipped = {"skipped updates": values["skipped_steps"]} if values["skipped_steps"] else {}
                 progress.update(event.nimg, {"stage": values["stage"], **losses, **skipped})
             elif event.kind == "evaluation":

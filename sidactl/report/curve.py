@@ -48,19 +48,19 @@ def curve(
     are not finite and above zero: those points are left out, and the picture says how many.
     """
     given = [(MAIN_SERIES, points), *(series or {}).items()]
-    lines = [sorted(p for p in line if _drawable(*p)) for _, line in given]
+    lines = [sorted(p for p in line if drawable(*p)) for _, line in given]
     num_omitted = sum(len(line) for _, line in given) - sum(map(len, lines))
-    teacher = teacher_score if teacher_score is not None and _drawable(teacher_score) else None
+    teacher = teacher_score if teacher_score is not None and drawable(teacher_score) else None
     xs = [x for line in lines for x, _ in line]
     scores = [y for line in lines for _, y in line] + ([] if teacher is None else [teacher])
 
-    sheet = _Sheet(*CURVE_SIZE)
+    sheet = Sheet(*CURVE_SIZE)
     left, top, right, bottom = 78, 54, CURVE_SIZE[0] - 28, CURVE_SIZE[1] - 66
     sheet.text((left, 18), title, 22, "la", max_width=right - left)
     if series:
         top = sheet.legend([name for name, _ in given], left, right, top)
     sheet.text((left, top), ylabel, 15, "la", _GREY, max_width=right - left)
-    x_axis, y_axis = _Axis.around(xs, left, right, margin=0.04), _Axis.around(scores, bottom, top + 30, margin=0.11)
+    x_axis, y_axis = Axis.around(xs, left, right, margin=0.04), Axis.around(scores, bottom, top + 30, margin=0.11)
     _draw_axes(sheet, x_axis, y_axis)
     if not xs:
         sheet.text(((left + right) / 2, (top + bottom) / 2), "no score to draw yet", 18, "mm", _GREY)
@@ -92,7 +92,7 @@ def curve(
     return sheet.png()
 
 
-def _draw_axes(sheet: "_Sheet", x_axis: "_Axis", y_axis: "_Axis") -> None:
+def _draw_axes(sheet: "Sheet", x_axis: "Axis", y_axis: "Axis") -> None:
     left, right, bottom, top = x_axis.start, x_axis.end, y_axis.start, y_axis.end
     for fine, colour in ((True, _FINE_GRID), (False, _GRID)):
         for x in x_axis.ticks(fine):
@@ -109,7 +109,7 @@ def _draw_axes(sheet: "_Sheet", x_axis: "_Axis", y_axis: "_Axis") -> None:
 
 
 @dataclass(frozen=True)
-class _Axis:
+class Axis:
     """A logarithmic axis from 10^low at pixel `start` to 10^high at pixel `end`."""
 
     low: float
@@ -118,7 +118,7 @@ class _Axis:
     end: int
 
     @classmethod
-    def around(cls, values: Sequence[float], start: int, end: int, margin: float) -> "_Axis":
+    def around(cls, values: Sequence[float], start: int, end: int, margin: float) -> "Axis":
         logs = [math.log10(v) for v in values] or [0.0, 1.0]
         low, high = min(logs), max(logs)
         widening = max(_MIN_DECADES - (high - low), 0.0) / 2
@@ -140,7 +140,7 @@ class _Axis:
         return inside
 
 
-class _Sheet:
+class Sheet:
     """A white page addressed in pixels of the finished picture, drawn larger and averaged down for smooth edges."""
 
     def __init__(self, width: int, height: int) -> None:
@@ -208,7 +208,8 @@ def _colour(index: int) -> str:
     return _COLOURS[index % len(_COLOURS)]
 
 
-def _drawable(*values: float) -> bool:
+def drawable(*values: float) -> bool:
+    """Whether a logarithmic axis can show these."""
     return all(math.isfinite(v) and v > 0 for v in values)
 
 

@@ -1,0 +1,166 @@
+"""The command `compare`."""
+
+import csv
+import io
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sidactl.cli import console
+from sidactl.cli.entry import app
+from sidactl.cli.options import Device, DryRun, Json, Run, ref_option
+from sidactl.cli.train import watching
+from sidactl.errors import SidaError
+from sidactl.text import markdown
+
+if TYPE_CHECKING:
+    from sidactl.commands.compare import Comparison, Training
+
+
+@app.command()
+def compare(
+    refs: Annotated[
+        list[str] | None, typer.Argument(metavar="[REF...]", help="generators, teachers, samples, folders of images")
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="train these first where it is not done yet: sid,sida,sid2a")
+    ] = None,
+    teacher: Annotated[str | None, ref_option("the teacher of --methods")] = None,
+    duration: Annotated[str | None, typer.Option(metavar="COUNT", help="images of each run; the recipe's")] = None,
+    runs: Annotated[int, typer.Option(help="runs of each method, with training seeds 0, 1, ...")] = 1,
+    part: Annotated[str, typer.Option(metavar="I/N", help="train this share alone, and compare nothing")] = "",
+    metrics: Annotated[str, typer.Option(metavar="NAME,...", help="as in evaluate")] = "fid",
+    num: Annotated[str, typer.Option(metavar="COUNT", help="images per trial")] = "10k",
+    trials: Annotated[int, typer.Option(help="repetitions; all networks draw the same seeds")] = 10,
+    reference: Annotated[str | None, ref_option("what all are scored against", "--ref")] = None,
+    detectors: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="the reference's own, and a blind one, if not given")
+    ] = None,
+    run: Run = None,
+    device: Device = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="print the table as CSV")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="print the table as Markdown")] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="draw the scores, too")] = None,
+) -> None:
+    """Print which generator is better, by how much, and whether its detector is blind.
+
+    Example: sidactl compare generator/best tiny-digits --num 10k --trials 10
+    """
+    from sidactl.commands import compare as commands_compare
+    from sidactl.commands.inputs import words_of
+
+    training = None
+    if methods is not None:
+        if teacher is None:
+            raise SidaError("--methods needs a teacher, got none", "Pass --teacher REF.")
+        training = commands_compare.Training(words_of(methods), teacher, duration, runs)
+    elif teacher or duration or part or runs != 1:
+        raise SidaError("--teacher, --duration, --runs and --part need --methods, got none", "Pass --methods sid,sida.")
+    if plot and plot.suffix.lower() != ".png":
+        raise SidaError(f"a plot must be a PNG, got {plot}", "Pass --plot FILE.png.")
+    if plot and not plot.absolute().parent.is_dir():
+        raise SidaError(f"{plot.parent}: no such folder", "Make it first.")
+    share = _share(part)
+    if dry_run:
+        _print_plan(training, share, run)
+        return
+    with watching() as watch:
+        found = commands_compare.compare(
+            refs or (),
+            training=training,
+            part=share,
+            metrics=metrics,
+            num=num,
+            trials=trials,
+            reference=reference,
+            detectors=detectors,
+            run=run,
+            device=device,
+            say=console.note,
+            watch=watch,
+        )
+    if found is None:
+        console.note("this share is trained; without --part the same command compares all of them")
+        return
+    if as_json:
+        console.print_json(found.to_json())
+    elif as_csv or as_markdown:
+        for line in (_as_csv(found) if as_csv else _as_markdown(found)).splitlines():
+            console.print_data(line)
+    else:
+        console.table(*_table(found))
+        for difference in found.differences:
+            interval = ""
+            if difference.low is not None and difference.high is not None:
+                interval = f" [{difference.low:.3g}, {difference.high:.3g}], {difference.test}"
+            pair = f"{difference.first} - {difference.second}"
+            console.print_data(f"{pair}: {difference.mean:.3g}{interval}: {difference.verdict}")
+    if not found.is_blind:
+        console.warn(f"no detector is blind here: {found.ordered_by} chose one of these, or more")
+    if plot:
+        from sidactl import report
+
+        marks = [(row.name, row.mean(found.ordered_by), row.std(found.ordered_by)) for row in found.rows]
+        plot.write_bytes(report.dots(marks, title="lower is better", xlabel=found.ordered_by))
+        console.note(f"drawn: {plot}")
+
+
+def _share(part: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", part or "1/1")
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise SidaError(f"--part must be such as 2/8, got {part}", "Pass 1/8 to 8/8, one to each process.")
+    return int(found[1]), int(found[2])
+
+
+def _print_plan(training: "Training | None", share: tuple[int, int], run: Path | None) -> None:
+    from sidactl.commands import compare as commands_compare
+    from sidactl.store import Store
+
+    if training is None:
+        console.note("nothing is trained: what was named is scored")
+        return
+    runs = list(commands_compare.planned(Store.open(run), training))
+    rows = [
+        (method, seed, "done" if made else "to be trained", made.oid[:12] if made else None)
+        for method, seed, made in runs
+    ]
+    console.table(("method", "seed", "state", "oid"), rows)
+    missing = sum(made is None for *_, made in runs)
+    console.note(f"{missing} of {len(runs)} runs are to be trained" + (f", {share[1]} shares" if share[1] > 1 else ""))
+
+
+def _table(found: "Comparison") -> tuple[list[str], list[list[str | int | float | None]]]:
+    columns = ["name", *found.numbers, "images", "updates", "seconds", "NFE", "needs"]
+    rows: list[list[str | int | float | None]] = []
+    for row in found.rows:
+        scores: list[str | int | float | None] = []
+        for number in found.numbers:
+            std = row.std(number)
+            spread = "" if std is None else f" +- {std:.2g}"
+            scores.append(f"{row.mean(number):.4g}{spread}{' (not blind)' if number in row.seen else ''}")
+        seconds = None if row.seconds is None else round(row.seconds)
+        rows.append([row.name, *scores, row.images, row.updates, seconds, row.evaluations, row.needs])
+    return columns, rows
+
+
+def _as_csv(found: "Comparison") -> str:
+    """Numbers apart from their spread, and one column that says whether each is blind."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    of_numbers = [f"{number}{kind}" for number in found.numbers for kind in ("", " std", " blind")]
+    writer.writerow(["name", *of_numbers, "images", "updates", "seconds", "evaluations", "needs"])
+    for row in found.rows:
+        scores = [cell for n in found.numbers for cell in (row.mean(n), row.std(n), n not in row.seen)]
+        writer.writerow([row.name, *scores, row.images, row.updates, row.seconds, row.evaluations, row.needs])
+    return text.getvalue().rstrip("\n")
+
+
+def _as_markdown(found: "Comparison") -> str:
+    columns, rows = _table(found)
+    cells = [["-" if cell is None else markdown(console.fact(cell)) for cell in row] for row in rows]
+    lines = [[markdown(name) for name in columns], ["---"] * len(columns), *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,385 @@
+"""The command `compare`: which generator is better, by how much, under which eyes."""
+
+import itertools
+import json
+import math
+import statistics
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sidactl import catalog
+from sidactl.commands import reference as commands_reference
+from sidactl.commands.assemble import assembled
+from sidactl.commands.distill import distill
+from sidactl.commands.inputs import Count, Ref, field_values, ref_text, whole, words_of
+from sidactl.commands.moments import detector_name
+from sidactl.commands.plan import plan
+from sidactl.commands.resolve import resolve
+from sidactl.commands.running import OnEvent
+from sidactl.commands.samplers import sampler_of
+from sidactl.commands.score import evaluate
+from sidactl.commands.scores import SCORED, Score
+from sidactl.commands.words import NETS, OnCount, RunDir
+from sidactl.errors import MissingError, SidaError
+from sidactl.foreign import download
+from sidactl.recipes import MODES, Execution, Recipe
+from sidactl.store import Artifact, Store
+
+CONFIDENCE = 0.95
+
+_IDLE_SEC = 600.0
+"""a longer gap between two events of a run is an interruption, and no time that it took"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network or set of images of a comparison, or a method with all its runs."""
+
+    name: str
+    oids: Sequence[str]
+    images: int | None
+    """trained on, by each run"""
+    updates: int | None
+    """of the fake score, by each run"""
+    seconds: float | None
+    """of each run, on average, by its log; evaluations and checkpoints included"""
+    evaluations: int | None
+    """of the network for one image (NFE)"""
+    needs: str | None
+    """what training asks for beside the teacher: real images, or classes alone"""
+    values: Mapping[str, Sequence[Sequence[float]]]
+    """by number, of each run, of each trial"""
+    seen: frozenset[str]
+    """numbers that are not blind"""
+
+    def samples(self, number: str) -> list[float]:
+        """What its spread is over: means of runs where there are several, else trials."""
+        of_runs = self.values.get(number, [])
+        return [statistics.fmean(trials) for trials in of_runs] if len(of_runs) > 1 else [*itertools.chain(*of_runs)]
+
+    def mean(self, number: str) -> float:
+        return statistics.fmean(self.samples(number) or [math.nan])
+
+    def std(self, number: str) -> float | None:
+        samples = self.samples(number)
+        return statistics.stdev(samples) if len(samples) > 1 else None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two rows under one number, the first minus the second, with its confidence interval."""
+
+    first: str
+    second: str
+    number: str
+    mean: float
+    low: float | None
+    high: float | None
+    test: str
+    """how the interval was made"""
+
+    @property
+    def verdict(self) -> str:
+        if self.low is None or self.high is None:
+            return "no interval: more trials or runs are needed"
+        if self.high < 0:
+            return f"{self.first} is better"
+        return f"{self.second} is better" if self.low > 0 else "no difference shown"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rows from the best to the worst by `ordered_by`, a blind distance where there is one for all of them."""
+
+    rows: Sequence[Row]
+    numbers: Sequence[str]
+    ordered_by: str
+    is_blind: bool
+    differences: Sequence[Difference]
+    num: int
+    trials: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "ordered_by": self.ordered_by,
+            "blind": self.is_blind,
+            "images_per_trial": self.num,
+            "trials": self.trials,
+            "rows": [
+                {
+                    **{name: getattr(row, name) for name in ("name", "images", "updates", "seconds")},
+                    **{"evaluations": row.evaluations, "needs": row.needs, "oids": list(row.oids)},
+                    "scores": {
+                        number: {
+                            "mean": row.mean(number),
+                            "std": row.std(number),
+                            "runs": [list(trials) for trials in row.values[number]],
+                            "blind": number not in row.seen,
+                        }
+                        for number in self.numbers
+                        if number in row.values
+                    },
+                }
+                for row in self.rows
+            ],
+            "differences": [
+                {name: getattr(d, name) for name in ("first", "second", "number", "mean", "low", "high", "test")}
+                | {"verdict": d.verdict}
+                for d in self.differences
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class Training:
+    """What `compare` may train first: each method so many times, with seeds from 0 on."""
+
+    methods: Sequence[str]
+    teacher: str
+    duration: Count | None = None
+    runs: int = 1
+
+    def chains(self) -> list[list[tuple[str, int]]]:
+        """Methods and seeds in pieces that do not wait for each other; sid2a starts from the sid of its seed."""
+        chains = []
+        for seed in range(self.runs):
+            own = [[(method, seed)] for method in self.methods if method != "sid2a"]
+            if "sid2a" in self.methods:
+                of_sid = next((chain for chain in own if chain[0][0] == "sid"), None)
+                if of_sid is None:
+                    own.append(of_sid := [("sid", seed)])
+                of_sid.append(("sid2a", seed))
+            chains += own
+        return chains
+
+
+def compare(
+    refs: Sequence[Ref] = (),
+    *,
+    training: Training | None = None,
+    part: tuple[int, int] = (1, 1),
+    metrics: Sequence[str] | str = ("fid",),
+    num: Count = "10k",
+    trials: int = 10,
+    reference: Ref | None = None,
+    detectors: Sequence[str] | str | None = None,
+    run: RunDir = None,
+    device: str | None = None,
+    say: download.OnLine | None = download.to_stderr,
+    watch: OnEvent | None = None,
+    tick: OnCount | None = None,
+) -> Comparison | None:
+    """Networks, samples and folders beside each other, all under the same seeds, detectors and reference.
+
+    training: methods that are compared, too, and trained first where the run directory has no answer yet. part: this
+    process's share of that, (1, 8) to (8, 8); with a share there is no comparison (None), since others are not done.
+    detectors: by default that of the reference, and one built in that did not choose any generator.
+    Differences of the number that orders are given with confidence intervals: over runs by Welch's t test, over trials
+    of single runs, which share their seeds, by the paired t test. Raises SidaError as `evaluate` and `distill` do.
+    """
+    store, metrics = Store.open(run), words_of(metrics)
+    if not 1 <= part[0] <= part[1]:
+        raise SidaError(f"a part must be from 1/{part[1]} to {part[1]}/{part[1]}, got {part[0]}/{part[1]}", "Pass 1/8.")
+    groups: dict[str, list[Artifact]] = {}
+    if training:
+        for method, artifact in _trained(store, training, part, device, say, watch):
+            groups.setdefault(method, []).append(artifact)
+        if part[1] > 1:
+            return None
+    for ref in refs:
+        subject = resolve(store, ref_text(ref), SCORED, any_size=True)
+        groups.setdefault(_name_of(store, ref_text(ref), subject, groups), []).append(subject)
+    if not groups:
+        raise SidaError("a comparison needs something to compare, got nothing", "Name artifacts, or pass --methods.")
+    everything = [artifact for artifacts in groups.values() for artifact in artifacts]
+    first = next((artifact for artifact in everything if artifact.kind != "dataset"), everything[0])
+    text = None if reference is None else ref_text(reference, "the reference")
+    compared = commands_reference.find(store, text, first, "moments")
+    chosen = words_of(detectors) if detectors else _eyes(store, first, text, compared)
+    rows = []
+    for name, artifacts in groups.items():
+        scores = []
+        for artifact in artifacts:
+            is_net = artifact.kind in NETS
+            drawn: Any = {"num": num, "trials": whole(trials, "trials")} if is_net else {}
+            against = text or (compared.oid if artifact.kind == "dataset" else None)
+            shared: Any = {"reference": against, "detectors": chosen, "run": store.root, "device": device}
+            scores.append(evaluate(artifact.oid, metrics, **drawn, **shared, say=None, tick=tick))
+        rows.append(_row(store, name, artifacts, scores))
+    return _compared(rows, scores[0].num if scores else 0, trials)
+
+
+def _eyes(store: Store, subject: Artifact, asked: str | None, compared: Artifact) -> tuple[str, ...]:
+    """The reference's own detector, and those that are built in for its images, where they are there."""
+    own = detector_name(compared)
+    try:
+        images = commands_reference.find(store, asked, subject, "images")
+    except MissingError:
+        return (own,)
+    name = commands_reference.dataset_name(store, images)
+    return tuple(dict.fromkeys((own, *catalog.EYES.get(name, catalog.EYES[None]))))
+
+
+def _name_of(store: Store, text: str, subject: Artifact, taken: Mapping[str, object]) -> str:
+    name = text if "/" in text and text in store.refs() else str(subject.params.get("name") or subject.oid[:12])
+    return name if name not in taken else f"{name} {subject.oid[:8]}"
+
+
+def _row(store: Store, name: str, artifacts: Sequence[Artifact], scores: Sequence[Score]) -> Row:
+    artifact = artifacts[0]
+    stored = artifact.params.get("recipe") if artifact.kind == "generator" else None
+    recipe = Recipe.from_json(stored) if stored else None
+    images = artifact.results.get("images_seen") if recipe else None
+    seconds = [sec for each in artifacts if (sec := seconds_of(store, each)) is not None]
+    values = {number: [score.values[number] for score in scores] for number in scores[0].values}
+    return Row(
+        name=name if len(artifacts) == 1 else f"{name} x {len(artifacts)}",
+        oids=[each.oid for each in artifacts],
+        images=images,
+        updates=images // recipe.batch_size if recipe and images is not None else None,
+        seconds=statistics.fmean(seconds) if seconds else None,
+        evaluations=sampler_of(artifact).nfe if artifact.kind in NETS else None,
+        needs=None if recipe is None else "classes" if recipe.mode == "sid" else "images",
+        values=values,
+        seen=frozenset(itertools.chain(*(score.seen for score in scores))),
+    )
+
+
+def seconds_of(store: Store, artifact: Artifact) -> float | None:
+    """How long the run took that an artifact came of, by the times in its log; None where there is none."""
+    with suppress(OSError, ValueError, KeyError, TypeError, StopIteration):
+        answers = map(json.loads, reversed((store.root / "log.jsonl").read_text().splitlines()))
+        key = next(line["key"] for line in answers if line["oid"] == artifact.oid)
+        events = (store.root / "logs" / str(key)[:16] / "events.jsonl").read_text().splitlines()
+        times = [datetime.fromisoformat(json.loads(event)["time"]).timestamp() for event in events]
+        return sum(gap for before, after in itertools.pairwise(times) if (gap := after - before) < _IDLE_SEC)
+    return None
+
+
+def _compared(rows: Sequence[Row], num: int, trials: int) -> Comparison:
+    shared = [number for number in rows[0].values if all(number in row.values for row in rows)]
+    if not shared:
+        raise SidaError("these have no number in common", "Compare under one detector and reference: --detectors.")
+    distances = [n for n in shared if n == "FID" or "FD" in n.split() or n.startswith("FD")] or shared
+    blind = [number for number in distances if not any(number in row.seen for row in rows)]
+    by = (blind or distances)[0]
+    ordered = sorted(rows, key=lambda row: row.mean(by))
+    numbers = [by, *(number for number in shared if number != by)]
+    differences = [_difference(a, b, by) for a, b in itertools.combinations(ordered, 2)]
+    return Comparison(ordered, numbers, by, bool(blind), differences, num, trials)
+
+
+def _difference(first: Row, second: Row, number: str) -> Difference:
+    a, b = first.samples(number), second.samples(number)
+    mean = first.mean(number) - second.mean(number)
+    kinds = {len(row.values[number]) > 1 for row in (first, second)}
+    if len(kinds) > 1 or min(len(a), len(b)) < 2 or (kinds == {False} and len(a) != len(b)):
+        return Difference(first.name, second.name, number, mean, None, None, "none")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of values that are nearly equal
+        found, test = _test(a, b, is_of_runs=kinds == {True})
+        interval = found.confidence_interval(CONFIDENCE)
+    low, high = float(interval.low), float(interval.high)
+    if math.isnan(low):  # differences without any spread
+        low = high = mean
+    return Difference(first.name, second.name, number, mean, low, high, test)
+
+
+def _test(a: Sequence[float], b: Sequence[float], *, is_of_runs: bool) -> tuple[Any, str]:
+    from scipy import stats
+
+    if is_of_runs:
+        return stats.ttest_ind(a, b, equal_var=False), f"Welch's t over {len(a)} and {len(b)} runs"
+    return stats.ttest_rel(a, b), f"paired t over {len(a)} trials"
+
+
+def planned(store: Store, training: Training) -> Iterator[tuple[str, int, Artifact | None]]:
+    """The runs of a comparison, by method and seed, with the answer where the run directory has it."""
+    _check(store, training)
+    for chain in training.chains():
+        made: Artifact | None = None
+        for method, seed in chain:
+            needs_other = method == "sid2a" and made is None
+            made = None if needs_other else _known(store, training, method, seed, made)
+            yield method, seed, made
+
+
+def _known(store: Store, training: Training, method: str, seed: int, start: Artifact | None) -> Artifact | None:
+    """The answer to a run that nothing need be fetched or prepared for to tell."""
+    if not store.refs_called(training.teacher) and training.teacher not in store.refs():
+        return None
+    options: dict[str, Any] = dict.fromkeys(("dataset", "reference", "detector"))
+    overrides = dict(field_values(_options(training, seed), Recipe))
+    found = assembled(
+        store,
+        teacher=training.teacher,
+        mode=method,
+        generator=start.oid if start and method == "sid2a" else None,
+        overrides=overrides,
+        execution=Execution(),
+        score=True,
+        allow_untrained=False,
+        device=None,
+        recheck=False,
+        **options,
+    )
+    return found.questions(store)["best"].answer()
+
+
+def _check(store: Store, training: Training) -> None:
+    """Refuses before anything is trained what `distill` would refuse later."""
+    if unknown := [method for method in training.methods if method not in MODES]:
+        raise SidaError(f"methods must be of {', '.join(MODES)}, got {unknown[0]!r}", "Pass --methods sid,sida.")
+    if not training.methods:
+        raise SidaError("methods to train are needed, got none", "Pass --methods sid,sida.")
+    if training.runs < 1:
+        raise SidaError(f"the number of runs must be >= 1, got {training.runs}", "Pass --runs 1 or more.")
+    for method in {"sid" if method == "sid2a" else method for method in training.methods}:
+        overrides = dict(field_values(_options(training, 0), Recipe))
+        planned_run = plan(
+            teacher=training.teacher, mode=method, generator=None, dataset=None, store=store, overrides=overrides
+        )
+        if planned_run.missing:
+            raise planned_run.missing[0]
+
+
+def _trained(
+    store: Store,
+    training: Training,
+    part: tuple[int, int],
+    device: str | None,
+    say: download.OnLine | None,
+    watch: OnEvent | None,
+) -> Iterator[tuple[str, Artifact]]:
+    """Each method's generators, trained unless they are there; what merely serves sid2a is trained, too, and not named.
+
+    A run that was interrupted goes on, as `distill` does.
+    """
+    _check(store, training)
+    for chain in training.chains()[part[0] - 1 :: part[1]]:
+        made: Artifact | None = None
+        for method, seed in chain:
+            if say:
+                say(f"{method}, training seed {seed}")
+            made = distill(
+                teacher=training.teacher,
+                mode=method,
+                generator=made.oid if made and method == "sid2a" else None,
+                run=store.root,
+                device=device,
+                teacher_score="none",
+                say=say,
+                watch=watch,
+                **_options(training, seed),
+            )
+            if method in training.methods:
+                yield method, made
+
+
+def _options(training: Training, seed: int) -> dict[str, Any]:
+    """The options of a run that differ from the recipe's."""
+    return {"seed": seed} | ({} if training.duration is None else {"duration": training.duration})

@@ -1,0 +1,172 @@
+"""Which generator is better, by how much, under which eyes."""
+
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from scipy import stats
+
+import sidactl
+from sidactl import catalog, cli, report
+from sidactl.commands import compare as commands_compare
+from sidactl.commands.compare import Row, Training, compare
+from sidactl.errors import SidaError
+from sidactl.store import Store
+from tests.conftest import SHORT, Finished, Forbid
+
+FD, BLIND = "FD tiny-digits", "random-features FD"
+
+
+def row(name: str, values: Mapping[str, list[list[float]]], seen: tuple[str, ...] = ()) -> Row:
+    return Row(name, ["ab" * 32], None, None, None, None, None, values, frozenset(seen))
+
+
+def test_rows_are_ordered_by_a_number_that_is_blind_for_all_of_them() -> None:
+    flattered = row("a", {FD: [[1.0, 1.1]], BLIND: [[9.0, 9.2]]}, (FD,))
+    honest = row("b", {FD: [[2.0, 2.1]], BLIND: [[8.0, 8.1]]})
+    found = commands_compare._compared([flattered, honest], 100, 2)
+    assert [each.name for each in found.rows] == ["b", "a"]
+    assert (found.ordered_by, found.is_blind, found.numbers[0]) == (BLIND, True, BLIND)
+    seen = commands_compare._compared([row("a", {FD: [[1.0]]}, (FD,)), row("b", {FD: [[0.5]]})], 100, 1)
+    assert ([each.name for each in seen.rows], seen.is_blind) == (["b", "a"], False)
+
+
+def test_trials_that_share_their_seeds_are_compared_in_pairs() -> None:
+    a, b = [1.0, 2.0, 3.0, 4.2], [1.1, 2.1, 3.2, 4.3]
+    (difference,) = commands_compare._compared([row("a", {FD: [a]}), row("b", {FD: [b]})], 100, 4).differences
+    expected = stats.ttest_rel(a, b).confidence_interval(0.95)
+    assert (difference.low, difference.high) == pytest.approx((expected.low, expected.high))
+    assert difference.verdict == "a is better"  # by 0.125 of values that spread over 3
+    assert difference.test == "paired t over 4 trials"
+    equal = commands_compare._difference(row("a", {FD: [a]}), row("c", {FD: [[*a[:3], 4.0]]}), FD)
+    assert equal.verdict == "no difference shown"
+
+
+def test_runs_are_compared_by_their_means_and_one_run_with_several_not_at_all() -> None:
+    a, b = row("a x 3", {FD: [[1.0, 1.2], [1.1, 1.1], [0.9, 1.1]]}), row("b x 2", {FD: [[1.0, 3.0], [1.9, 2.3]]})
+    difference = commands_compare._difference(a, b, FD)
+    expected = stats.ttest_ind([1.1, 1.1, 1.0], [2.0, 2.1], equal_var=False).confidence_interval(0.95)
+    assert (difference.low, difference.high) == pytest.approx((expected.low, expected.high))
+    assert (a.std(FD), difference.verdict) == (pytest.approx(0.0577, abs=1e-4), "a x 3 is better")
+    single = commands_compare._difference(a, row("c", {FD: [[1.0, 2.0]]}), FD)
+    assert single.verdict == "no interval: more trials or runs are needed"
+
+
+def test_what_has_no_number_in_common_is_refused() -> None:
+    with pytest.raises(SidaError, match=r"^these have no number in common"):
+        commands_compare._compared([row("a", {FD: [[1.0]]}), row("b", {BLIND: [[0.5]]})], 100, 1)
+
+
+def test_a_generator_beside_its_teacher_draws_the_same_seeds_under_a_blind_detector(finished: Finished) -> None:
+    found = compare(["generator/best", "tiny-digits"], num=40, trials=3, run=finished.root)
+    assert found
+    assert (found.ordered_by, found.is_blind) == (BLIND, True)
+    by_name = {each.name: each for each in found.rows}
+    generator, teacher = by_name["generator/best"], by_name["tiny-digits"]
+    assert (generator.evaluations, teacher.evaluations, generator.needs) == (1, 35, "images")
+    assert generator.updates == finished.best.results["images_seen"] // SHORT["batch_size"]
+    assert generator.seconds is not None
+    assert FD in generator.seen
+    alone = sidactl.fid("generator/best", num=40, trials=3, detector="random-features", run=finished.root)
+    assert generator.values[BLIND][0] == pytest.approx(list(alone.values[BLIND]), rel=1e-9)
+    told = found.to_json()
+    assert json.loads(json.dumps(told)) == told
+    assert {each["name"] for each in told["rows"]} == {"generator/best", "tiny-digits"}
+
+
+@pytest.fixture
+def short_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipes of the built-in teacher, of a second each."""
+    entry = catalog.TEACHERS["tiny-digits"]
+    adversarial_nimg = SHORT["adversarial_from_nimg"]
+    recipes = {}
+    for mode, recipe in entry.recipes.items():
+        short = {name: value for name, value in SHORT.items() if name != "adversarial_from_nimg"}
+        part = recipe.adversarial and dataclasses.replace(recipe.adversarial, adversarial_from_nimg=adversarial_nimg)
+        recipes[mode] = dataclasses.replace(recipe, **short, adversarial=part)
+    monkeypatch.setitem(catalog.TEACHERS, "tiny-digits", dataclasses.replace(entry, recipes=recipes))  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("short_recipes")
+def test_methods_are_trained_first_by_seed_and_answered_the_next_time(fresh_run: Path, forbidden: Forbid) -> None:
+    training = Training(["sid", "sid2a"], "tiny-digits", runs=2)
+    store = Store.open(fresh_run)
+    assert [made for *_, made in commands_compare.planned(store, training)] == [None] * 4
+    assert compare(training=training, part=(2, 2), run=fresh_run) is None  # the runs of seed 1
+    states = [(method, seed, bool(made)) for method, seed, made in commands_compare.planned(store, training)]
+    assert states == [("sid", 0, False), ("sid2a", 0, False), ("sid", 1, True), ("sid2a", 1, True)]
+    found = compare(training=training, num=40, trials=2, run=fresh_run)
+    assert found
+    assert {each.name for each in found.rows} == {"sid x 2", "sid2a x 2"}
+    assert all(len(set(each.oids)) == 2 for each in found.rows)
+    assert len(found.differences) == 1
+    from sidactl.training import loop
+
+    with forbidden(loop.run):
+        again = compare(training=training, num=40, trials=2, run=fresh_run)
+    assert again == found
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "a comparison needs something to compare, got nothing"),
+        (["--methods", "sid"], "--methods needs a teacher, got none"),
+        (["--runs", "3"], "--teacher, --duration, --runs and --part need --methods, got none"),
+        (["--methods", "sid,dmd9", "--teacher", "tiny-digits"], "methods must be of sid, sida, sid2a"),
+        (["--methods", "sid", "--teacher", "tiny-digits", "--duration", "1k"], "the generator trains from 4,000"),
+        (["--methods", "sid", "--teacher", "tiny-digits", "--part", "9/8"], "--part must be such as 2/8, got 9/8"),
+        (["--methods", "sid", "--teacher", "tiny-digits", "--runs", "0"], "the number of runs must be >= 1, got 0"),
+        (["tiny-digits", "--plot", "a.svg"], "a plot must be a PNG, got a.svg"),
+        (["tiny-digits", "--detectors", "nobody"], "unknown detector 'nobody'"),
+    ],
+)
+def test_bad_words_are_refused_in_a_line(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        cli.main(["compare", *words, "--run", str(tmp_path)])
+    assert error.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_the_command_prints_a_table_csv_and_markdown_and_draws(
+    finished: Finished, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["compare", "generator/best", "generator/last", "--num", "40", "--trials", "2", "--run", str(finished.root)]
+
+    def printed(*more: str) -> str:
+        with pytest.raises(SystemExit) as error:
+            cli.main([*words, *more])
+        assert error.value.code == 0
+        return capfd.readouterr().out
+
+    lines = printed("--plot", str(tmp_path / "a.png")).splitlines()
+    assert lines[0].startswith("name")
+    assert "(not blind)" in lines[1]
+    assert "paired t over 2 trials" in lines[3]
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size[0] == 900
+    table = list(csv.DictReader(io.StringIO(printed("--csv"))))
+    assert {each["name"] for each in table} == {"generator/best", "generator/last"}
+    assert {each[f"{FD} blind"] for each in table} == {"False"}
+    assert printed("--markdown").splitlines()[1].count("---") == 8
+    assert json.loads(printed("--json"))["ordered_by"] == BLIND
+
+
+def test_dots_say_in_words_what_an_axis_cannot_show() -> None:
+    drawn = report.dots([("a", 1.0, 0.1), ("b", 2.0, None), ("c", float("nan"), None)], title="t", xlabel="FD")
+    assert drawn == report.dots([("a", 1.0, 0.1), ("b", 2.0, None), ("c", float("nan"), None)], title="t", xlabel="FD")
+    assert Image.open(io.BytesIO(drawn)).size == (900, 76 + 3 * 34 + 66)
+
+
+def test_a_copy_of_training_data_or_samples_can_be_compared_too(finished: Finished) -> None:
+    found = compare(["generator/best", "dataset/tiny-digits"], num=40, trials=2, run=finished.root)
+    assert found
+    assert found.rows[0].name == "dataset/tiny-digits"  # it is the reference itself
+    assert found.differences[0].low is None
