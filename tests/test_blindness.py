@@ -3,10 +3,12 @@
 import json
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import sidactl
-from sidactl import cli
+from sidactl import catalog, cli, detectors, metrics
 from sidactl.commands import blindness
 from sidactl.commands.scores import ScoreOptions
 from sidactl.errors import SidaError
@@ -58,6 +60,43 @@ def test_several_detectors_score_in_one_pass_as_each_does_alone(finished: Finish
     assert several.values["recall random-features"] == alone.values["recall"]
     assert several.detectors["recall random-features"] == alone.detectors["recall"]
     assert several.references.keys() == several.values.keys() - {"IS tiny-digits"}
+
+
+def test_a_distance_that_was_bought_from_one_detector_is_lost_under_the_blind_one() -> None:
+    """A linear map of bad images, fitted to a detector's moments, beats honest images there, and nowhere else."""
+    with np.load(catalog.ASSETS / "tiny-digits.npz") as held:
+        real, classes = torch.from_numpy(held["images"])[:, None] / 16, torch.from_numpy(held["labels"])
+    torch.manual_seed(0)
+    honest = 0.85 * real[torch.randperm(len(real))[:300]] + 0.15 * torch.rand(300, 1, 8, 8)
+    collapsed = real[classes < 5][:300]  # five of ten classes
+    own, blind = detectors.load("tiny-digits"), detectors.load("random-features")
+
+    def distance(by: detectors.Detector, images: torch.Tensor) -> float:
+        moments = []
+        for each in (images, real):
+            stats = metrics.FeatureStats()
+            stats.add(by((each.clamp(0, 1) * 255).round().to(torch.uint8)))
+            moments += [stats.mean, stats.covariance()]
+        return metrics.frechet_distance(*moments)
+
+    with torch.no_grad():
+        features = own.extract(real * 255)
+        mean, covariance = features.mean(0), torch.cov(features.T)
+    matrix, shift = torch.eye(64, requires_grad=True), torch.zeros(64, requires_grad=True)
+    optimizer = torch.optim.Adam([matrix, shift], lr=2e-2)
+
+    def mapped() -> torch.Tensor:
+        return (collapsed.flatten(1) @ matrix + shift).clamp(0, 1).reshape(-1, 1, 8, 8)
+
+    for _ in range(80):
+        found = own.extract(mapped() * 255)
+        loss = (found.mean(0) - mean).square().sum() + (torch.cov(found.T) - covariance).square().sum().sqrt()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    bought = mapped().detach()
+    assert distance(own, bought) < distance(own, honest) < distance(own, collapsed)
+    assert distance(blind, bought) > 2 * distance(blind, honest)
 
 
 @pytest.mark.parametrize(
