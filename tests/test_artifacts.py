@@ -39,6 +39,7 @@ from sidactl.foreign import pickles
 from sidactl.recipes import HeunSpec, NetSpec, OneStepSpec
 from sidactl.store import KINDS, Artifact, LiveDir, Store
 from sidactl.training.state import Event
+from tests import processes
 from tests.conftest import instead_of
 from tests.golden import golden
 from tests.playback import SmallVae, save_vae
@@ -1741,16 +1742,13 @@ def test_latents_of_several_processes_are_those_of_one(
     script.write_text(code)
     other = Path(shutil.copytree(run, tmp_path / "other"))
 
-    def encoded(root: Path, *launcher: str) -> set[str]:
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-        command = [sys.executable, *launcher, str(script), str(root), source]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("oid=") == 2 * (num_processes if launcher else 1)
-        return set(re.findall("oid=([0-9a-f]{64})", done.stdout))
+    def encoded(root: Path, num_processes: int) -> set[str]:
+        done = processes.run(num_processes, [str(root), source], {}, str(script))
+        assert {each.code for each in done} == {0}, "\n".join(each.err for each in done)
+        assert all(each.out.count("oid=") == 2 for each in done)
+        return {oid for each in done for oid in re.findall("oid=([0-9a-f]{64})", each.out)}
 
-    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", str(num_processes), "--standalone")
-    (alone,), (shared,) = encoded(run), encoded(other, *torchrun)
+    (alone,), (shared,) = encoded(run, 1), encoded(other, num_processes)
     assert shared == alone
     assert Store(other).get(shared).results["kind"] == "latents"
     assert not list((other / "live").iterdir())

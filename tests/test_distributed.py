@@ -20,22 +20,23 @@ from sidactl.engine import ranks as engine_ranks
 from sidactl.errors import SidaError
 from sidactl.recipes import Execution, override
 from sidactl.store import Store, rehash
+from tests import processes
 from tests.conftest import instead_of
 
-# 10 steps of four micro-batches through all three stages; one evaluation, two checkpoints.
+# 6 steps of four micro-batches through all three stages; one evaluation, two checkpoints.
 SHORT = (
     "--teacher=tiny-digits",
     "--mode=sida",
-    "--duration=320",
+    "--duration=192",
     "--batch-size=32",
     "--num-accumulation-rounds=4",
     "--generator-from=32",
     "--adversarial-from=96",
-    "--evaluate-every=320",
+    "--evaluate-every=192",
     "--evaluate-num=100",
     "--teacher-score",
     "none",
-    "--checkpoint-every=160",
+    "--checkpoint-every=96",
 )
 
 
@@ -62,10 +63,11 @@ def start(
 
 
 def told(num_processes: int, run: Path, *arguments: str, module: str = "sidactl") -> str:
-    process = start(num_processes, run, arguments, module=module)
-    stdout, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr
-    return stdout.strip()
+    settings = {"SIDACTL_RUN": str(run), "CUDA_VISIBLE_DEVICES": ""}
+    first, *others = processes.run(num_processes, arguments, settings, module)
+    assert {done.code for done in (first, *others)} == {0}, "\n".join(done.err for done in (first, *others))
+    assert not any(done.out for done in others)
+    return first.out.strip()
 
 
 @pytest.fixture(scope="module")
@@ -295,8 +297,8 @@ def test_losses_are_reported_as_the_sum_over_processes(alone: tuple[Path, str], 
         # Reports come by the clock as well, so each is of as many steps as there was time for.
         reports = [{"nimg": 0}, *(line for line in lines if line["event"] == "progress")]
         parts = [(after["nimg"] - before["nimg"], after) for before, after in pairwise(reports)]
-        assert sum(nimg for nimg, _ in parts) == 320
-        means.append(sum(nimg * report["fake_score_loss"] for nimg, report in parts) / 320)
+        assert sum(nimg for nimg, _ in parts) == 192
+        means.append(sum(nimg * report["fake_score_loss"] for nimg, report in parts) / 192)
     assert means[0] == pytest.approx(means[1], rel=1e-6)
 
 

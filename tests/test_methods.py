@@ -48,7 +48,7 @@ def test_a_method_of_ones_own_trains_its_generator_head_and_buffer_and_goes_on_t
     fresh_run: Path, tmp_path: Path
 ) -> None:
     other = Path(shutil.copytree(fresh_run, tmp_path / "other"))
-    counts = {"duration_nimg": 800, "evaluate_every_nimg": 400, "checkpoint_every_nimg": 800}
+    counts = {"duration_nimg": 480, "evaluate_every_nimg": 240, "checkpoint_every_nimg": 480}
     options = {**counts, "num_accumulation_rounds": 2, "generator_lr": 1e-4, "ema_halflife_nimg": 0}
     events: list[training_state.Event] = []
     straight = short_distill(fresh_run, events.append, **options)
@@ -58,12 +58,12 @@ def test_a_method_of_ones_own_trains_its_generator_head_and_buffer_and_goes_on_t
     assert reported[-1]["head"] < reported[0]["head"]
 
     def interrupt(event: training_state.Event) -> None:
-        if (event.kind, event.nimg) == ("evaluation", 400):
+        if (event.kind, event.nimg) == ("evaluation", 240):
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(SidaError):
         short_distill(other, interrupt, **options)
-    (checkpoint,) = other.glob("live/*/checkpoint-0000000400-1")
+    (checkpoint,) = other.glob("live/*/checkpoint-0000000240-1")
     saved = {
         name: tensor
         for file in checkpoint.glob("*.safetensors")
@@ -80,8 +80,8 @@ def test_a_method_of_ones_own_trains_its_generator_head_and_buffer_and_goes_on_t
 
 def test_a_method_of_ones_own_gives_the_same_bits_in_two_processes_sharded_or_not(tmp_path: Path) -> None:
     words = ["distill", "--teacher=tiny-digits", "--mode=sida", "--device=cpu", "--generator-from=none"]
-    words += ["--duration=192", "--batch-size=32", "--num-accumulation-rounds=4", "--adversarial-from=0"]
-    words += ["--evaluate-every=192", "--evaluate-num=64", "--teacher-score=none"]
+    words += ["--duration=128", "--batch-size=32", "--num-accumulation-rounds=4", "--adversarial-from=0"]
+    words += ["--evaluate-every=128", "--evaluate-num=64", "--teacher-score=none"]
     made = [
         told(num_processes, tmp_path / str(index), *words, *options, module="tests.toy")
         for index, (num_processes, options) in enumerate([(1, []), (2, []), (2, ["--shard"])])

@@ -1,7 +1,6 @@
 """Operations by name: what they leave in the run directory, that they go on, and the exact text of errors."""
 
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -37,6 +36,7 @@ from sidactl.store import Artifact, Store, UnwritableError, collect_garbage, dig
 from sidactl.training import loop, state, updates
 from tests.conftest import SHORT, Finished, Forbid, instead_of, read_only, short_distill
 from tests.playback import save_vae
+from tests.processes import FORKS
 
 SHORT_SID = {name: value for name, value in SHORT.items() if name != "adversarial_from_nimg"}
 
@@ -527,12 +527,6 @@ def test_a_run_without_a_finite_score_is_told_in_one_line(fresh_run: Path, monke
         short_distill(fresh_run)
     assert str(caught.value) == "no evaluation gave a finite score. Lower the learning rate."
     assert caught.value.exit_code == 1
-
-
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["pytest", "PIL.Image", "sidactl.training.distillation", "sidactl.detectors", "tests.test_ops"]
-)
 
 
 def die_before(num_operations: int, root: Path) -> None:
