@@ -38,7 +38,9 @@ from tests.conftest import SHORT, Finished, Forbid, instead_of, read_only, short
 from tests.playback import save_vae
 from tests.processes import FORKS
 
-SHORT_SID = {name: value for name, value in SHORT.items() if name != "adversarial_from_nimg"}
+AT_ITS_END = {"evaluate_every_nimg": 96, "checkpoint_every_nimg": 96}
+"""for what does not ask how a run goes on: to write a checkpoint takes as long as a step"""
+SHORT_SID = {name: value for name, value in SHORT.items() if name != "adversarial_from_nimg"} | AT_ITS_END
 
 
 def nothing_is_wrong(root: Path) -> bool:
@@ -227,7 +229,7 @@ def test_of_two_runs_both_stay_and_an_answer_from_the_run_directory_moves_no_nam
 ) -> None:
     shutil.copytree(finished.root, fresh_run, dirs_exist_ok=True)
     before, said = refs(fresh_run), list[str]()
-    other = short_distill(fresh_run, seed=1, say=said.append)
+    other = short_distill(fresh_run, seed=1, say=said.append, **AT_ITS_END)
     scores = [artifact.results["selection_score"] for artifact in (other, finished.best)]
     better = other if scores[0] < scores[1] else finished.best  # type: ignore[operator]
     assert refs(fresh_run)["generator/latest"] == refs(fresh_run)["generator/tiny-digits-sida"] == other.oid
@@ -241,7 +243,7 @@ def test_of_two_runs_both_stay_and_an_answer_from_the_run_directory_moves_no_nam
         [n for n in before if n.startswith("run/")]
     )
     collect_garbage(Store.open(fresh_run), grace_sec=-1)
-    assert short_distill(fresh_run, never, seed=1) == other
+    assert short_distill(fresh_run, never, seed=1, **AT_ITS_END) == other
     assert nothing_is_wrong(fresh_run)
 
 
@@ -476,7 +478,7 @@ def test_other_recipe_values_are_another_question_and_leave_an_interrupted_run_a
     (key,) = os.listdir(fresh_run / "live")
     before = sorted(path.name for path in (fresh_run / "live" / key).iterdir())
     seen: list[state.Event] = []
-    other = short_distill(fresh_run, seen.append, generator_lr=1e-4)
+    other = short_distill(fresh_run, seen.append, generator_lr=1e-4, **AT_ITS_END)
     assert other.oid != finished.best.oid
     assert "resumed" not in {event.kind for event in seen}
     assert sorted(path.name for path in (fresh_run / "live" / key).iterdir()) == before
@@ -514,7 +516,7 @@ def test_a_score_that_is_not_finite_is_written_as_null_and_never_the_best(
 ) -> None:
     scores = iter([3.0, 2.0, float("nan")])
     instead_of(metrics.frechet_distance, lambda *statistics: next(scores), monkeypatch)
-    best = short_distill(fresh_run)
+    best = short_distill(fresh_run, checkpoint_every_nimg=96)
     last = Store.open(fresh_run).resolve("generator/last")
     assert best.results["scores"] == last.results["scores"] == [[32, 3.0], [64, 2.0], [96, None]]
     assert (best.results["images_seen"], best.results["selection_score"]) == (64, 2.0)
@@ -524,7 +526,7 @@ def test_a_score_that_is_not_finite_is_written_as_null_and_never_the_best(
 def test_a_run_without_a_finite_score_is_told_in_one_line(fresh_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     instead_of(metrics.frechet_distance, lambda *statistics: float("inf"), monkeypatch)
     with pytest.raises(SidaError) as caught:
-        short_distill(fresh_run)
+        short_distill(fresh_run, **AT_ITS_END)
     assert str(caught.value) == "no evaluation gave a finite score. Lower the learning rate."
     assert caught.value.exit_code == 1
 
@@ -1128,8 +1130,9 @@ def test_a_teacher_of_ones_own_is_distilled_and_scored_offline(
 
 
 def test_another_detector_is_another_question(finished: Finished, fresh_run: Path) -> None:
+    options = SHORT | {"checkpoint_every_nimg": 96}
     made = sidactl.distill(
-        teacher="tiny-digits", mode="sida", detector="random-features", run=fresh_run, teacher_score="none", **SHORT
+        teacher="tiny-digits", mode="sida", detector="random-features", run=fresh_run, teacher_score="none", **options
     )
     assert (made.results["detector"], made.results["teacher_score"]) == ("random-features", None)
     assert made.results["scores"] != finished.best.results["scores"]
@@ -1647,8 +1650,9 @@ def test_an_edm2_teacher_has_its_uncertainty_head_its_rate_and_its_sampler(edm2:
 def test_edm2_end_to_end_in_every_mode(edm2: tuple[Path, str]) -> None:
     root, teacher = edm2
     made = {"sid": sidactl.distill(teacher=teacher, mode="sid", run=root, device="cpu", **SHORT_SID)}
-    made["sida"] = sidactl.distill(teacher=teacher, mode="sida", run=root, device="cpu", **SHORT)
-    made["sid2a"] = sidactl.finetune_sid2a(teacher=teacher, generator=made["sid"].oid, run=root, device="cpu", **SHORT)
+    made["sid2a"] = sidactl.finetune_sid2a(
+        teacher=teacher, generator=made["sid"].oid, run=root, device="cpu", **SHORT | AT_ITS_END
+    )
     for mode, generator in made.items():
         recipe = mapping(generator.params["recipe"])
         assert (recipe["mode"], recipe["forced_normalization"]) == (mode, "published")
@@ -1855,7 +1859,7 @@ def test_a_further_distance_is_by_its_own_detector(fresh_run: Path, monkeypatch:
     # DINOv2 is too large for a test; another distance stands for it.
     other = replace(commands_scores.METRICS["fd-dinov2"], detector="random-features")
     monkeypatch.setitem(commands_scores.METRICS, "fd-dinov2", other)
-    best = short_distill(fresh_run, evaluate_also="fd-dinov2")
+    best = short_distill(fresh_run, evaluate_also="fd-dinov2", **AT_ITS_END)
     scored: Any = best.results["also"]
     options: Any = {"num": SHORT["evaluate_num"], "first_seed": evaluation.SELECTION_SEED, "run": fresh_run}
     measured = sidactl.fid(best, detector="random-features", **options)

@@ -702,7 +702,7 @@ def test_traced_nets_compute_no_gradients_of_frozen_weights(monkeypatch: pytest.
         return loss(teacher, fake_score, *tensors, **options)
 
     instead_of(methods.sid_generator_loss, noting, monkeypatch)
-    run.step()
+    compute_gradients(run, "generator")
     assert asked == [False]
     assert all(p.requires_grad for p in run.fake_score.parameters())
 
