@@ -1,7 +1,7 @@
 """Commands in processes of their own, one or several that work together, which have nothing left to import.
 
 They are forked from a process that has imported all of it and does nothing: to import torch in each of them would take
-longer than what they do. How torchrun starts and ends them is for tests/test_distributed.py.
+longer than what they do. How torchrun starts and ends them is for tests/engine/test_distributed.py.
 """
 
 import atexit

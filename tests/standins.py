@@ -30,9 +30,9 @@ from sidactl import catalog, nets
 from sidactl.commands import evaluation, preflight
 from sidactl.nets import Preconditioned, inception, vit
 from sidactl.recipes import NetSpec
+from tests.foreign.test_pickles import Persistent, install_published_modules
 from tests.hostile.doors import cifar, picture, tarred, zipped
 from tests.playback import save_vae
-from tests.test_pickles import Persistent, install_published_modules
 
 NETS = tuple(name for name, entry in catalog.TEACHERS.items() if entry.source)
 GENERATORS = tuple(name for name, entry in catalog.GENERATORS.items() if entry.source)

@@ -120,7 +120,7 @@ def headers(door: str) -> Iterator[Case]:
 
 
 def pickled_nets() -> Iterator[Case]:
-    from tests.test_pickles import CORPUS
+    from tests.foreign.test_pickles import CORPUS
 
     for name, (content, _) in CORPUS.items():
         yield "net.pkl", name, content
@@ -144,7 +144,7 @@ OPTIONS: list[dict[str, Any]] = (
 
 def _pickled_net(options: dict[str, Any]) -> bytes:
     """A pickle of an EDM network that has these options and hardly any weights."""
-    from tests.test_pickles import P, mapping, name, text
+    from tests.foreign.test_pickles import P, mapping, name, text
 
     def value(given: Any) -> bytes:
         match given:

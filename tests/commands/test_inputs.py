@@ -240,7 +240,7 @@ def test_a_users_script_passes_mypy_in_strict_mode(tmp_path: Path) -> None:
     def checked(text: str) -> subprocess.CompletedProcess[str]:
         (tmp_path / "script.py").write_text(text)
         (tmp_path / "mypy.ini").write_text("[mypy]\nstrict = true\nuntyped_calls_exclude = torch\n")
-        environment = os.environ | {"MYPYPATH": str(Path(__file__).parents[1])}
+        environment = os.environ | {"MYPYPATH": str(Path(__file__).parents[2])}
         command = [sys.executable, "-m", "mypy", "script.py"]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=False)
 

@@ -38,7 +38,7 @@ from tests.conftest import instead_of
 
 SEE_LS = "See what there is with: sidactl ls"
 ASK_AGAIN = "Run sidactl verify, then ask again with --force."
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from sidactl.commands.export import EXPORT_FORMS, ExportForm
 from sidactl.errors import SidaError
 from sidactl.store import Store, outputs
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 TEACHER = "teacher/tiny-digits"
 
 

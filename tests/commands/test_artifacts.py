@@ -41,9 +41,9 @@ from sidactl.store import KINDS, Artifact, LiveDir, Store
 from sidactl.training.state import Event
 from tests import processes
 from tests.conftest import instead_of
+from tests.data.test_data import cifar_archive, cifar_batch
 from tests.golden import golden
 from tests.playback import SmallVae, save_vae
-from tests.test_data import cifar_archive, cifar_batch
 from tests.web import Site, serving
 
 EDM = ["edm_ddpmpp_uncond", "edm_ddpmpp_cond_aug9", "edm_ddpmpp_gray_traj", "edm_ncsnpp_uncond", "edm_adm_cond"]

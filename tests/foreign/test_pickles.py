@@ -477,7 +477,7 @@ def record(state: bytes = b"}", version: bytes = b"K\x06", kind: str = "class") 
     return name("torch_utils.persistence:_reconstruct_persistent_obj") + mapping(meta) + b"\x85R"
 
 
-def evil(function: str = "tests.test_pickles:burn") -> bytes:
+def evil(function: str = f"{__name__}:burn") -> bytes:
     return name(function) + b")R"
 
 
@@ -498,7 +498,8 @@ class Loaded:
         return OrderedDict, (), {"__class__": Evil, "__setstate__": burn}
 
 
-BURN = f"the pickle names tests.test_pickles.burn, {NOT_LISTED}"
+HERE = __name__.encode()
+BURN = f"the pickle names {__name__}.burn, {NOT_LISTED}"
 ARGUMENTS = "has arguments here that it has in no network file"
 STATE = "it sets a state that no network file sets"
 DICT, LIST = name("collections:OrderedDict") + b")R", b"]"
@@ -536,20 +537,21 @@ def corpus() -> dict[str, tuple[bytes, str]]:
         f"global {full}": (holding(evil(full)), f"the pickle names {full.replace(':', '.')}, ") for full in GLOBALS
     }
     files |= {f"protocol {n}": (pickle.dumps({"ema": Evil()}, n), BURN if n > 1 else DAMAGED) for n in range(6)}
-    files |= {
-        f"state, protocol {n}": (pickle.dumps({"ema": Loaded()}, n), "tests.test_pickles.Evil") for n in range(2, 6)
-    }
+    files |= {f"state, protocol {n}": (pickle.dumps({"ema": Loaded()}, n), f"{__name__}.Evil") for n in range(2, 6)}
     opcode = "the pickle uses the opcode {}, which no network file uses".format
     doubling = b")" + b"".join(b"\x94h%c\x86" % i for i in range(100))
-    nested = b"ctests.test_pickles\nburn\n)R"
+    nested = b"c%b\nburn\n)R" % HERE
     many = 1_000_000
     # calls, each way that the pickle machine has
     files |= {
-        "global opcode": (holding(b"ctests.test_pickles\nburn\n)R"), BURN),
-        "inst": (holding(b"(itests.test_pickles\nburn\n"), opcode("INST")),
+        "global opcode": (holding(b"c%b\nburn\n)R" % HERE), BURN),
+        "inst": (holding(b"(i%b\nburn\n" % HERE), opcode("INST")),
         "obj": (holding(b"(" + name("collections:OrderedDict") + b"o"), opcode("OBJ")),
-        "obj of an evil global": (holding(b"(ctests.test_pickles\nburn\no"), BURN),
-        "newobj": (holding(name("tests.test_pickles:Evil") + b")\x81"), f"tests.test_pickles.Evil, {NOT_LISTED}"),
+        "obj of an evil global": (holding(b"(c%b\nburn\no" % HERE), BURN),
+        "newobj": (
+            holding(name(f"{__name__}:Evil") + b")\x81"),
+            f"{__name__}.Evil, {NOT_LISTED}",
+        ),
         "newobj with arguments": (holding(name("collections:OrderedDict") + b"K\x01\x85\x81"), ARGUMENTS),
         "newobj_ex": (holding(name("collections:OrderedDict") + b")}\x92"), opcode("NEWOBJ_EX")),
         "ext1": (holding(b"\x82\x01)R"), opcode("EXT1")),
@@ -811,7 +813,7 @@ def test_a_state_dict_is_read_as_torch_wrote_it(tmp_path: Path, is_zip: bool) ->
             {"a": torch.zeros(2, dtype=torch.complex64).conj().imag},
             "refused, torch._utils._rebuild_tensor_v2 has arguments here that it has in no network file",
         ),
-        ({"a": burn}, "refused, the pickle names tests.test_pickles.burn, " + NOT_LISTED),
+        ({"a": burn}, f"refused, the pickle names {__name__}.burn, {NOT_LISTED}"),
     ],
     ids=["list", "text", "nested", "module", "float8", "sparse", "meta", "complex", "negated", "function"],
 )
@@ -935,10 +937,8 @@ def sweep(files: Iterator[bytes]) -> None:
 
 
 def run_sweep(files: str) -> None:
-    script = (
-        f"from tests.test_pickles import *; import sys; install_published_modules(dict.__setitem__); sweep({files})"
-    )
-    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    script = f"from {__name__} import *; import sys; install_published_modules(dict.__setitem__); sweep({files})"
+    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -313,7 +313,7 @@ def test_the_slurm_script_queues_itself_again_and_goes_on(alone: tuple[Path, str
     environment = os.environ | {f"SLURM_{name}": value for name, value in settings.items()}
     environment |= {"SIDACTL_RUN": str(tmp_path / "run"), "PORT": "0", "CUDA_VISIBLE_DEVICES": ""}
     environment["PATH"] = f"{tmp_path}:{Path(sys.executable).parent}:{environment['PATH']}"
-    script = [str(Path(__file__).parents[1] / "examples" / "slurm.sh"), *SHORT]
+    script = [str(Path(__file__).parents[2] / "examples" / "slurm.sh"), *SHORT]
 
     def started() -> "subprocess.Popen[str]":
         return subprocess.Popen(
