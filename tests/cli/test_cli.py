@@ -645,7 +645,7 @@ def test_verify_names_a_damaged_object(tmp_path: Path) -> None:
         ("files", "grid.png"),
         ("safetensors", None),
         ("state-dict", None),
-        pytest.param("onnx", None, marks=pytest.mark.slow),  # test_artifacts draws images with it
+        pytest.param("onnx", None, marks=pytest.mark.slow),  # commands/test_export_networks.py draws images with it
     ],
 )
 def test_export_writes_a_generator_out(

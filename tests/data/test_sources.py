@@ -26,7 +26,7 @@ from sidactl.data.prepare import prepare
 from sidactl.data.unfinished import PreparedDataset
 from sidactl.errors import SidaError
 from sidactl.store import KINDS, Store
-from tests.data.test_data import (
+from tests.worlds import (
     Stop,
     cifar_archive,
     cifar_batch,
