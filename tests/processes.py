@@ -88,3 +88,12 @@ def _run_module(module: str, words: list[str], environment: dict[str, str], plac
         atexit._run_exitfuncs()  # which a fork would leave out
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def told(num_processes: int, root: Path, *arguments: str, module: str = "sidactl") -> str:
+    """What a command prints that so many processes run together on a run directory; all of them must end well."""
+    settings = {"SIDACTL_RUN": str(root), "CUDA_VISIBLE_DEVICES": ""}
+    first, *others = run(num_processes, arguments, settings, module)
+    assert {done.code for done in (first, *others)} == {0}, "\n".join(done.err for done in (first, *others))
+    assert not any(done.out for done in others)
+    return first.out.strip()

@@ -20,8 +20,8 @@ from sidactl.engine import ranks as engine_ranks
 from sidactl.errors import SidaError
 from sidactl.recipes import Execution, override
 from sidactl.store import Store, rehash
-from tests import processes
 from tests.conftest import instead_of
+from tests.processes import told
 
 # 6 steps of four micro-batches through all three stages; one evaluation, two checkpoints.
 SHORT = (
@@ -60,14 +60,6 @@ def start(
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def told(num_processes: int, run: Path, *arguments: str, module: str = "sidactl") -> str:
-    settings = {"SIDACTL_RUN": str(run), "CUDA_VISIBLE_DEVICES": ""}
-    first, *others = processes.run(num_processes, arguments, settings, module)
-    assert {done.code for done in (first, *others)} == {0}, "\n".join(done.err for done in (first, *others))
-    assert not any(done.out for done in others)
-    return first.out.strip()
 
 
 @pytest.fixture(scope="module")
@@ -229,13 +221,13 @@ from pathlib import Path
 from sidactl.engine import ranks
 with ranks.rank0_first():
     if os.environ["RANK"] == "0":
-        time.sleep(2.5)  # at work for longer than the time
+        time.sleep(1.6)  # at work for longer than the time
 Path(os.environ["FOLDER"], os.environ["RANK"]).touch()
 while not Path(os.environ["FOLDER"], "continued").exists():
     time.sleep(0.1)
 ranks.barrier()
 if os.environ["RANK"] == "0":
-    time.sleep(2.5)  # after the other one has left
+    time.sleep(1.6)  # after the other one has left
 """
 
 
@@ -248,7 +240,7 @@ def test_a_process_that_others_wait_for_and_a_job_that_is_stopped_as_a_whole_do_
     all_of_it = [process.pid, *(child(process, rank=rank) for rank in range(2))]
     for pid in all_of_it:
         os.kill(pid, signal.SIGSTOP)
-    time.sleep(2.5)
+    time.sleep(1.6)
     for pid in reversed(all_of_it):
         os.kill(pid, signal.SIGCONT)
     (tmp_path / "continued").touch()

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from sidactl import catalog, nets
+from sidactl import nets
 from sidactl.engine import devices, ranks, sharding
 from sidactl.engine.devices import pick_device
 from sidactl.engine.failures import explain_failure
@@ -23,6 +23,7 @@ from sidactl.engine.gradients import GradientSum
 from sidactl.engine.threads import batches_of, in_order, is_small, one_thread_if
 from sidactl.errors import SidaError
 from sidactl.nets import Preconditioned
+from tests.worlds import TINY
 
 
 def test_without_a_name_it_is_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +82,7 @@ def test_processes_wait_for_each_other_for_a_day_and_take_gpus_that_are_there(
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    for name, value in (("get_rank", 1), ("get_world_size", 2)):
+    for name, value in (("is_initialized", False), ("get_rank", 1), ("get_world_size", 2)):
         monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
     monkeypatch.setattr(
         torch.distributed, "init_process_group", lambda backend, **options: joined.update(options, backend=backend)
@@ -118,7 +119,7 @@ def test_threads_see_the_settings_of_whoever_starts_them() -> None:
 
 
 def tiny_net(**changes: Any) -> Preconditioned:
-    return nets.build(dataclasses.replace(catalog.TEACHERS["tiny-digits"].net, **changes))
+    return nets.build(dataclasses.replace(TINY, **changes))
 
 
 @pytest.mark.usefixtures("two_threads")

@@ -24,9 +24,9 @@ from sidactl.training import state as training_state
 from sidactl.training.distillation import Distillation
 from sidactl.training.updates import LossScale, Side, adam, apply_gradients
 from tests.conftest import instead_of, short_distill
-from tests.engine.test_distributed import told
+from tests.processes import told
 from tests.toy import Toy
-from tests.training.test_trainer import compute_gradients, distillation, gradients_of, weights
+from tests.worlds import compute_gradients, distillation, gradients_of, weights
 
 
 @pytest.fixture

@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from sidactl import catalog, nets
+from sidactl import nets
 from sidactl.errors import SidaError
 from sidactl.foreign import networks, records
 from sidactl.nets import Preconditioned
 from sidactl.recipes import NetSpec
 from tests.golden import golden
+from tests.worlds import TINY
 
 NETWORKS = [
     "edm_ddpmpp_uncond",
@@ -152,9 +153,6 @@ def test_state_dict_has_the_names_and_shapes_of_the_published_checkpoint(name: s
     assert {k: list(v.shape) for k, v in net.named_parameters()} == layout["parameters"]
     assert {k: list(v.shape) for k, v in net.named_buffers()} == layout["buffers"]
     assert sum(p.numel() for p in net.parameters()) == layout["num_parameters"]
-
-
-TINY = catalog.TEACHERS["tiny-digits"].net
 
 
 def test_spec_survives_the_way_through_json() -> None:

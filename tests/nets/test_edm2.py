@@ -16,6 +16,7 @@ from sidactl.nets import Preconditioned
 from sidactl.nets.edm2 import Block, MPConv, MPFourier, force_normalize_, mp_cat, mp_silu, mp_sum, normalize, resample
 from sidactl.recipes import NetSpec
 from tests.golden import golden
+from tests.worlds import TINY_EDM2
 
 CONDITIONAL = ["edm2_cond_logvar", "edm2_cond_logvar_traj", "edm2_gray_defaulthead"]
 UNCONDITIONAL = ["edm2_uncond_rgb", "edm2_guide_uncond"]
@@ -33,20 +34,7 @@ DEFAULTS: dict[str, Any] = {
     "channels_per_head": 64,
     "logvar_channels": 128,
 }
-TINY = NetSpec(
-    architecture="EDM2",
-    img_resolution=8,
-    img_channels=3,
-    label_dim=4,
-    model_channels=8,
-    channel_mult=(1, 2),
-    channel_mult_emb=None,
-    channel_mult_noise=None,
-    num_blocks=1,
-    attn_resolutions=(4,),
-    channels_per_head=8,
-    logvar_channels=16,
-)
+TINY = dataclasses.replace(TINY_EDM2, img_channels=3, label_dim=4)
 
 
 def spec_from(init_kwargs: dict[str, Any], **changes: Any) -> NetSpec:

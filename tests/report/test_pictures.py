@@ -10,17 +10,15 @@ from PIL import Image
 
 from sidactl import report
 from sidactl.errors import SidaError
+from tests.worlds import noise
 
 BLUE, TEACHER, GRID, AXIS = (0, 114, 178), (77, 77, 77), (207, 207, 207), (34, 34, 34)
+
 FALLING = [(10**k, 10.0 ** (4 - k / 2)) for k in range(3, 9)]
 
 
 def decoded(png: bytes) -> NDArray[np.uint8]:
     return np.asarray(Image.open(io.BytesIO(png)))
-
-
-def noise(*shape: int) -> NDArray[np.uint8]:
-    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
 def plot(points: list[tuple[int, float]], teacher: float | None = None, higher_is_better: bool = False) -> bytes:

@@ -19,7 +19,7 @@ from sidactl.methods import base, score_losses
 from sidactl.methods import sid as methods_sid
 from sidactl.nets import edm2
 from sidactl.nets.denoiser import _channel_mean
-from sidactl.recipes import Adversarial, Execution, NetSpec, Recipe, SamplingForm, TeacherRecipe
+from sidactl.recipes import Adversarial, Execution, NetSpec, SamplingForm, TeacherRecipe
 from sidactl.store import Store
 from sidactl.training import batches as training_batches
 from sidactl.training import distillation as training_distillation
@@ -29,6 +29,18 @@ from sidactl.training import state as training_state
 from tests.conftest import Forbid, instead_of
 from tests.golden import golden
 from tests.playback import Playback
+from tests.worlds import (
+    RECIPE,
+    TINY,
+    TINY_EDM2,
+    InOrder,
+    MadeUp,
+    MadeUpLatents,
+    compute_gradients,
+    distillation,
+    gradients_of,
+    weights,
+)
 
 
 def test_ema_follows_the_golden_table_of_decays() -> None:
@@ -45,105 +57,6 @@ def test_ema_follows_the_golden_table_of_decays() -> None:
             batch_size=row["batch_size"],
         )
         assert ema.weight.item() == pytest.approx(row["ema_beta"], rel=1e-9, abs=1e-12)
-
-
-TINY = catalog.TEACHERS["tiny-digits"].net
-TINY_EDM2 = NetSpec(
-    architecture="EDM2",
-    img_resolution=8,
-    img_channels=4,
-    label_dim=10,
-    model_channels=8,
-    channel_mult=(1, 2),
-    channel_mult_emb=None,
-    channel_mult_noise=None,
-    num_blocks=1,
-    attn_resolutions=(4,),
-    channels_per_head=8,
-    logvar_channels=16,
-)
-RECIPE = Recipe(
-    teacher="tiny",
-    mode="sida",
-    dataset="made up",
-    alpha=1.0,
-    batch_size=8,
-    duration_nimg=10**6,
-    fake_score_lr=1e-3,
-    generator_lr=1e-3,
-    ema_halflife_nimg=100,
-    adversarial=Adversarial(adversarial_from_nimg=32),
-    generator_from_nimg=16,
-)
-
-
-class MadeUp:
-    """Forty images of noise with classes, as a dataset."""
-
-    num_images = 40
-    is_latents = False
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(3)
-        self._images = torch.randint(256, (40, 1, 8, 8), dtype=torch.uint8, generator=generator)
-
-    def images(self, indices: Any) -> Tensor:
-        return self._images[torch.as_tensor(indices)]
-
-    def one_hot(self, indices: Any) -> Tensor:
-        return torch.eye(10)[torch.as_tensor(indices) % 10]
-
-
-class InOrder:
-    def __init__(self, num_images: int = MadeUp.num_images) -> None:
-        self._num_images = num_images
-
-    def indices(self, start: int, count: int) -> Tensor:
-        return torch.arange(start, start + count) % self._num_images
-
-
-class MadeUpLatents(MadeUp):
-    """The same classes with means and standard deviations of a VAE's posterior."""
-
-    is_latents = True
-
-    def __init__(self) -> None:
-        self._images = torch.rand(40, 8, 8, 8, generator=torch.Generator().manual_seed(4))
-
-
-def distillation(
-    spec: NetSpec = TINY,
-    source: training_batches.ImageSource | None = None,
-    execution: Execution | None = None,
-    **changed: Any,
-) -> training_distillation.Distillation:
-    recipe = dataclasses.replace(RECIPE, **changed)
-    torch.manual_seed(0)
-    teacher = nets.build(spec)
-    with torch.no_grad():
-        for parameter in teacher.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    dataset = source or (MadeUpLatents() if spec.img_channels == 4 else MadeUp())
-    batches = training_batches.DatasetBatches(
-        dataset,
-        InOrder(dataset.num_images),
-        batch_size=recipe.batch_size,
-        num_rounds=recipe.num_accumulation_rounds,
-        seed=recipe.seed,
-        device=torch.device("cpu"),
-    )
-    return training_distillation.Distillation(recipe, teacher, None, batches, execution)
-
-
-def compute_gradients(run: training_distillation.Distillation, turn: base.Turn) -> dict[str, Tensor]:
-    """Gives an update's parameters their gradients, without a step; returns its losses."""
-    gradients, stats = run._gradients(turn, run.passes, None)
-    gradients.finish()
-    return stats
-
-
-def weights(net: torch.nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in net.parameters()])
 
 
 def test_stages_follow_the_images_seen_strictly() -> None:
@@ -527,10 +440,6 @@ def test_several_micro_batches_at_a_time_give_the_gradients_of_one_after_the_oth
     for one, two in zip(*(gradients[:2] for gradients in recorded), strict=True):
         torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5 * float(one.abs().max()))
     assert recorded[1][2] == pytest.approx(recorded[0][2], rel=1e-5)
-
-
-def gradients_of(net: torch.nn.Module) -> Tensor:
-    return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
 
 
 def test_the_images_at_a_time_are_found_by_trying_and_nothing_of_it_remains(monkeypatch: pytest.MonkeyPatch) -> None:
