@@ -36,8 +36,8 @@ BATCH_SIZE = 64
 CHECKPOINT_EVERY = 128
 COMMANDS = {
     "distill": (
-        "distill --teacher tiny-digits --mode sida --device cpu --duration 640 --generator-from none "
-        f"--adversarial-from 256 --batch-size {BATCH_SIZE} --evaluate-every 320 --evaluate-num 64 "
+        "distill --teacher tiny-digits --mode sida --device cpu --duration 448 --generator-from none "
+        f"--adversarial-from 256 --batch-size {BATCH_SIZE} --evaluate-every 256 --evaluate-num 64 "
         f"--checkpoint-every {CHECKPOINT_EVERY}"
     ),
     "finetune-sid2a": (

@@ -30,9 +30,9 @@ from sidactl import catalog, nets
 from sidactl.commands import evaluation, preflight
 from sidactl.nets import Preconditioned, inception, vit
 from sidactl.recipes import NetSpec
+from tests.foreign.test_pickles import Persistent, install_published_modules
 from tests.hostile.doors import cifar, picture, tarred, zipped
 from tests.playback import save_vae
-from tests.test_pickles import Persistent, install_published_modules
 
 NETS = tuple(name for name, entry in catalog.TEACHERS.items() if entry.source)
 GENERATORS = tuple(name for name, entry in catalog.GENERATORS.items() if entry.source)
@@ -100,7 +100,7 @@ def small_catalog(patch: pytest.MonkeyPatch, mirror: Path) -> None:
     patch.setattr(vit, "VisionTransformer", SMALL_VIT)
     features = {"inception": SmallInception.NUM_FEATURES, "dinov2": DINO_FEATURES}
     patch.setattr(preflight, "_NUM_FEATURES", {**preflight._NUM_FEATURES, **features})
-    patch.setattr(evaluation, "PREVIEW_SEEDS", range(4))
+    patch.setattr(evaluation, "PREVIEW_SEEDS", range(1))  # a picture of 512 pixels takes longer than a step
 
 
 def _as_written(entry: Any, mirror: Path) -> Any:

@@ -1,7 +1,8 @@
 """Commands killed at random moments, or out of space at random points: the same command again gives the same bytes.
 
 Nearly all of it is slow: `pytest -m slow -s tests/test_kill.py` prints how many runs there were, and what became of
-them; `python -m tests.kills` makes as many as are asked for. Kills before single file operations are in test_ops.
+them; `python -m tests.kills` makes as many as are asked for. Kills before single file
+operations are in commands/test_running.py.
 """
 
 import random

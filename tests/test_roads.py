@@ -2,7 +2,6 @@
 
 import os
 import re
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from sidactl.commands import scores as commands_scores
 from sidactl.foreign import download
 from sidactl.store import Artifact, LiveDir, Store, digest
 from sidactl.training import distillation
-from tests import standins
+from tests import processes, standins
 from tests.conftest import instead_of
 
 
@@ -201,18 +200,11 @@ def test_two_processes_take_a_road_to_the_same_generator(road: Road, tmp_path: P
     words = measuring(teacher, tmp_path)
     alone = road.distill(teacher, "sida", *words).out
     words = ["distill", "--teacher", teacher, "--mode", "sida", *standins.FEW, *standins.SIDA, *words]
-    told = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"),
-            *("tests.standins", str(road.mirror), *words, "--device", "cpu", "--run", str(tmp_path / "together")),
-        ],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (told.returncode, told.stdout.strip()) == (0, alone), told.stderr
-    downloads = [line.partition(": ")[0] for line in told.stderr.splitlines() if line.startswith("downloading ")]
+    words = [str(road.mirror), *words, "--device", "cpu", "--run", str(tmp_path / "together")]
+    first, second = processes.run(2, words, {}, "tests.standins")
+    assert (first.code, second.code, first.out.strip()) == (0, 0, alone), first.err + second.err
+    lines = (first.err + second.err).splitlines()
+    downloads = [line.partition(": ")[0] for line in lines if line.startswith("downloading ")]
     assert len(downloads) == len(set(downloads)) > 2
     assert not any((tmp_path / "together/live").iterdir())
 

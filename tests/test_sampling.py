@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sidactl import catalog, nets, sampling
+from sidactl import nets, sampling
 from sidactl.data.codec import LatentCodec, PixelCodec, decode_affine
 from sidactl.errors import SidaError
 from sidactl.foreign import networks
@@ -16,6 +16,7 @@ from sidactl.noise import karras_sigmas
 from sidactl.recipes import HeunSpec, OneStepSpec
 from tests.golden import golden, golden_metrics
 from tests.playback import IdentityVae
+from tests.worlds import TINY
 
 CPU = torch.device("cpu")
 HEUN = ["edm_heun18_ddpmpp_uncond", "edm_heun18_ddpmpp_cond", "edm_churn_adm_cond"]
@@ -38,7 +39,6 @@ ONE_STEP_EDM2 = [
     "onestep_sida_gen_edm2_gan_forcenorm",
     "onestep_sida_gen_edm2_gan_forcenorm_class1_sigma1.75",
 ]
-TINY = catalog.TEACHERS["tiny-digits"].net
 
 
 def assert_close(images: Tensor, expected: np.ndarray, atol: float = 1e-4) -> None:

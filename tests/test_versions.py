@@ -15,7 +15,7 @@ import sidactl
 from sidactl.commands import inventory
 from sidactl.store import Artifact
 
-ARCHIVE = Path(__file__).parent / "data/run-directories.tar.xz"
+ARCHIVE = Path(__file__).parent / "files/run-directories.tar.xz"
 GOES_ON = {"f020819": None, "6fcb80f": 448, "f0c4868": 416, "21b2b62": 448, "cbc7507": 448, "0945e18": 512}
 """by commit: the images of the newest checkpoint; None where the recipe had too few fields to be of today's question"""
 SAME_MACHINE = "5e65cedcdcda"

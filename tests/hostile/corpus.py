@@ -11,6 +11,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from tests.hostile.doors import (
 )
 
 Content = bytes | Callable[[Path], object]
-"""bytes, or what makes a FIFO, link or sparse file at a path"""
+"""bytes, or what makes them, a FIFO, a link or a sparse file at a path"""
 Case = tuple[str, str, Content]
 
 ODD_NUMBERS = [-1, 0, 1e308, -0.5, 10**18, 1.5, "x", "", None, True, [], [1], {}, "9" * 5000, "\ud800"]
@@ -119,7 +120,7 @@ def headers(door: str) -> Iterator[Case]:
 
 
 def pickled_nets() -> Iterator[Case]:
-    from tests.test_pickles import CORPUS
+    from tests.foreign.test_pickles import CORPUS
 
     for name, (content, _) in CORPUS.items():
         yield "net.pkl", name, content
@@ -143,7 +144,7 @@ OPTIONS: list[dict[str, Any]] = (
 
 def _pickled_net(options: dict[str, Any]) -> bytes:
     """A pickle of an EDM network that has these options and hardly any weights."""
-    from tests.test_pickles import P, mapping, name, text
+    from tests.foreign.test_pickles import P, mapping, name, text
 
     def value(given: Any) -> bytes:
         match given:
@@ -306,13 +307,13 @@ def archives() -> Iterator[Case]:
         b'{"labels": [' + b"[]," * 10**6 + b"[]]}",
     ):
         yield door, f"json {told[:12]!a}", zipped(usual | {"dataset.json": told})
-    for name, content in {
+    made: dict[str, Content] = {
         "empty": zipped({}),
         "no images": zipped({"a.txt": b"x"}),
         "absolute": zipped({"/etc/x.png": picture(), "/b.png": picture()}),
         "upwards": zipped({"../../x.png": picture(), "../y.png": picture()}),
         "bad names": zipped({"\x1b[2J.png": picture(), "a\nb.png": picture(seed=1)}),
-        "bomb": zipped({"a.png": BOMB * 400}),
+        "bomb": lambda path: path.write_bytes(zipped({"a.png": BOMB * 400})),
         "many": zipped({f"{i}.txt": b"" for i in range(50_000)}),
         "sizes": zipped({"a.png": picture(), "b.png": picture(size=(16, 16))}),
         "modes": zipped({"a.png": picture(), "b.png": picture(mode="L")}),
@@ -322,7 +323,8 @@ def archives() -> Iterator[Case]:
         "cut": zipped(usual)[:-40],
         "nested": zipped({"a.zip": zipped(usual)}),
         "twice": _twice(),
-    }.items():
+    }
+    for name, content in made.items():
         yield door, name, content
     for name, arrays in {
         "floats": {"arr_0": np.zeros((3, 8, 8, 3))},
@@ -421,7 +423,12 @@ def tars() -> Iterator[Case]:
 
 def _unpacking_to_gigabytes(start: bytes) -> bytes:
     """A gzip of this and 3 GB of zeros, in as many parts as a gzip may have."""
-    return gzip.compress(start, mtime=0) + gzip.compress(BOMB * 64, mtime=0) * 48
+    return gzip.compress(start, mtime=0) + _zeros() * 48
+
+
+@cache
+def _zeros() -> bytes:
+    return gzip.compress(BOMB * 64, mtime=0)
 
 
 def _member_head(name: str, size: int, kind: bytes = b"0") -> bytes:
@@ -528,7 +535,7 @@ _SPECIAL: dict[str, Callable[[Path], object]] = {
     "link to itself": lambda path: path.symlink_to(path.name),
     "link to /dev/zero": lambda path: path.symlink_to("/dev/zero"),
     "folder": lambda path: path.mkdir(),
-    "sparse": lambda path: (path.touch(), os.truncate(path, 3 << 30)),
+    "sparse": lambda path: (path.touch(), os.truncate(path, 9 << 28)),  # more than a process may have
 }
 
 

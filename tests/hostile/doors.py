@@ -4,7 +4,9 @@ import gzip
 import io
 import json
 import pickle
+import shutil
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -174,8 +176,20 @@ def _weights(path: Path, run: Path) -> object:
     return digest
 
 
+@cache
+def _digits_at_hand() -> tempfile.TemporaryDirectory[str]:
+    """A run directory with tiny-digits, to be copied; it goes with the process that made it."""
+    made = tempfile.TemporaryDirectory(prefix="hostile-")
+    prepare_data("tiny-digits", run=Path(made.name) / "run", say=None)
+    return made
+
+
+def _with_digits(run: Path) -> Store:
+    return Store.open(Path(shutil.copytree(Path(_digits_at_hand().name) / "run", run)))
+
+
 def _stats(path: Path, run: Path) -> object:
-    store = Store.open(run)
+    store = _with_digits(run)
     subject = prepare_data("tiny-digits", run=run, say=None)
     found = reference.find(store, str(path), subject, "moments")
     return {name: file.sha256 for name, file in found.files.items()}
@@ -220,8 +234,7 @@ def _live(path: Path, run: Path) -> object:
     from sidactl.commands import question
 
     place = run / "live" / ("0" * 64)
-    store = Store.open(run)
-    prepare_data("tiny-digits", run=run, say=None)
+    store = _with_digits(run)
     place.mkdir(parents=True)
     path.rename(place / "events.jsonl")
     (place / "lock").touch()

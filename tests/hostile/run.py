@@ -18,43 +18,21 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import safetensors.torch
 import torch
-from PIL import Image
 
-from sidactl import detectors, nets
-from sidactl.commands import distill, inventory, question, reference, score
-from sidactl.data import sources
 from sidactl.errors import SidaError
-from sidactl.foreign import networks, pickles
 from tests.hostile.corpus import Content, corpus
 from tests.hostile.doors import DOORS
 
 MAX_BYTES, MAX_SECONDS = 2 << 30, 20
 HUNG_SECONDS = 200
 """by the clock: a file whose reader waits for ever takes no time of the processor, and a busy machine has little"""
-_WARM = (
-    np,
-    safetensors.torch,
-    Image,
-    detectors,
-    inventory,
-    question,
-    nets,
-    distill,
-    pickles,
-    reference,
-    score,
-    sources,
-    networks,
-)
-"""imported before processes are forked, so that each of them is quick and its memory its own"""
 
 
 class Outcome(NamedTuple):
@@ -158,6 +136,15 @@ def as_sound(door: str) -> Outcome:
     return attempt(door, sound(door))
 
 
+def warm_up(names: Iterable[str]) -> None:
+    """Enters doors with sound files: what is imported or made at first use is then there for all forked processes."""
+    for name in names:
+        with tempfile.TemporaryDirectory(prefix="hostile-") as folder, suppress(SidaError):
+            path = Path(folder) / name
+            path.write_bytes(sound(name))
+            DOORS[name].enter(path, Path(folder) / "run")
+
+
 def main(words: list[str]) -> int:
     torch.set_num_threads(1)
     is_verbose = "-v" in words
@@ -170,6 +157,7 @@ def main(words: list[str]) -> int:
         cases = list(fuzz(int(words[1]), int(words[2]) if len(words) > 2 else 0))
     tally: Counter[str] = Counter()
     faults: list[Any] = []
+    warm_up({door for door, _, _ in cases})
     for door, name, content in cases:
         outcome = attempt(door, content)
         if is_fuzz and DOORS[door].is_checked and outcome.kind == "read" and outcome != as_sound(door):
