@@ -18,7 +18,6 @@ from sidactl.cli import shown
 from sidactl.commands import evaluation, generators, resolve
 from sidactl.commands import plan as commands_plan
 from sidactl.commands import reference as commands_reference
-from sidactl.commands.words import mapping
 from sidactl.errors import SidaError
 from sidactl.recipes import Mode
 from sidactl.store import Artifact, Store, UnwritableError, collect_garbage, digest
@@ -378,9 +377,9 @@ def test_edm2_end_to_end_in_every_mode(edm2: tuple[Path, str]) -> None:
         teacher=teacher, generator=made["sid"].oid, run=root, device="cpu", **SHORT | AT_ITS_END
     )
     for mode, generator in made.items():
-        recipe = mapping(generator.params["recipe"])
+        recipe = generator.params["recipe"]
         assert (recipe["mode"], recipe["forced_normalization"]) == (mode, "published")
-        assert mapping(generator.params["net"])["logvar_channels"] == 0
+        assert generator.params["net"]["logvar_channels"] == 0
         drawn = sidactl.sample(generator.oid, seeds=range(50), run=root)
         assert drawn.images.shape == (50, 8, 8, 1)
         score = sidactl.fid(drawn.artifact.oid, run=root)
