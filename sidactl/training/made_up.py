@@ -67,6 +67,18 @@ def in_setting(recipe: Recipe, setting: SamplingForm) -> tuple[Recipe, Execution
     return override(recipe, {"precision": setting.precision}), execution
 
 
+def batches_of(recipe: Recipe, spec: NetSpec, device: torch.device) -> training_batches.DatasetBatches:
+    """Batches of the made-up images."""
+    return training_batches.DatasetBatches(
+        _MadeUp(spec),
+        DataOrder(_MADE_UP_IMAGES, recipe.seed),
+        batch_size=recipe.batch_size,
+        num_rounds=recipe.num_accumulation_rounds,
+        seed=recipe.seed,
+        device=device,
+    )
+
+
 def distillation_of(recipe: Recipe, execution: Execution, spec: NetSpec, device: torch.device) -> Distillation:
     """From a teacher with random weights, none of which is zero, so that no kernel has it easier than in earnest."""
     with torch.device(device):
@@ -76,15 +88,7 @@ def distillation_of(recipe: Recipe, execution: Execution, spec: NetSpec, device:
         for parameter in teacher.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator).to(device))
     teacher.set_dropout(0.0)
-    batches = training_batches.DatasetBatches(
-        _MadeUp(spec),
-        DataOrder(_MADE_UP_IMAGES, recipe.seed),
-        batch_size=recipe.batch_size,
-        num_rounds=recipe.num_accumulation_rounds,
-        seed=recipe.seed,
-        device=device,
-    )
-    return Distillation(recipe, teacher, None, batches, execution)
+    return Distillation(recipe, teacher, None, batches_of(recipe, spec, device), execution)
 
 
 def step(training: Distillation, stage: str) -> None:
