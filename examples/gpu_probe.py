@@ -237,14 +237,14 @@ def kernels(device: torch.device) -> tuple[str, Figures]:
     kinds = [torch.profiler.ProfilerActivity.CPU, *[torch.profiler.ProfilerActivity.CUDA] * on_gpu]
     with torch.profiler.profile(activities=kinds) as profile:
         made_up.step(training, "SiDA")
-        devices_done(device)
+        _wait_for(device)
     rows = [(e.key, e.self_device_time_total if on_gpu else e.self_cpu_time_total, e) for e in profile.key_averages()]
     of_ops = {key: spent for key, spent, e in rows if "CUDA" not in str(e.device_type) and spent}
     of_kernels = {key: spent for key, spent, e in rows if "CUDA" in str(e.device_type) and spent}
     return shares(of_ops, of_kernels)
 
 
-def devices_done(device: torch.device) -> None:
+def _wait_for(device: torch.device) -> None:
     """Waits until the device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
