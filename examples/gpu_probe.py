@@ -340,7 +340,6 @@ def refuse(parser: argparse.ArgumentParser, only: str, parts: Parts) -> None:
     """Ends with a line where no part is called so."""
     if not any(only in name for name in parts):
         parser.error(f"--only names no check, got {only!r}; there are {', '.join(parts)}")
-    return
 
 
 def main() -> int:

@@ -107,7 +107,12 @@ def test_lines_that_wait_are_the_innermost_ones_of_ours(probe: ModuleType) -> No
         warnings.warn("something else", stacklevel=1)
 
     first = wait.__code__.co_firstlineno + 1
-    found = probe.synchronising_lines(lambda: [wait(), wait()])
+
+    def wait_twice() -> None:
+        wait()
+        wait()
+
+    found = probe.synchronising_lines(wait_twice)
     assert dict(found) == {f"{Path(__file__).resolve().relative_to(EXAMPLES.parent)}:{first}": 2}
 
 
