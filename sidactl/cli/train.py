@@ -354,7 +354,20 @@ def bench(
     ] = None,
     rounds: Annotated[int, typer.Option(help="passes per step")] = 1,
     steps: Annotated[int, typer.Option(help="how often everything is timed; medians are printed")] = 3,
-    against: Annotated[str | None, typer.Option(metavar="eager", help="time the eager fp32 step in turn, too")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="eager|FOLDER",
+            help="time in turn with it: the eager fp32 step, or the published code that you have in a folder",
+        ),
+    ] = None,
+    against_command: Annotated[
+        str | None,
+        typer.Option(metavar="COMMAND", help="what trains there on one GPU and prints sec/kimg; started --steps times"),
+    ] = None,
+    against_within: Annotated[
+        float, typer.Option(metavar="SECONDS", help="the longest that a start of it may take to tell its pace")
+    ] = 900.0,
     sweep: Annotated[bool, typer.Option("--sweep", help="try all settings of the device")] = False,
     detector: Annotated[bool, typer.Option("--detector/--no-detector", help="whether to time the detector")] = True,
     device: Device = None,
@@ -366,23 +379,27 @@ def bench(
 
     Example: sidactl bench tiny-digits --against eager
     """
+    from sidactl.commands import against as commands_against
     from sidactl.commands import bench as commands_bench
 
-    if against not in (None, "eager"):
-        raise SidaError(f"--against must be eager, got {against!r}", "Leave it out, or pass --against eager.")
-    one = SamplingForm(**overrides)
-    report = commands_bench.run(
-        teacher,
-        mode=mode,
-        batch_size=batch_size,
-        num_rounds=rounds,
-        num_steps=steps,
-        settings=commands_bench.sweep(device) if sweep else [one],
-        against_eager=against is not None,
-        with_detector=detector,
-        device=device,
-        tell=console.note,
-    )
+    options: dict[str, Any] = {"mode": mode, "batch_size": batch_size, "num_rounds": rounds, "num_steps": steps}
+    options |= {"device": device, "tell": console.note}
+    report: Any
+    if against in (None, "eager"):
+        if against_command is not None:
+            raise SidaError("--against-command needs --against FOLDER, which it is started in", "Name the folder.")
+        settings = commands_bench.sweep(device) if sweep else [SamplingForm(**overrides)]
+        is_beside = against is not None
+        report = commands_bench.run(
+            teacher, **options, settings=settings, against_eager=is_beside, with_detector=detector
+        )
+    elif sweep:
+        raise SidaError("--sweep tries settings of ours alone, got --against FOLDER as well", "Leave one of them out.")
+    else:
+        folder = Path(against)
+        report = commands_against.run(
+            folder, against_command, teacher, **options, form=overrides, within_sec=against_within
+        )
     if as_json:
         console.print_json(report.to_json())
         return

@@ -22,25 +22,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sidactl import catalog, detectors, nets, sampling, scopes
 from sidactl.data.codec import PixelCodec
-from sidactl.data.order import DataOrder
 from sidactl.engine import configure, devices, meter, threads
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.nets.inception import FIDInception
 from sidactl.nets.vit import VisionTransformer
-from sidactl.recipes import Execution, NetSpec, OneStepSpec, Precision, Recipe, SamplingForm, override
-from sidactl.training import batches as training_batches
-from sidactl.training import distillation
-
-EAGER = SamplingForm()
-"""float32 in the usual order of memory, operation by operation"""
-
-_STAGE_NIMG = {"fake score": 500_000, "SiD": 1_500_000, "SiDA": 2_500_000}
-"""images seen, of the recipe that `_recipe` makes, at which each stage is"""
+from sidactl.recipes import Execution, NetSpec, OneStepSpec, Precision, Recipe, SamplingForm
+from sidactl.training import made_up
 
 _WARM_UP_STEPS = 2
 """before anything is timed: allocators, kernels' caches, compilation"""
-
-_MADE_UP_IMAGES = 1024
 
 _SAMPLED_BATCHES = 8
 
@@ -155,7 +145,7 @@ def run(
     batch_size: int | None = None,
     num_rounds: int = 1,
     num_steps: int = 3,
-    settings: Sequence[SamplingForm] = (EAGER,),
+    settings: Sequence[SamplingForm] = (made_up.EAGER,),
     against_eager: bool = False,
     with_detector: bool = True,
     device: str | None = None,
@@ -171,7 +161,7 @@ def run(
     told what is measured next. clock: can be pickled, for the process of the eager step.
     Raises SidaError for a teacher that the catalog does not have, a mode without recipe, or counts below one.
     """
-    recipe, spec = _recipe(teacher, mode, batch_size, num_rounds, num_steps, overrides or {})
+    recipe, spec = made_up.recipe_of(teacher, mode, batch_size, num_rounds, num_steps, overrides or {})
     chosen = devices.pick_device(device)
     tell("counting operations")
     flop = flop_per_image(recipe, spec, chosen)
@@ -222,83 +212,17 @@ def sweep(device: str | None = None) -> list[SamplingForm]:
     ]
 
 
-def _recipe(
-    teacher: str, mode: str, batch_size: int | None, num_rounds: int, num_steps: int, overrides: Mapping[str, Any]
-) -> tuple[Recipe, NetSpec]:
-    """The catalog's recipe with all stages in reach, and the teacher's net."""
-    for flag, count in (("--batch-size", batch_size), ("--rounds", num_rounds), ("--steps", num_steps)):
-        if count is not None and count < 1:
-            raise SidaError(f"{flag} must be >= 1, got {count}", f"Pass {flag} 1 or more.")
-    known = {name: entry for name, entry in catalog.TEACHERS.items() if entry.recipes}
-    if teacher not in known:
-        raise SidaError(f"unknown teacher {teacher!r}", f"Use one of {', '.join(known)}.")
-    recipes: Mapping[str, Recipe] = {str(name): recipe for name, recipe in known[teacher].recipes.items()}
-    if mode not in recipes:
-        raise SidaError(f"{teacher} has no recipe of mode {mode!r}", f"It has {', '.join(recipes)}.")
-    recipe = override(recipes[mode], overrides)
-    pass_size = batch_size or recipe.batch_size // recipe.num_accumulation_rounds
-    reached = {"generator_from_nimg": 1_000_000} | ({"adversarial_from_nimg": 2_000_000} if recipe.adversarial else {})
-    sizes = {"batch_size": pass_size * num_rounds, "num_accumulation_rounds": num_rounds}
-    return override(recipe, reached | sizes), known[teacher].net
-
-
-class _MadeUp(training_batches.ClassesAlone):
-    """Images of noise, or latents, with classes in turn. Implements `ImageSource`."""
-
-    def __init__(self, spec: NetSpec) -> None:
-        super().__init__(spec.label_dim, [index % max(spec.label_dim, 1) for index in range(_MADE_UP_IMAGES)])
-        self.is_latents = spec.img_channels == 4
-        shape = (_MADE_UP_IMAGES, spec.img_channels * (2 if self.is_latents else 1), *[spec.img_resolution] * 2)
-        generator = torch.Generator().manual_seed(0)
-        pixels = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
-        self._items = pixels / 256 if self.is_latents else pixels
-
-    def images(self, indices: Any) -> Tensor:
-        return self._items[torch.as_tensor(indices)]
-
-
-def _distillation(
-    recipe: Recipe, spec: NetSpec, setting: SamplingForm, device: torch.device
-) -> distillation.Distillation:
-    """From a teacher with random weights, none of which is zero, so that no kernel has it easier than in earnest."""
-    with torch.device(device):
-        teacher = nets.build(spec)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in teacher.parameters():
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator).to(device))
-    teacher.set_dropout(0.0)
-    batches = training_batches.DatasetBatches(
-        _MadeUp(spec),
-        DataOrder(_MADE_UP_IMAGES, recipe.seed),
-        batch_size=recipe.batch_size,
-        num_rounds=recipe.num_accumulation_rounds,
-        seed=recipe.seed,
-        device=device,
-    )
-    execution = Execution(compile=setting.compile, channels_last=setting.channels_last)
-    return distillation.Distillation(
-        override(recipe, {"precision": setting.precision}), teacher, None, batches, execution
-    )
-
-
-def _step(training: distillation.Distillation, stage: str) -> None:
-    training.nimg = _STAGE_NIMG[stage]
-    assert training.stage() == stage
-    training.step()
-
-
 def flop_per_image(recipe: Recipe, spec: NetSpec, device: torch.device) -> dict[str, dict[str, float]]:
     """Floating-point operations for each image of a step, by stage and part, counted in steps of one image.
 
     Counted are matrix products, convolutions and attention, a multiplication and an addition as two.
     """
     one = dataclasses.replace(recipe, batch_size=1, num_accumulation_rounds=1)
-    training, flop = _distillation(one, spec, EAGER, device), {}
+    training, flop = made_up.distillation_of(one, Execution(), spec, device), {}
     training.num_threads = 1
-    for stage in list(_STAGE_NIMG)[: 3 if recipe.adversarial else 2]:
+    for stage in list(made_up.STAGE_NIMG)[: 3 if recipe.adversarial else 2]:
         with threads.one_thread_if(threads.is_small(training.teacher)), FlopCounterMode(display=False) as counter:
-            flop[stage] = scopes.by_part(partial(_step, training, stage), counter.get_total_flops)
+            flop[stage] = scopes.by_part(partial(made_up.step, training, stage), counter.get_total_flops)
     return flop
 
 
@@ -324,7 +248,7 @@ class _Subject:
         if not is_eager:
             devices.keep_memory()  # as the loop does
         with threads.one_thread_if(is_eager):  # of one thread its passes go one after the other
-            self._training = _distillation(task.recipe, task.spec, setting, task.device)
+            self._training = made_up.distillation_of(*made_up.in_setting(task.recipe, setting), task.spec, task.device)
         self._is_small = threads.is_small(self._training.teacher)
         # Of a small net several batches are sampled, since cores make one each.
         self._num_sampled = task.pass_size * (_SAMPLED_BATCHES if self._is_small else 1)
@@ -342,7 +266,7 @@ class _Subject:
         devices.allow_tf32(self._setting.precision == "tf32")  # another setting may have been timed in between
         if name != "sampling":
             with threads.one_thread_if(self._is_small and not self._is_eager):
-                _step(self._training, name)
+                made_up.step(self._training, name)
         elif self._is_eager:
             for start in range(0, len(seeds), size):
                 codec.decode(sampling.sample_batch(net, sampler, seeds[start : start + size], task.device)[0]).cpu()
@@ -413,7 +337,7 @@ def _measure(task: _Task, setting: SamplingForm, num_steps: int, ask_eager: Call
 
 
 def _serve_eager(pipe: "Connection[Any, Sequence[str]]", task: _Task) -> None:
-    subject = _Subject(task, EAGER, is_eager=True)
+    subject = _Subject(task, made_up.EAGER, is_eager=True)
     pipe.send(None)
     while asked := pipe.recv():
         method, *arguments = asked

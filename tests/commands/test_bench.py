@@ -21,7 +21,8 @@ from sidactl.cli import app
 from sidactl.commands import bench
 from sidactl.engine import meter, threads
 from sidactl.errors import SidaError
-from sidactl.recipes import Mode, NetSpec, Recipe, SamplingForm
+from sidactl.recipes import Execution, Mode, NetSpec, Recipe, SamplingForm
+from sidactl.training import made_up
 
 TINY = catalog.TEACHERS["tiny-digits"]
 WITHOUT_ATTENTION = dataclasses.replace(TINY.net, attn_resolutions=(), num_blocks=1)
@@ -77,7 +78,7 @@ def report(ran: tuple[bench.Report, Result]) -> bench.Report:
 
 def of_pass(mode: Mode, num: int, num_rounds: int = 1) -> Recipe:
     """The built-in recipe, with all stages in reach, in passes of so many images."""
-    return bench._recipe("tiny-digits", mode, num, num_rounds, 1, {})[0]
+    return made_up.recipe_of("tiny-digits", mode, num, num_rounds, 1, {})[0]
 
 
 def forward_flop(spec: NetSpec, num: int) -> int:
@@ -121,10 +122,10 @@ def test_operations_of_the_parts_relate_as_their_passes_do(report: bench.Report)
 
 def test_operations_of_a_step_are_those_of_one_image_times_its_images() -> None:
     recipe = of_pass("sid", 2, num_rounds=2)
-    training = bench._distillation(recipe, WITHOUT_ATTENTION, bench.EAGER, CPU)
+    training = made_up.distillation_of(recipe, Execution(), WITHOUT_ATTENTION, CPU)
     training.num_threads = 1
     with threads.one_thread_if(True), FlopCounterMode(display=False) as counter:
-        bench._step(training, "SiD")
+        made_up.step(training, "SiD")
     stages = bench.flop_per_image(recipe, WITHOUT_ATTENTION, CPU)
     assert list(stages) == ["fake score", "SiD"]
     assert counter.get_total_flops() == 4 * sum(stages["SiD"].values())
@@ -173,7 +174,7 @@ def test_report_is_what_the_clock_said(report: bench.Report) -> None:
     assert eager
     assert (
         (measured.setting, eager.setting)
-        == (report.best, bench.EAGER)
+        == (report.best, made_up.EAGER)
         == (SamplingForm(channels_last=True), SamplingForm())
     )
     # the smallest product and convolution already take longer than is needed
@@ -258,7 +259,7 @@ def test_the_end_of_the_eager_process_is_one_line(monkeypatch: pytest.MonkeyPatc
 
 def test_every_setting_of_a_sweep_is_another() -> None:
     names = [setting.name for setting in bench.sweep("cpu")]
-    assert names[0] == bench.EAGER.name == "fp32"
+    assert names[0] == made_up.EAGER.name == "fp32"
     assert len(set(names)) == len(names) == 8
     assert "bf16 channels-last compiled" in names
 
