@@ -35,6 +35,9 @@ def _own_options(
     metrics: Annotated[
         str | None, typer.Option(metavar="NAME,...", help="the metrics to print; all that apply if not given")
     ] = None,
+    held_out: Annotated[
+        str | None, ref_option("real images that were not trained on, for --metrics fdr,memorisation")
+    ] = None,
     resize: Annotated[
         str, typer.Option(metavar="NAME", help="of dinov2: torch, as in published statistics, or pil")
     ] = "torch",
@@ -59,11 +62,12 @@ _COMMANDS: Mapping[str, tuple[str, str, Sequence[str]]] = {
         "prec-recall generator/best --num 10k",
         ["neighbours"],
     ),
+    "kid": ("Print the kernel distance, without bias where images are few.", "kid generator/best --num 5k", []),
     "inception-score": ("Print the inception score.", "inception-score generator/best --num 10k", ["num_splits"]),
     "evaluate": (
         "Print all scores that apply, in one pass over the images.",
         "evaluate generator/best --num 10k --trials 10",
-        ["metrics", "resize", "neighbours", "num_splits"],
+        ["metrics", "held_out", "resize", "neighbours", "num_splits"],
     ),
 }
 """by name, which but for `evaluate` is the metric's: help, an example, and which options it has beside those of all"""

@@ -120,7 +120,7 @@ def evaluation_of(
             for eye in eyes:
                 stats = collected.stats[eye.detector.identity]
                 kept = collected.features.get(eye.detector.identity)
-                found |= scores.numbers(eye.metric, eye.detector, stats, kept, eye.against, settings)
+                found |= scores.numbers(eye.metric, eye.detector, stats, kept, eye.against, None, settings)
             return json.dumps(found)
 
         found: dict[str, float] = json.loads(ranks.broadcast_from_rank0(numbers))

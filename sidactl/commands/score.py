@@ -1,6 +1,7 @@
 """Scores of images against a reference, by trials over fresh seed ranges, kept as score artifacts."""
 
 import json
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -126,6 +127,7 @@ def _measure(asked: ScoreQuestion, place: LiveDir | None) -> _Measured:
                 f"{by.short_identity}: unless its weights are the same, this number means nothing"
             )
     against = {m: _against(asked, m, by_metric[m]) for m in asked.metrics}
+    held_out = {m: _held_out(asked, m, by_metric[m]) for m in asked.metrics}
     values: dict[str, list[float]] = {}
     made_by: dict[str, str] = {}
     made_against: dict[str, str] = {}
@@ -135,21 +137,26 @@ def _measure(asked: ScoreQuestion, place: LiveDir | None) -> _Measured:
             seen = _features(asked, trial, loaded, keeps, place)
             if ranks.rank_and_size()[0] > 0:
                 return {}
-            return {
-                m: numbers(m, by_metric[m], seen.stats[by], seen.features.get(by), against[m], asked.settings)
-                for m, by in asked.detectors.items()
-            }
+            found = dict[str, dict[str, float]]()
+            for m, by in asked.detectors.items():
+                rows, compared = seen.features.get(by), (against[m], held_out[m])
+                found[m] = dict(numbers(m, by_metric[m], seen.stats[by], rows, *compared, asked.settings))
+            ratios = [value for key, each in found.items() if key.startswith("fdr") for value in each.values()]
+            if len(ratios) > 1:
+                found["fdr"]["FDr"] = statistics.fmean(ratios)
+            return found
 
         by_trial = _once(place, f"trial-{trial}-numbers.json", of_trial)
         for metric, found in by_trial.items():
             for name, value in found.items():
                 values.setdefault(name, []).append(value)
-                made_by[name] = by_metric[metric].identity
+                own = [metric] if name != "FDr" else [key for key in by_metric if key.startswith("fdr")]
+                made_by[name] = ", ".join(dict.fromkeys(by_metric[key].identity for key in own))
                 if metric in asked.references:
                     made_against[name] = asked.references[metric].oid
     eyes = seen_by(asked.store, asked.subject)
     labels = {detector.identity: detector_label(detector) for detector in loaded.values()}
-    seen = sorted(name for name, identity in made_by.items() if labels[identity] in eyes)
+    seen = sorted(name for name, by in made_by.items() if any(labels[identity] in eyes for identity in by.split(", ")))
     return _Measured(values, made_by, made_against, sorted(set(warnings)), seen)
 
 
@@ -320,6 +327,14 @@ def _against(asked: ScoreQuestion, metric: str, detector: "Detector") -> "Moment
         return moments.moments(asked.store, reference, detector, asked.tick, recheck=recheck)
     tick = part_of(asked.tick, moments.reference_part(reference))
     return features.real_features(asked.store, reference, detector, tick, recheck=recheck)
+
+
+def _held_out(asked: ScoreQuestion, metric: str, detector: "Detector") -> "features.Features | None":
+    """Features of the real images that were not trained on, for the metrics that need them."""
+    if asked.held_out is None or not metric_of(metric).needs_held_out:
+        return None
+    tick = part_of(asked.tick, moments.reference_part(asked.held_out))
+    return features.real_features(asked.store, asked.held_out, detector, tick, recheck=asked.force)
 
 
 def _keep(asked: ScoreQuestion, measured: _Measured, problem: str | None) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from sidactl.commands.scores import (
     SCORED,
     ScoreOptions,
     fixed_count,
+    metric_of,
     plain_options,
     subset_of,
 )
@@ -60,6 +61,24 @@ def is_answered(ref: str, metrics: Sequence[str], options: ScoreOptions) -> bool
     return ScoreQuestion.parse(ref, metrics, plain_options(ref, options)).question.answer() is not None
 
 
+def _held_out(
+    store: Store, keys: Sequence[str], asked: str | None, found: Mapping[str, Artifact], recheck: bool
+) -> Artifact | None:
+    """The real images that were not trained on, where a metric needs them."""
+    wanting = [key for key in keys if metric_of(key).needs_held_out]
+    if asked is None or not wanting:
+        if asked is None and not wanting:
+            return None
+        what = f"{wanting[0]} needs real images that were not trained on" if wanting else "no metric here needs them"
+        hint = "Pass --held-out REF." if wanting else "Leave out --held-out, or pass --metrics fdr,memorisation."
+        raise SidaError(f"{what}, got {asked or 'none'}", hint)
+    held_out = resolve(store, asked, ["dataset"], any_size=True, recheck=recheck)
+    require_images(held_out)
+    if held_out.oid in {artifact.oid for artifact in found.values()}:
+        raise SidaError(f"held-out images must not be the reference itself, got {asked}", "Pass another --held-out.")
+    return held_out
+
+
 @dataclass(frozen=True)
 class ScoreQuestion:
     """All that shapes a score, with every word resolved and checked."""
@@ -77,6 +96,7 @@ class ScoreQuestion:
     seeds: Sequence[Sequence[int]]
     settings: Mapping[str, Any]
     setting: SamplingForm
+    held_out: Artifact | None
     vae: Artifact | None
     """what decodes latents; None = the usual one, or there are none"""
     question: Question
@@ -165,6 +185,7 @@ class ScoreQuestion:
                 if need := METRICS[name].need:
                     found[key] = reference_for(store, options.get("reference"), subject, need, detector, force)
         chosen = list(detectors)
+        held_out = _held_out(store, chosen, options.get("held_out"), found, force)
         if force:
             for name in set(detectors.values()):
                 read_again(store, name)
@@ -179,6 +200,7 @@ class ScoreQuestion:
         words = option_words({"ref": options.get("reference"), "trust_code": trust_code, **given})
         words += option_words(setting.of_images()) + option_words(dict(options.get("heun") or {}))
         command, inputs = chosen[0] if len(chosen) == 1 else "evaluate", {"subject": subject, **found}
+        inputs |= {"held out": held_out} if held_out else {}
         oids = {name: artifact.oid for name, artifact in inputs.items()}
         question = Question(
             store=store,
@@ -200,6 +222,7 @@ class ScoreQuestion:
             seeds,
             settings,
             setting,
+            held_out,
             vae,
             question,
             options.get("device"),

@@ -48,12 +48,14 @@ LABELS: tuple[Labels, ...] = ("uniform", "dataset")
 class Metric:
     """A number or two about images: by which detector (None = the reference's own), and what it compares with.
 
-    has_order: whether it takes images in parts, so that their order counts.
+    has_order: whether it takes images in parts, so that their order counts. needs_held_out: real images apart from
+    those that were trained on, as `held_out`.
     """
 
     detector: str | None = None
     need: Need | None = "moments"
     has_order: bool = False
+    needs_held_out: bool = False
 
 
 METRICS: Mapping[str, Metric] = {
@@ -62,6 +64,11 @@ METRICS: Mapping[str, Metric] = {
     "prec-recall": Metric(need="images"),
     "kid": Metric(need="images", has_order=True),
     "inception-score": Metric(need=None, has_order=True),
+    "mind": Metric(need="images", has_order=True),
+    "coverage": Metric(need="images"),
+    "vendi": Metric(need=None),
+    "fdr": Metric(needs_held_out=True),
+    "memorisation": Metric(need="images", has_order=True, needs_held_out=True),
 }
 
 
@@ -80,6 +87,7 @@ DEFAULTS: Mapping[str, Any] = {
     "sampler": None,
     "detector": None,
     "detectors": None,
+    "held_out": None,
     "vae": None,
     "resize": "torch",
     "convention": "edm",
@@ -103,6 +111,7 @@ class ScoreOptions(TypedDict, total=False):
     setting: of the arithmetic of a generator or teacher, float32 by default; that of detectors is always float32.
     detectors: several of them, a list or a text with commas, for one pass over the images; the first one is the main
         one, of whose numbers some do not bear its name.
+    held_out: real images that were not trained on, for fdr and memorisation.
     detector: inception, dinov2, tiny-digits, random-features (built in, for any images), or a file: Inception in
         TorchScript, or a state dict of Inception's.
     trust_code: run a TorchScript detector that is not the published one: a program, which can do all that you can.
@@ -129,6 +138,7 @@ class ScoreOptions(TypedDict, total=False):
     setting: SamplingForm
     detector: str | os.PathLike[str] | None
     detectors: Sequence[str] | str | None
+    held_out: Ref | None
     trust_code: bool
     resize: str
     convention: str
@@ -225,8 +235,8 @@ def plain_options(ref: Ref, options: ScoreOptions) -> Mapping[str, Any]:
     plain: dict[str, Any] = {**DEFAULTS, **options, "run": run_of(ref, options.get("run"))}
     if unknown := sorted(set(plain) - set(ScoreOptions.__annotations__)):
         raise SidaError(f"unknown option {unknown[0]!r}", f"There are {', '.join(ScoreOptions.__annotations__)}.")
-    for name in ("reference", "detector", "vae"):
-        plain[name] = optional_ref(plain.get(name), f"the {name}")
+    for name in ("reference", "detector", "vae", "held_out"):
+        plain[name] = optional_ref(plain.get(name), f"the {name.replace('_', '-')}")
     if isinstance(several := plain.get("detectors"), str):
         several = [name.strip() for name in several.split(",")]
     plain["detectors"] = [str(optional_ref(name, "the detector")) for name in several or ()] or None
@@ -259,6 +269,7 @@ def numbers(
     stats: "FeatureStats",
     kept: "Features | None",
     against: "Moments | Features | None",
+    held_out: "Features | None",
     settings: Mapping[str, Any],
 ) -> Mapping[str, float]:
     """What a metric says of images, by name: from the moments of their features, or the features themselves.
@@ -272,29 +283,47 @@ def numbers(
     label = detector_label(detector)
     suffix = "" if label == "inception" else f" {label}"
     convention = settings["convention"]
+    kind, by = metric.partition("@")[0], f" {label}" if "@" in metric else ""
     if isinstance(against, Moments):
         covariance = stats.covariance(ddof=0 if convention == "sid" else 1)
-        return {distance_name(detector): metrics_module.frechet_distance(stats.mean, covariance, *against)}
+        distance = metrics_module.frechet_distance(stats.mean, covariance, *against)
+        if kind != "fdr":
+            return {distance_name(detector): distance}
+        assert held_out
+        others = metrics_module.FeatureStats()
+        others.add(held_out.rows)
+        held_out_distance = metrics_module.frechet_distance(others.mean, others.covariance(), *against)
+        return {f"FDr {label}": metrics_module.frechet_ratio([(distance, held_out_distance)])}
     assert kept
     is_by_content = "order" in settings
     ours = kept.by_content() if is_by_content else kept.rows
+    if kind == "vendi":
+        return {f"Vendi{suffix}": metrics_module.vendi(ours)}
     if against is None:
         score, _ = metrics_module.inception_score(detector.logits(ours), settings["num_splits"])
         return {f"IS{suffix}": score}
     theirs = against.by_content() if is_by_content else against.rows
-    if metric.partition("@")[0] == "kid":
+    if kind == "mind":
+        return {f"MIND{suffix}": metrics_module.mind(theirs, ours, seed=0)}
+    if kind == "memorisation":
+        assert held_out
+        gap = metrics_module.generalisation_gap(theirs, held_out.rows, ours, seed=0)
+        return {f"AuthPct{by}": metrics_module.authenticity(theirs, ours), f"FLD gap{by}": gap}
+    if kind == "kid":
         distance, _ = metrics_module.kernel_distance(
             theirs, ours, subset_size=min(1000, len(theirs), len(ours)), seed=0
         )
         return {f"KID{suffix}": distance}
     real, generated = theirs.to(detector.device), ours.to(detector.device)
     k = settings["neighbours"]
+    if kind == "coverage":
+        density, coverage = metrics_module.density_coverage(real, generated)
+        return {f"density{by}": density, f"coverage{by}": coverage}
     if convention == "guided-diffusion":
         precision, recall = metrics_module.guided_diffusion_precision_recall(real, generated, k)
     else:
         dtype: Literal["float16", "float32"] = "float16" if convention == "sid" else "float32"
         precision, recall = metrics_module.precision_recall(real, generated, k, precision=dtype)
-    by = f" {label}" if "@" in metric else ""
     return {f"precision{by}": precision, f"recall{by}": recall}
 
 

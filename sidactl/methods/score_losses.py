@@ -3,7 +3,7 @@
 Common shapes: images and noise [B, C, H, W] in [-1, 1] or unit normal, sigma [B, 1, 1, 1], labels one-hot [B, K],
 logits maps [B, 1, r, r]. A loss per pixel is [B, C, H, W], a loss per image [B, 1, 1, 1]. Nothing is masked: a sample
 that is not finite gives losses that are not finite, and the trainer skips that update (the published code drops such
-samples; tests/test_losses.py shows that all others are equal).
+samples; tests/methods/test_losses.py shows that all others are equal).
 """
 
 from typing import NamedTuple
