@@ -20,11 +20,15 @@ Resample = Literal["up", "down"]
 
 
 def normalize(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """x / (1e-4 + RMS of x over `dim`), in the type of x; the RMS is taken in float32."""
-    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
+    """x / (1e-4 + RMS of x over `dim`), in the type of x; the RMS is taken in float32, or float64 of that."""
+    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=_wide(x))
     count = math.prod(x.shape[d] for d in ((dim,) if isinstance(dim, int) else dim))
     rms = norm * math.sqrt(1 / count)
     return x.div((rms + 1e-4).to(x.dtype))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def mp_silu(x: Tensor) -> Tensor:
@@ -84,8 +88,8 @@ class MPConv(nn.Module):
         self.kernel = kernel
 
     def normalized(self) -> Tensor:
-        """The weights in float32, each output's row with unit RMS."""
-        return normalize(self.weight.to(torch.float32), dim=tuple(range(1, self.weight.ndim)))
+        """The weights in float32, or float64 of that, each output's row with unit RMS."""
+        return normalize(self.weight.to(_wide(self.weight)), dim=tuple(range(1, self.weight.ndim)))
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
         weight = (self.normalized() * (gain / math.sqrt(self.weight[0].numel()))).to(x.dtype)
@@ -164,7 +168,7 @@ class Block(nn.Module):
     def _attend(self, x: Tensor) -> Tensor:
         # qkv channels are ordered (head, channel, {q, k, v}), the last fastest.
         qkv = self.attn_qkv(x).reshape(x.shape[0], self.num_heads, -1, 3, x.shape[2] * x.shape[3])
-        q, k, v = normalize(qkv, dim=2).transpose(2, 4).unbind(3)
+        q, k, v = normalize(qkv, dim=2).permute(3, 0, 1, 4, 2).contiguous()  # as fused kernels want them
         return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(x.shape)
 
 
