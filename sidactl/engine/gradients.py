@@ -11,6 +11,7 @@ from sidactl.engine.configure import is_compiled
 from sidactl.engine.ranks import all_reduce_sum, rank_and_size
 from sidactl.engine.sharding import is_sharded, local
 from sidactl.nets import Preconditioned
+from sidactl.nets.edm2 import MPConv
 
 
 class GradientSum:
@@ -18,7 +19,8 @@ class GradientSum:
 
     It adds in float64: Adam without momentum makes steps as large out of small gradients as out of large ones, so that
     sums which differ in their last bit, as those of other orders do, would lead to another run within a few steps.
-    Of what is sharded FSDP2 adds up the rest, in the same way.
+    Of what is sharded FSDP2 adds up the rest, in the same way. Of weights that are held normalised (`edm2.holding`) the
+    gradients with respect to what is held are summed, and then go back through the normalisation once.
 
     loss_scale: a power of two, on the net's device, that losses are multiplied by and the sums divided by, so that the
     small gradients of a loss divided by a large batch are numbers of float16; exact in every other type.
@@ -30,6 +32,9 @@ class GradientSum:
         self._sharded = [p for p in trained if is_sharded(p)]
         self._is_needed = num_passes > 1 or rank_and_size()[1] > 1
         self._loss_scale = loss_scale
+        held = {m.weight: m for m in net.modules() if isinstance(m, MPConv) and m.held is not None}
+        self._normalizers = {p: held[p] for p in self._parameters if p in held}
+        self._leaves = [cast(Tensor, held[p].held) if p in held else p for p in self._parameters]
         self._sums: dict[nn.Parameter, Tensor] = {}
 
     def scaled(self, loss: Tensor) -> Tensor:
@@ -44,7 +49,7 @@ class GradientSum:
         if gradient is None:
             output = self.scaled(output)
         if not self._sharded:
-            return torch.autograd.grad(output, self._parameters, gradient, allow_unused=True)
+            return torch.autograd.grad(output, self._leaves, gradient, allow_unused=True)
         torch.autograd.backward(output, gradient)
         gradients = [p.grad for p in self._parameters]
         for parameter in self._parameters:
@@ -56,8 +61,10 @@ class GradientSum:
         for parameter, value in zip(self._parameters, gradients, strict=True):
             if value is None:
                 continue
+            if not self._is_needed and parameter in self._normalizers:
+                value = self._normalizers[parameter].gradient(value)
             if value.stride() != parameter.stride():  # the fused optimiser takes both for laid out alike
-                value = torch.empty_like(parameter).copy_(value)
+                value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
             if not self._is_needed:
                 parameter.grad = value
             elif parameter in self._sums:
@@ -79,6 +86,8 @@ class GradientSum:
             values = all_reduce_sum(values)
             if self._loss_scale is not None:
                 values /= self._loss_scale
+            if parameter in self._normalizers:
+                values = self._normalizers[parameter].gradient(values)
             parameter.grad = values.to(parameter.dtype)
 
 

@@ -165,7 +165,7 @@ class UNetBlock(nn.Module):
     def _attend(self, x: Tensor) -> Tensor:
         # qkv channels are ordered (head, channel, {q, k, v}), the last fastest.
         qkv = self.qkv(x).reshape(x.shape[0], self.num_heads, -1, 3, x.shape[2] * x.shape[3])
-        q, k, v = qkv.transpose(2, 4).unbind(3)
+        q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()  # fused kernels want a token's channels side by side
         return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(x.shape)
 
 

@@ -7,7 +7,9 @@ the trainer calls (`force_normalize_`), not something that a forward pass does.
 
 import dataclasses
 import math
-from typing import Literal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +22,15 @@ Resample = Literal["up", "down"]
 
 
 def normalize(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """x / (1e-4 + RMS of x over `dim`), in the type of x; the RMS is taken in float32."""
-    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
+    """x / (1e-4 + RMS of x over `dim`), in the type of x; the RMS is taken in float32, or float64 of that."""
+    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=_wide(x))
     count = math.prod(x.shape[d] for d in ((dim,) if isinstance(dim, int) else dim))
     rms = norm * math.sqrt(1 / count)
     return x.div((rms + 1e-4).to(x.dtype))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def mp_silu(x: Tensor) -> Tensor:
@@ -73,23 +79,67 @@ class MPFourier(nn.Module):
 
 
 class MPConv(nn.Module):
-    """Convolution (kernel 0: linear map) without bias, whose output has the magnitude of its input times `gain`.
+    """Convolution (kernel 0: linear map) without bias, whose output has the magnitude of its input times a gain.
 
     The weights of one output have unit RMS once normalised, and are divided by sqrt(fan-in). Source: EDM2, eq. 47.
     """
 
-    def __init__(self, num_in: int, num_out: int, kernel: int = 0) -> None:
+    def __init__(self, num_in: int, num_out: int, kernel: int = 0, *, has_gain: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(num_out, num_in, *[kernel] * (2 if kernel else 0)))
-        self.kernel = kernel
+        self.kernel, self.has_gain = kernel, has_gain
+        self.held: Tensor | None = None
+        """what `prepared` gave, while many passes take it; see `holding`"""
 
     def normalized(self) -> Tensor:
-        """The weights in float32, each output's row with unit RMS."""
-        return normalize(self.weight.to(torch.float32), dim=tuple(range(1, self.weight.ndim)))
+        """The weights in float32, or float64 of that, each output's row with unit RMS."""
+        return normalize(self.weight.to(_wide(self.weight)), dim=tuple(range(1, self.weight.ndim)))
 
-    def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
-        weight = (self.normalized() * (gain / math.sqrt(self.weight[0].numel()))).to(x.dtype)
+    def prepared(self, dtype: torch.dtype) -> Tensor:
+        """All of the effective weights that inputs do not change: normalised; without a gain scaled and cast, too."""
+        return self.normalized() if self.has_gain else self._scaled(self.normalized(), 1.0, dtype)
+
+    def forward(self, x: Tensor, gain: Tensor | float | None = None) -> Tensor:
+        weight = self.prepared(x.dtype) if self.held is None else self.held
+        assert (gain is not None) == self.has_gain
+        if gain is not None:
+            weight = self._scaled(weight, gain, x.dtype)
         return F.conv2d(x, weight, padding=self.kernel // 2) if self.kernel else F.linear(x, weight)
+
+    def gradient(self, of_held: Tensor) -> Tensor:
+        """The gradient at the weights, in the type of that at `held`, or wider, by one way back through `prepared`."""
+        with torch.enable_grad():
+            weight = self.weight.detach().to(torch.promote_types(of_held.dtype, self.weight.dtype)).requires_grad_()
+            given = normalize(weight, dim=tuple(range(1, weight.ndim)))
+            given = given if self.has_gain else self._scaled(given, 1.0, of_held.dtype)
+            return torch.autograd.grad(given, weight, of_held)[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "held": None}  # a copy has weights of its own
+
+    def _scaled(self, weight: Tensor, gain: Tensor | float, dtype: torch.dtype) -> Tensor:
+        return (weight * (gain / math.sqrt(self.weight[0].numel()))).to(dtype)
+
+
+@contextmanager
+def holding(net: Preconditioned, *, trains: bool = False) -> Iterator[None]:
+    """Within the block the net's weights, which do not change in it, are normalised once instead of in every pass.
+
+    Gradients end at what is held (`trains`), and `MPConv.gradient` brings their sum to the weights. What is held
+    already stays so, and nets that normalise nothing are left alone.
+    """
+    taken = [m for m in net.modules() if isinstance(m, MPConv) and m.held is None]
+    try:
+        for module in taken:
+            # The embedding is float32 whatever the type of activations, and with it all that is no convolution.
+            dtype = net.compute_dtype if module.kernel else _wide(module.weight)
+            with torch.no_grad():
+                module.held = module.prepared(dtype)
+            module.held.requires_grad_(trains)
+        yield
+    finally:
+        for module in taken:
+            module.held = None
 
 
 @torch.no_grad()
@@ -136,7 +186,7 @@ class Block(nn.Module):
         self.num_heads = num_out // spec.channels_per_head if attention else 0
         self.emb_gain = nn.Parameter(torch.zeros([]))
         self.conv_res0 = MPConv(num_out if side == "encoder" else num_in, num_out, 3)
-        self.emb_linear = MPConv(emb_channels, num_out)
+        self.emb_linear = MPConv(emb_channels, num_out, has_gain=True)
         self.conv_res1 = MPConv(num_out, num_out, 3)
         self.conv_skip = MPConv(num_in, num_out, 1) if num_in != num_out else None
         if self.num_heads:
@@ -164,7 +214,7 @@ class Block(nn.Module):
     def _attend(self, x: Tensor) -> Tensor:
         # qkv channels are ordered (head, channel, {q, k, v}), the last fastest.
         qkv = self.attn_qkv(x).reshape(x.shape[0], self.num_heads, -1, 3, x.shape[2] * x.shape[3])
-        q, k, v = normalize(qkv, dim=2).transpose(2, 4).unbind(3)
+        q, k, v = normalize(qkv, dim=2).permute(3, 0, 1, 4, 2).contiguous()  # as fused kernels want them
         return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(x.shape)
 
 
@@ -225,7 +275,7 @@ class EDM2UNet(nn.Module):
                 num_in = channels + skips.pop()
                 self.dec[f"{res}x{res}_block{index}"] = block(num_in, width, "decoder", attention=attention)
                 channels = width
-        self.out_conv = MPConv(channels, spec.img_channels, 3)
+        self.out_conv = MPConv(channels, spec.img_channels, 3, has_gain=True)
 
     def encode(self, x: Tensor, c_noise: Tensor, labels: Tensor | None, augment_labels: Tensor | None) -> Encoded:
         """The encoder half."""

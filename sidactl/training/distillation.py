@@ -1,8 +1,8 @@
 """The alternating updates of distillation. The loop around the steps is in loop.py."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -14,7 +14,7 @@ from sidactl.engine import configure, ranks, sharding, threads
 from sidactl.engine import gradients as engine_gradients
 from sidactl.methods.base import Losses, Nets, Turn
 from sidactl.nets import Preconditioned
-from sidactl.nets.edm2 import drop_logvar_, force_normalize_
+from sidactl.nets.edm2 import drop_logvar_, force_normalize_, holding
 from sidactl.recipes import Execution, Recipe
 from sidactl.scopes import scope
 from sidactl.training.batches import MicroBatch, MicroBatches
@@ -64,6 +64,11 @@ class Distillation:
         configure.configure_for_training(recipe, execution, self.teacher, self.fake_score, self.generator, self.ema)
         if execution.shard:
             sharding.shard_parts_(self.method)
+        # FSDP2 gathers weights for each pass, so that holding them normalised would hold all of them whole.
+        self._holds = not execution.shard
+        self._forever = ExitStack()
+        if self._holds and self.teacher is not self.fake_score:
+            self._forever.enter_context(holding(self.teacher))
         self.passes = configure.passes_of(recipe, execution)
         # Passes of a small net take a core each. Dropout's masks come of one generator, and FSDP2 counts its passes.
         alone = not threads.is_small(self.teacher) or recipe.dropout > 0 or execution.shard
@@ -118,12 +123,14 @@ class Distillation:
         losses: Losses = {}
         for turn in turns if shared is not None else ():  # the first update has the generator in training mode, too
             self._normalize(turn)
-        for turn in turns[self.so_far.turns :]:
-            self._normalize(turn)
-            # The images that a generator stepped since then had handed on cannot be had again.
-            is_last_chance = shared is not None and self.so_far.turns and turn == "fake_score"
-            losses |= self._update(turn, shared, None if is_last_chance else should_stop)
-            self.so_far.turns += 1
+        # Shared images come of what the generator holds in the first update, and their gradient goes back to that.
+        with self._holding(self.generator, trains=True) if shared is not None else nullcontext():
+            for turn in turns[self.so_far.turns :]:
+                self._normalize(turn)
+                # The images that a generator stepped since then had handed on cannot be had again.
+                is_last_chance = shared is not None and self.so_far.turns and turn == "fake_score"
+                losses |= self._update(turn, shared, None if is_last_chance else should_stop)
+                self.so_far.turns += 1
         self.so_far = StepSoFar()
         self._average()
         self.nimg += self.recipe.batch_size
@@ -155,8 +162,7 @@ class Distillation:
 
         Raises StoppedError where should_stop() is true between passes.
         """
-        side, nets = self.sides[turn], self._nets(turn, shared)
-        total, found = side.gradient_sum(len(passes)), list[Losses]()
+        side, nets, found = self.sides[turn], self._nets(turn, shared), list[Losses]()
 
         def gradients_of(rounds: Rounds) -> tuple[Losses, Sequence[Tensor | None]]:
             side.sync_gradients(rounds is passes[-1])
@@ -175,7 +181,13 @@ class Distillation:
             with scope("generator backward"):
                 return losses, total.of(images, total.scaled(gradient))
 
-        with engine_gradients.without_weight_gradients(self.fake_score) if turn == "generator" else nullcontext():
+        goes_back = turn == "generator"
+        with (
+            engine_gradients.without_weight_gradients(self.fake_score) if goes_back else nullcontext(),
+            self._holding(self.generator, trains=goes_back),
+            self._holding(self.fake_score, trains=not goes_back),
+        ):
+            total = side.gradient_sum(len(passes))
             for losses, gradients in threads.map_ordered(gradients_of, passes, self.num_threads):
                 total.add(gradients)
                 found.append({name: value.detach() for name, value in losses.items()})
@@ -189,6 +201,12 @@ class Distillation:
     def _stops(self, should_stop: Callable[[], bool]) -> bool:
         """Between passes each process asks for itself, but that passes of what is sharded need all of them."""
         return ranks.any_rank(should_stop()) if self._is_sharded else should_stop()
+
+    @contextmanager
+    def _holding(self, net: Preconditioned, *, trains: bool) -> Iterator[None]:
+        """Within the block EDM2's weights are normalised once; see `edm2.holding`."""
+        with holding(net, trains=trains) if self._holds else nullcontext():
+            yield
 
     def _nets(self, turn: Turn, shared: Shared | None) -> Nets:
         """The networks; in training mode is what the update steps, and the generator where both take its images."""
@@ -243,7 +261,8 @@ class Distillation:
             batch = self._batch("generator", rounds)
             return self.method.measure(nets, batch, self._generate(batch), self.nimg)
 
-        found = list(threads.map_ordered(of_pass, self.passes, self.num_threads))
+        with self._holding(self.generator, trains=True), self._holding(self.fake_score, trains=False):
+            found = list(threads.map_ordered(of_pass, self.passes, self.num_threads))
         each = {name: torch.stack([sums[name] for sums in found]) for name in self.method.statistics}
         return {name: ranks.all_reduce_sum(sums.sum(dim=0, dtype=torch.float64)) for name, sums in each.items()}
 

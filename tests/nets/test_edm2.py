@@ -218,7 +218,7 @@ def test_layers_preserve_magnitude() -> None:
 
 def test_effective_weight_ignores_the_scale_of_the_stored_weight() -> None:
     torch.manual_seed(0)
-    layer, x = MPConv(16, 8, 3), torch.randn(2, 16, 4, 4)
+    layer, x = MPConv(16, 8, 3, has_gain=True), torch.randn(2, 16, 4, 4)
     with torch.no_grad():
         before = layer(x, gain=2.0)
         layer.weight.mul_(1e3)
