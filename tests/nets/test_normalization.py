@@ -13,7 +13,7 @@ from sidactl.engine.gradients import GradientSum
 from sidactl.nets import edm2
 from sidactl.recipes import Execution
 from sidactl.training import distillation as training_distillation
-from tests.test_trainer import TINY_EDM2, distillation, gradients_of, weights
+from tests.worlds import TINY_EDM2, distillation, gradients_of, weights
 
 
 class Wide(torch.nn.Module):
