@@ -93,9 +93,9 @@ def recipe_for(teacher_name: str, mode: Mode, net: NetSpec | None = None, num_pa
     small, near = TEACHERS["tiny-digits"].recipes[mode], "edm2-xs" if is_edm2 else "edm-cifar10-uncond"
     large = TEACHERS[near].recipes[mode]
     if is_edm2:
-        part = small.adversarial and replace(small.adversarial, discriminator_scale=100.0)
+        adversarial = small.adversarial and replace(small.adversarial, discriminator_scale=100.0)
         lrs = 10 * small.fake_score_lr, 10 * small.generator_lr
-        small = replace(small, adversarial=part, fake_score_lr=lrs[0], generator_lr=lrs[1])
+        small = replace(small, adversarial=adversarial, fake_score_lr=lrs[0], generator_lr=lrs[1])
     smallest, largest = NUM_PARAMETERS["tiny-digits"], NUM_PARAMETERS[near]
     share = min(max(math.log(num_parameters / smallest) / math.log(largest / smallest), 0.0), 1.0)
 
@@ -106,10 +106,10 @@ def recipe_for(teacher_name: str, mode: Mode, net: NetSpec | None = None, num_pa
         return round(between(low, high))
 
     batch_size = 1 << round(math.log2(between(small.batch_size, large.batch_size)))
-    part = small.adversarial
-    if part and large.adversarial:
-        low, high = part, large.adversarial
-        part = replace(
+    adversarial = small.adversarial
+    if adversarial and large.adversarial:
+        low, high = adversarial, large.adversarial
+        adversarial = replace(
             high,
             lambda_adv=between(low.lambda_adv, high.lambda_adv),
             discriminator_scale=between(low.discriminator_scale, high.discriminator_scale),
@@ -127,7 +127,7 @@ def recipe_for(teacher_name: str, mode: Mode, net: NetSpec | None = None, num_pa
         ema_halflife_nimg=images(small.ema_halflife_nimg, large.ema_halflife_nimg),
         ema_rampup_ratio=between(small.ema_rampup_ratio or 1.0, large.ema_rampup_ratio or 1.0),
         generator_from_nimg=images(small.generator_from_nimg or 1, large.generator_from_nimg or 100_000),
-        adversarial=part,
+        adversarial=adversarial,
         augment_p=0.0,
         dropout=0.0,
         precision=large.precision if share >= 0.5 else "fp32",

@@ -66,7 +66,7 @@ def root(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits with its code: 0 done, 1 failed, 2 wrong usage or input, 130 interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in given  # an option of every command, as it is added to one that has failed
+    debug = "--debug" in given  # accepted anywhere: people append it to the command that just failed
     given = [word for word in given if word != "--debug"]
     console.mend_streams()
     # Training has handlers of its own; everything else ends on SIGTERM as it does on Ctrl-C.

@@ -195,7 +195,7 @@ def _distill(
         return
     made = keep(store, wanted, drawn, scoring.detector, of_teacher, is_published=scoring.teacher == "published")
     name_run(store, wanted, made, say or (lambda line: None))
-    # The best comes last: once it is there, the question is answered.
+    # `best` is recorded last: its presence is what marks the run as finished.
     for which, artifact in made.items():
         questions[which].record(artifact)
 

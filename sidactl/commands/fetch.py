@@ -47,7 +47,7 @@ def fetch_teacher(
     force: bool = False,
     recheck: bool = False,
     is_inner: bool = False,
-    progress: download.Progress | None = None,
+    progress: download.OnCount | None = None,
     say: download.OnLine = download.to_stderr,
 ) -> Artifact:
     """The teacher or generator artifact of a catalog name, a URL, or a file (.pkl as published, .safetensors as ours).
@@ -78,7 +78,7 @@ def fetch_teacher(
     called = entry.name if entry else name or name_of_file(source)
     suffix = suffix_of(url or source)
     what = url or source_identity(store, source, recheck=force or recheck)
-    # What it was first imported as answers for the source itself, so that only a new source is downloaded.
+    # Two questions: `first`, of the source alone, avoids a second download; `question` also has kind and dataset.
     question = Question(
         store=store,
         command="fetch-teacher",
@@ -311,7 +311,7 @@ def fetch_detector(
     name: str,
     *,
     run: RunDir = None,
-    progress: download.Progress | None = None,
+    progress: download.OnCount | None = None,
     offline: bool = False,
     mirror: str | None = None,
     max_bytes: int | None = None,

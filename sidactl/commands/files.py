@@ -76,7 +76,7 @@ def downloaded(
     offline: bool,
     mirror: str | None,
     max_bytes: int | None,
-    progress: download.Progress | None,
+    progress: download.OnCount | None,
     say: download.OnLine,
 ) -> str:
     file = entry.source if entry and entry.source else catalog.Download(url=url)
@@ -119,7 +119,7 @@ def fetched_file(
     source: str,
     what: str,
     entry: catalog.Entry | None = None,
-    progress: download.Progress | None = None,
+    progress: download.OnCount | None = None,
     offline: bool = False,
     mirror: str | None = None,
     max_bytes: int | None = None,

@@ -80,8 +80,8 @@ class Question:
     def working(self) -> Iterator[LiveDir]:
         """Its live directory, which an interruption leaves for the next time and success empties.
 
-        Says which other work does not go on. To answer anew (--force) has a place of its own, so that a forced run goes
-        on, too, and the old answer stays until then.
+        Says which other work does not go on. --force works in a second live directory, so that a forced run resumes,
+        too, and the old answer stays until then.
         """
         assert self.task
         store, known = self.store, self.store.asked(self.key)

@@ -28,7 +28,7 @@ def fetch_vae(
     offline: bool = False,
     mirror: str | None = None,
     recheck: bool = False,
-    progress: download.Progress | None = None,
+    progress: download.OnCount | None = None,
 ) -> Artifact:
     """The artifact of a VAE: of a folder in diffusers' layout, of OWNER/NAME in the hub, or one that is there already.
 

@@ -195,7 +195,7 @@ class ZipArchive:
         last, seen = "", None
         try:
             self._fd = self._open()
-            # Mapped for this alone: pages of a map that was read all over would count as this process's memory.
+            # Unmapped after parsing the directory: pages touched through a long-lived map count as our memory.
             with mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ) as data:
                 self._shift = _span(data).shift
                 for member, alike in _directory(data):

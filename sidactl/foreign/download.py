@@ -21,7 +21,7 @@ from sidactl.errors import EXIT_FAILED, NO_LOCKS, MissingError, SidaError
 from sidactl.foreign.http import Body, answered, check_url, reason_of, request
 from sidactl.text import visible
 
-Progress = Callable[[int, int], None]
+OnCount = Callable[[int, int], None]
 """called with (bytes done, bytes in all); the latter is 0 where the server does not tell"""
 
 OnLine = Callable[[str], None]
@@ -53,7 +53,7 @@ def fetch(
     max_bytes: int | None = None,
     offline: bool = False,
     mirror: str | None = None,
-    progress: Progress | None = None,
+    progress: OnCount | None = None,
     say: OnLine = to_stderr,
 ) -> str:
     """Puts the file at `url` (http, https or file) at `destination`, whole, and returns its SHA-256.
@@ -153,7 +153,7 @@ def _complete(
     sha256: str | None,
     size_bytes: int | None,
     max_bytes: int | None,
-    progress: Progress | None,
+    progress: OnCount | None,
     say: OnLine,
 ) -> str | None:
     """Brings the partial file to its end; returns the digest that the server announced, if any."""
@@ -216,7 +216,7 @@ def _too_large(what: str, place: str, size: str, limit: int) -> SidaError:
     )
 
 
-def _append(partial: Path, body: Body, limit: int, progress: Progress | None) -> tuple[int, str | None]:
+def _append(partial: Path, body: Body, limit: int, progress: OnCount | None) -> tuple[int, str | None]:
     """Adds what comes, up to `limit` bytes in all; returns how many came, at most one more, and why it broke, if so."""
     size = body.start
     with partial.open("ab") as file:

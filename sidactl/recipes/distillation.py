@@ -114,7 +114,7 @@ class Recipe(JsonFields):
 
     @property
     def joins_micro_batches(self) -> bool:
-        """Whether a pass may hold several: not with dropout and augmentation, which depend on all of a pass."""
+        """Whether micro-batches may share a pass. Not with dropout or augmentation: draws depend on which images do."""
         return not self.dropout and not self.augment_p
 
     def __post_init__(self) -> None:
@@ -153,12 +153,13 @@ class Recipe(JsonFields):
             counts = {name: getattr(value, name) for name in names}
             return {name: n and max(round(n * ratio), 1) for name, n in counts.items()}
 
-        part = self.adversarial
+        adversarial = self.adversarial
         names = ("generator_from_nimg", "ema_halflife_nimg", "evaluate_every_nimg", "checkpoint_every_nimg")
         return dataclasses.replace(
             changed,
             **scaled(self, *names),
-            adversarial=part and dataclasses.replace(part, **scaled(part, "adversarial_from_nimg")),
+            adversarial=adversarial
+            and dataclasses.replace(adversarial, **scaled(adversarial, "adversarial_from_nimg")),
         )
 
     def trains_generator(self, nimg: int) -> bool:
@@ -246,10 +247,10 @@ def override(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
                 f"{name} belongs to the adversarial loss, which mode {recipe.mode} does not have",
                 "Use --mode sida, or leave it out.",
             )
-    part = recipe.adversarial
-    if part is not None:
-        part = dataclasses.replace(part, **{k: v for k, v in overrides.items() if k in adversarial})
+    changed_part = recipe.adversarial
+    if changed_part is not None:
+        changed_part = dataclasses.replace(changed_part, **{k: v for k, v in overrides.items() if k in adversarial})
     changed = {k: v for k, v in overrides.items() if k in own}
     if (precision := changed.get("precision", recipe.precision)) != recipe.precision and "adam_eps" not in changed:
         changed["adam_eps"] = 1e-6 if precision == "fp16" else 1e-8
-    return dataclasses.replace(recipe, **({"adversarial": part} | changed))
+    return dataclasses.replace(recipe, **({"adversarial": changed_part} | changed))

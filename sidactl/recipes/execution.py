@@ -53,7 +53,7 @@ class SamplingForm(JsonFields):
         return " ".join(filter(None, words))
 
     def of_images(self) -> dict[str, str]:
-        """What of it shapes images, for the question that they answer: a precision that is not float32's.
+        """The part that changes the images, and so enters the question's key: the precision, unless it is float32.
 
         Raises SidaError for TF32, a setting of the device, which would reach the detector, too.
         """

@@ -70,7 +70,7 @@ class Distillation:
         if self._holds and self.teacher is not self.fake_score:
             self._forever.enter_context(holding(self.teacher))
         self.passes = configure.passes_of(recipe, execution)
-        # Passes of a small net take a core each. Dropout's masks come of one generator, and FSDP2 counts its passes.
+        # A small net runs one pass per core; not with dropout (one global generator) nor FSDP2 (passes in turn).
         alone = not threads.is_small(self.teacher) or recipe.dropout > 0 or execution.shard
         self.num_threads = 1 if alone else torch.get_num_threads()
         self._batches, self._augmented = batches, augmentation(recipe.augment_p, teacher.spec)

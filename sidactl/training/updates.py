@@ -216,7 +216,7 @@ class Side:
             module.train(mode)
 
     def normalize(self) -> None:
-        """Forced normalisation, where the recipe has it: once a step, so that the number of passes leaves no trace."""
+        """Forced normalisation: once per step, not per pass, since results must not depend on the number of passes."""
         for module in self.modules.values() if self._normalizes else ():
             force_normalize_(module)
 
