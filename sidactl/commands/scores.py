@@ -94,8 +94,8 @@ class ScoreOptions(TypedDict, total=False):
     steps, sampler, heun: how a generator or teacher is sampled where it is not by its own sampler, as in `sample`.
     vae: what decodes the latents of a generator or teacher, as in `sample`.
     setting: of the arithmetic of a generator or teacher, float32 by default; that of detectors is always float32.
-    detector: inception, dinov2, tiny-digits, random-features (built in, for any images), or a file: Inception in
-        TorchScript, or a state dict of Inception's.
+    detector: inception, dinov2, efficientnet-lite0, tiny-digits, tiny-digits-ssl, random-features (built in, for any
+        images), timm:NAME, or a file: Inception in TorchScript, or a state dict of Inception's.
     trust_code: run a TorchScript detector that is not the published one: a program, which can do all that you can.
     resize: of dinov2: torch, as in the published statistics, or pil.
     convention: whose arithmetic: edm (N - 1 in covariances, float32 distances), sid (N for generated images, float16
