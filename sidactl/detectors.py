@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sidactl.catalog import ASSETS, digest_of_code
+from sidactl.catalog import ASSETS, DETECTORS, TIMM, digest_of_code, timm_name
 from sidactl.engine.devices import keep_memory
 from sidactl.engine.threads import one_thread_if
 from sidactl.errors import SidaError
-from sidactl.nets import check_values, inception, vit
+from sidactl.foreign import timm_models
+from sidactl.nets import check_values, efficientnet, inception, vit
 from sidactl.nets.digits import DigitsClassifier
+from sidactl.nets.digits_ssl import DigitsEncoder
+from sidactl.nets.preparation import Preparation
 from sidactl.nets.random_features import RANDOM_FEATURES, RandomFeatures
 
 Resize = Literal["torch", "pil"]
@@ -29,10 +32,10 @@ RESIZES: tuple[Resize, ...] = ("torch", "pil")
 
 BUILT_IN = "tiny-digits"
 
-SMALL = (BUILT_IN, RANDOM_FEATURES)
+SMALL = (BUILT_IN, RANDOM_FEATURES, "tiny-digits-ssl")
 """what needs no download"""
 
-NAMES = (*SMALL, "inception", "dinov2")
+NAMES = (*SMALL, "inception", "dinov2", "efficientnet-lite0")
 
 IMAGES_AT_ONCE = 64
 """images that a large network sees at a time"""
@@ -132,24 +135,29 @@ def load(
     *,
     device: torch.device | str = "cpu",
     resize: Resize = "torch",
+    preparation: Preparation | None = None,
 ) -> Detector:
-    """The detector `inception` (FID) or `dinov2` (FD-DINOv2) with the weights of `state_dict`, or a built-in one.
+    """The detector of this name with the weights of `state_dict`; those that are built in need none.
 
-    `tiny-digits` and `random-features` (any images) need no weights. resize: of dinov2; "torch" is behind the published
-    statistics, "pil" rounds and clips as dgm-eval does. Raises SidaError for a name that is not known, and for weights
-    that do not fit.
+    `inception` gives FID, `dinov2` FD-DINOv2. Built in are `tiny-digits` and `tiny-digits-ssl`, of 8x8 digits, and
+    `random-features`, of any images. resize: of dinov2; "torch" is behind the published statistics, "pil" rounds and
+    clips as dgm-eval does. preparation: of a network of timm's, timm:NAME. Raises SidaError for a name that is not
+    known, and for weights that do not fit.
     """
-    if name not in NAMES:
-        raise SidaError(f"unknown detector {name!r}", f"Use one of {', '.join(NAMES)}, or a TorchScript file.")
+    if name not in NAMES and not timm_name(name):
+        hint = f"Use one of {', '.join(NAMES)}, {TIMM}NAME, or a TorchScript file."
+        raise SidaError(f"unknown detector {name!r}", hint)
     if resize not in RESIZES:
         raise SidaError(f"the resize must be one of {', '.join(RESIZES)}, got {resize!r}", "Pass --resize torch.")
     if state_dict is None:
         if name not in SMALL:
             raise SidaError(f"detector {name} does not ship with its weights, got none", "Pass its state_dict.")
-        asset = ASSETS / "tiny-digits-detector.safetensors"
-        state_dict = RandomFeatures.drawn() if name == RANDOM_FEATURES else safetensors.torch.load_file(asset)
+        asset = DETECTORS[name].asset
+        state_dict = safetensors.torch.load_file(ASSETS / asset) if asset else RandomFeatures.drawn()
     check_values({k: v for k, v in state_dict.items() if not k.endswith(".num_batches_tracked")})
-    resized = f"-{resize}" if name == "dinov2" else ""
+    if name == "efficientnet-lite0":
+        preparation = efficientnet.PREPARATION
+    resized = f"-{resize}" if name == "dinov2" else f"-{preparation.label}" if preparation else ""
     identity, chosen = f"{name}@{weights_digest(state_dict)[:16]}{resized}-fp32", torch.device(device)
     if name == BUILT_IN:
         digits = DigitsClassifier()
@@ -157,12 +165,25 @@ def load(
         return _digits_detector(digits.to(chosen).eval(), identity, chosen)
     if name == RANDOM_FEATURES:
         return _random_detector(state_dict, identity, chosen)
+    if name in SMALL:
+        encoder = DigitsEncoder()
+        encoder.load_state_dict(dict(state_dict))
+        encoder = encoder.to(chosen).eval()
+        width, shape = encoder.NUM_FEATURES, (1, 8, 8)
+        return Detector(name, width, identity, chosen, lambda images: encoder(_signed(images)), shape=shape)
     if name == "inception":
         net = inception.FIDInception()
         inception.load_weights(net, state_dict)
         # Half as fast again in this order of memory.
         net = net.to(chosen).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         return Detector(name, inception.NUM_FEATURES, identity, chosen, net, net.logits)
+    if preparation:
+        of_timm = timm_name(name)
+        prepared = timm_models.network(of_timm) if of_timm else efficientnet.EfficientNetLite0()
+        inception.load_weights(prepared, state_dict)
+        prepared = prepared.to(chosen).eval()
+        width = timm_models.num_features(prepared, preparation) if of_timm else efficientnet.NUM_FEATURES
+        return Detector(name, width, identity, chosen, lambda images: prepared(preparation(images)))
     transformer = vit.VisionTransformer()
     inception.load_weights(transformer, state_dict)
     transformer = transformer.to(chosen).eval()
@@ -177,12 +198,17 @@ def load(
 
 def _digits_detector(net: DigitsClassifier, identity: str, device: torch.device) -> Detector:
     def extract(images: Tensor) -> Tensor:
-        return net.raw_features(images.to(torch.float32) / 127.5 - 1) * net.feature_scale
+        return net.raw_features(_signed(images)) * net.feature_scale
 
     def classify(features: Tensor) -> Tensor:
         return F.linear(features / net.feature_scale, net.classifier.weight)
 
     return Detector(BUILT_IN, 64, identity, device, extract, classify, shape=(1, 8, 8))
+
+
+def _signed(images: Tensor) -> Tensor:
+    """Uint8 images as float32 in [-1, 1]."""
+    return images.to(torch.float32) / 127.5 - 1
 
 
 def _random_detector(state_dict: Mapping[str, Tensor], identity: str, device: torch.device) -> Detector:

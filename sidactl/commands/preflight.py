@@ -16,6 +16,7 @@ from typing import Any, cast
 from sidactl import catalog
 from sidactl.commands import files, moments, resolve, words
 from sidactl.commands import reference as commands_reference
+from sidactl.commands.fetch import detector_file, detector_ref
 from sidactl.commands.vae import check_vae_is_there, refuse_vae_of_pixels, vae_for
 from sidactl.commands.words import NET_FILES, NETS, is_source, require_images, shape_for_nets
 from sidactl.errors import SidaError
@@ -25,7 +26,14 @@ from sidactl.store import Artifact, Store
 
 VAE_BYTES = 335_000_000
 
-_NUM_FEATURES = {"tiny-digits": 64, "random-features": 128, "inception": 2048, "dinov2": 1024}
+_NUM_FEATURES = {
+    "tiny-digits": 64,
+    "tiny-digits-ssl": 64,
+    "random-features": 128,
+    "inception": 2048,
+    "dinov2": 1024,
+    "efficientnet-lite0": 1280,
+}
 
 _HOW = {"dataset": "downloaded and prepared"}
 
@@ -219,10 +227,10 @@ def check_detector(store: Store, name: str, net: NetSpec, compared: Input) -> li
     """Refuses a detector that does not take the generator's images or that the reference is not by; what it needs."""
     channels, size = drawn_by(net)
     drawn = f"the generator draws {channels} channels of {size}x{size}"
-    if name == "tiny-digits" and (size, channels) != (8, 1):
+    if name in moments.OF_TINY_DIGITS and (size, channels) != (8, 1):
         own = default_detector(compared)
-        way = "random-features, or another --ref" if own == "tiny-digits" else own
-        raise SidaError(f"detector tiny-digits needs grey images of 8x8 pixels, {drawn}", f"Pass --detector {way}.")
+        way = "random-features, or another --ref" if own in moments.OF_TINY_DIGITS else own
+        raise SidaError(f"detector {name} needs grey images of 8x8 pixels, {drawn}", f"Pass --detector {way}.")
     if channels not in (1, 3):
         raise SidaError(f"detectors take grey or RGB images, {drawn}", "Pass --no-score.")
     needs: list[Need] = []
@@ -232,9 +240,11 @@ def check_detector(store: Store, name: str, net: NetSpec, compared: Input) -> li
         if moments.is_torchscript(name):
             catalog.digest_of_code(name)
     else:
-        entry = catalog.detector(name)
-        if entry.source and f"detector/{name}" not in store.refs():
-            needs.append(_download(f"detector {name}", entry.source))
+        entry, is_here = catalog.detector(name), f"detector/{detector_ref(name)}" in store.refs()
+        if catalog.timm_name(name) or not is_here:
+            where, _ = detector_file(entry)
+            if where and "://" in where and not is_here:
+                needs.append(_download(f"detector {name}", entry.source or catalog.Download(url=where)))
     _check_statistics(name, compared)
     return needs
 
@@ -250,7 +260,7 @@ def _check_statistics(detector: str, compared: Input) -> None:
         others, called = list(compared.entry.detectors), compared.entry.name
     elif held is None and compared.text.endswith(".npz") and (width := _width(compared.text)):
         if name != "inception" or width != _NUM_FEATURES["inception"]:
-            gives = "" if moments.is_detector_file(detector) else f", {name} gives {_NUM_FEATURES[name]:,}"
+            gives = f", {name} gives {_NUM_FEATURES[name]:,}" if detector in _NUM_FEATURES else ""
             raise SidaError(
                 f"{compared.text} holds statistics of {width:,} features, which are taken for Inception's 2,048{gives}",
                 "Pass another --ref." if width != _NUM_FEATURES["inception"] else "Pass --detector inception.",

@@ -88,9 +88,8 @@ def require_classes(detector: str) -> None:
 
 def has_classes(detector: str) -> bool:
     """Whether it classifies: only the digits' and Inception do; in TorchScript that, too, gives features alone."""
-    return detector not in ("dinov2", "random-features", "inception-torchscript") and not moments.is_torchscript(
-        detector
-    )
+    is_state_dict = moments.is_detector_file(detector) and not moments.is_torchscript(detector)
+    return detector in ("tiny-digits", "inception") or is_state_dict
 
 
 def _weights_digest(store: Store, detector: str) -> Any:
@@ -150,8 +149,13 @@ def load_detector(
         return replace(found, is_published=is_published)
     import safetensors.torch
 
+    from sidactl.nets.preparation import Preparation
+
     weights = safetensors.torch.load(store.read(artifact, "model.safetensors"))
-    return replace(detectors_module.load(name, weights, device=device, resize=resize), is_published=is_published)
+    seen = artifact.params.get("preparation")
+    preparation = Preparation.from_json(seen) if seen else None
+    found = detectors_module.load(name, weights, device=device, resize=resize, preparation=preparation)
+    return replace(found, is_published=is_published)
 
 
 def _is_published(name: str, sha256: str) -> bool:

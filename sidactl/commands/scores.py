@@ -112,8 +112,8 @@ class ScoreOptions(TypedDict, total=False):
     detectors: several of them, a list or a text with commas, for one pass over the images; the first one is the main
         one, of whose numbers some do not bear its name.
     held_out: real images that were not trained on, for fdr and memorisation.
-    detector: inception, dinov2, tiny-digits, random-features (built in, for any images), or a file: Inception in
-        TorchScript, or a state dict of Inception's.
+    detector: inception, dinov2, efficientnet-lite0, tiny-digits, tiny-digits-ssl, random-features (built in, for any
+        images), timm:NAME, or a file: Inception in TorchScript, or a state dict of Inception's.
     trust_code: run a TorchScript detector that is not the published one: a program, which can do all that you can.
     resize: of dinov2: torch, as in the published statistics, or pil.
     convention: whose arithmetic: edm (N - 1 in covariances, float32 distances), sid (N for generated images, float16

@@ -434,7 +434,8 @@ def test_every_network_and_statistic_has_its_own_file_over_https() -> None:
     assert len(set(urls)) == len(urls)
     assert all(url.startswith("https://") for url in urls)
     builtin = [e.name for group in groups for e in group.values() if not e.source]
-    assert builtin == ["tiny-digits", *NO_FILE, "tiny-digits", "random-features"]
+    detectors = ["tiny-digits", "random-features", "tiny-digits-ssl", "efficientnet-lite0"]
+    assert builtin == ["tiny-digits", *NO_FILE, *detectors]
 
 
 def test_known_digests_are_pinned_and_an_uncertain_one_is_marked() -> None:
