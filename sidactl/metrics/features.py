@@ -153,7 +153,7 @@ def as_rows(features: Features, name: str, offset: int = 0) -> Tensor:
         rows = features.detach()
     else:  # torch refuses numpy's negative strides and warns of read-only memory
         rows = torch.from_numpy(np.require(features, requirements=["C", "W"]))
-    if rows.ndim != 2:
+    if rows.ndim != 2 or not rows.shape[1]:
         raise SidaError(f"{name} must be a matrix [N, F], got shape {list(rows.shape)}", "Make each item one row.")
     # Both extremes are NaN in a row that holds one; this needs no mask as large as the matrix.
     low, high = rows.aminmax(dim=1)
@@ -161,6 +161,34 @@ def as_rows(features: Features, name: str, offset: int = 0) -> Tensor:
     if len(bad):
         raise SidaError(f"{name} must be finite, row {offset + int(bad[0])} is not", "Look at the image behind it.")
     return rows
+
+
+def as_sets(**sets: Features) -> list[Tensor]:
+    """Each of the named sets as `as_rows`, on the device of the first; SidaError where their dimensions differ."""
+    named = {name.replace("_", "-"): features for name, features in sets.items()}
+    rows = [as_rows(features, f"{name} features") for name, features in named.items()]
+    first = next(iter(named))
+    for name, others in list(zip(named, rows, strict=True))[1:]:
+        check_same_dimension(f"{first} and {name} features", rows[0].shape[1], others.shape[1])
+    return [each.to(rows[0].device) for each in rows]
+
+
+def check_number(least: int, **sets: Tensor) -> None:
+    for name, rows in sets.items():
+        if len(rows) < least:
+            raise SidaError(
+                f"{name.replace('_', '-')} features must number >= {least}, got {len(rows)}", "Score more images."
+            )
+
+
+def mean_and_std(rows: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Mean and sample standard deviation of each column of `rows` [N, F], each [F] in float64, N >= 2."""
+    mean, squares = (torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device) for _ in range(2))
+    for i in in_blocks(rows, block):
+        mean += rows[i].to(torch.float64).sum(0) / len(rows)
+    for i in in_blocks(rows, block):
+        squares += (rows[i].to(torch.float64) - mean).square().sum(0)
+    return mean, (squares / (len(rows) - 1)).sqrt()
 
 
 def check_same_dimension(name: str, first: int, second: int) -> None:

@@ -1,5 +1,8 @@
 """The Fréchet distance of two sets of moments: FID, FD-DINOv2 and their like."""
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 import scipy.linalg
 
@@ -50,3 +53,23 @@ def _root(sigma: Array) -> Array:
     root: Array = np.empty_like(factor)
     root[pivots - 1] = np.tril(factor)
     return root[:, :rank]
+
+
+def frechet_ratio(distances: Sequence[tuple[float, float]]) -> float:
+    """FDr: the mean over detectors of a Fréchet distance over that of held-out real images to the same reference.
+
+    `distances` holds a pair (of the generated images, of the held-out ones) for each detector. 1 where the generator is
+    as near to the reference as fresh images are, by numbers of images that must agree; below 1 is no better than 1, it
+    is nearer to the reference than the truth is. Errors: no pair, values that are not finite, a held-out distance that
+    is not positive.
+    """
+    if not distances:
+        raise SidaError("a Fréchet ratio needs >= 1 detector, got none", "Name a detector.")
+    for number, (distance, held_out) in enumerate(distances, 1):
+        if not (math.isfinite(distance) and math.isfinite(held_out) and held_out > 0):
+            raise SidaError(
+                f"Fréchet distances must be finite and that of held-out images positive, got {distance:.3g} and "
+                f"{held_out:.3g} of detector {number}",
+                "Hold out images that are not in the reference.",
+            )
+    return math.fsum(distance / held_out for distance, held_out in distances) / len(distances)

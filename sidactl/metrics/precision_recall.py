@@ -1,14 +1,10 @@
 """Precision and recall by nearest neighbours: fidelity and coverage apart."""
 
-import math
-from collections.abc import Callable
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from sidactl.errors import SidaError
-from sidactl.metrics.features import Features, as_rows, check_same_dimension, in_blocks
+from sidactl.metrics.features import Features, as_sets, in_blocks
+from sidactl.metrics.neighbours import Distance, Precision, check_neighbours, euclidean, radii
 
 
 def precision_recall(
@@ -16,7 +12,7 @@ def precision_recall(
     generated: Features,
     k: int = 3,
     *,
-    precision: Literal["float16", "float32", "float64"] = "float32",
+    precision: Precision = "float32",
     block: int = 4096,
 ) -> tuple[float, float]:
     """(precision, recall): the share of generated points in the real manifold, and of real ones in the generated one.
@@ -28,12 +24,7 @@ def precision_recall(
 
     Source: Improved precision and recall metric (1904.06991), eq. 1-3.
     """
-    dtype = getattr(torch, precision)
-
-    def euclidean(u: Tensor, v: Tensor) -> Tensor:
-        return torch.cdist(u.to(dtype), v.to(dtype), compute_mode="use_mm_for_euclid_dist")
-
-    return _precision_recall(real, generated, k, block, euclidean)
+    return _precision_recall(real, generated, k, block, euclidean(precision))
 
 
 def guided_diffusion_precision_recall(
@@ -58,20 +49,11 @@ def guided_diffusion_precision_recall(
 
 
 def _precision_recall(
-    real: Features, generated: Features, k: int, block: int, distance: Callable[[Tensor, Tensor], Tensor]
+    real: Features, generated: Features, k: int, block: int, distance: Distance
 ) -> tuple[float, float]:
-    reals = as_rows(real, "real features")
-    fakes = as_rows(generated, "generated features").to(reals.device)
-    check_same_dimension("real and generated features", reals.shape[1], fakes.shape[1])
-    if k < 1:
-        raise SidaError(f"k must be >= 1, got {k}", "The published metric uses 3.")
-    for name, rows in (("real", reals), ("generated", fakes)):
-        if len(rows) <= k:
-            raise SidaError(
-                f"{name} features must number >= k + 1 = {k + 1}, got {len(rows)}",
-                "Score more images, or pass a smaller --neighbours.",
-            )
-    real_radii, fake_radii = (_radii(rows, k, block, distance) for rows in (reals, fakes))
+    reals, fakes = as_sets(real=real, generated=generated)
+    check_neighbours(k, 3, real=reals, generated=fakes)
+    real_radii, fake_radii = (radii(rows, k, block, distance) for rows in (reals, fakes))
 
     fake_inside = torch.zeros(len(fakes), dtype=torch.bool, device=reals.device)
     real_inside = torch.zeros(len(reals), dtype=torch.bool, device=reals.device)
@@ -81,18 +63,3 @@ def _precision_recall(
             fake_inside[j] |= (distances <= real_radii[i, None]).any(0)
             real_inside[i] |= (distances <= fake_radii[j]).any(1)
     return int(fake_inside.sum()) / len(fakes), int(real_inside.sum()) / len(reals)
-
-
-def _radii(rows: Tensor, k: int, block: int, distance: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Distance [N] of each of `rows` to its k-th neighbour; each pair of blocks is compared once."""
-    nearest = distance(rows[:1], rows[:1]).new_full((len(rows), k + 1), math.inf)
-    blocks = in_blocks(rows, block)
-    for index, i in enumerate(blocks):
-        for j in blocks[index:]:
-            distances = distance(rows[i], rows[j])
-            for part, columns in ((i, distances), (j, distances.T))[: 1 if i == j else 2]:
-                nearest[part] = torch.cat([nearest[part], columns], 1).topk(k + 1, largest=False).values
-    if not nearest.isfinite().all():
-        dtype = str(nearest.dtype).removeprefix("torch.")
-        raise SidaError(f"feature distances must fit in {dtype}, they overflow", "Use a higher precision.")
-    return nearest[:, k]

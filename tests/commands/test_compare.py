@@ -19,7 +19,7 @@ from sidactl.errors import SidaError
 from sidactl.store import Store
 from tests.conftest import SHORT, Finished, Forbid
 
-FD, BLIND = "FD tiny-digits", "random-features FD"
+FD, BLIND = "FD tiny-digits", "FD tiny-digits-ssl"
 
 
 def row(name: str, values: Mapping[str, list[list[float]]], seen: tuple[str, ...] = ()) -> Row:
@@ -72,7 +72,7 @@ def test_a_generator_beside_its_teacher_draws_the_same_seeds_under_a_blind_detec
     assert generator.updates == finished.best.results["images_seen"] // SHORT["batch_size"]
     assert generator.seconds is not None
     assert FD in generator.seen
-    alone = sidactl.fid("generator/best", num=40, trials=3, detector="random-features", run=finished.root)
+    alone = sidactl.fid("generator/best", num=40, trials=3, detector="tiny-digits-ssl", run=finished.root)
     assert generator.values[BLIND][0] == pytest.approx(list(alone.values[BLIND]), rel=1e-9)
     told = found.to_json()
     assert json.loads(json.dumps(told)) == told
@@ -155,7 +155,7 @@ def test_the_command_prints_a_table_csv_and_markdown_and_draws(
     table = list(csv.DictReader(io.StringIO(printed("--csv"))))
     assert {each["name"] for each in table} == {"generator/best", "generator/last"}
     assert {each[f"{FD} blind"] for each in table} == {"False"}
-    assert printed("--markdown").splitlines()[1].count("---") == 8
+    assert printed("--markdown").splitlines()[1].count("---") == 9
     assert json.loads(printed("--json"))["ordered_by"] == BLIND
 
 
