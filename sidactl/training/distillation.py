@@ -174,6 +174,7 @@ class Distillation:
             for losses, gradients in threads.side_by_side(gradients_of, passes, self.num_threads):
                 total.add(gradients)
                 found.append({name: value.detach() for name, value in losses.items()})
+                del losses, gradients  # or they would be held through the next pass
         return total, {name: torch.stack([losses[name] for losses in found]) for name in found[0]}
 
     @contextmanager
