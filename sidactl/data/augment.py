@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sidactl.errors import SidaError
+from sidactl.nets.constants import constant
 from sidactl.noise import Draws
 from sidactl.recipes import NetSpec
 from sidactl.scopes import scope
@@ -119,7 +120,7 @@ def _rotation(angle: Tensor) -> Tensor:
 def _resample(images: Tensor, linear: Tensor, shift: Tensor) -> Tensor:
     """`images` seen through the maps x -> linear @ x + shift from output to input pixels, filtered against aliasing."""
     channels, height, width = images.shape[1:]
-    size = torch.tensor([width, height], dtype=torch.float32, device=images.device)
+    size = constant((width, height), images.device)
 
     # How far the output's corners reach outside of the input, largest of the batch; the one read-back to the host.
     centre = (size - 1) / 2
@@ -127,9 +128,9 @@ def _resample(images: Tensor, linear: Tensor, shift: Tensor) -> Tensor:
     overshoot = torch.stack([(reach - shift).amax(0), (reach + shift).amax(0)]) + 2 * SUPPORT - centre
     (left, top), (right, bottom) = torch.minimum(overshoot.clamp(min=0), size - 1).ceil().int().tolist()
     images = F.pad(images, (left, right, top, bottom), mode="reflect")
-    shift = shift + torch.tensor([left - right, top - bottom], device=images.device) / 2
+    shift = shift + constant(((left - right) / 2, (top - bottom) / 2), images.device)
 
-    taps = torch.tensor(SYM6, dtype=images.dtype, device=images.device)
+    taps = constant(SYM6, images.device, images.dtype)
     row, column = taps.expand(channels, 1, 1, -1), taps[:, None].expand(channels, 1, -1, 1)
     pad = len(SYM6) // 2 - 1
     images = F.conv_transpose2d(images, row, stride=(1, 2), padding=(0, pad), groups=channels)
@@ -137,7 +138,7 @@ def _resample(images: Tensor, linear: Tensor, shift: Tensor) -> Tensor:
 
     # Twice the resolution, whose pixel centres lie half a pixel off; then the -1 to 1 coordinates of affine_grid.
     shift = 2 * shift - 0.5 + linear.sum(2) / 2
-    size_in = torch.tensor([images.shape[3], images.shape[2]], device=images.device)
+    size_in = constant((images.shape[3], images.shape[2]), images.device)
     size_out = 2 * (size + 2 * SUPPORT)
     linear, shift = linear * size_out / size_in[:, None], 2 * shift / size_in
     shape = (len(images), channels, 2 * (height + 2 * SUPPORT), 2 * (width + 2 * SUPPORT))

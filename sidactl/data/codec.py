@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sidactl.catalog import LATENT_CHANNELS, VAE_FILES, VAE_NAME
 from sidactl.errors import SidaError
+from sidactl.nets.constants import constant
 from sidactl.noise import Draws
 
 _LATENT_MEAN, _LATENT_STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)
@@ -111,7 +112,8 @@ def decode_affine(latents: Tensor) -> Tensor:
 
 
 def _scale_and_bias(like: Tensor) -> tuple[Tensor, Tensor]:
-    mean, std = like.new_tensor([_LATENT_MEAN, _LATENT_STD]).reshape(2, 1, LATENT_CHANNELS, 1, 1)
+    both = constant((*_LATENT_MEAN, *_LATENT_STD), like.device, like.dtype)
+    mean, std = both.reshape(2, 1, LATENT_CHANNELS, 1, 1)
     scale = 0.5 / std
     return scale, -mean * scale
 

@@ -1,5 +1,6 @@
 """Gradients of a step: summed over passes and processes, and none of weights that do not train."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sidactl.engine.configure import is_compiled
-from sidactl.engine.ranks import all_reduce_sum, rank_and_size
+from sidactl.engine.ranks import all_reduce_sums, rank_and_size
 from sidactl.engine.sharding import is_sharded, local
 from sidactl.nets import Preconditioned
 from sidactl.nets.edm2 import MPConv
@@ -81,14 +82,22 @@ class GradientSum:
             for parameter in () if self._is_needed else self._parameters:
                 if parameter.grad is not None:  # not in its place: autograd may give two parameters the same tensor
                     parameter.grad = parameter.grad / self._loss_scale
-        while self._sums:  # one by one, so that not all of both is held at a time
-            parameter, values = self._sums.popitem()
-            values = all_reduce_sum(values)
+        finished: deque[nn.Parameter] = deque()
+
+        def taken() -> Iterator[Tensor]:
+            while self._sums:  # one by one, so that not all of both is held at a time
+                parameter, values = self._sums.popitem()
+                finished.append(parameter)
+                yield values
+                del values
+
+        for values in all_reduce_sums(taken()):
+            parameter = finished.popleft()
             if self._loss_scale is not None:
                 values /= self._loss_scale
             if parameter in self._normalizers:
                 values = self._normalizers[parameter].gradient(values)
-            parameter.grad = values.to(parameter.dtype)
+            parameter.grad = torch.empty_like(parameter).copy_(values)  # laid out as the fused optimiser takes it
 
 
 @contextmanager

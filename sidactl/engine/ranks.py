@@ -4,6 +4,7 @@ import atexit
 import gc
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -185,3 +186,43 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     if rank_and_size()[1] > 1:
         dist.all_reduce(values)
     return values
+
+
+_BUFFER_BYTES = 1 << 26
+"""that travel at a time: a collective of less takes as long, and more would be held twice while the next is packed"""
+
+
+def all_reduce_sums(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yields the sums of tensors over all processes, in order, in few collectives.
+
+    One is under way while the next is packed. All tensors are of one type and on one device; they are taken one by one.
+    """
+    if rank_and_size()[1] == 1:
+        yield from tensors
+        return
+    under_way: deque[tuple[Any, Tensor, list[torch.Size]]] = deque()
+    packed: list[Tensor] = []
+
+    def send() -> None:
+        flat = torch.cat([tensor.reshape(-1) for tensor in packed])
+        shapes = [tensor.shape for tensor in packed]
+        packed.clear()
+        under_way.append((dist.all_reduce(flat, async_op=True), flat, shapes))
+
+    def received() -> Iterator[Tensor]:
+        work, flat, shapes = under_way.popleft()
+        work.wait()
+        for part, shape in zip(flat.split([shape.numel() for shape in shapes]), shapes, strict=True):
+            yield part.view(shape)
+
+    for tensor in tensors:
+        packed.append(tensor)
+        if sum(each.nbytes for each in packed) >= _BUFFER_BYTES:
+            del tensor
+            send()
+            if len(under_way) > 1:
+                yield from received()
+    if packed:
+        send()
+    while under_way:
+        yield from received()

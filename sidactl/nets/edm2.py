@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sidactl.nets.constants import constant
 from sidactl.nets.denoiser import Encoded, Preconditioned, as_sigma, with_own_grad_node
 from sidactl.recipes import NetSpec
 
@@ -55,7 +56,7 @@ def resample(x: Tensor, mode: Resample, taps: tuple[int, ...]) -> Tensor:
     if taps == (1, 1):  # the box, which all published nets use: pooling and repetition are several times faster
         return F.avg_pool2d(x, 2) if mode == "down" else F.interpolate(x, scale_factor=2)
     channels, pad = x.shape[1], (len(taps) - 1) // 2
-    line = x.new_tensor(taps) / sum(taps)
+    line = constant(taps, x.device, x.dtype) / sum(taps)
     kernel = line.outer(line).expand(channels, 1, -1, -1)
     if mode == "down":
         return F.conv2d(x, kernel, groups=channels, stride=2, padding=pad)

@@ -191,6 +191,7 @@ class Distillation:
             for losses, gradients in threads.map_ordered(gradients_of, passes, self.num_threads):
                 total.add(gradients)
                 found.append({name: value.detach() for name, value in losses.items()})
+                del losses, gradients  # or they would be held through the next pass
                 if should_stop and len(found) < len(passes) and self._stops(should_stop):
                     break
         if should_stop and ranks.any_rank(len(found) < len(passes)):
