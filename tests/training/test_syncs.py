@@ -20,7 +20,7 @@ from sidactl.training import batches as training_batches
 from sidactl.training import distillation as training_distillation
 from tests.worlds import RECIPE, TINY, TINY_EDM2, distillation
 
-PACKAGE = Path(__file__).parents[1] / "sidactl"
+PACKAGE = Path(__file__).parents[2] / "sidactl"
 STEP_CODE = [
     *[PACKAGE / f"data/{name}.py" for name in ("augment", "codec")],
     *[PACKAGE / f"nets/{name}.py" for name in ("constants", "denoiser", "edm", "edm2")],
