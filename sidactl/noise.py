@@ -1,6 +1,6 @@
 """Noise levels, and where random numbers come from; no network lives here."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -15,6 +15,26 @@ class Draws(Protocol):
     def uniform(self, shape: Sequence[int]) -> Tensor: ...
 
     def integers(self, high: int, shape: Sequence[int]) -> Tensor: ...
+
+
+class JoinedDraws:
+    """The draws of several micro-batches, one after the other along the first dimension. Implements `Draws`."""
+
+    def __init__(self, parts: Sequence[Draws]) -> None:
+        self.parts = parts
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        return self._joined(shape, lambda draws, part: draws.normal(part))
+
+    def uniform(self, shape: Sequence[int]) -> Tensor:
+        return self._joined(shape, lambda draws, part: draws.uniform(part))
+
+    def integers(self, high: int, shape: Sequence[int]) -> Tensor:
+        return self._joined(shape, lambda draws, part: draws.integers(high, part))
+
+    def _joined(self, shape: Sequence[int], draw: Callable[[Draws, Sequence[int]], Tensor]) -> Tensor:
+        num_images, *rest = shape
+        return torch.cat([draw(draws, (num_images // len(self.parts), *rest)) for draws in self.parts])
 
 
 def karras_sigmas(

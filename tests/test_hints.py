@@ -125,7 +125,7 @@ PICKLE = "mirror/edm-cifar10-32x32-uncond-vp.pkl"
         ([*SIDA, "--device", "tpu"], "device must be cpu, cuda or cuda:N", {}, None),
         ([*SIDA, "--batch-per-device", "100"], "batch-per-device must be one of ", {}, None),
         ([*CIFAR, "--batch-per-device", "48"], "batch-per-device must be one of ", {}, None),
-        ([*CIFAR, "--batch-per-device", "64"], "with dropout a pass holds one micro-batch", {}, None),
+        ([*CIFAR, "--batch-per-device", "64", "--compile"], "with compiled dropout a pass holds one ", {}, None),
         ([*SIDA, "--shard", "--compile"], "compiled nets cannot be sharded", {}, None),
         ([*CIFAR, "--ref", "statistics.npz"], "statistics.npz holds statistics of 64", {"--ref": "cifar10"}, None),
         ([*CIFAR, "--detector", "gone.pth"], "gone.pth: no such file", {}, None),

@@ -65,7 +65,7 @@ class GoldenBatches:
         draws = Playback([self._arrays[n] for n in names])
         self.playbacks.append(draws)
         labels = torch.from_numpy(self._arrays[f"{self._prefix(batch, round)}_labels"])
-        return training_batches.MicroBatch(labels, draws, draws, draws, 0, partial(self.images, batch, round))
+        return training_batches.MicroBatch(labels, draws, draws, draws, [0], partial(self.images, batch, round))
 
     def images(self, batch: int, round: int) -> Tensor:
         items = torch.from_numpy(self._arrays[f"{self._prefix(batch, round)}_batch_images"])

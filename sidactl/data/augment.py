@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sidactl.errors import SidaError
 from sidactl.nets.constants import constant
-from sidactl.noise import Draws
+from sidactl.noise import Draws, JoinedDraws
 from sidactl.recipes import NetSpec
 from sidactl.scopes import scope
 
@@ -152,6 +152,17 @@ def _resample(images: Tensor, linear: Tensor, shift: Tensor) -> Tensor:
 
 def augmentation(probability: float, spec: NetSpec) -> Callable[[Tensor, Draws], tuple[Tensor, Tensor | None]]:
     """What gives a net's inputs their augmentation and its labels: nothing, where the net takes no such labels."""
-    if probability and spec.augment_dim:
-        return scope("augmentation")(AugmentPipe(p=probability))
-    return lambda images, draws: (images, None)
+    if not probability or not spec.augment_dim:
+        return lambda images, draws: (images, None)
+    pipe = AugmentPipe(p=probability)
+
+    @scope("augmentation")
+    def augmented(images: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        if not isinstance(draws, JoinedDraws):
+            return pipe(images, draws)
+        # An image's border depends on the others of its micro-batch.
+        parts = images.split(len(images) // len(draws.parts))
+        found = [pipe(part, own) for part, own in zip(parts, draws.parts, strict=True)]
+        return torch.cat([part for part, _ in found]), torch.cat([labels for _, labels in found])
+
+    return augmented

@@ -14,6 +14,7 @@ from sidactl.engine.ranks import rank_and_size
 from sidactl.engine.sharding import blocks_of, shard_
 from sidactl.engine.threads import Out, is_small
 from sidactl.nets import Denoiser, Preconditioned
+from sidactl.nets.dropout import replayed
 from sidactl.recipes import Execution, Recipe, SamplingForm
 from sidactl.recipes import passes_of as rounds_of
 
@@ -46,9 +47,11 @@ def configure_for_training(
             # FSDP2 takes weights in the usual order alone; then every convolution turns them
             to_channels_last_(net, weights=not execution.shard)
     if execution.checkpoint_activations:
+        # The compiler traces no contexts; nor do compiled passes hold several micro-batches with dropout.
+        contexts: dict[str, Any] = {} if execution.compile else {"context_fn": replayed}
         for net in (net for net in each if net is not ema):
             for block in blocks_of(net):
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False, **contexts)
     if execution.ema_on_cpu:
         ema.cpu()
     if execution.shard:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sidactl.nets.denoiser import Encoded, with_own_grad_node
+from sidactl.nets.dropout import dropout
 from sidactl.recipes import NetSpec
 
 Resample = Literal["up", "down"]
@@ -156,7 +157,7 @@ class UNetBlock(nn.Module):
             x = F.silu(torch.addcmul(shift, self.norm1(x), scale + 1))
         else:
             x = F.silu(self.norm1(x + params))
-        x = self.conv1(F.dropout(x, self.dropout, self.training) if self.dropout else x)
+        x = self.conv1(dropout(x, self.dropout, self.training) if self.dropout else x)
         x = (x + (residual if self.skip is None else self.skip(residual))) * self.skip_scale
         if self.num_heads:
             x = (x + self.proj(self._attend(self.norm2(x)))) * self.skip_scale

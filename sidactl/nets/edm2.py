@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from sidactl.nets.constants import constant
 from sidactl.nets.denoiser import Encoded, Preconditioned, as_sigma, with_own_grad_node
+from sidactl.nets.dropout import dropout
 from sidactl.recipes import NetSpec
 
 Resample = Literal["up", "down"]
@@ -203,7 +204,7 @@ class Block(nn.Module):
 
         scale = self.emb_linear(emb, self.emb_gain)[:, :, None, None] + 1
         y = mp_silu(self.conv_res0(mp_silu(x)) * scale.to(x.dtype))
-        y = self.conv_res1(F.dropout(y, self.dropout, self.training) if self.dropout else y)
+        y = self.conv_res1(dropout(y, self.dropout, self.training) if self.dropout else y)
 
         if self.side == "decoder" and self.conv_skip is not None:
             x = self.conv_skip(x)

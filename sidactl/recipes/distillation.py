@@ -112,10 +112,9 @@ class Recipe(JsonFields):
     stop_if_nan_steps: int = 20
     """so many updates in a row with a non-finite gradient stop the run"""
 
-    @property
-    def joins_micro_batches(self) -> bool:
-        """Whether micro-batches may share a pass. Not with dropout or augmentation: draws depend on which images do."""
-        return not self.dropout and not self.augment_p
+    def joins_micro_batches(self, execution: Execution) -> bool:
+        """Whether micro-batches may share a pass. Not with compiled dropout, which draws the masks of a whole pass."""
+        return not (self.dropout and execution.compile)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -212,7 +211,7 @@ def passes_of(recipe: Recipe, execution: Execution, rank: int = 0, num_processes
     images = execution.batch_per_device or micro_batch
     if images % micro_batch or len(rounds) % (images // micro_batch):
         fitting = [micro_batch * n for n in range(1, len(rounds) + 1) if len(rounds) % n == 0]
-        near = max([n for n in fitting if n <= images and recipe.joins_micro_batches] or fitting[:1])
+        near = max([n for n in fitting if n <= images and recipe.joins_micro_batches(execution)] or fitting[:1])
         raise SidaError(
             f"batch-per-device must be one of {', '.join(map(str, fitting))} (micro-batches of {micro_batch}), "
             f"got {images}",
@@ -220,10 +219,9 @@ def passes_of(recipe: Recipe, execution: Execution, rank: int = 0, num_processes
             "--num-accumulation-rounds.",
         )
     at_once = images // micro_batch
-    if at_once > 1 and not recipe.joins_micro_batches:
-        what = "dropout" if recipe.dropout else "augmentation"
+    if at_once > 1 and not recipe.joins_micro_batches(execution):
         raise SidaError(
-            f"with {what} a pass holds one micro-batch of {micro_batch}, got --batch-per-device {images}",
+            f"with compiled dropout a pass holds one micro-batch of {micro_batch}, got --batch-per-device {images}",
             f"Pass --batch-per-device {micro_batch}, or leave it out.",
         )
     return [rounds[start : start + at_once] for start in range(0, len(rounds), at_once)]

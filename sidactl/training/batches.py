@@ -15,7 +15,7 @@ from torch import Tensor
 from sidactl.data.codec import LatentCodec, PixelCodec
 from sidactl.engine import devices as engine_devices
 from sidactl.errors import SidaError
-from sidactl.noise import Draws
+from sidactl.noise import Draws, JoinedDraws
 from sidactl.scopes import scope
 
 STREAMS = {"latent": 0, "diffusion": 1, "augment": 2, "dropout": 3, "posterior": 4}
@@ -38,26 +38,6 @@ class SeededDraws:
         return torch.randint(high, tuple(shape), generator=self._generator, device=self._device)
 
 
-class JoinedDraws:
-    """The draws of several micro-batches, one after the other along the first dimension. Implements `Draws`."""
-
-    def __init__(self, parts: Sequence[Draws]) -> None:
-        self._parts = parts
-
-    def normal(self, shape: Iterable[int]) -> Tensor:
-        return self._joined(shape, lambda draws, part: draws.normal(part))
-
-    def uniform(self, shape: Iterable[int]) -> Tensor:
-        return self._joined(shape, lambda draws, part: draws.uniform(part))
-
-    def integers(self, high: int, shape: Iterable[int]) -> Tensor:
-        return self._joined(shape, lambda draws, part: draws.integers(high, part))
-
-    def _joined(self, shape: Iterable[int], draw: Callable[[Draws, Sequence[int]], Tensor]) -> Tensor:
-        num_images, *rest = shape
-        return torch.cat([draw(draws, (num_images // len(self._parts), *rest)) for draws in self._parts])
-
-
 def stream_seed(seed: int, stream: str, index: int) -> int:
     """The 64-bit seed of one micro-batch in one stream of randomness."""
     return int(np.random.SeedSequence((seed, STREAMS[stream], index)).generate_state(1, np.uint64)[0])
@@ -71,14 +51,15 @@ class MicroBatch:
     latent: Draws
     diffusion: Draws
     augment: Draws
-    dropout_seed: int
+    dropout_seeds: Sequence[int]
+    """of each micro-batch"""
     reals: Callable[[], Tensor]
     """fetches the images as networks see them, [b, C, H, W]"""
     num_micro_batches: int = 1
 
     @classmethod
     def joined(cls, parts: Sequence["MicroBatch"]) -> "MicroBatch":
-        """Several as one; its dropout is that of the first, so nets with dropout take them one by one."""
+        """Several as one."""
         if len(parts) == 1:
             return parts[0]
         latent, diffusion, augment = (
@@ -89,7 +70,7 @@ class MicroBatch:
             latent,
             diffusion,
             augment,
-            parts[0].dropout_seed,
+            [seed for part in parts for seed in part.dropout_seeds],
             lambda: torch.cat([p.reals() for p in parts]),
             len(parts),
         )
@@ -162,7 +143,7 @@ class DatasetBatches:
             self._draws("latent", batch, round),
             self._draws("diffusion", batch, round),
             self._draws("augment", batch, round),
-            stream_seed(self._seed, "dropout", batch * self._num_rounds + round),
+            [stream_seed(self._seed, "dropout", batch * self._num_rounds + round)],
             partial(self.images, batch, round),
         )
 

@@ -69,7 +69,7 @@ class Distillation:
         self._forever = ExitStack()
         if self._holds and self.teacher is not self.fake_score:
             self._forever.enter_context(holding(self.teacher))
-        self.passes = configure.passes_of(recipe, execution)
+        self.passes, self._joins = configure.passes_of(recipe, execution), recipe.joins_micro_batches(execution)
         # A small net runs one pass per core; not with dropout (one global generator) nor FSDP2 (passes in turn).
         alone = not threads.is_small(self.teacher) or recipe.dropout > 0 or execution.shard
         self.num_threads = 1 if alone else torch.get_num_threads()
@@ -169,7 +169,7 @@ class Distillation:
             batch = self._batch(turn, rounds)
             images = self._images(turn, batch, rounds, shared, keeps_graph=len(passes) == 1)
             if turn == "fake_score":
-                with dropout_seeded(batch.dropout_seed, self.fake_score):
+                with dropout_seeded(batch, self.fake_score):
                     with scope("fake score forward"):
                         losses = self.method.score_losses(nets, batch, images.detach(), self.nimg)
                     with scope("fake score backward"):
@@ -228,7 +228,7 @@ class Distillation:
             first = joined(0)
             batch = replace(batch, labels=first.labels, reals=first.reals)
         if shares == "images":
-            batch = replace(batch, latent=first.latent, dropout_seed=first.dropout_seed)
+            batch = replace(batch, latent=first.latent, dropout_seeds=first.dropout_seeds)
         return batch
 
     def _images(
@@ -250,7 +250,7 @@ class Distillation:
 
     @scope("generator forward")
     def _generate(self, batch: MicroBatch) -> Tensor:
-        with dropout_seeded(batch.dropout_seed, self.generator):
+        with dropout_seeded(batch, self.generator):
             return self.method.generate(self.generator, batch)
 
     def _statistics(self, shared: Shared | None) -> dict[str, Tensor]:
@@ -274,7 +274,7 @@ class Distillation:
         """
         recipe, num_rounds = self.recipe, sum(map(len, self.passes))
         micro_batch = recipe.batch_size // recipe.num_accumulation_rounds
-        sizes = [n for n in range(num_rounds, 0, -1) if num_rounds % n == 0 and (n == 1 or recipe.joins_micro_batches)]
+        sizes = [n for n in range(num_rounds, 0, -1) if num_rounds % n == 0 and (n == 1 or self._joins)]
         fitting = next((n for n in sizes if self._fits(n)), 1)
         images = ranks.all_reduce_min(fitting) * micro_batch
         self.passes = configure.passes_of(recipe, Execution(batch_per_device=images))

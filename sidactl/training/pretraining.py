@@ -52,7 +52,7 @@ class Pretraining:
         images, augment_labels = self._augmented(batch.reals(), batch.augment)
         sigma = (recipe.P_std * batch.diffusion.normal((len(images), 1, 1, 1)) + recipe.P_mean).exp()
         noise = batch.diffusion.normal(images.shape)
-        with dropout_seeded(batch.dropout_seed, self.net):
+        with dropout_seeded(batch, self.net):
             loss = methods.fake_score_loss(self.net, images, noise, sigma, batch.labels, augment_labels).per_pixel
             (loss.sum() / recipe.batch_size).backward()
         for group in self._optimizer.param_groups:

@@ -13,8 +13,10 @@ from sidactl.engine import gradients as engine_gradients
 from sidactl.engine import ranks, sharding
 from sidactl.methods.base import Optimisation, Update
 from sidactl.nets import Preconditioned
+from sidactl.nets.dropout import masks_of
 from sidactl.nets.edm2 import force_normalize_
 from sidactl.scopes import scope
+from sidactl.training.batches import MicroBatch
 
 
 @scope("EMA")
@@ -238,11 +240,16 @@ class Side:
 
 
 @contextmanager
-def dropout_seeded(seed: int, net: Preconditioned) -> Iterator[None]:
-    """Within the block, dropout masks are those of `seed`; the surrounding random state is put back."""
-    has_dropout = net.spec.dropout > 0
-    devices = {p.device for p in net.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices), enabled=has_dropout):
-        if has_dropout:
-            torch.manual_seed(seed)
+def dropout_seeded(batch: MicroBatch, net: Preconditioned) -> Iterator[None]:
+    """Within the block, dropout masks are those of the micro-batches; the surrounding random state is put back."""
+    if not net.spec.dropout:
         yield
+        return
+    device = next(net.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        if batch.num_micro_batches == 1:
+            torch.manual_seed(batch.dropout_seeds[0])
+            yield
+        else:
+            with masks_of(batch.dropout_seeds, len(batch.labels) // batch.num_micro_batches, device):
+                yield

@@ -323,10 +323,8 @@ def test_what_does_not_fit_the_processes_is_told_before_anything_is_loaded(monke
     assert [list(rounds) for rounds in configure.passes_of(recipe, Execution(batch_per_device=64))] == [[1, 3]]
     with pytest.raises(SidaError, match=r"^batch-per-device must be one of 32, 64 \(micro-batches of 32\), got 16"):
         configure.passes_of(recipe, Execution(batch_per_device=16))
-    with pytest.raises(SidaError, match=r"^with dropout a pass holds one micro-batch of 32, got --batch-per-device 64"):
-        configure.passes_of(override(recipe, {"dropout": 0.1}), Execution(batch_per_device=64))
-    with pytest.raises(SidaError, match=r"^with augmentation a pass holds one micro-batch of 32, got"):
-        configure.passes_of(override(recipe, {"augment_p": 0.1}), Execution(batch_per_device=64))
+    with pytest.raises(SidaError, match=r"^with compiled dropout a pass holds one micro-batch of 32, got --batch-per"):
+        configure.passes_of(override(recipe, {"dropout": 0.1}), Execution(batch_per_device=64, compile=True))
 
 
 def test_a_teacher_is_trained_by_one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ class OfMeta:
             images = torch.zeros(self._shape, device="meta")
             return encode_affine(images) if self._shape[1] == 4 else images
 
-        return training_batches.MicroBatch(labels, draws, draws, draws, 0, reals)
+        return training_batches.MicroBatch(labels, draws, draws, draws, [0], reals)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
