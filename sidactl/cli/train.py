@@ -111,7 +111,7 @@ _HEADINGS: Mapping[str, str] = {
     "Method": "alpha sigma_init tmax lambda_sid lambda_adv discriminator_scale adversarial_from_nimg joint_weight "
     "generator_from_nimg share_fakes forced_normalization logvar",
     "Optimisation": "batch_size num_accumulation_rounds fake_score_lr generator_lr fake_score_beta1 generator_beta1 "
-    "beta2 adam_eps clip_gradient_value ema_halflife_nimg ema_rampup_ratio stop_if_nan_steps",
+    "beta2 adam_eps clip_gradient_value ema_halflife_nimg ema_rampup_ratio stop_if_nan_steps nonfinite",
     "Data and noise": "P_mean P_std augment_p dropout seed",
     "Evaluation and checkpoints": "reference detector no_score teacher_score evaluate_every_nimg evaluate_num "
     "evaluate_early_nimg evaluate_labels evaluate_also patience checkpoint_every_nimg",

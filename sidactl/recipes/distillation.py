@@ -36,7 +36,7 @@ class Recipe(JsonFields):
     one and starts the generator from a generator.
     """
 
-    _later = frozenset({"evaluate_early_nimg", "evaluate_labels", "evaluate_also", "patience"})
+    _later = frozenset({"evaluate_early_nimg", "evaluate_labels", "evaluate_also", "patience", "nonfinite"})
 
     teacher: str
     mode: Mode
@@ -111,6 +111,8 @@ class Recipe(JsonFields):
     """images trained from one checkpoint to the next; the published runs saved theirs four times as seldom"""
     stop_if_nan_steps: int = 20
     """so many updates in a row with a non-finite gradient stop the run"""
+    nonfinite: Literal["skip", "zero"] = "skip"
+    """of a gradient that is not finite: skip its update, or zero: 0 for NaN, +-1e5 for infinity, as published"""
 
     def joins_micro_batches(self, execution: Execution) -> bool:
         """Whether micro-batches may share a pass. Not with compiled dropout, which draws the masks of a whole pass."""

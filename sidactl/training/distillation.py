@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sidactl import methods
 from sidactl.data.augment import augmentation
-from sidactl.engine import configure, ranks, sharding, threads
+from sidactl.engine import configure, devices, ranks, sharding, threads
 from sidactl.engine import gradients as engine_gradients
 from sidactl.methods.base import Losses, Nets, Turn
 from sidactl.nets import Preconditioned
@@ -47,7 +47,7 @@ class Distillation:
         execution: Execution | None = None,
     ) -> None:
         self.recipe, execution = recipe, execution or Execution()
-        device = next(teacher.parameters()).device
+        self._device = device = next(teacher.parameters()).device
         self.method = methods.of(recipe, teacher.spec).to(device)
         trained = {name for update in self.method.updates.values() for name in update.trained}
         has_heads = any(parameter.requires_grad for parameter in self.method.parameters())
@@ -89,7 +89,13 @@ class Distillation:
         }
         modules = {"fake_score": self.fake_score, "generator": self.generator, "method": self.method}
         self.sides = {
-            turn: Side(update, modules, normalizes=normalizes[turn], loss_scale=loss_scales.get(turn))
+            turn: Side(
+                update,
+                modules,
+                normalizes=normalizes[turn],
+                loss_scale=loss_scales.get(turn),
+                zeroes=recipe.nonfinite == "zero",
+            )
             for turn, update in self.method.updates.items()
         }
         self.skipped = SkippedSteps({side.name: side.loss_scale for side in self.sides.values() if side.loss_scale})
@@ -117,6 +123,10 @@ class Distillation:
         method reports, one value per pass of this process, [passes]; a step that goes on where another was told to
         stop has those of the updates that were left. should_stop: looked at between passes; see `StoppedError`.
         """
+        with devices.fastest_convolutions(self._device):
+            return self._step(should_stop)
+
+    def _step(self, should_stop: Callable[[], bool]) -> Losses:
         schedule = self.method.schedule
         turns = [turn for turn in schedule.turns(self.step_index, self.trains_generator) if turn in self.sides]
         shared: Shared | None = {} if schedule.shares == "images" and len(turns) == 2 else None
@@ -148,7 +158,7 @@ class Distillation:
         side = self.sides[turn]
         total, losses = self._gradients(turn, self.passes, shared, should_stop)
         total.finish()
-        self.skipped.count(side.name, side.step(self.nimg))
+        self.skipped.count(side.name, side.step(self.nimg), side.were_finite)
         return losses
 
     def _gradients(
@@ -287,8 +297,8 @@ class Distillation:
         passes = [rounds[:num_micro_batches]] * min(2, len(rounds) // num_micro_batches)
         shared: Shared | None = {} if self.method.schedule.shares == "images" else None
         try:
-            for turn in self.method.schedule.order:
-                if turn in self.sides:
+            with devices.fastest_convolutions(self._device):  # whose workspaces take memory, too
+                for turn in (turn for turn in self.method.schedule.order if turn in self.sides):
                     self._gradients(turn, passes, shared)
                     self.sides[turn].optimizer.zero_grad()
         except torch.OutOfMemoryError:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sidactl import methods
 from sidactl.data.augment import augmentation
+from sidactl.engine import devices
 from sidactl.methods.base import Optimisation
 from sidactl.nets import Preconditioned
 from sidactl.nets.edm2 import force_normalize_
@@ -44,6 +45,10 @@ class Pretraining:
 
     def step(self, should_stop: Callable[[], bool] = lambda: False) -> dict[str, Tensor]:
         """One update, of a single pass, which is made to its end; returns the mean loss per pixel, [1]."""
+        with devices.fastest_convolutions(next(self.net.parameters()).device):
+            return self._step()
+
+    def _step(self) -> dict[str, Tensor]:
         recipe = self.recipe
         self.net.train()
         if self.net.spec.architecture == "EDM2":

@@ -66,6 +66,20 @@ def apply_gradients(
     return finite
 
 
+LARGEST_GRADIENT = 1e5
+"""what the published code puts for an infinite element"""
+
+
+def finite_made_(optimizer: torch.optim.Optimizer) -> Tensor:
+    """Puts 0 for NaN and +-1e5 for infinity into the gradients, as the published code does; whether none was there."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    gradients = [sharding.local(cast(Tensor, p.grad)) for p in parameters]
+    finite = torch.isfinite(torch.nn.utils.get_total_norm(gradients))
+    for gradient in gradients:
+        torch.nan_to_num_(gradient, nan=0.0, posinf=LARGEST_GRADIENT, neginf=-LARGEST_GRADIENT)
+    return finite
+
+
 def _norm(parameters: Sequence[nn.Parameter]) -> Tensor:
     """The norm of all their gradients; in float64, so that in float32 it is the same however they are split."""
 
@@ -165,14 +179,15 @@ class SkippedSteps:
         self._total: dict[str, int | Tensor] = {}
         self._in_a_row: dict[str, int | Tensor] = {}
 
-    def count(self, name: str, stepped: Tensor | bool) -> None:
+    def count(self, name: str, stepped: Tensor | bool, finite: Tensor | None = None) -> None:
+        """finite: whether the gradients were so, which a loss scale follows; else whether the update was made."""
         stepped = torch.as_tensor(stepped)
         skipped = stepped.logical_not()
         self._made[name] = self._made.get(name, 0) + stepped.to(torch.int64)
         self._total[name] = self._total.get(name, 0) + skipped.to(torch.int64)
         self._in_a_row[name] = (self._in_a_row.get(name, 0) + 1) * skipped
         if name in self.loss_scales:
-            self.loss_scales[name].follow(stepped)
+            self.loss_scales[name].follow(stepped if finite is None else finite)
 
     @property
     def made(self) -> dict[str, int]:
@@ -200,13 +215,21 @@ class Side:
     """What one update steps: its modules by name, one optimiser, clipping, forced normalisation, and a loss scale."""
 
     def __init__(
-        self, update: Update, modules: Mapping[str, nn.Module], *, normalizes: bool, loss_scale: LossScale | None
+        self,
+        update: Update,
+        modules: Mapping[str, nn.Module],
+        *,
+        normalizes: bool,
+        loss_scale: LossScale | None,
+        zeroes: bool = False,
     ) -> None:
-        """modules: those of the update by name, among others."""
+        """modules: those of the update by name, among others. zeroes: recipe.nonfinite."""
         self.name = next(iter(update.trained))
         self.modules = {name: modules[name] for name in update.trained}
         self.optimizer = adam({name: (modules[name], how) for name, how in update.trained.items()})
-        self.loss_scale, self._update, self._normalizes = loss_scale, update, normalizes
+        self.loss_scale, self._update, self._normalizes, self._zeroes = loss_scale, update, normalizes, zeroes
+        self.were_finite: Tensor | None = None
+        """whether the last gradients were so before they were made so"""
 
     @property
     def scale(self) -> Tensor | None:
@@ -233,6 +256,8 @@ class Side:
     @scope("optimisers")
     def step(self, nimg: int) -> Tensor:
         """Steps with the gradients that the parameters hold, after so many images; see `apply_gradients`."""
+        if self._zeroes:
+            self.were_finite = finite_made_(self.optimizer)
         for group in self.optimizer.param_groups:
             if warm_up_nimg := group["how"].warm_up_nimg:
                 group["lr"] = group["how"].lr * min(nimg / warm_up_nimg, 1.0)
