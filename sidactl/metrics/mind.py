@@ -17,9 +17,10 @@ def mind(real: Features, generated: Features, *, num_directions: int = 1000, see
     size of block. 3 |m|^2 for Gaussians that a shift m parts; two sets of one distribution give more than 0, and the
     less the more points: compare only equal numbers.
 
-    The 1000 directions are our choice. The standard error is at most sqrt(2 / L) of the value for a shift of the mean,
-    4.5 % then, and far less where sets differ all round; at one seed generators meet the same directions. Errors: an
-    empty set, no direction, dimensions that differ, values that are not finite.
+    The 1000 directions are our choice. The standard error over draws of L directions is sqrt(2 / L) of the value where
+    the sets lie a shift of the mean apart, 4.5 % at 1000, more where a single feature differs in variance, and less
+    where sets differ all round; at one seed generators meet the same directions. Errors: an empty set, no direction,
+    dimensions that differ, values that are not finite.
 
     Source: MIND: Monge Inception Distance for generative models evaluation (2605.06797).
     """
@@ -27,7 +28,7 @@ def mind(real: Features, generated: Features, *, num_directions: int = 1000, see
     check_number(1, real=sets[0], generated=sets[1])
     if num_directions < 1:
         raise SidaError(
-            f"number of directions must be >= 1, got {num_directions}", "1000 give an error of some percent."
+            f"number of directions must be >= 1, got {num_directions}", "1000 leave an error of some percent."
         )
     rng = np.random.RandomState(seed)
     num, num_features = min(map(len, sets)), sets[0].shape[1]

@@ -49,6 +49,8 @@ def test_copies_are_not_authentic_and_fresh_images_are_half_of_the_time(rng: np.
     assert authenticity(train, train + 1e-4 * rng.standard_normal(train.shape)) == 0
     assert authenticity(train, fresh) == pytest.approx(50, abs=10)
     assert authenticity(train, 10 + fresh) == 100
+    # In many dimensions most points share a few neighbours near the centre, which are far from each other.
+    assert authenticity(*rng.standard_normal((2, 500, 512))) > 65
     half = np.concatenate([train[:500], fresh[:500]])
     assert authenticity(train, half) == pytest.approx(authenticity(train, fresh[:500]) / 2)
 
@@ -129,7 +131,7 @@ def by_autograd(train: Any, held_out: Any, generated: Any, num_passes: int = 50)
 def test_gap_agrees_with_the_published_fit(sets: Any) -> None:
     train, held_out, _ = sets
     gap = generalisation_gap(*sets, seed=0)
-    # FLD(eval_feat="gap") of the published code (marcojira/fld, ffbbf20), in float64 on a CPU, of these arrays
+    # The steps of the published code (marcojira/fld, fld/MoG.py at 245ac7c), dense, in float64, on these arrays
     assert gap == pytest.approx(-11.329475696034141, rel=1e-9)
     assert gap == pytest.approx(by_autograd(*sets), rel=1e-9)
     near = train[:250] + 0.05 * np.random.RandomState(1).standard_normal((250, 12))
