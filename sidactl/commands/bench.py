@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from sidactl import catalog, detectors, nets, sampling, scopes
 from sidactl.data.codec import PixelCodec
@@ -221,7 +220,7 @@ def flop_per_image(recipe: Recipe, spec: NetSpec, device: torch.device) -> dict[
     training, flop = made_up.distillation_of(one, Execution(), spec, device), {}
     training.num_threads = 1
     for stage in list(made_up.STAGE_NIMG)[: 3 if recipe.adversarial else 2]:
-        with threads.one_thread_if(threads.is_small(training.teacher)), FlopCounterMode(display=False) as counter:
+        with threads.one_thread_if(threads.is_small(training.teacher)), meter.operation_counter() as counter:
             flop[stage] = scopes.by_part(partial(made_up.step, training, stage), counter.get_total_flops)
     return flop
 

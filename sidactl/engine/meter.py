@@ -5,7 +5,7 @@ Nothing here knows what the work is.
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from sidactl.engine import configure, devices
 from sidactl.recipes import Precision
@@ -21,6 +22,7 @@ from sidactl.recipes import Precision
 Clock = Callable[[], float]
 """seconds since some moment in the past"""
 Work = Callable[[], object]
+Shape = Sequence[int]
 _PEAK_TRIES = 5
 _BUSY_SECONDS = 0.1
 
@@ -36,6 +38,22 @@ def seconds_of(work: Work, clock: Clock) -> float:
     start = clock()
     work()
     return clock() - start
+
+
+def operation_counter() -> FlopCounterMode:
+    """Counts floating-point operations within a `with` block; torch knows no count of a CPU's fused attention."""
+
+    def forward(query: Shape, key: Shape, value: Shape, *rest: object, **options: object) -> int:
+        return int(sdpa_flop_count(query, key, value))
+
+    def backward(gradient: Shape, query: Shape, key: Shape, value: Shape, *rest: object, **options: object) -> int:
+        return int(sdpa_backward_flop_count(gradient, query, key, value))
+
+    of_cpu = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=of_cpu)
 
 
 @dataclass(frozen=True, kw_only=True)

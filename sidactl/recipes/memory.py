@@ -1,5 +1,6 @@
 """An estimate of the memory that a recipe needs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -16,7 +17,7 @@ _DEVICES_OF_A_MACHINE = 8
 _GRAPHS = 3
 """networks whose activations a generator step holds at once: generator, fake score, teacher"""
 
-_SAVED_VALUES = {"SongUNet": 11, "DhariwalUNet": 21, "EDM2": 13}
+_SAVED_VALUES: Mapping[str, float] = {"SongUNet": 11, "DhariwalUNet": 15.5, "EDM2": 13}
 """values kept for the backward pass per channel and pixel of a U-Net block, as counted in our networks"""
 
 
@@ -59,10 +60,10 @@ class Memory:
         if execution.checkpoint_activations:
             # Kept are the inputs of blocks, with skips in the decoder; and of one block at a time, in the fake score's
             # pass over fakes and reals, all values and their gradients.
-            values = _GRAPHS * sum(2 * count * each for count, each in levels) + 4 * saved * max(v for _, v in levels)
+            kept = _GRAPHS * sum(2 * count * each for count, each in levels) + 4 * saved * max(v for _, v in levels)
         else:
-            values = _GRAPHS * sum(saved * count * each for count, each in levels)
-        values *= at_once
+            kept = _GRAPHS * saved * sum(count * each for count, each in levels)
+        values = round(kept * at_once)
         if net.architecture == "EDM2" or size < 4:
             values += _GRAPHS * num_parameters
         shares = min(num_devices, _DEVICES_OF_A_MACHINE) if execution.shard else 1

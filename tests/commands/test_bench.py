@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from sidactl import catalog, nets, scopes
@@ -124,7 +123,7 @@ def test_operations_of_a_step_are_those_of_one_image_times_its_images() -> None:
     recipe = of_pass("sid", 2, num_rounds=2)
     training = made_up.distillation_of(recipe, Execution(), WITHOUT_ATTENTION, CPU)
     training.num_threads = 1
-    with threads.one_thread_if(True), FlopCounterMode(display=False) as counter:
+    with threads.one_thread_if(True), meter.operation_counter() as counter:
         made_up.step(training, "SiD")
     stages = bench.flop_per_image(recipe, WITHOUT_ATTENTION, CPU)
     assert list(stages) == ["fake score", "SiD"]

@@ -32,7 +32,7 @@ def interrupted_at(nimg: int) -> Callable[[state.Event], None]:
 
 @pytest.fixture(scope="module")
 def interrupted(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory with a distillation that was interrupted at 48 images; to be copied."""
+    """A run directory with a distillation that was interrupted at 32 images; to be copied."""
     root = Path(shutil.copytree(prepared, tmp_path_factory.mktemp("interrupted") / "run"))
     with pytest.raises(SidaError):
         short_distill(root, interrupted_at(32))
@@ -59,23 +59,23 @@ def test_unfinished_work_is_listed_with_the_command_that_goes_on(
         "key": key,
         "command": "distill",
         "title": "distill tiny-digits sida",
-        "nimg": 48,
+        "nimg": 32,
         "total_nimg": 96,
-        "checkpoint_nimg": 48,
+        "checkpoint_nimg": 32,
         "size_bytes": size_bytes,
         "is_worked_on": False,
         "process": None,
     }
     command_line("ls", "--live", "--run", str(run))
     table = capsys.readouterr().out
-    assert "distill tiny-digits sida  48 / 96  48" in table
+    assert "distill tiny-digits sida  32 / 96  32" in table
     assert told["go_on"] in table
     name, *words = shlex.split(told["go_on"])
     assert name == "sidactl"
     command_line(*words)
     out, err = capsys.readouterr()
     assert out.strip() == finished.best.oid
-    assert "going on from the checkpoint at 48 images" in err
+    assert "going on from the checkpoint at 32 images" in err
     command_line("ls", "--live", "--run", str(run))
     assert capsys.readouterr() == ("", "no unfinished work\n")
 
@@ -162,9 +162,9 @@ def test_work_of_an_older_version_is_listed_and_named_where_it_does_not_go_on(
     (run / "live" / key / QUESTION).unlink()
     command_line("ls", "--live", "--run", str(run))
     table = capsys.readouterr().out
-    assert f"{key[:12]}  unknown, of an older version  48      48" in table
+    assert f"{key[:12]}  unknown, of an older version  32      32" in table
     assert "repeat its command, which says whether it goes on" in table
-    with pytest.raises(SidaError, match=r"^interrupted at 32 of 96 images"):
+    with pytest.raises(SidaError, match=r"^interrupted at 16 of 96 images"):
         short_distill(run, interrupted_at(16), seed=1, batch_size=16, checkpoint_every_nimg=16)
     told = f"unfinished work of an older version does not go on: {key[:12]} (sidactl gc --live {key[:12]} removes it)"
     assert told in capsys.readouterr().err.splitlines()
@@ -191,7 +191,7 @@ def test_foreign_files_in_live_are_no_error(run: Path, capsys: pytest.CaptureFix
         (folder / "events.jsonl").mkdir()
     found = inventory.unfinished(run=run)
     assert {each.key for each in found} == set(os.listdir(run / "live")) - {"notes.txt"}
-    assert {each.nimg for each in found} == {48, None}
+    assert {each.nimg for each in found} == {32, None}
     command_line("ls", "--live", "--run", str(run))
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(found)
     shutil.rmtree(run / "live" / "odd0" / "lock")

@@ -87,13 +87,20 @@ def test_processes_wait_for_each_other_for_a_day_and_take_gpus_that_are_there(
     monkeypatch.setattr(
         torch.distributed, "init_process_group", lambda backend, **options: joined.update(options, backend=backend)
     )
+    groups: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **options: groups.append(options))
+    monkeypatch.setattr(ranks, "_patient", [])
     monkeypatch.setattr(ranks.atexit, "register", lambda function, watch: None)
     monkeypatch.setattr(ranks, "rendezvous", lambda url, timeout: iter([("where they meet", 1, 2)]))
     watches: list[tuple[int, int]] = []
     monkeypatch.setattr(ranks, "Watch", lambda rank, size: watches.append((rank, size)))
     assert ranks.rank_and_size() == (1, 2)
     where = {"store": "where they meet", "rank": 1, "world_size": 2}
-    assert joined == {"backend": backend, "timeout": timedelta(days=1), **where}
+    # On GPUs a collective waits as long as NCCL does, and what may take hours has a group of its own.
+    longest = {"timeout": timedelta(days=1)}
+    usual = {"timeout": timedelta(minutes=15)} if "nccl" in backend else longest
+    assert joined == {"backend": backend, **usual, **where}
+    assert groups == [{"backend": "gloo", **longest}] * ("nccl" in backend)
     assert watches == [(1, 2)]
     assert taken == [1] * (num_gpus > 1)
 

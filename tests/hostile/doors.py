@@ -231,7 +231,7 @@ def _labels(path: Path, run: Path) -> object:
 def _live(path: Path, run: Path) -> object:
     """An unfinished distillation whose events are these."""
     import sidactl
-    from sidactl.commands import question
+    from sidactl.commands import tasks
 
     place = run / "live" / ("0" * 64)
     store = _with_digits(run)
@@ -239,7 +239,7 @@ def _live(path: Path, run: Path) -> object:
     path.rename(place / "events.jsonl")
     (place / "lock").touch()
     (place / "checkpoint-0000000160-0.bak").mkdir()
-    return len(list(question.unfinished(store))), len(list(rehash(store))), sidactl.gc(run=run, dry_run=True).num_young
+    return len(list(tasks.unfinished(store))), len(list(rehash(store))), sidactl.gc(run=run, dry_run=True).num_young
 
 
 def _published(name: str) -> bytes:
