@@ -62,13 +62,15 @@ def compare(
         raise SidaError("--teacher, --duration, --runs and --part need --methods, got none", "Pass --methods sid,sida.")
     if plot and plot.suffix.lower() != ".png":
         raise SidaError(f"a plot must be a PNG, got {plot}", "Pass --plot FILE.png.")
-    if plot and not plot.absolute().parent.is_dir():
-        raise SidaError(f"{plot.parent}: no such folder", "Make it first.")
+    if plot and part:
+        raise SidaError(
+            "a share compares nothing, so there is nothing to draw, got --part and --plot", "Leave out one."
+        )
     share = _share(part)
     if dry_run:
         _print_plan(training, share, run)
         return
-    with watching() as watch:
+    with commands_compare.plotted(plot, run) as draw, watching() as watch:
         found = commands_compare.compare(
             refs or (),
             training=training,
@@ -83,6 +85,8 @@ def compare(
             say=console.note,
             watch=watch,
         )
+        if found:
+            draw(found)
     if found is None:
         console.note("this share is trained; without --part the same command compares all of them")
         return
@@ -102,10 +106,6 @@ def compare(
     if not found.is_blind:
         console.warn(f"no detector is blind here: {found.ordered_by} chose one of these, or more")
     if plot:
-        from sidactl import report
-
-        marks = [(row.name, row.mean(found.ordered_by), row.std(found.ordered_by)) for row in found.rows]
-        plot.write_bytes(report.dots(marks, title="lower is better", xlabel=found.ordered_by))
         console.note(f"drawn: {plot}")
 
 

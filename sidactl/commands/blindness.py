@@ -30,9 +30,13 @@ def blind_detector(store: Store, subject: Artifact, asked: str | None, seen: Seq
     eyes = seen_by(store, subject)
     if not eyes or not set(seen) <= eyes:
         return None
+    return next((name for name in built_in_eyes(store, subject, asked) if name not in eyes), None)
+
+
+def built_in_eyes(store: Store, subject: Artifact, asked: str | None) -> tuple[str, ...]:
+    """The built-in detectors for the images that a subject is compared with; none where those are not there."""
     try:
         compared = reference.find(store, asked, subject, "images")
     except MissingError:
-        return None
-    own = catalog.EYES.get(reference.dataset_name(store, compared), catalog.EYES[None])
-    return next((name for name in own if name not in eyes), None)
+        return ()
+    return catalog.EYES.get(reference.dataset_name(store, compared), catalog.EYES[None])

@@ -5,15 +5,16 @@ import json
 import math
 import statistics
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
-from sidactl import catalog
 from sidactl.commands import reference as commands_reference
 from sidactl.commands.assemble import assembled
+from sidactl.commands.blindness import built_in_eyes
 from sidactl.commands.distill import distill
 from sidactl.commands.inputs import Count, Ref, field_values, ref_text, whole, words_of
 from sidactl.commands.moments import detector_name
@@ -24,15 +25,23 @@ from sidactl.commands.samplers import sampler_of
 from sidactl.commands.score import evaluate
 from sidactl.commands.scores import SCORED, Score
 from sidactl.commands.words import NETS, OnCount, RunDir
-from sidactl.errors import MissingError, SidaError
+from sidactl.errors import SidaError
 from sidactl.foreign import download
 from sidactl.recipes import MODES, Execution, Recipe
-from sidactl.store import Artifact, Store
+from sidactl.store import Artifact, Store, outputs
 
 CONFIDENCE = 0.95
 
+_HIGHER_IS_BETTER = ("precision", "recall", "density", "coverage", "IS", "Vendi", "AuthPct", "FLD")
+"""numbers, by the first word of their names; of all others the lower is the better"""
+
 _IDLE_SEC = 600.0
 """a longer gap between two events of a run is an interruption, and no time that it took"""
+
+
+def higher_is_better(number: str) -> bool:
+    """Which way round a number is."""
+    return number.split()[0] in _HIGHER_IS_BETTER
 
 
 @dataclass(frozen=True)
@@ -86,9 +95,10 @@ class Difference:
     def verdict(self) -> str:
         if self.low is None or self.high is None:
             return "no interval: more trials or runs are needed"
-        if self.high < 0:
-            return f"{self.first} is better"
-        return f"{self.second} is better" if self.low > 0 else "no difference shown"
+        if self.low <= 0 <= self.high:
+            return "no difference shown"
+        is_first = (self.low > 0) == higher_is_better(self.number)
+        return f"{self.first if is_first else self.second} is better"
 
 
 @dataclass(frozen=True)
@@ -199,7 +209,8 @@ def compare(
     first = next((artifact for artifact in everything if artifact.kind != "dataset"), everything[0])
     text = None if reference is None else ref_text(reference, "the reference")
     compared = commands_reference.find(store, text, first, "moments")
-    chosen = words_of(detectors) if detectors else _eyes(store, first, text, compared)
+    eyes = [detector_name(compared), *built_in_eyes(store, first, text)]
+    chosen = words_of(detectors) if detectors else tuple(dict.fromkeys(eyes))
     rows = []
     for name, artifacts in groups.items():
         scores = []
@@ -213,15 +224,39 @@ def compare(
     return _compared(rows, scores[0].num if scores else 0, trials)
 
 
-def _eyes(store: Store, subject: Artifact, asked: str | None, compared: Artifact) -> tuple[str, ...]:
-    """The reference's own detector, and those that are built in for its images, where they are there."""
-    own = detector_name(compared)
-    try:
-        images = commands_reference.find(store, asked, subject, "images")
-    except MissingError:
-        return (own,)
-    name = commands_reference.dataset_name(store, images)
-    return tuple(dict.fromkeys((own, *catalog.EYES.get(name, catalog.EYES[None]))))
+@contextmanager
+def plotted(path: Path | None, run: RunDir) -> Iterator[Callable[[Comparison], None]]:
+    """What draws a comparison, to be called once within the block; into nothing without a path.
+
+    Refuses a place that cannot be written, or holds anything but an earlier plot, before anything is scored.
+    """
+    if path is None:
+        yield lambda found: None
+        return
+    with outputs.whole([outputs.Output(path, _problem_of_plot)], force=True, run=Store.open(run).root) as (staged,):
+
+        def draw(found: Comparison) -> None:
+            from sidactl import report
+
+            by = found.ordered_by
+            marks = [(row.name, row.mean(by), row.std(by)) for row in found.rows]
+            title = f"{'higher' if higher_is_better(by) else 'lower'} is better"
+            staged.write_bytes(report.dots(marks, title=title, xlabel=by))
+
+        yield draw
+
+
+def _problem_of_plot(path: Path) -> str:
+    from PIL import Image
+
+    from sidactl import report
+
+    if (found := outputs.type_of(path)) != "a file":
+        return found
+    with suppress(OSError, SyntaxError, ValueError), Image.open(path, formats=["PNG"]) as image:
+        if image.info.get("Software") == report.DOTS:
+            return ""
+    return "a file that is no plot of a comparison"
 
 
 def _name_of(store: Store, text: str, subject: Artifact, taken: Mapping[str, object]) -> str:
@@ -264,10 +299,10 @@ def _compared(rows: Sequence[Row], num: int, trials: int) -> Comparison:
     shared = [number for number in rows[0].values if all(number in row.values for row in rows)]
     if not shared:
         raise SidaError("these have no number in common", "Compare under one detector and reference: --detectors.")
-    distances = [n for n in shared if n == "FID" or "FD" in n.split() or n.startswith("FD")] or shared
+    distances = [number for number in shared if number == "FID" or "FD" in number] or shared
     blind = [number for number in distances if not any(number in row.seen for row in rows)]
     by = (blind or distances)[0]
-    ordered = sorted(rows, key=lambda row: row.mean(by))
+    ordered = sorted(rows, key=lambda row: row.mean(by), reverse=higher_is_better(by))
     numbers = [by, *(number for number in shared if number != by)]
     differences = [_difference(a, b, by) for a, b in itertools.combinations(ordered, 2)]
     return Comparison(ordered, numbers, by, bool(blind), differences, num, trials)

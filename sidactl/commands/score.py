@@ -129,7 +129,7 @@ def _measure(asked: ScoreQuestion, place: LiveDir | None) -> _Measured:
     against = {m: _against(asked, m, by_metric[m]) for m in asked.metrics}
     held_out = {m: _held_out(asked, m, by_metric[m]) for m in asked.metrics}
     values: dict[str, list[float]] = {}
-    made_by: dict[str, str] = {}
+    made_by: dict[str, list[Detector]] = {}
     made_against: dict[str, str] = {}
     for trial in range(max(1, len(asked.seeds))):
 
@@ -150,14 +150,14 @@ def _measure(asked: ScoreQuestion, place: LiveDir | None) -> _Measured:
         for metric, found in by_trial.items():
             for name, value in found.items():
                 values.setdefault(name, []).append(value)
-                own = [metric] if name != "FDr" else [key for key in by_metric if key.startswith("fdr")]
-                made_by[name] = ", ".join(dict.fromkeys(by_metric[key].identity for key in own))
+                keys = [metric] if name != "FDr" else [key for key in by_metric if key.startswith("fdr")]
+                made_by[name] = [by_metric[key] for key in keys]
                 if metric in asked.references:
                     made_against[name] = asked.references[metric].oid
     eyes = seen_by(asked.store, asked.subject)
-    labels = {detector.identity: detector_label(detector) for detector in loaded.values()}
-    seen = sorted(name for name, by in made_by.items() if any(labels[identity] in eyes for identity in by.split(", ")))
-    return _Measured(values, made_by, made_against, sorted(set(warnings)), seen)
+    seen = sorted(name for name, by in made_by.items() if any(detector_label(detector) in eyes for detector in by))
+    identities = {name: ", ".join(detector.identity for detector in by) for name, by in made_by.items()}
+    return _Measured(values, identities, made_against, sorted(set(warnings)), seen)
 
 
 def _once(

@@ -66,12 +66,14 @@ def _held_out(
 ) -> Artifact | None:
     """The real images that were not trained on, where a metric needs them."""
     wanting = [key for key in keys if metric_of(key).needs_held_out]
-    if asked is None or not wanting:
-        if asked is None and not wanting:
-            return None
-        what = f"{wanting[0]} needs real images that were not trained on" if wanting else "no metric here needs them"
-        hint = "Pass --held-out REF." if wanting else "Leave out --held-out, or pass --metrics fdr,memorisation."
-        raise SidaError(f"{what}, got {asked or 'none'}", hint)
+    if asked is None:
+        if wanting:
+            what = f"{wanting[0]} needs real images that were not trained on, got none"
+            raise SidaError(what, "Pass --held-out REF.")
+        return None
+    if not wanting:
+        hint = "Leave out --held-out, or pass --metrics fdr,memorisation."
+        raise SidaError(f"no metric here needs them, got {asked}", hint)
     held_out = resolve(store, asked, ["dataset"], any_size=True, recheck=recheck)
     require_images(held_out)
     if held_out.oid in {artifact.oid for artifact in found.values()}:

@@ -194,8 +194,8 @@ class Sheet:
             at += width + 22
         return top + 26
 
-    def png(self) -> bytes:
-        return png_of(self.image.reduce(_SUPERSAMPLING))
+    def png(self, software: str | None = None) -> bytes:
+        return png_of(self.image.reduce(_SUPERSAMPLING), software)
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:

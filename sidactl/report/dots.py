@@ -4,6 +4,9 @@ from collections.abc import Sequence
 
 from sidactl.report.curve import Axis, Sheet, drawable
 
+DOTS = "sidactl compare"
+"""what such a picture says that it was drawn by, so that it may be replaced"""
+
 _ROW, _WIDTH, _TOP = 34, 900, 76
 
 
@@ -34,4 +37,4 @@ def dots(marks: Sequence[tuple[str, float, float | None]], *, title: str, xlabel
         start = axis.pixel(low) if drawable(low) else left
         sheet.box(start, y, axis.pixel(mean + (std or 0)), y + 1, "#0072b2")
         sheet.dot(axis.pixel(mean), y, 5, "#0072b2")
-    return sheet.png()
+    return sheet.png(DOTS)

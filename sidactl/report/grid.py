@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from sidactl.errors import SidaError
 
@@ -40,7 +40,10 @@ def grid(images: NDArray[np.uint8], *, columns: int | None = None, min_tile: int
     return png_of(Image.fromarray(canvas[..., 0] if channels == 1 else canvas))
 
 
-def png_of(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+def png_of(image: Image.Image, software: str | None = None) -> bytes:
+    """software: what the file says that it was drawn by."""
+    buffer, said = io.BytesIO(), PngImagePlugin.PngInfo()
+    if software:
+        said.add_text("Software", software)
+    image.save(buffer, "PNG", pnginfo=said)
     return buffer.getvalue()

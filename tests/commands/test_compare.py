@@ -36,6 +36,37 @@ def test_rows_are_ordered_by_a_number_that_is_blind_for_all_of_them() -> None:
     assert ([each.name for each in seen.rows], seen.is_blind) == (["b", "a"], False)
 
 
+def test_where_higher_is_better_the_highest_comes_first_and_is_the_better() -> None:
+    rows = [row("low", {"precision": [[0.5, 0.6, 0.55]]}), row("high", {"precision": [[0.8, 0.9, 0.87]]})]
+    found = commands_compare._compared(rows, 100, 3)
+    assert [each.name for each in found.rows] == ["high", "low"]
+    assert found.differences[0].verdict == "high is better"
+    higher = ("precision", "recall b", "density", "coverage", "IS b", "Vendi b", "AuthPct", "FLD gap")
+    assert all(map(commands_compare.higher_is_better, higher))
+    assert not any(map(commands_compare.higher_is_better, ("FID", "FD b", "FDr b", "KID b", "MIND b", "b FD")))
+
+
+def test_a_plot_takes_the_place_of_an_earlier_one_and_of_nothing_else(
+    finished: Finished, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["compare", "generator/best", "--num", "30", "--trials", "2", "--run", str(finished.root), "--plot"]
+
+    def code(path: Path) -> int:
+        with pytest.raises(SystemExit) as error:
+            cli.main([*words, str(path)])
+        return int(str(error.value.code))
+
+    mine, folder = tmp_path / "mine.png", tmp_path / "folder.png"
+    Image.new("RGB", (900, 9)).save(mine)
+    before = mine.read_bytes()
+    folder.mkdir()
+    assert [code(mine), code(folder), code(tmp_path / "a.png"), code(tmp_path / "a.png")] == [2, 2, 0, 0]
+    assert mine.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "folder.png", "mine.png"]
+    err = capfd.readouterr().err
+    assert "only an earlier export can be replaced, got a file that is no plot of a comparison" in err
+
+
 def test_trials_that_share_their_seeds_are_compared_in_pairs() -> None:
     a, b = [1.0, 2.0, 3.0, 4.2], [1.1, 2.1, 3.2, 4.3]
     (difference,) = commands_compare._compared([row("a", {FD: [a]}), row("b", {FD: [b]})], 100, 4).differences
