@@ -6,6 +6,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sidactl.recipes import NoiseLevels
+from sidactl.recipes.noise_levels import GRID
+
 
 class Draws(Protocol):
     """A source of random numbers, float32 (integers: int64), which the caller seeds and places."""
@@ -54,3 +57,14 @@ def sigma_of_time(t: Tensor, *, sigma_min: float = 0.002, sigma_max: float = 80.
     """
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return torch.pow(high + (1 - t) * (low - high), rho)
+
+
+def draw_levels(levels: NoiseLevels, draws: Draws, num_images: int) -> Tensor:
+    """A noise level for each image, [B, 1, 1, 1]."""
+    shape = (num_images, 1, 1, 1)
+    if levels.kind == "lognormal":
+        return (levels.b * draws.normal(shape) + levels.a).exp()
+    if levels.kind == "uniform":
+        return sigma_of_time(levels.a + draws.uniform(shape) * (levels.b - levels.a))
+    low, high = int(levels.a), int(levels.b)
+    return sigma_of_time((low + draws.integers(high - low + 1, shape)) / (GRID - 1))

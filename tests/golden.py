@@ -24,3 +24,8 @@ def golden(name: str) -> Path:
 def golden_metrics(name: str) -> Path:
     """Path of a file of metrics, detectors or datasets; skips where there is none."""
     return _path("golden_metrics", name)
+
+
+def golden_objectives(name: str) -> Path:
+    """Path of a file of the methods beside the SiD family; skips where there is none."""
+    return _path("golden_objectives", name)

@@ -16,6 +16,11 @@ class Playback:
     def __init__(self, recorded: Sequence[np.ndarray]) -> None:
         self._recorded = [torch.from_numpy(array) for array in recorded]
 
+    @property
+    def left(self) -> list[np.ndarray]:
+        """What was not asked for yet."""
+        return [draw.numpy() for draw in self._recorded]
+
     def _next(self, shape: Sequence[int]) -> Tensor:
         draw = self._recorded.pop(0)
         assert tuple(draw.shape) == tuple(shape), f"asked for {tuple(shape)}, recorded {tuple(draw.shape)}"

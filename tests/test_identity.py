@@ -14,7 +14,7 @@ import pytest
 import sidactl
 from sidactl import catalog
 from sidactl.commands import reference
-from sidactl.recipes import MODES
+from sidactl.recipes import SID_MODES
 from sidactl.store import Store, digest
 from sidactl.training import checkpoints
 from tests.conftest import SHORT, instead_of
@@ -98,7 +98,7 @@ TENSORS = {"sid": [1308, "5415875e66964dc3"], "sida": [1308, "5415875e66964dc3"]
 
 def test_recipes_of_the_catalog_keep_their_digests() -> None:
     found = {
-        name: digest({mode: teacher.recipes[mode].to_json() for mode in MODES})[:16]
+        name: digest({mode: teacher.recipes[mode].to_json() for mode in SID_MODES})[:16]
         for name, teacher in catalog.TEACHERS.items()
         if teacher.recipes
     }

@@ -15,7 +15,7 @@ from sidactl.data.codec import LatentCodec, PixelCodec
 from sidactl.engine import sharding
 from sidactl.foreign import networks, pickles
 from sidactl.nets import Preconditioned
-from sidactl.recipes import Adversarial, Recipe
+from sidactl.recipes import Adversarial, SidRecipe
 from sidactl.training import batches as training_batches
 from sidactl.training import distillation
 from tests.golden import golden
@@ -89,7 +89,7 @@ def golden_distillation(tag: str) -> tuple[distillation.Distillation, Any, dict[
     is_edm2, adversarial = settings["fam"] == "edm2", None
     if settings["use_gan"]:
         adversarial = Adversarial(discriminator_scale=100, clip_gradient_value=None) if is_edm2 else Adversarial()
-    recipe = Recipe(
+    recipe = SidRecipe(
         teacher=settings["teacher"],
         mode="sida" if settings["use_gan"] else "sid",
         dataset="recorded",

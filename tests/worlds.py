@@ -23,7 +23,7 @@ from sidactl.data.images import encode_png
 from sidactl.data.prepare import prepare
 from sidactl.errors import SidaError
 from sidactl.methods import base
-from sidactl.recipes import Adversarial, Execution, NetSpec, Recipe
+from sidactl.recipes import Adversarial, Execution, NetSpec, SidRecipe
 from sidactl.training import batches as training_batches
 from sidactl.training import distillation as training_distillation
 
@@ -134,7 +134,7 @@ TINY_EDM2 = NetSpec(
 )
 
 
-RECIPE = Recipe(
+RECIPE = SidRecipe(
     teacher="tiny",
     mode="sida",
     dataset="made up",

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from sidactl.catalog.entries import CC_BY_NC_SA, Download, Numbers, Teacher, published
-from sidactl.recipes import Adversarial, HeunSpec, Mode, NetSpec, Recipe
+from sidactl.recipes import Adversarial, HeunSpec, Mode, NetSpec, SidRecipe
 
 # Recipes. Source: the published run scripts; where the paper differs, they made the published generators. A duration
 # that ends before the published best snapshot is longer than the script's: up to the next 10 million images.
@@ -15,7 +15,7 @@ FP16: Mapping[str, Any] = {"precision": "fp16", "adam_eps": 1e-6}
 """how all published runs but those on CIFAR-10 were made"""
 
 
-def modes_of(sid: Recipe, mimg: Sequence[int], adversarial: Adversarial) -> dict[Mode, Recipe]:
+def modes_of(sid: SidRecipe, mimg: Sequence[int], adversarial: Adversarial) -> dict[Mode, SidRecipe]:
     """The three recipes of a teacher, from that of SiD and the durations of sida and sid2a."""
     sida = replace(
         sid,
@@ -116,7 +116,7 @@ def edm_teachers() -> Iterator[Teacher]:
         run = _EDM_RUNS[name]
         is_imagenet = name == "edm-imagenet64"
         line_nimg = script_line_nimg(20_000 if is_imagenet else 10_000, run.batch_size)
-        sid = Recipe(
+        sid = SidRecipe(
             teacher=name,
             mode="sid",
             dataset=dataset,

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from sidactl.catalog.edm import FP16, MIMG, modes_of, script_line_nimg
 from sidactl.catalog.entries import CC_BY_NC_SA, Download, Teacher, published
-from sidactl.recipes import Adversarial, HeunSpec, Mode, NetSpec, Recipe
+from sidactl.recipes import Adversarial, HeunSpec, Mode, NetSpec, SidRecipe
 
 # EDM2 teachers. Source: EDM2 (2312.02696), tables 2 and 6; SiDA (2410.14919), appendix.
 _EDM2_ROOT = "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions"
@@ -61,9 +61,9 @@ def _edm2_net(size: str, img_channels: int, label_dim: int = 1000) -> NetSpec:
     )
 
 
-def _edm2_recipes(teacher: str, size: str, dataset: str, P_mean: float, P_std: float) -> dict[Mode, Recipe]:
+def _edm2_recipes(teacher: str, size: str, dataset: str, P_mean: float, P_std: float) -> dict[Mode, SidRecipe]:
     chosen, line_nimg = EDM2_SIZES[size], script_line_nimg(10_000, 2048)
-    sid = Recipe(
+    sid = SidRecipe(
         teacher=teacher,
         mode="sid",
         dataset=dataset,
@@ -102,7 +102,7 @@ def _edm2(
     net: NetSpec,
     scores: Mapping[str, float],
     dataset: str,
-    recipes: Mapping[Mode, Recipe],
+    recipes: Mapping[Mode, SidRecipe],
 ) -> Teacher:
     return Teacher(
         name=name,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
-from sidactl.recipes import HeunSpec, Mode, NetSpec, OneStepSpec, Recipe
+from sidactl.recipes import HeunSpec, Mode, NetSpec, OneStepSpec, SidRecipe
 
 CC_BY_NC_SA = "CC BY-NC-SA 4.0"
 
@@ -75,8 +75,8 @@ class Teacher(Entry):
     dataset: str
     net: NetSpec
     sampler: HeunSpec
-    recipes: Mapping[Mode, Recipe]
-    """none for a net that guides the sampling of another, or is guided"""
+    recipes: Mapping[Mode, SidRecipe]
+    """of the SiD family; none for a net that guides the sampling of another, or is guided"""
     asset: str | None = None
     """file of the package that holds its weights, for a built-in one"""
 

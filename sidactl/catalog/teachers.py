@@ -5,12 +5,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
+from sidactl.catalog import methods
 from sidactl.catalog.edm import MIMG, edm_teachers
 from sidactl.catalog.edm2 import EDM2_SIZES, edm2_teachers
 from sidactl.catalog.entries import Teacher, did_you_mean
 from sidactl.catalog.tiny_digits import tiny_digits
 from sidactl.errors import SidaError
-from sidactl.recipes import Mode, NetSpec, Recipe
+from sidactl.recipes import SID_MODES, Mode, NetSpec, Recipe, SidRecipe
 
 TEACHERS: Mapping[str, Teacher] = {entry.name: entry for entry in (tiny_digits(), *edm_teachers(), *edm2_teachers())}
 
@@ -68,6 +69,18 @@ def teacher(name: str) -> Teacher:
 
 
 def recipe_for(teacher_name: str, mode: Mode, net: NetSpec | None = None, num_parameters: int | None = None) -> Recipe:
+    """The recipe of a teacher in this mode, the catalog's or made for its network; see `sid_recipe_for`.
+
+    Those beside the SiD family are made of SiDA's and of the method's own numbers; see methods.py.
+    """
+    if mode in SID_MODES:
+        return sid_recipe_for(teacher_name, mode, net, num_parameters)
+    return methods.recipe_of(mode, sid_recipe_for(teacher_name, "sida", net, num_parameters))
+
+
+def sid_recipe_for(
+    teacher_name: str, mode: Mode, net: NetSpec | None = None, num_parameters: int | None = None
+) -> SidRecipe:
     """The recipe of a catalog teacher in this mode; for a teacher of your own, one made by the size of its network.
 
     Its numbers lie between those of two known runs, geometrically, by the network's parameters: at one end tiny-digits

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from sidactl.catalog.entries import Teacher
-from sidactl.recipes import Adversarial, HeunSpec, NetSpec, Recipe
+from sidactl.recipes import Adversarial, HeunSpec, NetSpec, SidRecipe
 
 _SMALL = NetSpec(
     architecture="SongUNet",
@@ -36,7 +36,7 @@ SMALL_NETS: Mapping[str, NetSpec] = {
 
 
 def tiny_digits() -> Teacher:
-    sid = Recipe(
+    sid = SidRecipe(
         teacher="tiny-digits",
         mode="sid",
         dataset="tiny-digits",

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from sidactl import catalog
 from sidactl.engine import devices, meter, threads
 from sidactl.errors import EXIT_FAILED, SidaError
-from sidactl.recipes import Recipe, SamplingForm
+from sidactl.recipes import Recipe, SamplingForm, SidRecipe
 from sidactl.text import visible
 from sidactl.training import made_up
 
@@ -244,7 +244,9 @@ def _stage(published: Recipe, tick: Tick) -> str:
     """What a line's images were trained in; of one that does not tell them the last stage is taken for granted."""
     if tick.nimg is not None and not published.trains_generator(tick.nimg):
         return "fake score"
-    is_adversarial = published.adversarial is not None and (tick.nimg is None or published.is_adversarial(tick.nimg))
+    if not isinstance(published, SidRecipe) or published.adversarial is None:
+        return "SiD"
+    is_adversarial = tick.nimg is None or published.is_adversarial(tick.nimg)
     return "SiDA" if is_adversarial else "SiD"
 
 

@@ -25,7 +25,7 @@ from sidactl.engine import configure, devices, meter, threads
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.nets.inception import FIDInception
 from sidactl.nets.vit import VisionTransformer
-from sidactl.recipes import Execution, NetSpec, OneStepSpec, Precision, Recipe, SamplingForm
+from sidactl.recipes import Execution, NetSpec, OneStepSpec, Precision, Recipe, SamplingForm, SidRecipe
 from sidactl.training import made_up
 
 _WARM_UP_STEPS = 2
@@ -219,7 +219,7 @@ def flop_per_image(recipe: Recipe, spec: NetSpec, device: torch.device) -> dict[
     one = dataclasses.replace(recipe, batch_size=1, num_accumulation_rounds=1)
     training, flop = made_up.distillation_of(one, Execution(), spec, device), {}
     training.num_threads = 1
-    for stage in list(made_up.STAGE_NIMG)[: 3 if recipe.adversarial else 2]:
+    for stage in list(made_up.STAGE_NIMG)[: 3 if isinstance(recipe, SidRecipe) and recipe.adversarial else 2]:
         with threads.one_thread_if(threads.is_small(training.teacher)), meter.operation_counter() as counter:
             flop[stage] = scopes.by_part(partial(made_up.step, training, stage), counter.get_total_flops)
     return flop

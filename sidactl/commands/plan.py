@@ -222,7 +222,7 @@ def _suited(recipe: Recipe, teacher: preflight.Input, overrides: Mapping[str, An
     """A recipe for a teacher of one's own, with the noise levels that it was trained on, and for the duration asked."""
     trained = teacher.params.get("recipe")
     if isinstance(trained, Mapping):
-        recipe = dataclasses.replace(recipe, P_mean=trained["P_mean"], P_std=trained["P_std"])
+        recipe = recipe.with_noise_of(trained["P_mean"], trained["P_std"])
     return recipe.lasting(overrides["duration_nimg"]) if "duration_nimg" in overrides else recipe
 
 

@@ -21,7 +21,7 @@ from sidactl.commands.vae import check_vae_is_there, refuse_vae_of_pixels, vae_f
 from sidactl.commands.words import NET_FILES, NETS, is_source, require_images, shape_for_nets
 from sidactl.errors import SidaError
 from sidactl.foreign import download
-from sidactl.recipes import NetSpec, Recipe
+from sidactl.recipes import NetSpec, Recipe, SidRecipe
 from sidactl.store import Artifact, Store
 
 VAE_BYTES = 335_000_000
@@ -328,6 +328,7 @@ def check_stages(recipe: Recipe) -> SidaError | None:
         would = "return its teacher" if recipe.mode != "sid2a" else "return the generator that it starts from"
         flag, choices = "--generator-from", [recipe.duration_nimg // 4, 0, None]
     else:
+        assert isinstance(recipe, SidRecipe)
         assert recipe.adversarial
         start, what = recipe.adversarial.adversarial_from_nimg, "the adversarial part counts"
         would, flag, choices = "be mode sid", "--adversarial-from", [recipe.duration_nimg // 2, 0]
@@ -347,6 +348,7 @@ def check_stages(recipe: Recipe) -> SidaError | None:
 def _with(recipe: Recipe, flag: str, nimg: int | None) -> Recipe:
     if flag == "--generator-from":
         return replace(recipe, generator_from_nimg=nimg)
+    assert isinstance(recipe, SidRecipe)
     assert recipe.adversarial
     assert nimg is not None
     return replace(recipe, adversarial=replace(recipe.adversarial, adversarial_from_nimg=nimg))

@@ -89,7 +89,7 @@ def compile_(net: Preconditioned) -> None:
     # C++ all through takes longer to compile, but passes side by side then do not wait for Python's lock.
     all_through: dict[str, Any] = {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}
     options = all_through if is_small(net) else None
-    for method in ("forward", "denoise_and_logits", "logits"):
+    for method in ("forward", "denoise_and_logits", "denoise_and_features", "features", "logits"):
         compiled = torch.compile(getattr(net, method), dynamic=False, options=options)
         setattr(net, method, _compiled_once(net, compiled))
 

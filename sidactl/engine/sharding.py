@@ -48,7 +48,7 @@ def shard_(net: Preconditioned) -> None:
     from torch.distributed.fsdp import register_fsdp_forward_method
 
     _split([*blocks_of(net), net])
-    for method in ("denoise_and_logits", "logits", "logvar"):
+    for method in ("denoise_and_logits", "denoise_and_features", "features", "logits", "logvar"):
         register_fsdp_forward_method(net, method)
 
 

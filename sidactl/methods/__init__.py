@@ -1,18 +1,28 @@
 """The methods of distillation, a file for each paper and for what they share. No optimiser, no checkpoint."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from sidactl.methods.base import Method
 from sidactl.methods.discriminator import discriminator_loss
+from sidactl.methods.dmd import Matching
 from sidactl.methods.score_losses import fake_score_loss
 from sidactl.methods.sid import Sid, adversarial_generator_loss, sid_generator_loss
 from sidactl.recipes import Mode, NetSpec, Recipe
 
 __all__ = ["Method", "adversarial_generator_loss", "discriminator_loss", "fake_score_loss", "of", "sid_generator_loss"]
 
-METHODS: dict[Mode, Callable[[Recipe, NetSpec], Method]] = {"sid": Sid, "sida": Sid, "sid2a": Sid}
+METHODS: dict[Mode, Callable[[Any, NetSpec], Method]] = {
+    "sid": Sid,
+    "sida": Sid,
+    "sid2a": Sid,
+    "diff-instruct": Matching,
+    "dmd2": Matching,
+    "dmd2-fastgen": Matching,
+    "f-distill": Matching,
+}
 """by the mode that names them"""
 
 

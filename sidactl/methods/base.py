@@ -5,7 +5,7 @@ Nothing is summed over passes, clipped or stepped here: passes, processes, preci
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sidactl.nets import Denoiser
 from sidactl.noise import Draws
-from sidactl.recipes import NetSpec, Recipe
+from sidactl.recipes import FakeScoreRecipe, FurtherRecipe, NetSpec, Recipe
 from sidactl.scopes import scope
 
 Losses = dict[str, Tensor]
@@ -45,6 +45,16 @@ class Batch(Protocol):
     @property
     def reals(self) -> Callable[[], Tensor]:
         """fetches the real images that have these labels, [B, C, H, W], for a method that needs them"""
+        ...
+
+    @property
+    def real_labels(self) -> Tensor:
+        """of the real images, [B, K]"""
+        ...
+
+    @property
+    def positions(self) -> Tensor:
+        """of each image in the whole batch of a step, over all processes, int64 [B]"""
         ...
 
     @property
@@ -81,6 +91,8 @@ class Schedule:
     """the generator is stepped in one of so many steps, at first in step 0"""
     alternates: bool = False
     """the fake score is not stepped where the generator is"""
+    has_dropout_everywhere: bool = False
+    """teacher and fake score have the recipe's dropout in the generator's update, too, both under one mask"""
     shares: Literal["nothing", "labels", "images"] = "nothing"
     """what both updates of a step see alike, always those of the fake score's batch; noise is drawn anew in any case"""
 
@@ -137,17 +149,24 @@ class Method(nn.Module, ABC):
     """names of the sums that `measure` gives, where the method needs any"""
 
     def __init__(self, recipe: Recipe, spec: NetSpec) -> None:
-        """Schedule and updates of SiD. spec: the teacher's."""
+        """A generator that is stepped in every step, and a fake score where the recipe has one. spec: the teacher's."""
         super().__init__()
         self.recipe, self.spec = recipe, spec
-        self.schedule = Schedule(shares="images" if recipe.share_fakes else "nothing")
-        beta2, eps = recipe.beta2, recipe.adam_eps
-        fake_score = Optimisation(lr=recipe.fake_score_lr, beta1=recipe.fake_score_beta1, beta2=beta2, eps=eps)
-        generator = Optimisation(lr=recipe.generator_lr, beta1=recipe.generator_beta1, beta2=beta2, eps=eps)
-        self.updates = {
-            "fake_score": Update(trained={"fake_score": fake_score}),
-            "generator": Update(trained={"generator": generator}),
-        }
+        self.schedule, self.updates = Schedule(), {}
+        clip_norm = recipe.clip_gradient_norm if isinstance(recipe, FurtherRecipe) else None
+        if isinstance(recipe, FakeScoreRecipe):
+            fake_score = self.optimisation(recipe.fake_score_lr, recipe.fake_score_beta1)
+            self.updates["fake_score"] = Update(trained={"fake_score": fake_score}, clip_norm=clip_norm)
+        generator = self.optimisation(recipe.generator_lr, recipe.generator_beta1)
+        self.updates["generator"] = Update(trained={"generator": generator}, clip_norm=clip_norm)
+
+    def optimisation(self, lr: float, beta1: float) -> Optimisation:
+        """Adam at this rate, with the recipe's other settings."""
+        recipe = self.recipe
+        how = Optimisation(lr=lr, beta1=beta1, beta2=recipe.beta2, eps=recipe.adam_eps)
+        if not isinstance(recipe, FurtherRecipe):
+            return how
+        return replace(how, weight_decay=recipe.weight_decay, warm_up_nimg=recipe.lr_warmup_nimg)
 
     @abstractmethod
     def image_gradient(self, nets: Nets, batch: Batch, x: Tensor, nimg: int) -> tuple[Losses, Tensor]:

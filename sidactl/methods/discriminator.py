@@ -1,5 +1,7 @@
 """What teaches a discriminator, as pure functions; shapes and manners as in score_losses.py."""
 
+from typing import Literal
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,3 +27,19 @@ def micro_batch_mean(values: Tensor, num_micro_batches: int) -> Tensor:
     """The mean of each micro-batch for each of its images, [B, 1, 1, 1]."""
     means = values.reshape(num_micro_batches, -1).mean(dim=1, keepdim=True)
     return means.expand(-1, len(values) // num_micro_batches).reshape(-1, 1, 1, 1)
+
+
+def adversarial_loss(kind: Literal["softplus", "hinge"], logits: Tensor) -> Tensor:
+    """How little each image is taken for real, [B]: the mean over its logits, [B, heads], which a generator descends.
+
+    softplus: softplus(-l), of DMD2 (2405.14867) and Diffusion-GAN (2206.02262); hinge: -l, of StyleGAN-T (2301.09515),
+    as ADD (2311.17042) names it.
+    """
+    return (F.softplus(-logits) if kind == "softplus" else -logits).mean(dim=1)
+
+
+def telling_loss(kind: Literal["softplus", "hinge"], of_fakes: Tensor, of_reals: Tensor) -> Tensor:
+    """How badly each pair of a fake and a real image is told apart, [B]: the mean over logits, [B, heads] each."""
+    if kind == "softplus":
+        return F.softplus(of_fakes).mean(dim=1) + F.softplus(-of_reals).mean(dim=1)
+    return F.relu(1 + of_fakes).mean(dim=1) + F.relu(1 - of_reals).mean(dim=1)

@@ -6,12 +6,14 @@ that is not finite gives losses that are not finite, and the trainer skips that 
 samples; tests/methods/test_losses.py shows that all others are equal).
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sidactl.nets import Denoiser
+
+ScoreWeight = Literal["edm", "x0", "eps"]
 
 
 class ScoreLoss(NamedTuple):
@@ -58,12 +60,28 @@ def fake_score_loss(
         if augment_labels is not None and real_augment_labels is not None:
             augment = torch.cat([augment_labels, real_augment_labels])
     denoised, logits = fake_score.denoise_and_logits(noisy, sigmas, given, augment, num_denoised=len(images))
-    loss = denoising_weight(sigma, fake_score.spec.sigma_data) * (denoised - images) ** 2
     logvar = logvar_of(fake_score, sigma)
-    if logvar is not None:
-        loss = loss / logvar.exp() + logvar
+    loss = denoising_loss(denoised, images, sigma, fake_score.spec.sigma_data, logvar)
     real_logits = None if real_images is None else logits[len(images) :]
     return ScoreLoss(loss, logits[: len(images)], logvar, real_logits)
+
+
+def denoising_loss(
+    denoised: Tensor,
+    images: Tensor,
+    sigma: Tensor,
+    sigma_data: float,
+    logvar: Tensor | None = None,
+    weight: ScoreWeight = "edm",
+) -> Tensor:
+    """Squared error per pixel, weighted by EDM's gamma(t), by 1 (x0) or by 1 / sigma^2 (eps); / exp(u) + u with a u.
+
+    Source: EDM (2206.00364), table 1; x0: FastGen's DMD2; eps: SiD-LSG (2406.01561).
+    """
+    loss = (denoised - images) ** 2
+    if weight != "x0":
+        loss = (denoising_weight(sigma, sigma_data) if weight == "edm" else sigma**-2) * loss
+    return loss if logvar is None else loss / logvar.exp() + logvar
 
 
 def logvar_of(net: Denoiser, sigma: Tensor) -> Tensor | None:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sidactl.methods.base import Batch, Losses, Method, Nets
+from sidactl.methods.base import Batch, Losses, Method, Nets, Schedule
 from sidactl.methods.discriminator import discriminator_loss, micro_batch_mean
 from sidactl.methods.score_losses import fake_score_loss, logvar_of
 from sidactl.nets import Denoiser
 from sidactl.noise import sigma_of_time
-from sidactl.recipes import NetSpec, Recipe
+from sidactl.recipes import NetSpec, SidRecipe
 
 LOGIT_BOUND = 10.0
 """the generator's adversarial term clamps logits to +- this, as the published code does; not in the paper"""
@@ -78,8 +78,11 @@ class Sid(Method):
     recipe.share_fakes), strict gates.
     """
 
-    def __init__(self, recipe: Recipe, spec: NetSpec) -> None:
+    recipe: SidRecipe
+
+    def __init__(self, recipe: SidRecipe, spec: NetSpec) -> None:
         super().__init__(recipe, spec)
+        self.schedule = Schedule(shares="images" if recipe.share_fakes else "nothing")
         if recipe.adversarial is not None:
             clip_value = recipe.adversarial.clip_gradient_value
             self.updates["fake_score"] = dataclasses.replace(self.updates["fake_score"], clip_value=clip_value)

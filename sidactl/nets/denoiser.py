@@ -52,6 +52,20 @@ class Denoiser(Protocol):
         num_denoised: int | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
+    def denoise_and_features(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        *,
+        num_denoised: int | None = None,
+    ) -> tuple[Tensor, list[Tensor]]: ...
+
+    def features(
+        self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None, augment_labels: Tensor | None = None
+    ) -> list[Tensor]: ...
+
     def logits(
         self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None, augment_labels: Tensor | None = None
     ) -> Tensor: ...
@@ -109,13 +123,31 @@ class Preconditioned(nn.Module):
 
         num_denoised: of so many images from the first on; the others go through the encoder alone, for their logits.
         """
+        denoised, encoded = self._denoise(x, sigma, labels, augment_labels, num_denoised)
+        return denoised, _channel_mean(encoded.features)
+
+    def denoise_and_features(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        *,
+        num_denoised: int | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """As `denoise_and_logits`, with the encoder's maps as `features` gives them."""
+        denoised, encoded = self._denoise(x, sigma, labels, augment_labels, num_denoised)
+        return denoised, _maps(encoded)
+
+    def features(
+        self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None, augment_labels: Tensor | None = None
+    ) -> list[Tensor]:
+        """The encoder's last map of each resolution, float32 [B, C, r, r], the finest first; the decoder does not run.
+
+        The coarsest is the one that the logits map is the channel mean of.
+        """
         x, sigma = with_own_grad_node(x.to(torch.float32)), as_sigma(sigma, x)
-        encoded = self._encode(x, sigma, labels, augment_labels)
-        logits = _channel_mean(encoded.features)
-        if num_denoised is not None and num_denoised < len(x):
-            x, sigma = x[:num_denoised], as_sigma(_first(sigma, num_denoised), x)
-            encoded = Encoded(*(_first(part, num_denoised) for part in encoded))
-        return self._combine(x, sigma, self.raw.decode(encoded)), logits
+        return _maps(self._encode(x, sigma, labels, augment_labels))
 
     def logits(
         self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None, augment_labels: Tensor | None = None
@@ -129,6 +161,21 @@ class Preconditioned(nn.Module):
         raise SidaError(
             f"logvar needs a net with an uncertainty head, got {self.spec.architecture}", "Use an EDM2 teacher."
         )
+
+    def _denoise(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        labels: Tensor | None,
+        augment_labels: Tensor | None,
+        num_denoised: int | None,
+    ) -> tuple[Tensor, Encoded]:
+        x, sigma = with_own_grad_node(x.to(torch.float32)), as_sigma(sigma, x)
+        encoded = part = self._encode(x, sigma, labels, augment_labels)
+        if num_denoised is not None and num_denoised < len(x):
+            x, sigma = x[:num_denoised], as_sigma(_first(sigma, num_denoised), x)
+            part = Encoded(*(_first(each, num_denoised) for each in encoded))
+        return self._combine(x, sigma, self.raw.decode(part)), encoded
 
     def _encode(self, x: Tensor, sigma: Tensor, labels: Tensor | None, augment_labels: Tensor | None) -> Encoded:
         c_in = 1 / (self.spec.sigma_data**2 + sigma**2).sqrt()
@@ -159,6 +206,11 @@ def _first(values: Any, count: int) -> Any:
     if isinstance(values, list):
         return [_first(each, count) for each in values]
     return values if len(values) == 1 else values[:count]
+
+
+def _maps(encoded: Encoded) -> list[Tensor]:
+    by_resolution = {each.shape[-1]: each for each in [*encoded.skips, encoded.features]}
+    return [each.to(torch.float32) for each in by_resolution.values()]
 
 
 def _channel_mean(features: Tensor) -> Tensor:

@@ -1,31 +1,54 @@
 """Frozen descriptions of networks, samplers and runs, every number with its unit; no torch here, and no I/O."""
 
-from sidactl.recipes.distillation import MODES, Mode, Recipe, override, passes_of
+from sidactl.recipes.distillation import (
+    FROM_GENERATOR,
+    MODES,
+    SID_MODES,
+    FakeScoreRecipe,
+    FurtherRecipe,
+    HeadsRecipe,
+    Mode,
+    Recipe,
+    passes_of,
+)
+from sidactl.recipes.dmd import MatchingRecipe
 from sidactl.recipes.execution import PRECISIONS, Execution, Precision, SamplingForm
 from sidactl.recipes.fields import JsonFields, flag_of
 from sidactl.recipes.memory import BASE_BYTES, Memory
 from sidactl.recipes.networks import NetSpec
+from sidactl.recipes.noise_levels import NoiseLevels
+from sidactl.recipes.overriding import names_of, override, recipe_classes
 from sidactl.recipes.pretraining import TeacherRecipe
 from sidactl.recipes.samplers import HeunSpec, OneStepSpec
-from sidactl.recipes.sid import Adversarial
+from sidactl.recipes.sid import Adversarial, SidRecipe
 
 __all__ = [
     "BASE_BYTES",
+    "FROM_GENERATOR",
     "MODES",
     "PRECISIONS",
+    "SID_MODES",
     "Adversarial",
     "Execution",
+    "FakeScoreRecipe",
+    "FurtherRecipe",
+    "HeadsRecipe",
     "HeunSpec",
     "JsonFields",
+    "MatchingRecipe",
     "Memory",
     "Mode",
     "NetSpec",
+    "NoiseLevels",
     "OneStepSpec",
     "Precision",
     "Recipe",
     "SamplingForm",
+    "SidRecipe",
     "TeacherRecipe",
     "flag_of",
+    "names_of",
     "override",
     "passes_of",
+    "recipe_classes",
 ]

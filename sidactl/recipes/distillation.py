@@ -4,7 +4,7 @@ import bisect
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from sidactl.errors import SidaError
 from sidactl.recipes.execution import Execution, Precision
@@ -13,7 +13,6 @@ from sidactl.recipes.fields import (
     at_least,
     below_one,
     check_seed,
-    finite,
     high_rates,
     in_unit_interval,
     not_negative,
@@ -21,56 +20,66 @@ from sidactl.recipes.fields import (
     refusal,
     within,
 )
-from sidactl.recipes.sid import Adversarial
 
-Mode = Literal["sid", "sida", "sid2a"]
+Mode = Literal[
+    "sid",
+    "sida",
+    "sid2a",
+    "diff-instruct",
+    "dmd2",
+    "dmd2-fastgen",
+    "f-distill",
+]
 
-MODES: tuple[Mode, ...] = ("sid", "sida", "sid2a")
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+SID_MODES: tuple[Mode, ...] = ("sid", "sida", "sid2a")
+
+FROM_GENERATOR: frozenset[Mode] = frozenset({"sid2a"})
+"""modes that start from a generator, not from the teacher"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(JsonFields):
-    """Everything that shapes a distillation run. The published value is the default where there is one.
+    """What shapes a distillation run by any method. The published value is the default where there is one.
 
-    Counts of images end in `_nimg`. Modes are values: `sid` has no adversarial part, `sida` has one, `sid2a` has
-    one and starts the generator from a generator.
+    Counts of images end in `_nimg`. The class of a mode adds its method's numbers; `from_json` finds it by the mode.
     """
 
     _later = frozenset({"evaluate_early_nimg", "evaluate_labels", "evaluate_also", "patience", "nonfinite"})
+
+    _counted: ClassVar[Sequence[str]] = (
+        "generator_from_nimg",
+        "ema_halflife_nimg",
+        "evaluate_every_nimg",
+        "checkpoint_every_nimg",
+    )
+    """what another duration changes in proportion"""
+
+    _classes: ClassVar[dict[str, type["Recipe"]]] = {}
+    """of each mode"""
+
+    first_stage: ClassVar[str] = "fake score"
+    """what trains alone before the generator's time has come"""
 
     teacher: str
     mode: Mode
     dataset: str
     """name or oid of the dataset: real images (sida, sid2a) and labels"""
-    alpha: float
-    """weight of the second part of the SiD loss (eq. 6)"""
     batch_size: int
     """images of one step, over all processes"""
     duration_nimg: int
     """images to train on, in all"""
-    fake_score_lr: float
-    """Adam's learning rate for the fake score"""
     generator_lr: float
     """Adam's learning rate for the generator"""
     ema_halflife_nimg: int
     """half-life of the generator's exponential moving average"""
-    adversarial: Adversarial | None
     generator_from_nimg: int | None = 100_000
     """train the generator only after more than this many images; none = from the start"""
     num_accumulation_rounds: int = 1
     """micro-batches that a batch is split into; part of the method, since the adversarial losses average over one"""
     sigma_init: float = 2.5
     """noise level of the generator's input, and its sigma argument"""
-    tmax: int = 800
-    """largest time, in thousandths of the noise schedule, at which the generator's output is diffused"""
-    lambda_sid: float = 100.0
-    """scale of the SiD term; 0 leaves the adversarial one alone"""
-    P_mean: float = -1.2
-    """mean of ln sigma in the fake-score loss"""
-    P_std: float = 1.2
-    """standard deviation of ln sigma in the fake-score loss"""
-    fake_score_beta1: float = 0.0
-    """Adam's momentum for the fake score"""
     generator_beta1: float = 0.0
     """Adam's momentum for the generator"""
     beta2: float = 0.999
@@ -79,16 +88,10 @@ class Recipe(JsonFields):
     """Adam's epsilon (1e-8; 1e-6 with --precision fp16)"""
     ema_rampup_ratio: float | None = 0.05
     """the EMA half-life is at most this share of the images seen; None = no ramp-up"""
-    augment_p: float = 0.0
-    """probability of EDM's augmentation of the fake score's inputs"""
     dropout: float = 0.0
     """probability of dropout in fake score and generator as they train"""
     forced_normalization: Literal["off", "published", "intended"] = "off"
     """EDM2: overwrite weights by their normalised values before training passes, as published or of both nets"""
-    logvar: bool = True
-    """EDM2: whether the fake score keeps the teacher's uncertainty head, and the losses divide by exp(u)"""
-    share_fakes: bool = False
-    """both updates of a step take the same generated images, as Algorithm 1 prints; the published code draws twice"""
     seed: int = 0
     """seed of all random numbers of the run"""
     precision: Precision = "fp32"
@@ -128,14 +131,9 @@ class Recipe(JsonFields):
         at_least(self, 0, "ema_halflife_nimg", "generator_from_nimg")
         if self.teacher_precision == "tf32":  # a setting of the device, not of one net
             raise refusal("teacher_precision", "fp32, fp16 or bf16", self.teacher_precision)
-        positive(self, "fake_score_lr", "generator_lr", "sigma_init", "P_std", "adam_eps")
-        not_negative(self, "ema_rampup_ratio", "lambda_sid")
-        if not self.lambda_sid and not (self.adversarial and self.adversarial.lambda_adv):
-            raise refusal("lambda_sid", "positive where no adversarial term trains the generator", self.lambda_sid)
-        below_one(self, "fake_score_beta1", "generator_beta1", "beta2", "dropout")
-        in_unit_interval(self, "augment_p")
-        within(self, ["tmax"], "in (0, 1000]", lambda got: 0 < got <= 1000)
-        finite(self, "alpha", "P_mean")
+        positive(self, "generator_lr", "sigma_init", "adam_eps")
+        not_negative(self, "ema_rampup_ratio")
+        below_one(self, "generator_beta1", "beta2", "dropout")
         check_seed(self)
         if self.batch_size % self.num_accumulation_rounds:
             raise SidaError(
@@ -143,47 +141,55 @@ class Recipe(JsonFields):
                 f"{self.num_accumulation_rounds}",
                 "Change one of the two.",
             )
-        assert (self.adversarial is None) == (self.mode == "sid"), "sid has no adversarial part, the others do"
+
+    def __init_subclass__(cls, modes: Sequence[Mode] = ()) -> None:
+        super().__init_subclass__()
+        Recipe._classes.update(dict.fromkeys(modes, cls))
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """The recipe that `to_json` wrote, of the class of its mode. Raises SidaError for what is not its field."""
+        known: Any = Recipe._classes.get(str(value.get("mode"))) if cls is Recipe else None
+        if cls is Recipe and known is None:
+            raise SidaError(f"unknown mode {value.get('mode')!r} of a recipe", f"Modes are {', '.join(MODES)}.")
+        found: Self = known.from_json(value) if known else super().from_json(value)
+        return found
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether real images are trained on, or classes alone."""
+        return True
+
+    @property
+    def generator_nimg_share(self) -> float:
+        """Images that the generator is stepped with, of those of all steps."""
+        return 1.0
+
+    def with_noise_of(self, P_mean: float, P_std: float) -> Self:
+        """The recipe with the fake score trained at a teacher's own noise levels, where they are of that kind."""
+        return self
 
     def lasting(self, duration_nimg: int) -> Self:
         """The recipe for another duration, by whose change all that is counted in images changes in proportion."""
         changed = dataclasses.replace(self, duration_nimg=duration_nimg)
         ratio = duration_nimg / self.duration_nimg
 
-        def scaled(value: JsonFields, *names: str) -> dict[str, Any]:
-            counts = {name: getattr(value, name) for name in names}
-            return {name: n and max(round(n * ratio), 1) for name, n in counts.items()}
-
-        adversarial = self.adversarial
-        names = ("generator_from_nimg", "ema_halflife_nimg", "evaluate_every_nimg", "checkpoint_every_nimg")
-        return dataclasses.replace(
-            changed,
-            **scaled(self, *names),
-            adversarial=adversarial
-            and dataclasses.replace(adversarial, **scaled(adversarial, "adversarial_from_nimg")),
-        )
+        counts = {name: getattr(self, name) for name in self._counted}
+        return dataclasses.replace(changed, **{name: n and max(round(n * ratio), 1) for name, n in counts.items()})
 
     def trains_generator(self, nimg: int) -> bool:
         """Whether the step that begins after so many images updates the generator, not the fake score alone."""
         return self.generator_from_nimg is None or nimg > self.generator_from_nimg
 
-    def is_adversarial(self, nimg: int) -> bool:
-        """Whether the generator's loss has its adversarial term in the step that begins after so many images."""
-        return self.adversarial is not None and nimg > self.adversarial.adversarial_from_nimg
-
     def stages(self) -> dict[str, int | None]:
         """How many images were seen when each stage begins; None for one that the duration does not reach."""
+        return {self.first_stage: 0, "generator": self._first(self.trains_generator)}
+
+    def _first(self, holds: Callable[[int], bool]) -> int | None:
+        """The images seen before the first step for which it holds; None where the duration has none."""
         starts = range(0, self.duration_nimg, self.batch_size)
-
-        def first(holds: Callable[[int], bool]) -> int | None:
-            index = bisect.bisect_left(starts, True, key=holds)
-            return starts[index] if index < len(starts) else None
-
-        stages = {"fake score": first(lambda nimg: True), "generator": first(self.trains_generator)}
-        if self.adversarial is not None:
-            both = first(lambda nimg: self.trains_generator(nimg) and self.is_adversarial(nimg))
-            stages["adversarial part"] = both
-        return stages
+        index = bisect.bisect_left(starts, True, key=holds)
+        return starts[index] if index < len(starts) else None
 
     def untrained(self, nimg: int | None = None) -> list[str]:
         """What no step of the whole run, or of its first so many images, trains: "generator", "adversarial part"."""
@@ -192,10 +198,27 @@ class Recipe(JsonFields):
 
     def unusual(self) -> list[str]:
         """What is allowed and rarely meant, a line for each."""
-        lines = high_rates(self, "fake_score_lr", "generator_lr")
-        if not 0 <= self.alpha <= 2:
-            lines.append(f"alpha is {self.alpha:g}; values from 0 to 2 are known, 1.0 and 1.2 the published ones")
-        return lines
+        return high_rates(self, *(f.name for f in dataclasses.fields(self) if f.name.endswith("_lr")))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FakeScoreRecipe(Recipe):
+    """What all methods have that train a fake score."""
+
+    fake_score_lr: float
+    """Adam's learning rate for the fake score"""
+    fake_score_beta1: float = 0.0
+    """Adam's momentum for the fake score"""
+    augment_p: float = 0.0
+    """probability of EDM's augmentation of the fake score's inputs"""
+    logvar: bool = True
+    """EDM2: whether the fake score keeps the teacher's uncertainty head, and the losses divide by exp(u)"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "fake_score_lr")
+        below_one(self, "fake_score_beta1")
+        in_unit_interval(self, "augment_p")
 
 
 def passes_of(recipe: Recipe, execution: Execution, rank: int = 0, num_processes: int = 1) -> list[Sequence[int]]:
@@ -229,28 +252,46 @@ def passes_of(recipe: Recipe, execution: Execution, rank: int = 0, num_processes
     return [rounds[start : start + at_once] for start in range(0, len(rounds), at_once)]
 
 
-def override(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
-    """The recipe with some fields replaced; names of Adversarial fields reach into its adversarial part.
+@dataclass(frozen=True, kw_only=True)
+class FurtherRecipe(Recipe):
+    """What the methods beside the SiD family may set of their optimisers."""
 
-    Raises SidaError for a name that is no field, or that belongs to the adversarial part of a recipe without one.
-    """
-    own = {f.name for f in dataclasses.fields(Recipe)}
-    adversarial = {f.name for f in dataclasses.fields(Adversarial)}
-    for name in overrides:
-        if name not in own | adversarial:
-            raise SidaError(
-                f"unknown recipe field {name!r}",
-                f"Fields are {', '.join(sorted((own | adversarial) - {'adversarial'}))}.",
-            )
-        if name in adversarial and recipe.adversarial is None:
-            raise SidaError(
-                f"{name} belongs to the adversarial loss, which mode {recipe.mode} does not have",
-                "Use --mode sida, or leave it out.",
-            )
-    changed_part = recipe.adversarial
-    if changed_part is not None:
-        changed_part = dataclasses.replace(changed_part, **{k: v for k, v in overrides.items() if k in adversarial})
-    changed = {k: v for k, v in overrides.items() if k in own}
-    if (precision := changed.get("precision", recipe.precision)) != recipe.precision and "adam_eps" not in changed:
-        changed["adam_eps"] = 1e-6 if precision == "fp16" else 1e-8
-    return dataclasses.replace(recipe, **({"adversarial": changed_part} | changed))
+    weight_decay: float = 0.0
+    """AdamW's decay, of all that trains, as a share of the learning rate; 0 = Adam"""
+    lr_warmup_nimg: int = 0
+    """images over which learning rates grow from 0 in a straight line"""
+    clip_gradient_norm: float | None = None
+    """the gradients of an update are scaled so that their norm is at most this"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        not_negative(self, "weight_decay")
+        at_least(self, 0, "lr_warmup_nimg")
+        within(self, ["clip_gradient_norm"], "positive or none", lambda got: got > 0)
+
+    _counted = (*Recipe._counted, "lr_warmup_nimg")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadsRecipe(FurtherRecipe):
+    """What methods have that may train a discriminator on the features of another network."""
+
+    discriminator_features: Literal["none", "fake-score", "teacher", "detector"] = "none"
+    """whose features the discriminator sees: of the fake score, the teacher or a detector; none = no discriminator"""
+    discriminator_loss: Literal["softplus", "hinge"] = "softplus"
+    """of generator and discriminator: softplus (non-saturating cross-entropy) or hinge"""
+    discriminator_lr: float = 1e-4
+    """Adam's learning rate for the discriminator's heads"""
+    lambda_adv: float = 0.0
+    """scale of the generator's adversarial term"""
+    discriminator_scale: float = 1.0
+    """scale of the discriminator loss"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "discriminator_lr")
+        not_negative(self, "lambda_adv", "discriminator_scale")
+
+    @property
+    def needs_images(self) -> bool:
+        return self.discriminator_features != "none"

@@ -56,6 +56,19 @@ class MicroBatch:
     reals: Callable[[], Tensor]
     """fetches the images as networks see them, [b, C, H, W]"""
     num_micro_batches: int = 1
+    starts: Sequence[int] = (0,)
+    """where in the batch of a step each micro-batch begins"""
+    labels_of_reals: Tensor | None = None
+    """where they are not `labels`"""
+
+    @property
+    def real_labels(self) -> Tensor:
+        return self.labels if self.labels_of_reals is None else self.labels_of_reals
+
+    @property
+    def positions(self) -> Tensor:
+        size = len(self.labels) // self.num_micro_batches
+        return torch.cat([torch.arange(s, s + size, device=self.labels.device) for s in self.starts])
 
     @classmethod
     def joined(cls, parts: Sequence["MicroBatch"]) -> "MicroBatch":
@@ -73,6 +86,8 @@ class MicroBatch:
             [seed for part in parts for seed in part.dropout_seeds],
             lambda: torch.cat([p.reals() for p in parts]),
             len(parts),
+            [start for part in parts for start in part.starts],
+            None if parts[0].labels_of_reals is None else torch.cat([p.real_labels for p in parts]),
         )
 
 
@@ -145,6 +160,7 @@ class DatasetBatches:
             self._draws("augment", batch, round),
             [stream_seed(self._seed, "dropout", batch * self._num_rounds + round)],
             partial(self.images, batch, round),
+            starts=(round * self._size,),
         )
 
     @scope("data")

@@ -4,6 +4,8 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +15,9 @@ from sidactl.data.augment import augmentation
 from sidactl.engine import configure, devices, ranks, sharding, threads
 from sidactl.engine import gradients as engine_gradients
 from sidactl.methods.base import Losses, Nets, Turn
-from sidactl.nets import Preconditioned
+from sidactl.nets import Denoiser, Preconditioned
 from sidactl.nets.edm2 import drop_logvar_, force_normalize_, holding
-from sidactl.recipes import Execution, Recipe
+from sidactl.recipes import Execution, FakeScoreRecipe, Recipe, SidRecipe
 from sidactl.scopes import scope
 from sidactl.training.batches import MicroBatch, MicroBatches
 from sidactl.training.state import StepSoFar, StoppedError
@@ -54,10 +56,14 @@ class Distillation:
         assert has_heads == ("method" in trained), "heads need an optimiser"
         self.teacher = self.fake_score = teacher.eval().requires_grad_(False)
         if "fake_score" in trained:
-            self.fake_score = trainable_copy(teacher, recipe.dropout, keep_logvar=recipe.logvar)
+            keep_logvar = isinstance(recipe, FakeScoreRecipe) and recipe.logvar
+            self.fake_score = trainable_copy(teacher, recipe.dropout, keep_logvar=keep_logvar)
+        if self.method.schedule.has_dropout_everywhere:
+            teacher.set_dropout(recipe.dropout)
         self.generator = trainable_copy(generator or teacher, recipe.dropout, keep_logvar=False)
         self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
-        forced, is_adversarial = recipe.forced_normalization, recipe.adversarial is not None
+        forced = recipe.forced_normalization
+        is_adversarial = isinstance(recipe, SidRecipe) and recipe.adversarial is not None
         self._normalizes_ema = forced == "published" and is_adversarial
         if self._normalizes_ema:
             force_normalize_(self.ema)
@@ -73,7 +79,10 @@ class Distillation:
         # A small net runs one pass per core; not with dropout (one global generator) nor FSDP2 (passes in turn).
         alone = not threads.is_small(self.teacher) or recipe.dropout > 0 or execution.shard
         self.num_threads = 1 if alone else torch.get_num_threads()
-        self._batches, self._augmented = batches, augmentation(recipe.augment_p, teacher.spec)
+        self._batches, self._augmented = (
+            batches,
+            augmentation(recipe.augment_p if isinstance(recipe, FakeScoreRecipe) else 0.0, teacher.spec),
+        )
         self.nimg = self.step_index = 0
         self.so_far, self._is_sharded = StepSoFar(), execution.shard
         normalizes = {
@@ -187,7 +196,8 @@ class Distillation:
             # The gradient at the images has a graph of its own, gone before the generator's is gone back: no gradient
             # of the fake score's weights is computed, and less memory is held at a time.
             with scope("generator loss"):
-                losses, gradient = self.method.image_gradient(nets, batch, images.detach().requires_grad_(), self.nimg)
+                x, looked_through = images.detach().requires_grad_(), self._with_dropout(nets, batch)
+                losses, gradient = self.method.image_gradient(looked_through, batch, x, self.nimg)
             with scope("generator backward"):
                 return losses, total.of(images, total.scaled(gradient))
 
@@ -223,7 +233,17 @@ class Distillation:
         """The networks; in training mode is what the update steps, and the generator where both take its images."""
         for name, side in self.sides.items():
             side.train(name == turn or (name == "generator" and shared is not None))
+        if self.method.schedule.has_dropout_everywhere:
+            self.teacher.train(turn == "generator")
+            self.fake_score.train()
         return Nets(self.teacher, self.fake_score, self._augmented, self.sides[turn].scale)
+
+    def _with_dropout(self, nets: Nets, batch: MicroBatch) -> Nets:
+        """The networks with dropout under the masks of the pass, where the method wants that of all of them."""
+        if not (self.method.schedule.has_dropout_everywhere and self.recipe.dropout):
+            return nets
+        teacher, fake_score = _Masked(self.teacher, batch), _Masked(self.fake_score, batch)
+        return replace(nets, teacher=cast(Denoiser, teacher), fake_score=cast(Denoiser, fake_score))
 
     def _batch(self, turn: Turn, rounds: Rounds) -> MicroBatch:
         """What a pass is fed with. A step has two batches, the fake score's and the generator's, at fixed positions."""
@@ -236,7 +256,7 @@ class Distillation:
         shares, batch = self.method.schedule.shares, joined(1)
         if shares != "nothing":
             first = joined(0)
-            batch = replace(batch, labels=first.labels, reals=first.reals)
+            batch = replace(batch, labels=first.labels, reals=first.reals, labels_of_reals=first.labels_of_reals)
         if shares == "images":
             batch = replace(batch, latent=first.latent, dropout_seeds=first.dropout_seeds)
         return batch
@@ -323,6 +343,23 @@ class Distillation:
         every = recipe.evaluate_every_nimg
         if self._normalizes_ema and (nimg + recipe.batch_size) // every > nimg // every:
             force_normalize_(self.ema)
+
+
+class _Masked:
+    """A network whose every pass has the dropout masks of one micro-batch. Implements `Denoiser`."""
+
+    def __init__(self, net: Preconditioned, batch: MicroBatch) -> None:
+        self.spec, self._net, self._batch = net.spec, net, batch
+
+    def __call__(self, *inputs: Any, **options: Any) -> Tensor:
+        return cast(Tensor, self._masked(self._net, *inputs, **options))
+
+    def __getattr__(self, name: str) -> Any:
+        return partial(self._masked, getattr(self._net, name))
+
+    def _masked(self, call: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+        with dropout_seeded(self._batch, self._net):
+            return call(*inputs, **options)
 
 
 def trainable_copy(net: Preconditioned, dropout: float, *, keep_logvar: bool) -> Preconditioned:

@@ -9,7 +9,7 @@ from torch import Tensor
 from sidactl import catalog, nets
 from sidactl.data.order import DataOrder
 from sidactl.errors import SidaError
-from sidactl.recipes import Execution, NetSpec, Recipe, SamplingForm, override
+from sidactl.recipes import Execution, NetSpec, Recipe, SamplingForm, SidRecipe, override
 from sidactl.training import batches as training_batches
 from sidactl.training.distillation import Distillation
 
@@ -41,7 +41,9 @@ def recipe_of(
         raise SidaError(f"{teacher} has no recipe of mode {mode!r}", f"It has {', '.join(recipes)}.")
     recipe = override(recipes[mode], overrides)
     pass_size = batch_size or recipe.batch_size // recipe.num_accumulation_rounds
-    reached = {"generator_from_nimg": 1_000_000} | ({"adversarial_from_nimg": 2_000_000} if recipe.adversarial else {})
+    reached = {"generator_from_nimg": 1_000_000} | (
+        {"adversarial_from_nimg": 2_000_000} if isinstance(recipe, SidRecipe) and recipe.adversarial else {}
+    )
     sizes = {"batch_size": pass_size * num_rounds, "num_accumulation_rounds": num_rounds}
     return override(recipe, reached | sizes), known[teacher].net
 

@@ -26,7 +26,7 @@ from sidactl.catalog import (
 from sidactl.errors import SidaError
 from sidactl.foreign import networks
 from sidactl.foreign.records import Record
-from sidactl.recipes import MODES, Adversarial, Execution, HeunSpec, Memory, Mode, OneStepSpec, Recipe
+from sidactl.recipes import SID_MODES, Adversarial, Execution, HeunSpec, Memory, Mode, OneStepSpec, Recipe
 from tests.golden import golden
 
 EDM2_SIZES = ("xs", "s", "m", "l", "xl", "xxl")
@@ -72,7 +72,7 @@ def test_edm2_variants_differ_in_weights_alone(size: str) -> None:
     assert for_fid.source
     assert for_dino.source
     assert for_fid.source.url != for_dino.source.url
-    for mode in MODES:
+    for mode in SID_MODES:
         assert dataclasses.replace(for_fid.recipes[mode], teacher=for_dino.name) == for_dino.recipes[mode]
 
 
@@ -126,7 +126,7 @@ RUNS: dict[str, tuple[int, int, float, float, tuple[int, int, int]]] = {
 def test_recipes_are_those_of_the_published_runs(name: str) -> None:
     batch_size, per_gpu, lr, halflife, mimg = RUNS[name]
     is_edm2 = name.startswith("edm2")
-    for mode, duration in zip(MODES, mimg, strict=True):
+    for mode, duration in zip(SID_MODES, mimg, strict=True):
         recipe = catalog.recipe_for(name, mode)
         assert (recipe.teacher, recipe.mode, recipe.dataset) == (name, mode, TEACHERS[name].dataset)
         assert recipe.batch_size == batch_size
@@ -208,14 +208,14 @@ def test_img64_recipes_take_the_sigmas_of_their_teachers() -> None:
 
 def test_every_teacher_but_those_of_guided_sampling_has_three_recipes_that_survive_json() -> None:
     for entry in TEACHERS.values():
-        assert list(entry.recipes) == ([] if entry.name in ("edm2-xs-uncond", "edm2-s-guided") else list(MODES))
+        assert list(entry.recipes) == ([] if entry.name in ("edm2-xs-uncond", "edm2-s-guided") else list(SID_MODES))
         for mode, recipe in entry.recipes.items():
             assert recipe.mode == mode
             assert recipe.teacher == entry.name
             assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", SID_MODES)
 def test_a_small_teacher_of_ones_own_is_distilled_as_tiny_digits_is(mode: Mode) -> None:
     for num_parameters in (50_000, NUM_PARAMETERS["tiny-digits"]):
         recipe = catalog.recipe_for("mine", mode, catalog.SMALL_NETS["ddpmpp"], num_parameters)
@@ -223,7 +223,7 @@ def test_a_small_teacher_of_ones_own_is_distilled_as_tiny_digits_is(mode: Mode) 
 
 
 @pytest.mark.parametrize(("form", "like", "duration"), [("ddpmpp", "edm-cifar10-uncond", 20), ("edm2", "edm2-xs", 20)])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", SID_MODES)
 def test_a_large_teacher_of_ones_own_is_distilled_as_published_ones_are_for_a_tenth_of_the_time(
     mode: Mode, form: str, like: str, duration: int
 ) -> None:
@@ -248,7 +248,7 @@ def test_a_large_teacher_of_ones_own_is_distilled_as_published_ones_are_for_a_te
 
 
 @pytest.mark.parametrize("form", catalog.SMALL_NETS)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", SID_MODES)
 def test_the_recipe_of_a_teacher_of_ones_own_grows_with_its_network_and_trains_all_its_parts(
     mode: Mode, form: str
 ) -> None:
@@ -271,7 +271,7 @@ def test_the_recipe_of_a_teacher_of_ones_own_grows_with_its_network_and_trains_a
 def test_an_edm2_teacher_of_ones_own_of_published_size_takes_as_many_images_at_once(name: str) -> None:
     layout = json.loads(golden(f"layouts/{LAYOUTS[name]}").read_text())
     spec = networks.spec_of(Record(layout["class_name"], init_kwargs=layout["init_kwargs"]))
-    for mode in MODES:
+    for mode in SID_MODES:
         recipe = catalog.recipe_for("mine", mode, spec, layout["num_parameters"])
         published = TEACHERS[name].recipes[mode]
         assert (recipe.batch_size, recipe.num_accumulation_rounds) == (2048, published.num_accumulation_rounds)

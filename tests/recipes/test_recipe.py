@@ -13,7 +13,7 @@ from sidactl import catalog
 from sidactl.cli import app
 from sidactl.errors import SidaError
 from sidactl.recipes import (
-    MODES,
+    SID_MODES,
     Adversarial,
     Execution,
     HeunSpec,
@@ -321,7 +321,7 @@ def test_evaluations_per_image_follow_from_steps() -> None:
 
 def test_every_mode_of_the_tiny_teacher_has_the_parts_that_it_needs() -> None:
     recipes = catalog.TEACHERS["tiny-digits"].recipes
-    assert set(recipes) == set(MODES)
+    assert set(recipes) == set(SID_MODES)
     assert {mode: recipe.adversarial is None for mode, recipe in recipes.items()} == {
         "sid": True,
         "sida": False,

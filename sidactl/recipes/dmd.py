@@ -1,0 +1,75 @@
+"""Recipes of distribution matching: Diff-Instruct, DMD2 (as published, and FastGen's), f-distill."""
+
+from dataclasses import dataclass, replace
+from typing import Literal, Self
+
+from sidactl.recipes.distillation import FakeScoreRecipe, HeadsRecipe
+from sidactl.recipes.fields import at_least, below_one, finite, refusal
+from sidactl.recipes.noise_levels import NoiseLevels
+
+Divergence = Literal["reverse-kl", "forward-kl", "jensen-shannon", "softened-rkl", "hellinger", "jeffreys", "neyman"]
+
+SHARED = "shared"
+"""in place of noise levels of its own, a discriminator sees the noisy images of the other losses"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchingRecipe(FakeScoreRecipe, HeadsRecipe, modes=("diff-instruct", "dmd2", "dmd2-fastgen", "f-distill")):
+    """The generator's images move along a direction made of what teacher and fake score make of them.
+
+    Direction kl is weight (g - f), detached, with f and g the images denoised by teacher and fake score.
+    """
+
+    direction: Literal["kl", "sid"] = "kl"
+    """kl: g - f, without a backward pass through teacher or fake score; sid: the gradient of the SiD loss"""
+    alpha: float = 1.0
+    """of --direction sid: weight of the second part of the SiD loss"""
+    generator_weight: Literal["one", "inverse", "inverse-eps", "inverse-floor"] = "inverse"
+    """of each image's direction: one, or over its mean |x - f|, as it is, + 1e-6, or at least 1e-5"""
+    loss_unit: Literal["sum", "mean"] = "mean"
+    """losses are averaged over pixels, or summed; their gradients differ by that factor, and clipping knows"""
+    score_weight: Literal["edm", "x0", "eps"] = "edm"
+    """of the fake score's squared error: edm's weight, x0: 1, eps: 1 / sigma^2"""
+    generator_time: str = "grid:20,980"
+    """noise levels of the direction: uniform:A,B of time, lognormal:MEAN,STD of sigma, or grid:A,B of 0 to 999"""
+    score_time: str = "grid:0,999"
+    """noise levels of the fake score's loss"""
+    discriminator_time: str = SHARED
+    """noise levels of the discriminator's images; shared = those of the direction and of the fake score's loss"""
+    f_divergence: Divergence = "reverse-kl"
+    """its weight on the direction, from the density ratio that the discriminator tells; reverse-kl is none"""
+    ratio_rate: float = 0.0
+    """how much the mean density ratio of each tenth of the noise levels keeps of its value from step to step"""
+    generator_every: int = 1
+    """the generator is stepped in one of so many steps"""
+    order: Literal["score-first", "generator-first"] = "score-first"
+    """which of its two updates a step begins with"""
+    alternate: bool = False
+    """the fake score rests in the steps of the generator"""
+    share: Literal["nothing", "labels", "images"] = "nothing"
+    """what both updates of a step see alike"""
+    direction_dropout: bool = False
+    """teacher and fake score have dropout in the direction, too, under one mask"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "generator_every")
+        finite(self, "alpha")
+        below_one(self, "ratio_rate")
+        for field in ("generator_time", "score_time", "discriminator_time"):
+            if (text := getattr(self, field)) != SHARED or field != "discriminator_time":
+                NoiseLevels.parse(text, field)
+        if self.f_divergence != "reverse-kl" and self.discriminator_features == "none":
+            raise refusal("f_divergence", "reverse-kl where no discriminator tells density ratios", self.f_divergence)
+        if self.f_divergence != "reverse-kl" and self.discriminator_time != SHARED:
+            raise refusal("discriminator_time", "shared, so that its ratios are of the same images", "its own")
+        if self.direction == "sid" and self.direction_dropout:
+            raise refusal("direction_dropout", "off with --direction sid", True)
+
+    def with_noise_of(self, P_mean: float, P_std: float) -> Self:
+        levels = f"lognormal:{P_mean:g},{P_std:g}"
+        return replace(self, score_time=levels) if self.score_time.startswith("lognormal") else self
+
+    @property
+    def generator_nimg_share(self) -> float:
+        return 1 / self.generator_every
