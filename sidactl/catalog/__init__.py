@@ -27,6 +27,7 @@ from sidactl.catalog.entries import (
 )
 from sidactl.catalog.generators import COMPARISONS, GENERATORS
 from sidactl.catalog.lookup import Row, rows
+from sidactl.catalog.methods import published_run
 from sidactl.catalog.scoring import DETECTORS, EYES, REFERENCES, TIMM, detector, digest_of_code, timm_name
 from sidactl.catalog.teachers import COSTS, NUM_PARAMETERS, TEACHERS, Cost, recipe_for, teacher
 from sidactl.catalog.tiny_digits import SMALL_NETS
@@ -66,6 +67,7 @@ __all__ = [
     "detector",
     "did_you_mean",
     "digest_of_code",
+    "published_run",
     "recipe_for",
     "rows",
     "teacher",

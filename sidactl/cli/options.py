@@ -20,7 +20,7 @@ from sidactl import units
 from sidactl.commands import inputs
 from sidactl.engine import heartbeat
 from sidactl.errors import SidaError
-from sidactl.recipes import HeunSpec, NetSpec, Recipe, SamplingForm, TeacherRecipe, flag_of
+from sidactl.recipes import HeunSpec, NetSpec, SamplingForm, TeacherRecipe, flag_of, recipe_classes
 
 Run = Annotated[
     Path | None,
@@ -149,7 +149,7 @@ def with_processes(command: Callable[..., None]) -> Callable[..., None]:
 
 
 _NOT_FLAGS: Mapping[type, set[str]] = {
-    Recipe: {"teacher", "mode", "dataset", "adversarial"},
+    **{cls: {"teacher", "mode", "dataset", "adversarial"} for cls in recipe_classes()},
     TeacherRecipe: {"dataset", "net"},
     NetSpec: {"architecture", "sigma_min", "sigma_max"},
     HeunSpec: {"num_steps", "convention"},
@@ -161,10 +161,12 @@ _NONE = object()
 
 @cache
 def _field_docs(cls: type) -> Mapping[str, str]:
-    """The documentation strings below a dataclass's fields."""
+    """The documentation strings below a dataclass's fields, those that it inherits included."""
+    docs: dict[str, str] = {}
+    for base in cls.__bases__:
+        docs |= _field_docs(base) if dataclasses.is_dataclass(base) else {}
     (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(body, ast.ClassDef)
-    docs: dict[str, str] = {}
     for field, text in zip(body.body, body.body[1:], strict=False):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
             docs[ast.unparse(field.target)] = str(text.value.value)
@@ -218,7 +220,7 @@ def recipe_flags(*classes: type) -> Callable[[Callable[..., None]], Callable[...
         for cls in classes:
             docs = _field_docs(cls)
             for field in dataclasses.fields(cls):
-                if field.name not in _NOT_FLAGS.get(cls, ()):
+                if field.name not in _NOT_FLAGS.get(cls, ()) and field.name not in flags:
                     # Of a distillation the catalog's recipe has numbers of its own.
                     default = f" [default: {field.default}]" if cls is TeacherRecipe else ""
                     flags[field.name] = field, docs.get(field.name, "") + default

@@ -10,7 +10,7 @@ from sidactl import units
 from sidactl.cli import console
 from sidactl.cli import display as cli_display
 from sidactl.errors import EXIT_FAILED, SidaError
-from sidactl.recipes import HeunSpec, Recipe, flag_of
+from sidactl.recipes import FROM_GENERATOR, HeunSpec, Recipe, flag_of
 
 if TYPE_CHECKING:
     from sidactl.catalog import Published, Row
@@ -102,7 +102,7 @@ def print_generator(artifact: "Artifact", as_json: bool) -> None:
     recipe, seen = Recipe.from_json(artifact.params["recipe"]), results["images_seen"]
     look = f"Look at it: sidactl export {artifact.oid[:12]} FOLDER"
     if untrained := recipe.untrained(seen):
-        start = "its teacher" if recipe.mode != "sid2a" else "the generator that it started from"
+        start = "its teacher" if recipe.mode not in FROM_GENERATOR else "the generator that it started from"
         what = f"it is {start}, unchanged" if "generator" in untrained else "it is from before the adversarial part"
         console.warn(f"nothing of the {untrained[0]} was trained in the {seen:,} images of this generator: {what}")
     if results["selection_score"] is None:

@@ -32,7 +32,16 @@ from sidactl.cli.options import (
 )
 from sidactl.cli.shown import Shown, print_artifact, print_generator
 from sidactl.errors import SidaError
-from sidactl.recipes import Adversarial, Execution, NetSpec, Recipe, SamplingForm, TeacherRecipe
+from sidactl.recipes import (
+    MODES,
+    Adversarial,
+    Execution,
+    NetSpec,
+    SamplingForm,
+    TeacherRecipe,
+    names_of,
+    recipe_classes,
+)
 
 if TYPE_CHECKING:
     from sidactl.training.state import Event
@@ -108,11 +117,14 @@ AllowUntrained = Annotated[
 
 _HEADINGS: Mapping[str, str] = {
     "What to distill": "teacher mode generator dataset vae allow_untrained duration_nimg",
-    "Method": "alpha sigma_init tmax lambda_sid lambda_adv discriminator_scale adversarial_from_nimg joint_weight "
-    "generator_from_nimg share_fakes forced_normalization logvar",
-    "Optimisation": "batch_size num_accumulation_rounds fake_score_lr generator_lr fake_score_beta1 generator_beta1 "
-    "beta2 adam_eps clip_gradient_value ema_halflife_nimg ema_rampup_ratio stop_if_nan_steps nonfinite",
-    "Data and noise": "P_mean P_std augment_p dropout seed",
+    "Method": "direction alpha generator_weight loss_unit score_weight f_divergence ratio_rate sigma_init tmax "
+    "lambda_sid lambda_adv adversarial_from_nimg joint_weight generator_from_nimg generator_every order alternate "
+    "share share_fakes forced_normalization logvar",
+    "Discriminator": "discriminator_features discriminator_loss discriminator_time discriminator_scale",
+    "Optimisation": "batch_size num_accumulation_rounds fake_score_lr generator_lr discriminator_lr fake_score_beta1 "
+    "generator_beta1 beta2 adam_eps weight_decay lr_warmup_nimg clip_gradient_value clip_gradient_norm "
+    "ema_halflife_nimg ema_rampup_ratio stop_if_nan_steps nonfinite",
+    "Data and noise": "P_mean P_std generator_time score_time augment_p dropout direction_dropout seed",
     "Evaluation and checkpoints": "reference detector no_score teacher_score evaluate_every_nimg evaluate_num "
     "evaluate_early_nimg evaluate_labels evaluate_also patience checkpoint_every_nimg",
     "Memory and speed": "device precision teacher_precision batch_per_device shard checkpoint_activations ema_on_cpu "
@@ -123,24 +135,28 @@ _HEADINGS: Mapping[str, str] = {
 
 
 class GroupedCommand(TyperCommand):
-    """A command that lists its options under headings, after `--mode sid` without those of the adversarial part."""
+    """A command that lists its options under headings, of a recipe's those that the mode has."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        of_others = {field.name for field in dataclasses.fields(Adversarial)} if ctx.params.get("mode") == "sid" else ()
+        mode = str(ctx.params.get("mode", "sid2a"))
+        of_others = set().union(*map(names_of, MODES)) - (names_of(mode) if mode in MODES else names_of("sida"))
         shown = {parameter.name: parameter.get_help_record(ctx) for parameter in self.get_params(ctx)}
         for heading, names in _HEADINGS.items():
             records = [shown.get(name) for name in names.split() if name not in of_others]
             with formatter.section(heading):
                 formatter.write_dl([record for record in records if record])
+        if "mode" in shown:
+            formatter.write_paragraph()
+            formatter.write_text("Each mode has options of its own: sidactl distill --mode dmd2 --help")
 
 
 @app.command("distill", cls=GroupedCommand)
 @with_processes
-@recipe_flags(Recipe, Adversarial, Execution)
+@recipe_flags(*recipe_classes(), Adversarial, Execution)
 def distill(
     teacher: TeacherRef,
     overrides: Mapping[str, Any],
-    mode: Annotated[str, typer.Option(help="sid, sida or sid2a", is_eager=True)] = "sida",
+    mode: Annotated[str, typer.Option(metavar="NAME", help=", ".join(MODES), is_eager=True)] = "sida",
     generator: Annotated[str | None, ref_option("where sid2a starts")] = None,
     dataset: RealImages = None,
     reference: Compared = None,
@@ -349,7 +365,7 @@ def bench(
     teacher: Annotated[
         str, typer.Argument(metavar="[TEACHER]", help="a name from ls --catalog")
     ] = "edm-cifar10-uncond",
-    mode: Annotated[str, typer.Option(help="sid, sida or sid2a")] = "sida",
+    mode: Annotated[str, typer.Option(metavar="NAME", help=", ".join(MODES))] = "sida",
     batch_size: Annotated[
         int | None, typer.Option(help="images per pass; the recipe's micro-batch if not given")
     ] = None,

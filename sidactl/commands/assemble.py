@@ -143,17 +143,17 @@ def _training_data(store: Store, planned: Plan, teacher: Artifact, asked: str | 
         if asked:
             data = resolve(store, asked, ["dataset"], recheck=recheck)
         else:
-            needs_images = planned.recipe.mode != "sid"
+            needs_images = planned.recipe.needs_images
             data = dataset_called(store, planned.inputs["dataset"], recheck=recheck, may_download=needs_images)
     except MissingError:
         if not asked and "dataset" in teacher.inputs:
             return store.get(teacher.inputs["dataset"])
-        if asked or planned.recipe.mode != "sid":
+        if asked or planned.recipe.needs_images:
             raise
         # A net without classes looks at no label: one class does as well.
         num_classes = int(teacher.params["net"]["label_dim"]) or 1
         return prepare_data(None, classes=num_classes, run=store.root, recheck=recheck, say=None)
-    if planned.recipe.mode != "sid":
+    if planned.recipe.needs_images:
         require_images(data)
     return data
 

@@ -27,7 +27,7 @@ from sidactl.commands.scores import SCORED, Score
 from sidactl.commands.words import NETS, OnCount, RunDir
 from sidactl.errors import SidaError
 from sidactl.foreign import download
-from sidactl.recipes import MODES, Execution, Recipe
+from sidactl.recipes import MODES, Execution, FakeScoreRecipe, Recipe
 from sidactl.store import Artifact, Store, outputs
 
 CONFIDENCE = 0.95
@@ -274,11 +274,11 @@ def _row(store: Store, name: str, artifacts: Sequence[Artifact], scores: Sequenc
     return Row(
         name=name if len(artifacts) == 1 else f"{name} x {len(artifacts)}",
         oids=[each.oid for each in artifacts],
-        images=images,
-        updates=images // recipe.batch_size if recipe and images is not None else None,
+        images=round(images * recipe.generator_nimg_share) if recipe and images is not None else None,
+        updates=images // recipe.batch_size if isinstance(recipe, FakeScoreRecipe) and images is not None else None,
         seconds=statistics.fmean(seconds) if seconds else None,
         evaluations=sampler_of(artifact).nfe if artifact.kind in NETS else None,
-        needs=None if recipe is None else "classes" if recipe.mode == "sid" else "images",
+        needs=None if recipe is None else "images" if recipe.needs_images else "classes",
         values=values,
         seen=frozenset(itertools.chain(*(score.seen for score in scores))),
     )

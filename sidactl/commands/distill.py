@@ -28,7 +28,7 @@ from sidactl.commands.vae import vae_loader
 from sidactl.commands.words import RunDir, part_of
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.foreign import download
-from sidactl.recipes import Adversarial, Execution, OneStepSpec, Recipe
+from sidactl.recipes import FROM_GENERATOR, Adversarial, Execution, OneStepSpec, recipe_classes
 from sidactl.store import Artifact, LiveDir, Store
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def distill(
     teacher, generator = ref_text(teacher, "the teacher"), optional_ref(generator, "the generator")
     dataset, reference = optional_ref(dataset, "the dataset"), optional_ref(reference, "the reference")
     detector, vae = optional_ref(detector, "the detector"), optional_ref(vae, "the VAE")
-    recipe_overrides = field_values(recipe_overrides, Recipe, Adversarial, Execution)
+    recipe_overrides = field_values(recipe_overrides, *recipe_classes(), Adversarial, Execution)
     settings = {f.name for f in dataclasses.fields(Execution)} & set(recipe_overrides)
     chosen = {name: recipe_overrides.pop(name) for name in settings}
     execution = dataclasses.replace(execution or Execution(), **chosen)
@@ -124,7 +124,7 @@ def distill(
         words += option_words(
             {"no_score": not score, "teacher_score": teacher_score, "allow_untrained": allow_untrained}
         )
-        words += option_words(recipe_overrides, Recipe, Adversarial)
+        words += option_words(recipe_overrides, *recipe_classes(), Adversarial)
         questions = asked_for.questions(store, words, force=force, say=say)
         known = questions["best"].known()
     if not known:
@@ -235,7 +235,7 @@ def _train(
         stop_if_nan_steps=recipe.stop_if_nan_steps,
         evaluate_early_nimg=recipe.evaluate_early_nimg,
         # So that a fine-tuning that only makes it worse ends with what it started from.
-        evaluates_start=recipe.mode == "sid2a",
+        evaluates_start=recipe.mode in FROM_GENERATOR,
         patience=recipe.patience,
         patience_from_nimg=max(start or 0 for start in recipe.stages().values()),
     )

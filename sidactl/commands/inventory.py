@@ -158,7 +158,7 @@ def _published(artifact: Artifact) -> Mapping[str, catalog.Published]:
     entries: Mapping[str, Mapping[str, catalog.Entry]] = {"teacher": catalog.TEACHERS, "generator": catalog.GENERATORS}
     entry = entries.get(artifact.kind, {}).get(name)
     if artifact.kind == "generator" and isinstance(recipe, Mapping):
-        trained = tuple(recipe[field] for field in ("teacher", "mode", "alpha"))
+        trained = tuple(recipe.get(field) for field in ("teacher", "mode", "alpha"))
         alike = (g for g in catalog.GENERATORS.values() if (g.teacher, g.mode, g.alpha) == trained)
         entry = next(alike, entry)
     return entry.scores if entry else {}

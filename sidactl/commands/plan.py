@@ -18,7 +18,18 @@ from sidactl.commands.scores import METRICS, score_name
 from sidactl.commands.vae import other_vae, vae_for
 from sidactl.commands.words import NET_FILES
 from sidactl.errors import EXIT_USAGE, SidaError
-from sidactl.recipes import MODES, Execution, Memory, Mode, NetSpec, Recipe, override, passes_of
+from sidactl.recipes import (
+    FROM_GENERATOR,
+    MODES,
+    SID_MODES,
+    Execution,
+    Memory,
+    Mode,
+    NetSpec,
+    Recipe,
+    override,
+    passes_of,
+)
 from sidactl.store import Artifact, Store
 
 TeacherScore: TypeAlias = Literal["published", "measure", "none"]
@@ -81,7 +92,7 @@ class Plan:
         """How often the generator is scored."""
         every = max(self.recipe.evaluate_every_nimg, self.recipe.batch_size)
         early = [n for n in self.recipe.evaluate_early_nimg if n < self.recipe.duration_nimg and n % every]
-        return -(-self.recipe.duration_nimg // every) + len(early) + (self.recipe.mode == "sid2a")
+        return -(-self.recipe.duration_nimg // every) + len(early) + (self.recipe.mode in FROM_GENERATOR)
 
 
 def plan(
@@ -106,12 +117,15 @@ def plan(
     Raises SidaError as the run would; writes nothing, fetches nothing, and needs no torch.
     """
     if mode not in MODES:
-        raise SidaError(f"mode must be one of {', '.join(MODES)}, got {mode!r}", "Pass --mode sida.")
-    if mode == "sid2a" and generator is None:
+        hint = "Pass --mode sida."
+        if mode == "uni-instruct":
+            hint = "Its published step is SiDA's with both weights 1: pass --mode sida --alpha 1 --joint-weight 1."
+        raise SidaError(f"mode must be one of {', '.join(MODES)}, got {mode!r}", hint)
+    if mode in FROM_GENERATOR and generator is None:
         raise SidaError(
-            "mode sid2a starts from a generator, got none", "Pass --generator REF: distill one with --mode sid first."
+            f"mode {mode} starts from a generator, got none", "Pass --generator REF: distill one with --mode sid first."
         )
-    if mode != "sid2a" and generator is not None:
+    if mode not in FROM_GENERATOR and generator is not None:
         raise SidaError(f"mode {mode} starts from the teacher, got generator {generator!r}", "Use --mode sid2a for it.")
     for flag, given in (("--ref", reference), ("--detector", detector)):
         if given is not None and not score:
@@ -136,6 +150,10 @@ def plan(
     default = recipe
     recipe = dataclasses.replace(override(recipe, overrides), dataset=dataset or str(own_dataset))
     settings, notes = execution or Execution(), list[str]()
+    if chosen not in SID_MODES and (run := catalog.published_run(chosen, name)) is None:
+        notes.append(f"no run of {chosen} on {name} is published: its own numbers, and the rest as SiDA's")
+    elif chosen not in SID_MODES:
+        notes.append(f"{chosen} on {name}: the numbers of {run}")
     passes_of(recipe, settings, 0, launch.world_size())
     warnings = recipe.unusual()
     if refusal := preflight.check_stages(recipe):
@@ -149,20 +167,20 @@ def plan(
         used.append(start := preflight.find(store, generator, ["generator"]))
         if start.params:
             check_generator(start.params, taught.params)
-        if (began := _mode_of(start)) not in (None, "sid"):
+        if mode == "sid2a" and (began := _mode_of(start)) not in (None, "sid"):
             notes.append(f"SiD2A starts from a generator of mode sid, {generator} is one of mode {began}")
     data, missing = _planned_data(store, recipe, dataset)
     if data:
         used.append(data)
-        if recipe.mode != "sid":
+        if recipe.needs_images:
             preflight.check_images(data)
         if data.artifact:
             check_trainable(data.artifact)
         check_fit(preflight.shape_of(data), net, "teacher")
-    if dataset is None and recipe.mode == "sid" and not (data and data.has_images):
+    if dataset is None and not recipe.needs_images and not (data and data.has_images):
         labels = next((e.name for e in catalog.DATASETS.values() if e.labels_of == recipe.dataset), None)
         way = f", each as often; --dataset {labels} downloads the published ones" if labels else ""
-        notes.append(f"dataset {recipe.dataset}: mode sid needs no images, training on classes alone{way}")
+        notes.append(f"dataset {recipe.dataset}: mode {recipe.mode} needs no images, training on classes alone{way}")
     scoring, needs = None, [source.need for source in used if source.need]
     if score:
         to_come = preflight.Input(recipe.dataset, None, catalog.DATASETS.get(recipe.dataset)) if missing else data
@@ -230,10 +248,10 @@ def _planned_data(store: Store, recipe: Recipe, asked: str | None) -> tuple[pref
     """The dataset to train on; none where mode sid takes classes alone, or where the user has to prepare it first."""
     try:
         if asked is None:
-            return preflight.dataset_called(store, recipe.dataset, may_download=recipe.mode != "sid"), []
+            return preflight.dataset_called(store, recipe.dataset, may_download=recipe.needs_images), []
         return preflight.find(store, asked, ["dataset"]), []
     except SidaError as error:
-        if asked is None and recipe.mode == "sid":
+        if asked is None and not recipe.needs_images:
             return None, []
         entry = catalog.DATASETS.get(recipe.dataset)
         if entry is None or entry.builtin:
@@ -296,7 +314,7 @@ def _check_further(store: Store, metric: str, recipe: Recipe, net: NetSpec, scor
 def needs_reference(recipe: Recipe, asked: str | None, detector: str | None, data: Artifact | None) -> bool:
     """Whether a run must be scored: not in mode sid, with classes alone, where nothing was asked for."""
     is_of_images = data is not None and data.results["kind"] != "labels"
-    return asked is not None or detector is not None or recipe.mode != "sid" or is_of_images
+    return asked is not None or detector is not None or recipe.needs_images or is_of_images
 
 
 def _num_parameters(path: Path) -> int:

@@ -21,7 +21,7 @@ from sidactl.commands.vae import check_vae_is_there, refuse_vae_of_pixels, vae_f
 from sidactl.commands.words import NET_FILES, NETS, is_source, require_images, shape_for_nets
 from sidactl.errors import SidaError
 from sidactl.foreign import download
-from sidactl.recipes import NetSpec, Recipe, SidRecipe
+from sidactl.recipes import FROM_GENERATOR, NetSpec, Recipe, SidRecipe
 from sidactl.store import Artifact, Store
 
 VAE_BYTES = 335_000_000
@@ -325,7 +325,9 @@ def check_stages(recipe: Recipe) -> SidaError | None:
     end = f"the run ends at {recipe.duration_nimg:,}"
     if "generator" in untrained:
         start, what = recipe.generator_from_nimg or 0, "the generator trains"
-        would = "return its teacher" if recipe.mode != "sid2a" else "return the generator that it starts from"
+        would = (
+            "return its teacher" if recipe.mode not in FROM_GENERATOR else "return the generator that it starts from"
+        )
         flag, choices = "--generator-from", [recipe.duration_nimg // 4, 0, None]
     else:
         assert isinstance(recipe, SidRecipe)

@@ -115,7 +115,7 @@ class IndexOrder(Protocol):
 
 
 class ClassesAlone:
-    """Classes without images: all that mode sid needs of a dataset. Implements `ImageSource`.
+    """Classes without images: all that a method without real images needs of a dataset. Implements `ImageSource`.
 
     labels: the class of each image that is not there, as many of each as the data have; every class once by default.
     """
@@ -128,7 +128,7 @@ class ClassesAlone:
         self.num_images = len(self._labels)
 
     def images(self, indices: Any) -> Tensor:
-        raise SidaError("modes sida and sid2a need real images, got classes alone", "Pass --dataset REF.")
+        raise SidaError("this mode needs real images, got classes alone", "Pass --dataset REF.")
 
     def one_hot(self, indices: Any) -> Tensor:
         return self._one_hot[self._labels[torch.as_tensor(indices)]]
