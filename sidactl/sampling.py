@@ -217,7 +217,7 @@ def few_steps(
     """Images of a distilled generator; after the first step its output is diffused again, to ever lower levels."""
     x = torch.zeros_like(latents)
     for step in range(sampler.num_steps):
-        sigma = sampler.sigma_init * (sampler.num_steps - step) / sampler.num_steps
+        sigma = sampler.sigma(step)
         x = net(x + sigma * (latents if step == 0 else noise.normal(x.shape[1:])), sigma, labels)
     return x
 

@@ -28,7 +28,7 @@ from sidactl.commands.vae import vae_loader
 from sidactl.commands.words import RunDir, part_of
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.foreign import download
-from sidactl.recipes import FROM_GENERATOR, Adversarial, Execution, OneStepSpec, recipe_classes
+from sidactl.recipes import FROM_GENERATOR, Adversarial, Execution, recipe_classes
 from sidactl.store import Artifact, LiveDir, Store
 
 if TYPE_CHECKING:
@@ -258,7 +258,7 @@ def _scoring(
     """Loads what scores the generators, and tries it on two images of `net`."""
     assert wanted.detector
     recipe, inputs = wanted.recipe, wanted.inputs
-    sampler, load_vae = OneStepSpec(sigma_init=recipe.sigma_init), vae_loader(store, wanted.vae)
+    sampler, load_vae = recipe.sampler(), vae_loader(store, wanted.vae)
     if force and wanted.detector in catalog.DETECTORS:
         fetch_detector(wanted.detector, run=store.root, recheck=True)
     detector = load_detector(store, wanted.detector, device)

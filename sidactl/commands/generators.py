@@ -13,7 +13,6 @@ from sidactl.commands.vae import vae_label, vae_loader
 from sidactl.commands.words import plain_name
 from sidactl.errors import SidaError
 from sidactl.foreign import download
-from sidactl.recipes import OneStepSpec
 from sidactl.store import Artifact, LiveDir, Store
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ def draw(
             networks.load_weights(net, safetensors.torch.load(loop.best_weights(history, live)))
         files[which] = {"model.safetensors": loop.weights(net)}
         try:
-            files[which]["grid.png"] = preview_of(net, OneStepSpec(sigma_init=recipe.sigma_init), codec)
+            files[which]["grid.png"] = preview_of(net, recipe.sampler(), codec)
         except SidaError as error:
             # Of a run that was scored the last may draw what is no image; one that is not may be without its VAE.
             if isinstance(error, sampling.NotFiniteError) != (wanted.compared is not None):
@@ -117,7 +116,7 @@ def keep(
             params={
                 "name": f"{recipe.teacher}-{recipe.mode}",
                 "net": drawn.net,
-                "sampler": OneStepSpec(sigma_init=recipe.sigma_init).to_json(),
+                "sampler": recipe.sampler().to_json(),
                 "dataset": recipe.dataset,
                 "recipe": recipe.to_json(),
                 **({"vae": vae_label(wanted.vae)} if wanted.vae else {}),

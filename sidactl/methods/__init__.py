@@ -1,11 +1,11 @@
 """The methods of distillation, a file for each paper and for what they share. No optimiser, no checkpoint."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
-from sidactl.methods.base import Method
+from sidactl.methods.add import Add
+from sidactl.methods.base import Eye, Method
 from sidactl.methods.discriminator import discriminator_loss
 from sidactl.methods.dmd import Matching
 from sidactl.methods.score_losses import fake_score_loss
@@ -14,7 +14,7 @@ from sidactl.recipes import Mode, NetSpec, Recipe
 
 __all__ = ["Method", "adversarial_generator_loss", "discriminator_loss", "fake_score_loss", "of", "sid_generator_loss"]
 
-METHODS: dict[Mode, Callable[[Any, NetSpec], Method]] = {
+METHODS: dict[Mode, Callable[..., Method]] = {
     "sid": Sid,
     "sida": Sid,
     "sid2a": Sid,
@@ -22,12 +22,17 @@ METHODS: dict[Mode, Callable[[Any, NetSpec], Method]] = {
     "dmd2": Matching,
     "dmd2-fastgen": Matching,
     "f-distill": Matching,
+    "add": Add,
+    "ladd": Add,
 }
 """by the mode that names them"""
 
 
-def of(recipe: Recipe, spec: NetSpec) -> Method:
-    """The method of a recipe's mode for a teacher of this shape; its heads start from the recipe's seed."""
+def of(recipe: Recipe, spec: NetSpec, eye: Eye | None = None) -> Method:
+    """The method of a recipe's mode for a teacher of this shape; its heads start from the recipe's seed.
+
+    eye: the detector of a recipe that trains on one.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        return METHODS[recipe.mode](recipe, spec)
+        return METHODS[recipe.mode](recipe, spec, *([eye] if eye else []))

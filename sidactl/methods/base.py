@@ -21,6 +21,25 @@ Losses = dict[str, Tensor]
 Turn = Literal["fake_score", "generator"]
 
 
+@dataclass(frozen=True)
+class Eye:
+    """A frozen detector that a method trains on: differentiable in images, and, where asked for, what reals look like.
+
+    Images are [B, C, H, W] in [-1, 1].
+    """
+
+    features: Callable[[Tensor], Tensor]
+    """[B, F]"""
+    maps: Callable[[Tensor], Sequence[Tensor]]
+    """of several depths, as tokens [B, C, L] each"""
+    widths: Sequence[int]
+    """channels of each map"""
+    mean: Tensor | None = None
+    """of the features of real images, float64 [F]"""
+    covariance: Tensor | None = None
+    """float64 [F, F]"""
+
+
 class Batch(Protocol):
     """What goes through the nets at a time: a micro-batch, or several, one after the other."""
 
@@ -145,6 +164,9 @@ class Method(nn.Module, ABC):
     updates: dict[Turn, Update]
     """a method without an update of the fake score trains its generator alone"""
 
+    may_shard = True
+    """whether FSDP2 may split the heads; else every process has them whole"""
+
     statistics: Sequence[str] = ()
     """names of the sums that `measure` gives, where the method needs any"""
 
@@ -196,6 +218,9 @@ class Method(nn.Module, ABC):
         spec, sigma_init = generator.spec, self.recipe.sigma_init
         z = batch.latent.normal((len(batch.labels), spec.img_channels, spec.img_resolution, spec.img_resolution))
         return generator(sigma_init * z, sigma_init, batch.labels)
+
+    def stepped(self) -> None:
+        """Called after every update of the heads, in all processes alike; what it changes are buffers."""
 
     def measure(self, nets: Nets, batch: Batch, x: Tensor, nimg: int) -> Mapping[str, Tensor]:
         """Sums over the images of a pass, by the names in `statistics`, before `image_gradient` is asked of any pass.

@@ -1,7 +1,9 @@
 """What teaches a discriminator, as pure functions; shapes and manners as in score_losses.py."""
 
+from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -43,3 +45,13 @@ def telling_loss(kind: Literal["softplus", "hinge"], of_fakes: Tensor, of_reals:
     if kind == "softplus":
         return F.softplus(of_fakes).mean(dim=1) + F.softplus(-of_reals).mean(dim=1)
     return F.relu(1 + of_fakes).mean(dim=1) + F.relu(1 - of_reals).mean(dim=1)
+
+
+def r1_penalty(of_reals: Tensor, features: Sequence[Tensor]) -> Tensor:
+    """|gradient|^2 of the mean logit of each real image with respect to what the heads saw of it, [B].
+
+    of_reals: logits [B, n], with a graph back to the features, which is kept, so that the penalty can be descended.
+    Source: Mescheder et al. (1801.04406), eq. 9; on the inputs of heads as ADD (2311.17042) has it.
+    """
+    gradients = torch.autograd.grad(of_reals.mean(dim=1).sum(), features, create_graph=True)
+    return torch.stack([each.square().flatten(1).sum(dim=1) for each in gradients]).sum(dim=0)

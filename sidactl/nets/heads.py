@@ -1,12 +1,18 @@
 """Heads of discriminators, which tell real images from others by the features of another network."""
 
+import math
 from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.spectral_norm import SpectralNorm, spectral_norm
 
 _SMALLEST = 4
 """pixels of a side that the last convolution over space takes whole"""
+
+_NORM_EPS = 1e-12
 
 
 class ConvolutionHeads(nn.Module):
@@ -39,3 +45,100 @@ def _convolutions(channels: int, resolution: int) -> nn.Sequential:
 
 def _step(channels: int, convolution: nn.Conv2d) -> list[nn.Module]:
     return [convolution, nn.GroupNorm(max(1, min(32, channels // 4)), channels), nn.SiLU()]
+
+
+class TokenHeads(nn.Module):
+    """A head for each map of features, as tokens [B, C, L]: a logit for each token, or its fit to a condition.
+
+    Source: StyleGAN-T (2301.09515), after which ADD (2311.17042) names its own: convolutions over tokens under spectral
+    normalisation, each followed by a batch normalisation of few images and a leaky ReLU, the second one beside a
+    shortcut; with a condition [B, K] the last one gives a vector for each token, whose product with the condition's is
+    the logit.
+    Spectral norms are those of `iterate_norms`, called once a step, and not of every pass: so a step is the same in
+    however many passes and processes.
+    """
+
+    def __init__(self, widths: Sequence[int], condition_dim: int, *, images_together: int, projected: int = 64) -> None:
+        """widths: channels of each map. images_together: so many images, one after the other, share their statistics.
+
+        projected: length of the vectors that a token and the condition are compared by.
+        """
+        super().__init__()
+        self.heads = nn.ModuleList(_TokenHead(width, condition_dim, images_together, projected) for width in widths)
+        self.train(False)
+
+    def forward(self, features: Sequence[Tensor], condition: Tensor | None = None) -> Tensor:
+        """Logits [B, tokens of all maps]."""
+        found = [head(each, condition) for head, each in zip(self.heads, features, strict=True)]
+        return torch.cat(found, dim=1)
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays as in use, whatever the trainer says: in training mode every pass would move the spectral norms."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def iterate_norms(self) -> None:
+        """One power iteration of every weight's largest singular value."""
+        for module in self.modules():
+            for hook in module._forward_pre_hooks.values():
+                if isinstance(hook, SpectralNorm):
+                    hook.compute_weight(module, do_power_iteration=True)
+
+
+class _TokenHead(nn.Module):
+    def __init__(self, width: int, condition_dim: int, images_together: int, projected: int) -> None:
+        super().__init__()
+
+        def convolved(kernel: int) -> nn.Sequential:
+            padding: dict[str, Any] = {"padding": kernel // 2, "padding_mode": "circular"} if kernel > 1 else {}
+            convolution = spectral_norm(nn.Conv1d(width, width, kernel, **padding), eps=_NORM_EPS)
+            return nn.Sequential(convolution, _FewImagesNorm(width, images_together), nn.LeakyReLU(0.2))
+
+        self.main = nn.Sequential(convolved(1), _Shortcut(convolved(9)))
+        self.cmapper = _ConditionMap(condition_dim, projected) if condition_dim else None
+        self.cls = spectral_norm(nn.Conv1d(width, projected if condition_dim else 1, 1), eps=_NORM_EPS)
+
+    def forward(self, tokens: Tensor, condition: Tensor | None) -> Tensor:
+        found: Tensor = self.cls(self.main(tokens))
+        if self.cmapper is not None:
+            mapped = self.cmapper(condition)[:, :, None]
+            found = (found * mapped).sum(dim=1, keepdim=True) / math.sqrt(mapped.shape[1])
+        return found.flatten(1)
+
+
+class _ConditionMap(nn.Linear):
+    """Weights of variance 1, divided by the root of the number of inputs where they are used, as StyleGAN has them."""
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, condition: Tensor) -> Tensor:
+        return F.linear(condition, self.weight / math.sqrt(self.in_features), self.bias)
+
+
+class _Shortcut(nn.Module):
+    def __init__(self, fn: nn.Module) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = (self.fn(x) + x) / math.sqrt(2)
+        return out
+
+
+class _FewImagesNorm(nn.Module):
+    """Batch normalisation by the statistics of a few images that stand together, tokens and all; none are kept."""
+
+    def __init__(self, channels: int, images_together: int) -> None:
+        super().__init__()
+        self.images_together = images_together
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        grouped = x.reshape(-1, self.images_together, *x.shape[1:])
+        mean = grouped.mean(dim=(1, 3), keepdim=True)
+        variance = grouped.var(dim=(1, 3), keepdim=True, unbiased=False)
+        x = ((grouped - mean) / (variance + 1e-5).sqrt()).reshape(x.shape)
+        return x * self.weight[:, None] + self.bias[:, None]

@@ -1,5 +1,6 @@
 """Frozen descriptions of networks, samplers and runs, every number with its unit; no torch here, and no I/O."""
 
+from sidactl.recipes.add import AddRecipe
 from sidactl.recipes.distillation import (
     FROM_GENERATOR,
     MODES,
@@ -28,6 +29,7 @@ __all__ = [
     "MODES",
     "PRECISIONS",
     "SID_MODES",
+    "AddRecipe",
     "Adversarial",
     "Execution",
     "FakeScoreRecipe",

@@ -20,6 +20,7 @@ from sidactl.recipes.fields import (
     refusal,
     within,
 )
+from sidactl.recipes.samplers import OneStepSpec
 
 Mode = Literal[
     "sid",
@@ -29,6 +30,8 @@ Mode = Literal[
     "dmd2",
     "dmd2-fastgen",
     "f-distill",
+    "add",
+    "ladd",
 ]
 
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -159,6 +162,10 @@ class Recipe(JsonFields):
     def needs_images(self) -> bool:
         """Whether real images are trained on, or classes alone."""
         return True
+
+    def sampler(self) -> OneStepSpec:
+        """How its generators are sampled."""
+        return OneStepSpec(sigma_init=self.sigma_init)
 
     @property
     def generator_nimg_share(self) -> float:

@@ -12,6 +12,12 @@ GRID = 1000
 _FORMS = "uniform:A,B (of the time from 0 to 1), lognormal:MEAN,STD (of ln sigma) or grid:A,B (of levels 0 to 999)"
 
 
+def sigma_at(time: float) -> float:
+    """The noise level at a time from 0 to 1, as `sidactl.noise.sigma_of_time`."""
+    low, high = 0.002 ** (1 / 7), 80.0 ** (1 / 7)
+    return float((high + (1 - time) * (low - high)) ** 7)
+
+
 class NoiseLevels(NamedTuple):
     """uniform: time in [a, b); lognormal: ln sigma with mean a and standard deviation b; grid: whole numbers a to b."""
 

@@ -15,12 +15,25 @@ class OneStepSpec(JsonFields):
     num_steps: int = 1
     sigma_init: float = 2.5
     """noise level of the input, and the sigma argument; step k of N uses sigma_init (N - k) / N"""
+    levels: tuple[float, ...] = ()
+    """of a generator that was trained at these noise levels, falling from sigma_init: steps go through them"""
+
+    _later = frozenset({"levels"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "num_steps")
         positive(self, "sigma_init")
-        moderate(self, "sigma_init")
+        moderate(self, "sigma_init", "levels")
+        if self.levels and self.num_steps > len(self.levels):
+            what = f"at most {len(self.levels)}, as many as it was trained at"
+            raise refusal("num_steps", what, self.num_steps)
+
+    def sigma(self, step: int) -> float:
+        """The noise level of a step, 0 to num_steps - 1."""
+        if self.levels:
+            return self.levels[step * len(self.levels) // self.num_steps]
+        return self.sigma_init * (self.num_steps - step) / self.num_steps
 
     @property
     def nfe(self) -> int:

@@ -14,7 +14,7 @@ from sidactl import methods
 from sidactl.data.augment import augmentation
 from sidactl.engine import configure, devices, ranks, sharding, threads
 from sidactl.engine import gradients as engine_gradients
-from sidactl.methods.base import Losses, Nets, Turn
+from sidactl.methods.base import Eye, Losses, Nets, Turn
 from sidactl.nets import Denoiser, Preconditioned
 from sidactl.nets.edm2 import drop_logvar_, force_normalize_, holding
 from sidactl.recipes import Execution, FakeScoreRecipe, Recipe, SidRecipe
@@ -47,10 +47,11 @@ class Distillation:
         generator: Preconditioned | None,
         batches: MicroBatches,
         execution: Execution | None = None,
+        eye: Eye | None = None,
     ) -> None:
         self.recipe, execution = recipe, execution or Execution()
         self._device = device = next(teacher.parameters()).device
-        self.method = methods.of(recipe, teacher.spec).to(device)
+        self.method = methods.of(recipe, teacher.spec, eye).to(device)
         trained = {name for update in self.method.updates.values() for name in update.trained}
         has_heads = any(parameter.requires_grad for parameter in self.method.parameters())
         assert has_heads == ("method" in trained), "heads need an optimiser"
@@ -68,7 +69,7 @@ class Distillation:
         if self._normalizes_ema:
             force_normalize_(self.ema)
         configure.configure_for_training(recipe, execution, self.teacher, self.fake_score, self.generator, self.ema)
-        if execution.shard:
+        if execution.shard and self.method.may_shard:
             sharding.shard_parts_(self.method)
         # FSDP2 gathers weights for each pass, so that holding them normalised would hold all of them whole.
         self._holds = not execution.shard
@@ -168,6 +169,8 @@ class Distillation:
         total, losses = self._gradients(turn, self.passes, shared, should_stop)
         total.finish()
         self.skipped.count(side.name, side.step(self.nimg), side.were_finite)
+        if "method" in side.modules:
+            self.method.stepped()
         return losses
 
     def _gradients(
