@@ -4,7 +4,7 @@ import hashlib
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +60,23 @@ class Detector:
     shape: tuple[int, int, int] | None = None
     images_at_once: int = IMAGES_AT_ONCE
     is_published: bool = False
+    maps: Callable[[Tensor], Sequence[Tensor]] | None = None
+    """of images in 0..255, as tokens [N, C, L] of several depths; None where there are none to be had"""
+    widths: Sequence[int] = ()
+    """channels of each map"""
+
+    def differentiable(self, images: Tensor) -> Tensor:
+        """Features of images float32 [N, C, H, W] in [-1, 1], which a gradient goes back through."""
+        with exact_float32():
+            return self.extract(_pixels(images))
+
+    def differentiable_maps(self, images: Tensor) -> Sequence[Tensor]:
+        """Likewise the maps. Raises SidaError for a detector that has none."""
+        if self.maps is None:
+            able = ", ".join((*SMALL, "dinov2"))
+            raise SidaError(f"detector {self.name} gives no maps to train heads on", f"Use one of {able}.")
+        with exact_float32():
+            return self.maps(_pixels(images))
 
     @property
     def short_identity(self) -> str:
@@ -108,6 +125,11 @@ class Detector:
             raise SidaError(f"the inception score needs classes, detector {self.name} has none", "Use inception.")
         with exact_float32():
             return self.classify(features.to(self.device)).cpu()
+
+
+def _pixels(images: Tensor) -> Tensor:
+    """Of images in [-1, 1] those in 0..255, not rounded."""
+    return (images.clamp(-1, 1) + 1) * 127.5
 
 
 def _are_features(value: object, shape: list[int]) -> bool:
@@ -162,38 +184,57 @@ def load(
     if name == BUILT_IN:
         digits = DigitsClassifier()
         digits.load_state_dict(dict(state_dict))
-        return _digits_detector(digits.to(chosen).eval(), identity, chosen)
+        return _digits_detector(digits.to(chosen).eval().requires_grad_(False), identity, chosen)
     if name == RANDOM_FEATURES:
         return _random_detector(state_dict, identity, chosen)
     if name in SMALL:
         encoder = DigitsEncoder()
         encoder.load_state_dict(dict(state_dict))
-        encoder = encoder.to(chosen).eval()
-        width, shape = encoder.NUM_FEATURES, (1, 8, 8)
-        return Detector(name, width, identity, chosen, lambda images: encoder(_signed(images)), shape=shape)
+        encoder = encoder.to(chosen).eval().requires_grad_(False)
+        return Detector(
+            name,
+            encoder.NUM_FEATURES,
+            identity,
+            chosen,
+            lambda images: encoder(_signed(images)),
+            shape=(1, 8, 8),
+            maps=lambda images: [each.flatten(2) for each in encoder.maps(_signed(images))],
+            widths=(32, 48, 64),
+        )
     if name == "inception":
         net = inception.FIDInception()
         inception.load_weights(net, state_dict)
         # Half as fast again in this order of memory.
-        net = net.to(chosen).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        net = net.to(chosen).to(memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
         return Detector(name, inception.NUM_FEATURES, identity, chosen, net, net.logits)
     if preparation:
         of_timm = timm_name(name)
         prepared = timm_models.network(of_timm) if of_timm else efficientnet.EfficientNetLite0()
         inception.load_weights(prepared, state_dict)
-        prepared = prepared.to(chosen).eval()
+        prepared = prepared.to(chosen).eval().requires_grad_(False)
         width = timm_models.num_features(prepared, preparation) if of_timm else efficientnet.NUM_FEATURES
         return Detector(name, width, identity, chosen, lambda images: prepared(preparation(images)))
     transformer = vit.VisionTransformer()
     inception.load_weights(transformer, state_dict)
-    transformer = transformer.to(chosen).eval()
+    transformer = transformer.to(chosen).eval().requires_grad_(False)
     return Detector(
         name,
         transformer.cls_token.shape[2],
         identity,
         chosen,
         lambda images: transformer(vit.preprocess(images, resize)),
+        maps=lambda images: _of_depths(transformer, vit.preprocess(images, resize)),
+        widths=(transformer.cls_token.shape[2],) * _DEPTHS,
     )
+
+
+_DEPTHS = 4
+"""of a transformer, equally far apart, the last one the last block's: as StyleGAN-T takes them"""
+
+
+def _of_depths(transformer: vit.VisionTransformer, images: Tensor) -> list[Tensor]:
+    every = len(transformer.blocks) // _DEPTHS
+    return [each.transpose(1, 2) for number, each in enumerate(transformer.maps(images), 1) if number % every == 0]
 
 
 def _digits_detector(net: DigitsClassifier, identity: str, device: torch.device) -> Detector:
@@ -203,7 +244,10 @@ def _digits_detector(net: DigitsClassifier, identity: str, device: torch.device)
     def classify(features: Tensor) -> Tensor:
         return F.linear(features / net.feature_scale, net.classifier.weight)
 
-    return Detector(BUILT_IN, 64, identity, device, extract, classify, shape=(1, 8, 8))
+    def maps(images: Tensor) -> list[Tensor]:
+        return [each.flatten(2) for each in net.maps(_signed(images))]
+
+    return Detector(BUILT_IN, 64, identity, device, extract, classify, shape=(1, 8, 8), maps=maps, widths=(32, 64, 64))
 
 
 def _signed(images: Tensor) -> Tensor:
@@ -214,7 +258,12 @@ def _signed(images: Tensor) -> Tensor:
 def _random_detector(state_dict: Mapping[str, Tensor], identity: str, device: torch.device) -> Detector:
     net = RandomFeatures()
     net.load_state_dict(dict(state_dict))
-    return Detector(RANDOM_FEATURES, net.NUM_FEATURES, identity, device, net.to(device).eval())
+    net = net.to(device).eval()
+
+    def maps(images: Tensor) -> list[Tensor]:
+        return [each.flatten(2) for each in net.maps(images)]
+
+    return Detector(RANDOM_FEATURES, net.NUM_FEATURES, identity, device, net, maps=maps, widths=(net.CHANNELS,) * 3)
 
 
 def load_torchscript(path: Path | str, *, device: torch.device | str = "cpu", trust_code: bool = False) -> Detector:

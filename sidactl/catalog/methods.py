@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from sidactl.recipes import FakeScoreRecipe, MatchingRecipe, Mode, Recipe, SidRecipe
+from sidactl.recipes import AddRecipe, FakeScoreRecipe, FdLossRecipe, MatchingRecipe, Mode, Recipe, SidRecipe
 
 _MIMG = 1_000_000
 
@@ -53,11 +53,28 @@ _FASTGEN: Mapping[str, Any] = {
     "ema_rampup_ratio": None,
 }
 
+_HINGE: Mapping[str, Any] = {
+    "discriminator_loss": "hinge",
+    "lambda_adv": 1.0,
+    "sigma_init": 80.0,
+    "generator_from_nimg": None,
+    "augment_p": 0.0,
+}
+
 _NUMBERS: Mapping[Mode, Mapping[str, Any]] = {
     "diff-instruct": _DIFF_INSTRUCT,
     "dmd2": _DMD2,
     "dmd2-fastgen": _FASTGEN,
     "f-distill": {**_FASTGEN, "f_divergence": "forward-kl"},
+    "add": {**_HINGE, "discriminator_features": "detector"},
+    "ladd": {
+        **_HINGE,
+        "discriminator_features": "teacher",
+        # ln sigma of a flow's time that is logit-normal (1, 1), with data of standard deviation 0.5
+        "discriminator_time": f"lognormal:{1 + math.log(0.5):.3g},1",
+        "lambda_distill": 0.0,
+    },
+    "fd-loss": {"generator_from_nimg": None},
 }
 """what a method is, whatever the teacher"""
 
@@ -138,9 +155,18 @@ _RUNS: Mapping[tuple[Mode, str], _Run] = {
     ("f-distill", "edm-imagenet64"): _fastgen(**_IMAGENET, f_divergence="jensen-shannon", ratio_rate=0.5),
 }
 
-_CLASSES: Mapping[Mode, type[Recipe]] = dict.fromkeys(_NUMBERS, MatchingRecipe)
+_CLASSES: Mapping[Mode, type[Recipe]] = {
+    **dict.fromkeys(("diff-instruct", "dmd2", "dmd2-fastgen", "f-distill"), MatchingRecipe),
+    **dict.fromkeys(("add", "ladd"), AddRecipe),
+    "fd-loss": FdLossRecipe,
+}
 
-TINY_DIGITS: Mapping[Mode, Mapping[str, Any]] = {}
+TINY_DIGITS: Mapping[Mode, Mapping[str, Any]] = {
+    # Not the detector that scores: a score by what was trained on is no claim.
+    "add": {"discriminator_detector": "tiny-digits-ssl"},
+    # The one that scores: that it wins by it is what this method is here to show.
+    "fd-loss": {"loss_detector": "tiny-digits"},
+}
 """chosen on training seeds of their own, six settings tried of each method"""
 
 

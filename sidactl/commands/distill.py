@@ -22,19 +22,20 @@ from sidactl.commands.resolve import load_net
 from sidactl.commands.running import OnEvent, batches_for, run_training
 from sidactl.commands.samplers import sampler_of
 from sidactl.commands.scorers import load_detector
-from sidactl.commands.scores import METRICS, distance_name
+from sidactl.commands.scores import METRICS, detector_label, distance_name
 from sidactl.commands.tasks import option_words
 from sidactl.commands.vae import vae_loader
 from sidactl.commands.words import RunDir, part_of
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.foreign import download
-from sidactl.recipes import FROM_GENERATOR, Adversarial, Execution, recipe_classes
+from sidactl.recipes import FROM_GENERATOR, Adversarial, Execution, FdLossRecipe, recipe_classes
 from sidactl.store import Artifact, LiveDir, Store
 
 if TYPE_CHECKING:
     import torch
 
     from sidactl.detectors import Detector
+    from sidactl.methods.base import TrainingDetector
     from sidactl.nets import Preconditioned
     from sidactl.training.distillation import Distillation
     from sidactl.training.state import Evaluate, History
@@ -159,6 +160,8 @@ class _Scoring:
     teacher: TeacherScore = "none"
     published: float | None = None
     notes: Sequence[str] = ()
+    trained_by: str | None = None
+    """the detector whose features the generators were trained on"""
 
 
 def _distill(
@@ -184,7 +187,7 @@ def _distill(
         drawn = draw(store, wanted, net, training.nimg, num_skipped, history, live, say)
     if scoring.teacher == "measure":
         if drawn and not is_teacher_scored(store, wanted):  # hours may pass, and the generator is wanted before
-            made = keep(store, wanted, drawn, scoring.detector, None)
+            made = keep(store, wanted, drawn, scoring.detector, None, trained_by=scoring.trained_by)
             for which, ref in (("last", "last"), ("best", "latest")):
                 name_artifact(store, made[which], [ref])
             (say or (lambda line: None))("generator/latest is there already; scoring the teacher goes on")
@@ -193,7 +196,9 @@ def _distill(
         of_teacher = scoring.published if scoring.teacher == "published" else None
     if not drawn:
         return
-    made = keep(store, wanted, drawn, scoring.detector, of_teacher, is_published=scoring.teacher == "published")
+    is_published = scoring.teacher == "published"
+    by = scoring.trained_by
+    made = keep(store, wanted, drawn, scoring.detector, of_teacher, is_published=is_published, trained_by=by)
     name_run(store, wanted, made, say or (lambda line: None))
     # `best` is recorded last: its presence is what marks the run as finished.
     for which, artifact in made.items():
@@ -225,7 +230,9 @@ def _train(
     batches = batches_for(
         store, inputs["dataset"], recipe.batch_size, recipe.num_accumulation_rounds, recipe.seed, device
     )
-    training = distillation.Distillation(recipe, teacher, start, batches, execution)
+    trained_on, label = _trained_on(store, wanted, device, watch, force)
+    scoring = dataclasses.replace(scoring, trained_by=label)
+    training = distillation.Distillation(recipe, teacher, start, batches, execution, trained_on)
     tried = find_batch_per_device(training, execution, live, device)
     notes = [*wanted.notes, *scoring.notes, *([tried] if tried else [])]
     schedule = state.Schedule(
@@ -243,6 +250,31 @@ def _train(
     if scoring.detector and history.best is None:
         raise SidaError("no evaluation gave a finite score", "Lower the learning rate.", exit_code=EXIT_FAILED)
     return training, scoring, history
+
+
+def _trained_on(
+    store: Store, wanted: Assembled, device: "torch.device", watch: OnEvent | None, force: bool
+) -> "tuple[TrainingDetector | None, str | None]":
+    """The detector that the recipe trains on, with the moments of real images where it needs them; and its label."""
+    import torch
+
+    from sidactl.methods.base import TrainingDetector
+
+    name = wanted.recipe.trained_on
+    if name is None:
+        return None, None
+    if force:
+        fetch_detector(name, run=store.root, recheck=True)
+    detector = load_detector(store, name, device)
+    made = TrainingDetector(detector.differentiable, detector.differentiable_maps, detector.widths)
+    if isinstance(wanted.recipe, FdLossRecipe):
+        compared = wanted.compared or wanted.inputs["dataset"]
+        found = commands_moments.moments(store, compared, detector, watch, recheck=force)
+        if found is None:
+            raise SidaError("fd-loss needs a run directory that it can write to", "Pass another --run.")
+        mean, covariance = torch.from_numpy(found.mean), torch.from_numpy(found.covariance)
+        made = dataclasses.replace(made, mean=mean, covariance=covariance)
+    return made, detector_label(detector)
 
 
 def _scoring(

@@ -94,8 +94,9 @@ def keep(
     of_teacher: float | None,
     *,
     is_published: bool = False,
+    trained_by: str | None = None,
 ) -> dict[str, Artifact]:
-    """Stores the last and the best generator, beside this score of the teacher."""
+    """Stores the last and the best generator, beside this score of the teacher, and what they were trained on."""
     from sidactl import report
 
     recipe, made = wanted.recipe, dict[str, Artifact]()
@@ -127,6 +128,7 @@ def keep(
                 "teacher_score": of_teacher,
                 **({"teacher_score_is": "published"} if is_published else {}),
                 "detector": detector_label(detector) if detector else None,
+                **({"trained_by": [trained_by]} if trained_by else {}),
                 **drawn.results,
             },
         )

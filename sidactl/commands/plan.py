@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 from sidactl import catalog, launch
 from sidactl.commands import preflight, scores
 from sidactl.commands.files import check_has_file
+from sidactl.commands.moments import is_detector_file
 from sidactl.commands.running import check_fit, check_trainable
 from sidactl.commands.scorers import require_classes
 from sidactl.commands.scores import METRICS, score_name
@@ -22,6 +23,7 @@ from sidactl.recipes import (
     FROM_GENERATOR,
     MODES,
     SID_MODES,
+    AddRecipe,
     Execution,
     Memory,
     Mode,
@@ -167,6 +169,10 @@ def plan(
         used.append(start := preflight.find(store, generator, ["generator"]))
         if start.params:
             check_generator(start.params, taught.params)
+            own = start.params.get("sampler")
+            if own and "sigma_init" not in overrides:
+                recipe = dataclasses.replace(recipe, sigma_init=own["sigma_init"])
+                default = dataclasses.replace(default, sigma_init=own["sigma_init"])
         if mode == "sid2a" and (began := _mode_of(start)) not in (None, "sid"):
             notes.append(f"SiD2A starts from a generator of mode sid, {generator} is one of mode {began}")
     data, missing = _planned_data(store, recipe, dataset)
@@ -201,6 +207,9 @@ def plan(
             notes += _of_published(scoring.reference, data)
         if nothing:
             notes.append(f"nothing is scored, and the last generator is the result: {nothing}")
+    if recipe.trained_on:
+        compared = scoring.reference if scoring else data or preflight.Input(recipe.dataset, None, None)
+        needs += [n for n in check_trained_on(store, recipe, net, compared) if n not in needs]
     if not scoring and overrides.get("evaluate_also"):
         raise SidaError("--evaluate-also is for runs that are scored, this one is not", "Leave it out.")
     if not score:
@@ -229,6 +238,24 @@ def plan(
     if scoring and teacher_score == "published" != made.teacher_score:
         raise not_published(recipe, scoring.score_name)
     return made
+
+
+def check_trained_on(store: Store, recipe: Recipe, net: NetSpec, compared: preflight.Input) -> list[preflight.Need]:
+    """Refuses a detector that a generator cannot be trained on; what it needs."""
+    detector = str(recipe.trained_on)
+    if net.img_channels == catalog.LATENT_CHANNELS:
+        what = f"mode {recipe.mode} trains on a detector's features of pixels, {recipe.teacher} draws latents"
+        raise SidaError(what, "Pass --mode ladd, which sees the teacher's." if recipe.mode == "add" else "Use another.")
+    if is_detector_file(detector):
+        raise SidaError(f"a generator is trained on a detector by its name, got the file {detector}", "Name one.")
+    if isinstance(recipe, AddRecipe) and detector not in MAPPED:
+        what = f"heads see the maps of {', '.join(MAPPED)}, got {detector!r}"
+        raise SidaError(what, f"Pass --discriminator-detector {MAPPED[0]}.")
+    return preflight.check_detector(store, detector, net, compared)
+
+
+MAPPED = ("dinov2", "tiny-digits", "tiny-digits-ssl", "random-features")
+"""the detectors that heads can be trained on"""
 
 
 def of_other_vae(vae: Artifact | None, inputs: Sequence[Artifact]) -> list[str]:

@@ -5,9 +5,10 @@ from collections.abc import Callable
 import torch
 
 from sidactl.methods.add import Add
-from sidactl.methods.base import Eye, Method
+from sidactl.methods.base import Method, TrainingDetector
 from sidactl.methods.discriminator import discriminator_loss
 from sidactl.methods.dmd import Matching
+from sidactl.methods.fd_loss import FdLoss
 from sidactl.methods.score_losses import fake_score_loss
 from sidactl.methods.sid import Sid, adversarial_generator_loss, sid_generator_loss
 from sidactl.recipes import Mode, NetSpec, Recipe
@@ -24,15 +25,16 @@ METHODS: dict[Mode, Callable[..., Method]] = {
     "f-distill": Matching,
     "add": Add,
     "ladd": Add,
+    "fd-loss": FdLoss,
 }
 """by the mode that names them"""
 
 
-def of(recipe: Recipe, spec: NetSpec, eye: Eye | None = None) -> Method:
+def of(recipe: Recipe, spec: NetSpec, detector: TrainingDetector | None = None) -> Method:
     """The method of a recipe's mode for a teacher of this shape; its heads start from the recipe's seed.
 
-    eye: the detector of a recipe that trains on one.
+    detector: the detector of a recipe that trains on one.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        return METHODS[recipe.mode](recipe, spec, *([eye] if eye else []))
+        return METHODS[recipe.mode](recipe, spec, *([detector] if detector else []))

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sidactl.methods.base import Batch, Eye, Losses, Method, Nets, Update
+from sidactl.methods.base import Batch, Losses, Method, Nets, TrainingDetector, Update
 from sidactl.methods.discriminator import adversarial_loss, r1_penalty, telling_loss
 from sidactl.methods.dmd import feature_shapes
 from sidactl.nets import Denoiser
@@ -46,15 +46,15 @@ class Add(Method):
     recipe: AddRecipe
     may_shard = False
 
-    def __init__(self, recipe: AddRecipe, spec: NetSpec, eye: Eye | None = None) -> None:
+    def __init__(self, recipe: AddRecipe, spec: NetSpec, detector: TrainingDetector | None = None) -> None:
         super().__init__(recipe, spec)
-        self._eye = eye
+        self._detector = detector
         self.generator_time = NoiseLevels.parse(recipe.generator_time, "generator_time")
         noisy = recipe.discriminator_time != "none"
         self.discriminator_time = NoiseLevels.parse(recipe.discriminator_time, "discriminator_time") if noisy else None
         by_detector = recipe.discriminator_features == "detector"
-        assert not by_detector or eye
-        widths = eye.widths if by_detector and eye else [channels for channels, _ in feature_shapes(spec)]
+        assert not by_detector or detector
+        widths = detector.widths if by_detector and detector else [channels for channels, _ in feature_shapes(spec)]
         self.heads = TokenHeads(widths, spec.label_dim, images_together=recipe.images_together)
         how = self.optimisation(recipe.discriminator_lr, recipe.beta1)
         self.updates["fake_score"] = Update(trained={"method": how}, clip_norm=recipe.clip_gradient_norm)
@@ -119,6 +119,6 @@ class Add(Method):
             sigma = draw_levels(self.discriminator_time, batch.diffusion, len(images))
             images = images + sigma * batch.diffusion.normal(images.shape)
         if self.recipe.discriminator_features == "detector":
-            assert self._eye
-            return self._eye.maps(images)
+            assert self._detector
+            return self._detector.maps(images)
         return [each.flatten(2) for each in nets.teacher.features(images, sigma, batch.real_labels)]

@@ -22,7 +22,7 @@ Turn = Literal["fake_score", "generator"]
 
 
 @dataclass(frozen=True)
-class Eye:
+class TrainingDetector:
     """A frozen detector that a method trains on: differentiable in images, and, where asked for, what reals look like.
 
     Images are [B, C, H, W] in [-1, 1].

@@ -24,9 +24,14 @@ class DigitsClassifier(nn.Module):
 
     def raw_features(self, images: Tensor) -> Tensor:
         """Features [N, 64] before scaling; images float32 [N, 1, 8, 8] in [-1, 1]."""
-        x = F.relu(self.conv0(images))
-        x = F.relu(self.conv1(x))
-        return F.relu(self.embed(F.relu(self.conv2(x)).flatten(1)))
+        return F.relu(self.embed(self.maps(images)[-1].flatten(1)))
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """What each convolution gives, [N, 32, 8, 8] and twice [N, 64, 4, 4]."""
+        found = [F.relu(self.conv0(images))]
+        for convolution in (self.conv1, self.conv2):
+            found.append(F.relu(convolution(found[-1])))
+        return found
 
     def forward(self, images: Tensor) -> Tensor:
         """Class logits [N, 10]."""

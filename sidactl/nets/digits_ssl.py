@@ -27,8 +27,12 @@ class DigitsEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Features [N, 64], scaled; images float32 [N, 1, 8, 8] in [-1, 1]."""
-        x = F.relu(self.norm0(self.conv0(images)))
-        x = F.relu(self.norm1(self.conv1(x)))
-        x = F.relu(self.norm2(self.conv2(x)))
-        features: Tensor = self.embed(x.flatten(1)) * self.feature_scale
+        features: Tensor = self.embed(self.maps(images)[-1].flatten(1)) * self.feature_scale
         return features
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """What each convolution gives, [N, 32, 8, 8], [N, 48, 4, 4], [N, 64, 2, 2]."""
+        found = [F.relu(self.norm0(self.conv0(images)))]
+        for norm, convolution in ((self.norm1, self.conv1), (self.norm2, self.conv2)):
+            found.append(F.relu(norm(convolution(found[-1]))))
+        return found

@@ -7,12 +7,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.spectral_norm import SpectralNorm, spectral_norm
+from torch.nn.utils import parametrize
 
 _SMALLEST = 4
 """pixels of a side that the last convolution over space takes whole"""
-
-_NORM_EPS = 1e-12
 
 
 class ConvolutionHeads(nn.Module):
@@ -80,9 +78,11 @@ class TokenHeads(nn.Module):
     def iterate_norms(self) -> None:
         """One power iteration of every weight's largest singular value."""
         for module in self.modules():
-            for hook in module._forward_pre_hooks.values():
-                if isinstance(hook, SpectralNorm):
-                    hook.compute_weight(module, do_power_iteration=True)
+            if isinstance(module, parametrize.ParametrizationList):
+                of_weight, original = module[0], module.original
+                assert isinstance(of_weight, _SpectralNorm)
+                assert isinstance(original, Tensor)
+                of_weight.iterate(original)
 
 
 class _TokenHead(nn.Module):
@@ -91,12 +91,12 @@ class _TokenHead(nn.Module):
 
         def convolved(kernel: int) -> nn.Sequential:
             padding: dict[str, Any] = {"padding": kernel // 2, "padding_mode": "circular"} if kernel > 1 else {}
-            convolution = spectral_norm(nn.Conv1d(width, width, kernel, **padding), eps=_NORM_EPS)
+            convolution = _normalised(nn.Conv1d(width, width, kernel, **padding))
             return nn.Sequential(convolution, _FewImagesNorm(width, images_together), nn.LeakyReLU(0.2))
 
         self.main = nn.Sequential(convolved(1), _Shortcut(convolved(9)))
         self.cmapper = _ConditionMap(condition_dim, projected) if condition_dim else None
-        self.cls = spectral_norm(nn.Conv1d(width, projected if condition_dim else 1, 1), eps=_NORM_EPS)
+        self.cls = _normalised(nn.Conv1d(width, projected if condition_dim else 1, 1))
 
     def forward(self, tokens: Tensor, condition: Tensor | None) -> Tensor:
         found: Tensor = self.cls(self.main(tokens))
@@ -104,6 +104,35 @@ class _TokenHead(nn.Module):
             mapped = self.cmapper(condition)[:, :, None]
             found = (found * mapped).sum(dim=1, keepdim=True) / math.sqrt(mapped.shape[1])
         return found.flatten(1)
+
+
+class _SpectralNorm(nn.Module):
+    """A weight over its largest singular value, which every iteration tells better.
+
+    torch's own iterates in the other order, v after u, and would not have the published code's logits.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("u", F.normalize(torch.randn(len(weight)), dim=0))
+        self.register_buffer("v", F.normalize(torch.randn(weight.flatten(1).shape[1]), dim=0))
+        self.iterate(weight)
+
+    @torch.no_grad()
+    def iterate(self, weight: Tensor) -> None:
+        rows = weight.flatten(1)
+        self.v = F.normalize(rows.T @ self.get_buffer("u"), dim=0, eps=1e-12)
+        self.u = F.normalize(rows @ self.v, dim=0, eps=1e-12)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if self.training:
+            self.iterate(weight)
+        return weight / (self.get_buffer("u") @ weight.flatten(1) @ self.get_buffer("v"))
+
+
+def _normalised(convolution: nn.Conv1d) -> nn.Conv1d:
+    parametrize.register_parametrization(convolution, "weight", _SpectralNorm(convolution.weight.detach()))
+    return convolution
 
 
 class _ConditionMap(nn.Linear):

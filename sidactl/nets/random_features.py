@@ -53,6 +53,16 @@ class RandomFeatures(nn.Module):
                 f"detector {RANDOM_FEATURES} needs images of 4x4 pixels or more, got {width}x{height}",
                 "Score larger images.",
             )
+        found = []
+        for index, x in enumerate(self.maps(images)):
+            # The quarters say where things are; the smallest images have no more than these left here.
+            found.append(F.adaptive_avg_pool2d(x, 2).flatten(1) if index == 1 else x.mean((2, 3)))
+            if index < 2:
+                found.append(x.std((2, 3), unbiased=False))
+        return torch.cat(found, 1) * self.SCALE
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """What each convolution gives, [N, 16, h, w], halved after the first; of images in 0..255."""
         x = (images.to(torch.float32) / 127.5 - 1).expand(-1, 3, -1, -1)
         while min(x.shape[2:]) > self.LARGEST:
             x = F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
@@ -60,8 +70,5 @@ class RandomFeatures(nn.Module):
         for index in range(3):
             padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
             x = F.relu(F.conv2d(padded, self.get_buffer(f"conv{index}"), stride=1 if index == 0 else 2))
-            # The quarters say where things are; the smallest images have no more than these left here.
-            found.append(F.adaptive_avg_pool2d(x, 2).flatten(1) if index == 1 else x.mean((2, 3)))
-            if index < 2:
-                found.append(x.std((2, 3), unbiased=False))
-        return torch.cat(found, 1) * self.SCALE
+            found.append(x)
+        return found

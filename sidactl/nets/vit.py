@@ -4,6 +4,8 @@ Module names equal the state keys of the published `dinov2_vitl14_pretrain.pth`,
 Source: DINOv2 (2304.07193); FD-DINOv2: 2306.04675, as EDM2 (2312.02696) computes it.
 """
 
+from collections import deque
+from collections.abc import Iterator
 from typing import Literal, assert_never
 
 import numpy as np
@@ -113,13 +115,18 @@ class VisionTransformer(nn.Module):
 
     def tokens(self, x: Tensor) -> Tensor:
         """All tokens [N, 1 + H/14 * W/14, dim] after the last norm: the class token, then the patches row by row."""
+        (last,) = deque(self.maps(x), maxlen=1)
+        out: Tensor = self.norm(last)
+        return out
+
+    def maps(self, x: Tensor) -> Iterator[Tensor]:
+        """All tokens after each block, [N, 1 + H/14 * W/14, dim], held by nobody but who asks."""
         assert x.shape[2] % PATCH == x.shape[3] % PATCH == 0
         tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), self.patch_embed(x)], 1)
         tokens = tokens + self.position_embedding(x.shape[2] // PATCH, x.shape[3] // PATCH)
         for block in self.blocks:
             tokens = block(tokens)
-        out: Tensor = self.norm(tokens)
-        return out
+            yield tokens
 
     def position_embedding(self, rows: int, columns: int) -> Tensor:
         """Position embedding [1, 1 + rows * columns, dim], resampled bicubically unless it is the grid of training.

@@ -14,6 +14,7 @@ from sidactl.recipes.distillation import (
 )
 from sidactl.recipes.dmd import MatchingRecipe
 from sidactl.recipes.execution import PRECISIONS, Execution, Precision, SamplingForm
+from sidactl.recipes.fd_loss import FdLossRecipe
 from sidactl.recipes.fields import JsonFields, flag_of
 from sidactl.recipes.memory import BASE_BYTES, Memory
 from sidactl.recipes.networks import NetSpec
@@ -33,6 +34,7 @@ __all__ = [
     "Adversarial",
     "Execution",
     "FakeScoreRecipe",
+    "FdLossRecipe",
     "FurtherRecipe",
     "HeadsRecipe",
     "HeunSpec",

@@ -76,5 +76,9 @@ class AddRecipe(HeadsRecipe, modes=("add", "ladd")):
         """The noise levels of `student_times`, the first of them sigma_init."""
         return (self.sigma_init, *(sigma_at(time) for time in self.student_times[1:]))
 
+    @property
+    def trained_on(self) -> str | None:
+        return self.discriminator_detector if self.discriminator_features == "detector" else None
+
     def sampler(self) -> OneStepSpec:
         return OneStepSpec(sigma_init=self.sigma_init, levels=self.levels)

@@ -32,13 +32,14 @@ Mode = Literal[
     "f-distill",
     "add",
     "ladd",
+    "fd-loss",
 ]
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 SID_MODES: tuple[Mode, ...] = ("sid", "sida", "sid2a")
 
-FROM_GENERATOR: frozenset[Mode] = frozenset({"sid2a"})
+FROM_GENERATOR: frozenset[Mode] = frozenset({"sid2a", "fd-loss"})
 """modes that start from a generator, not from the teacher"""
 
 
@@ -162,6 +163,11 @@ class Recipe(JsonFields):
     def needs_images(self) -> bool:
         """Whether real images are trained on, or classes alone."""
         return True
+
+    @property
+    def trained_on(self) -> str | None:
+        """The detector on whose features the generator is trained, and which is not blind to it."""
+        return None
 
     def sampler(self) -> OneStepSpec:
         """How its generators are sampled."""

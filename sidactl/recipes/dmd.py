@@ -63,6 +63,10 @@ class MatchingRecipe(FakeScoreRecipe, HeadsRecipe, modes=("diff-instruct", "dmd2
             raise refusal("f_divergence", "reverse-kl where no discriminator tells density ratios", self.f_divergence)
         if self.f_divergence != "reverse-kl" and self.discriminator_time != SHARED:
             raise refusal("discriminator_time", "shared, so that its ratios are of the same images", "its own")
+        if self.discriminator_features == "detector":
+            raise refusal("discriminator_features", f"none, fake-score or teacher in mode {self.mode}", "detector")
+        if self.augment_p and self.discriminator_features != "none":
+            raise refusal("augment_p", "0 beside a discriminator, which sees images as they are", self.augment_p)
         if self.direction == "sid" and self.direction_dropout:
             raise refusal("direction_dropout", "off with --direction sid", True)
 

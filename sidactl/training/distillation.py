@@ -14,7 +14,7 @@ from sidactl import methods
 from sidactl.data.augment import augmentation
 from sidactl.engine import configure, devices, ranks, sharding, threads
 from sidactl.engine import gradients as engine_gradients
-from sidactl.methods.base import Eye, Losses, Nets, Turn
+from sidactl.methods.base import Losses, Nets, TrainingDetector, Turn
 from sidactl.nets import Denoiser, Preconditioned
 from sidactl.nets.edm2 import drop_logvar_, force_normalize_, holding
 from sidactl.recipes import Execution, FakeScoreRecipe, Recipe, SidRecipe
@@ -47,11 +47,11 @@ class Distillation:
         generator: Preconditioned | None,
         batches: MicroBatches,
         execution: Execution | None = None,
-        eye: Eye | None = None,
+        detector: TrainingDetector | None = None,
     ) -> None:
         self.recipe, execution = recipe, execution or Execution()
         self._device = device = next(teacher.parameters()).device
-        self.method = methods.of(recipe, teacher.spec, eye).to(device)
+        self.method = methods.of(recipe, teacher.spec, detector).to(device)
         trained = {name for update in self.method.updates.values() for name in update.trained}
         has_heads = any(parameter.requires_grad for parameter in self.method.parameters())
         assert has_heads == ("method" in trained), "heads need an optimiser"

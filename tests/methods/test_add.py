@@ -8,6 +8,18 @@ from sidactl.methods import add, discriminator
 from sidactl.nets.heads import TokenHeads
 from tests.methods.test_dmd import Arrays, assert_same_norms, close, gradient_of
 
+SPECTRAL = {
+    "weight_orig": "parametrizations.weight.original",
+    "weight_u": "parametrizations.weight.0.u",
+    "weight_v": "parametrizations.weight.0.v",
+}
+"""what torch calls today the parts that the published code names by their old names"""
+
+
+def renamed(name: str) -> str:
+    stem, _, last = name.rpartition(".")
+    return f"{stem}.{SPECTRAL.get(last, last)}"
+
 
 @pytest.mark.parametrize("kind", ["uncond", "cond"])
 def test_heads_on_tokens_are_stylegan_ts(kind: str) -> None:
@@ -15,7 +27,9 @@ def test_heads_on_tokens_are_stylegan_ts(kind: str) -> None:
     arrays = Arrays("add_heads.npz")
     condition = arrays["condition"] if kind == "cond" else None
     heads = TokenHeads([12] * 3, 5 if kind == "cond" else 0, images_together=8, projected=6)
-    heads.load_state_dict({f"heads.{name}": value for name, value in arrays.net(f"{kind}_heads_before").items()})
+    heads.load_state_dict(
+        {f"heads.{renamed(name)}": value for name, value in arrays.net(f"{kind}_heads_before").items()}
+    )
     nn.Module.train(heads)
     fakes, reals = ([arrays[f"feature_{of}{index}"] for index in range(3)] for of in ("fake", "real"))
     of_fakes, of_reals = heads(fakes, condition), heads(reals, condition)
@@ -23,10 +37,11 @@ def test_heads_on_tokens_are_stylegan_ts(kind: str) -> None:
     close(of_reals.detach(), arrays[f"{kind}_disc_logits_real"])
     loss = discriminator.telling_loss("hinge", of_fakes, of_reals).mean() / len(of_fakes)
     torch.testing.assert_close(loss.detach(), arrays[f"{kind}_disc_loss"].float(), rtol=1e-4, atol=0)
-    found = {name.removeprefix("heads."): value for name, value in gradient_of(heads, loss).items()}
+    new = {renamed(str(name)): str(name) for name in arrays.arrays[f"{kind}_head_param_order"]}
+    found = {new[name.removeprefix("heads.")]: value for name, value in gradient_of(heads, loss).items()}
     assert_same_norms(found, arrays, f"{kind}_disc_gradnorm", f"{kind}_head_param_order")
     for name, value in arrays.net(f"{kind}_heads_after_disc").items():
-        torch.testing.assert_close(heads.state_dict()[f"heads.{name}"], value, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(heads.state_dict()[f"heads.{renamed(name)}"], value, rtol=1e-4, atol=1e-6)
     for feature in fakes:
         feature.requires_grad_()
     logits = heads(fakes, condition)
@@ -48,13 +63,10 @@ def test_spectral_norms_move_once_a_step_alone() -> None:
     assert all(torch.equal(value, before[name]) for name, value in heads.named_buffers())
     for _ in range(60):
         heads.iterate_norms()
-    heads(tokens)
     for module in heads.modules():
         if isinstance(module, nn.Conv1d):
-            norm = torch.linalg.matrix_norm(module.weight_orig.flatten(1), 2)
-            torch.testing.assert_close(
-                module.weight.flatten(1), (module.weight_orig / norm).flatten(1), rtol=1e-3, atol=1e-5
-            )
+            norm = torch.linalg.matrix_norm(module.weight.flatten(1), 2)
+            torch.testing.assert_close(norm, torch.ones(()), rtol=1e-3, atol=0)
 
 
 def test_the_distillation_term_is_adds_formula() -> None:
