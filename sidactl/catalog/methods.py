@@ -5,7 +5,16 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from sidactl.recipes import AddRecipe, FakeScoreRecipe, FdLossRecipe, MatchingRecipe, Mode, Recipe, SidRecipe
+from sidactl.recipes import (
+    AddRecipe,
+    DiffusionGanRecipe,
+    FakeScoreRecipe,
+    FdLossRecipe,
+    MatchingRecipe,
+    Mode,
+    Recipe,
+    SidRecipe,
+)
 
 _MIMG = 1_000_000
 
@@ -27,6 +36,7 @@ _DIFF_INSTRUCT: Mapping[str, Any] = {
 
 _DMD2: Mapping[str, Any] = {
     **_ADAMW,
+    "augment_p": 0.0,
     "discriminator_features": "fake-score",
     "discriminator_time": "grid:0,999",
     "lambda_adv": 3e-3,
@@ -40,6 +50,7 @@ _DMD2: Mapping[str, Any] = {
 
 _FASTGEN: Mapping[str, Any] = {
     **_ADAMW,
+    "augment_p": 0.0,
     "clip_gradient_norm": None,
     "generator_weight": "inverse-eps",
     "score_weight": "x0",
@@ -74,6 +85,7 @@ _NUMBERS: Mapping[Mode, Mapping[str, Any]] = {
         "discriminator_time": f"lognormal:{1 + math.log(0.5):.3g},1",
         "lambda_distill": 0.0,
     },
+    "diffusion-gan": {"generator_from_nimg": None, "augment_p": 0.0},
     "fd-loss": {"generator_from_nimg": None},
 }
 """what a method is, whatever the teacher"""
@@ -106,7 +118,6 @@ def _fastgen(batch_size: int, lr: float, iterations: int, **numbers: Any) -> _Ru
             "duration_nimg": _iterations(iterations, batch_size),
             "ema_halflife_nimg": _halflife(0.9999, batch_size),
             "generator_from_nimg": None,
-            "augment_p": 0.0,
             **numbers,
         },
     )
@@ -143,7 +154,6 @@ _RUNS: Mapping[tuple[Mode, str], _Run] = {
             "lr_warmup_nimg": _iterations(500, 280),
             "duration_nimg": _iterations(200_000, 280),
             "dropout": 0.0,
-            "augment_p": 0.0,
             "precision": "bf16",
             "adam_eps": 1e-8,
             "generator_from_nimg": None,
@@ -158,6 +168,7 @@ _RUNS: Mapping[tuple[Mode, str], _Run] = {
 _CLASSES: Mapping[Mode, type[Recipe]] = {
     **dict.fromkeys(("diff-instruct", "dmd2", "dmd2-fastgen", "f-distill"), MatchingRecipe),
     **dict.fromkeys(("add", "ladd"), AddRecipe),
+    "diffusion-gan": DiffusionGanRecipe,
     "fd-loss": FdLossRecipe,
 }
 

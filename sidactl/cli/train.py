@@ -117,12 +117,13 @@ AllowUntrained = Annotated[
 
 _HEADINGS: Mapping[str, str] = {
     "What to distill": "teacher mode generator dataset vae allow_untrained duration_nimg",
-    "Method": "direction alpha generator_weight loss_unit score_weight f_divergence ratio_rate sigma_init tmax "
+    "Method": "student_times lambda_distill distillation_weight loss_detector moments_rate direction alpha generator_weight loss_unit score_weight f_divergence ratio_rate sigma_init tmax "
     "lambda_sid lambda_adv adversarial_from_nimg joint_weight generator_from_nimg generator_every order alternate "
     "share share_fakes forced_normalization logvar",
-    "Discriminator": "discriminator_features discriminator_loss discriminator_time discriminator_scale",
+    "Discriminator": "discriminator_features discriminator_detector discriminator_loss discriminator_time "
+    "discriminator_scale r1_gamma time_priority sign_target adapt_every adapt_kimg",
     "Optimisation": "batch_size num_accumulation_rounds fake_score_lr generator_lr discriminator_lr fake_score_beta1 "
-    "generator_beta1 beta2 adam_eps weight_decay lr_warmup_nimg clip_gradient_value clip_gradient_norm "
+    "generator_beta1 beta1 beta2 adam_eps weight_decay lr_warmup_nimg clip_gradient_value clip_gradient_norm "
     "ema_halflife_nimg ema_rampup_ratio stop_if_nan_steps nonfinite",
     "Data and noise": "P_mean P_std generator_time score_time augment_p dropout direction_dropout seed",
     "Evaluation and checkpoints": "reference detector no_score teacher_score evaluate_every_nimg evaluate_num "

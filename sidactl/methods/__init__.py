@@ -6,6 +6,7 @@ import torch
 
 from sidactl.methods.add import Add
 from sidactl.methods.base import Method, TrainingDetector
+from sidactl.methods.diffusion_gan import DiffusionGan
 from sidactl.methods.discriminator import discriminator_loss
 from sidactl.methods.dmd import Matching
 from sidactl.methods.fd_loss import FdLoss
@@ -25,6 +26,7 @@ METHODS: dict[Mode, Callable[..., Method]] = {
     "f-distill": Matching,
     "add": Add,
     "ladd": Add,
+    "diffusion-gan": DiffusionGan,
     "fd-loss": FdLoss,
 }
 """by the mode that names them"""

@@ -1,6 +1,7 @@
 """Frozen descriptions of networks, samplers and runs, every number with its unit; no torch here, and no I/O."""
 
 from sidactl.recipes.add import AddRecipe
+from sidactl.recipes.diffusion_gan import DiffusionGanRecipe
 from sidactl.recipes.distillation import (
     FROM_GENERATOR,
     MODES,
@@ -32,6 +33,7 @@ __all__ = [
     "SID_MODES",
     "AddRecipe",
     "Adversarial",
+    "DiffusionGanRecipe",
     "Execution",
     "FakeScoreRecipe",
     "FdLossRecipe",

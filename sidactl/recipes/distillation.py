@@ -32,6 +32,7 @@ Mode = Literal[
     "f-distill",
     "add",
     "ladd",
+    "diffusion-gan",
     "fd-loss",
 ]
 

@@ -1,0 +1,138 @@
+"""Every method through `distill`: it trains, goes on to the same bits, and says what it needs."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sidactl
+from sidactl import catalog
+from sidactl.commands import running
+from sidactl.errors import SidaError
+from sidactl.recipes import FROM_GENERATOR, MODES, SID_MODES, Recipe, names_of
+from sidactl.store import Artifact
+from tests.conftest import SHORT, Forbid
+
+FURTHER = [mode for mode in MODES if mode not in SID_MODES]
+
+
+def short(mode: str, run: Path, **overrides: Any) -> Artifact:
+    options = {name: value for name, value in SHORT.items() if name in names_of(mode)} | {"device": "cpu"}
+    if mode in FROM_GENERATOR:
+        options["generator"] = "generator/tiny-digits-diff-instruct"
+    if "generator_every" in names_of(mode) and mode != "diff-instruct":
+        options["generator_every"] = 2
+    return sidactl.distill(
+        teacher="tiny-digits", mode=mode, run=run, teacher_score="none", say=None, **(options | overrides)
+    )
+
+
+@pytest.fixture(scope="module")
+def started(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory with a generator to start from; to be copied."""
+    root = tmp_path_factory.mktemp("modes") / "run"
+    shutil.copytree(prepared, root)
+    short("diff-instruct", root)
+    return root
+
+
+@pytest.mark.parametrize("mode", FURTHER)
+def test_a_run_that_is_interrupted_goes_on_to_the_same_bits(mode: str, started: Path, tmp_path: Path) -> None:
+    runs = [Path(shutil.copytree(started, tmp_path / name)) for name in ("whole", "stopped")]
+    seed = {"seed": 7}  # the fixture's own run is of another
+    whole = short(mode, runs[0], **seed)
+    assert Recipe.from_json(whole.params["recipe"]).mode == mode
+
+    def stop(event: Any) -> None:
+        if event.kind == "checkpoint" and event.nimg == 48:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SidaError, match="interrupted at"):
+        short(mode, runs[1], **seed, checkpoint_every_nimg=48, watch=stop)
+    assert short(mode, runs[1], **seed).oid == whole.oid
+
+
+@pytest.mark.parametrize("mode", FURTHER)
+def test_as_many_images_at_a_time_as_one_likes(mode: str, started: Path, tmp_path: Path) -> None:
+    """Whole batches or micro-batches in turn: the same draws, and gradients up to the rounding of sums."""
+    found = []
+    for name, execution in (("apart", {}), ("joined", {"batch_per_device": 16})):
+        run = Path(shutil.copytree(started, tmp_path / name))
+        made = short(
+            mode, run, seed=7, num_accumulation_rounds=2, duration_nimg=32, evaluate_every_nimg=32, **execution
+        )
+        found.append(made.results["selection_score"])
+    assert found[0] == pytest.approx(found[1], rel=1e-2)
+
+
+def test_what_was_trained_on_a_detector_is_not_blind_to_it(started: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(started, tmp_path / "run"))
+    made = short("add", run, discriminator_detector="random-features")
+    assert made.results["trained_by"] == ["random-features"]
+    score = sidactl.evaluate(made, ["fid"], detectors="random-features,tiny-digits-ssl", num=64, run=run)
+    by = {n["detector"].partition("@")[0]: n["blind"] for n in score.to_json()["scores"].values()}
+    assert by == {"random-features": False, "tiny-digits-ssl": True}
+
+
+def test_add_is_sampled_at_the_levels_that_it_was_trained_at(started: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(started, tmp_path / "run"))
+    made = short("add", run)
+    assert made.params["sampler"]["levels"][0] == made.params["sampler"]["sigma_init"] == 80
+    one, four = (sidactl.sample(made, num=4, steps=steps, run=run).oid for steps in (1, 4))
+    assert one != four
+    with pytest.raises(SidaError, match=r"num_steps must be at most 4"):
+        sidactl.sample(made, num=4, steps=5, run=run)
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "message"),
+    [
+        ("fd-loss", {}, "mode fd-loss starts from a generator, got none"),
+        ("dmd2", {"f_divergence": "made-up"}, "f_divergence must be one of"),
+        ("dmd2", {"f_divergence": "forward-kl"}, "discriminator_time must be shared"),
+        ("diff-instruct", {"f_divergence": "forward-kl"}, "where no discriminator tells density ratios"),
+        ("dmd2", {"discriminator_features": "detector"}, "none, fake-score or teacher in mode dmd2"),
+        ("dmd2", {"lambda_sid": 1.0}, "--lambda-sid is no setting of mode dmd2, but of sid, sida, sid2a"),
+        ("dmd2", {"generator_time": "uniform:3"}, "generator_time must be uniform:A,B"),
+        ("dmd2", {"generator_every": 0}, "generator_every must be at least 1"),
+        ("add", {"distillation_weight": "nfsd"}, "nfsd needs a negative condition"),
+        ("add", {"discriminator_features": "none"}, "teacher or detector in mode add"),
+        ("add", {"discriminator_detector": "inception"}, "heads see the maps of dinov2"),
+        ("add", {"student_times": (0.5, 1.0)}, "student_times must be falling from 1"),
+        ("ladd", {"discriminator_time": "none"}, "noisy images where the teacher's features are seen"),
+        ("ladd", {"batch_size": 24}, "heads normalise 8 images together"),
+        ("uni-instruct", {}, "--joint-weight 1"),
+    ],
+)
+def test_what_does_not_fit_a_mode_is_refused(
+    mode: str, options: dict[str, Any], message: str, tmp_path: Path, forbidden: Forbid
+) -> None:
+    with forbidden(running.run_training), pytest.raises(SidaError) as caught:
+        sidactl.distill(teacher="tiny-digits", mode=mode, run=tmp_path / "run", **options)
+    assert message in str(caught.value)
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / "run" / "objects").exists() or not list((tmp_path / "run" / "live").glob("*"))
+
+
+def test_latents_are_not_what_a_detector_sees(tmp_path: Path) -> None:
+    with pytest.raises(SidaError, match=r"edm2-s draws latents.*--mode ladd"):
+        sidactl.distill(teacher="edm2-s", mode="add", run=tmp_path / "run")
+
+
+def test_numbers_are_the_published_runs_or_said_not_to_be() -> None:
+    dmd2 = catalog.recipe_for("edm-imagenet64", "dmd2").to_json()
+    assert (dmd2["batch_size"], dmd2["duration_nimg"], dmd2["lr_warmup_nimg"]) == (280, 56_000_000, 140_000)
+    assert (dmd2["generator_lr"], dmd2["precision"], dmd2["ema_halflife_nimg"]) == (2e-6, "bf16", 0)
+    fastgen = catalog.recipe_for("edm-cifar10-cond", "f-distill").to_json()
+    assert (fastgen["f_divergence"], fastgen["batch_size"], fastgen["generator_lr"]) == ("forward-kl", 2048, 1e-4)
+    assert 0.5 ** (2048 / fastgen["ema_halflife_nimg"]) == pytest.approx(0.9999, abs=1e-9)
+    assert catalog.recipe_for("edm-imagenet64", "f-distill").to_json()["f_divergence"] == "jensen-shannon"
+    assert catalog.published_run("dmd2", "edm-imagenet64")
+    assert not catalog.published_run("dmd2", "edm-cifar10-cond")
+    for mode in MODES:
+        for teacher in ("tiny-digits", "edm-ffhq64", "edm2-xs"):
+            recipe = catalog.recipe_for(teacher, mode)
+            assert Recipe.from_json(recipe.to_json()) == recipe
