@@ -117,7 +117,8 @@ AllowUntrained = Annotated[
 
 _HEADINGS: Mapping[str, str] = {
     "What to distill": "teacher mode generator dataset vae allow_untrained duration_nimg",
-    "Method": "student_times lambda_distill distillation_weight loss_detector moments_rate direction alpha generator_weight loss_unit score_weight f_divergence ratio_rate sigma_init tmax "
+    "Method": "student_times lambda_distill distillation_weight loss_detector moments_rate direction alpha "
+    "generator_weight loss_unit score_weight f_divergence ratio_rate sigma_init tmax "
     "lambda_sid lambda_adv adversarial_from_nimg joint_weight generator_from_nimg generator_every order alternate "
     "share share_fakes forced_normalization logvar",
     "Discriminator": "discriminator_features discriminator_detector discriminator_loss discriminator_time "
@@ -143,9 +144,10 @@ class GroupedCommand(TyperCommand):
         of_others = set().union(*map(names_of, MODES)) - (names_of(mode) if mode in MODES else names_of("sida"))
         shown = {parameter.name: parameter.get_help_record(ctx) for parameter in self.get_params(ctx)}
         for heading, names in _HEADINGS.items():
-            records = [shown.get(name) for name in names.split() if name not in of_others]
-            with formatter.section(heading):
-                formatter.write_dl([record for record in records if record])
+            records = [found for name in names.split() if name not in of_others and (found := shown.get(name))]
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)
         if "mode" in shown:
             formatter.write_paragraph()
             formatter.write_text("Each mode has options of its own: sidactl distill --mode dmd2 --help")

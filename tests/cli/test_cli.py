@@ -21,7 +21,7 @@ from sidactl import __version__, cli, units
 from sidactl.cli import console, train
 from sidactl.commands import words
 from sidactl.data import prepare, transforms
-from sidactl.recipes import HeunSpec
+from sidactl.recipes import MODES, HeunSpec, flag_of, names_of
 from sidactl.store import Store
 from tests.golden import golden
 from tests.web import serving
@@ -182,7 +182,7 @@ def test_unknown_option_is_one_line() -> None:
         ),
         (
             ["distill", "--teacher", "tiny-digits", "--mode", "sidd"],
-            "mode must be one of sid, sida, sid2a, got 'sidd'. Pass --mode sida.",
+            f"mode must be one of {', '.join(MODES)}, got 'sidd'. Pass --mode sida.",
         ),
         (
             ["distill", "--teacher", "tiny-digits", "--duration", "many"],
@@ -818,3 +818,8 @@ def test_help_of_distill_has_every_option_once_under_headings_and_those_of_the_m
     shown = CliRunner().invoke(cli.app, ["distill", "--mode", "sid", "--help"]).output
     assert "--lambda-adv" not in shown
     assert "--alpha VALUE" in shown
+    for mode in MODES:
+        shown = CliRunner().invoke(cli.app, ["distill", "--mode", mode, "--help"]).output
+        words = {word for word in shown.split() if word.startswith("--")}
+        fields = set().union(*map(names_of, MODES)) - {"teacher", "mode", "dataset"}
+        assert {flag_of(name) for name in fields} & words == {flag_of(name) for name in names_of(mode) & fields}
