@@ -113,7 +113,7 @@ def print_generator(artifact: "Artifact", as_json: bool) -> None:
         beside += " (published)" if "teacher_score_is" in results else ""
         of_best = {name: dict(points).get(seen) for name, points in results.get("also", {}).items()}
         also = "".join(f", {name} {value:.4g}" for name, value in of_best.items() if value is not None)
-        scored = f"{score_name(str(results['detector']))} {results['selection_score']:.4g}{also}"
+        scored = f"{score_name(str(results['detector']), recipe.evaluate_by)} {results['selection_score']:.4g}{also}"
         console.note(f"best generator: {scored} after {seen:,} images, one step; its teacher: {beside}. {look}")
     print_artifact(artifact, as_json)
 

@@ -56,6 +56,8 @@ class Metric:
     need: Need | None = "moments"
     has_order: bool = False
     needs_held_out: bool = False
+    has_teacher: bool = False
+    """whether it compares with what the teacher draws, by no detector"""
 
 
 METRICS: Mapping[str, Metric] = {
@@ -69,6 +71,7 @@ METRICS: Mapping[str, Metric] = {
     "vendi": Metric(need=None),
     "fdr": Metric(needs_held_out=True),
     "memorisation": Metric(need="images", has_order=True, needs_held_out=True),
+    "pairs": Metric(need=None, has_teacher=True),
 }
 
 
@@ -76,6 +79,9 @@ def metric_of(key: str) -> Metric:
     """The metric behind a key such as "fid", or "fid@1" under the first further detector."""
     return METRICS[key.partition("@")[0]]
 
+
+COMMANDS = ("fid", "fd-dinov2", "prec-recall", "kid", "inception-score")
+"""metrics with a command of their own; the others are asked of `evaluate`"""
 
 DEFAULTS: Mapping[str, Any] = {
     "num": None,
@@ -225,8 +231,10 @@ def against(score: Score, run: RunDir = None) -> Mapping[str, str]:
     return described
 
 
-def score_name(detector: str) -> str:
-    """What a Fréchet distance by this detector is called: by a name, or by the file that holds it."""
+def score_name(detector: str, metric: str = "fid") -> str:
+    """What a run's score by this detector is called: by a name, or by the file that holds it; see `numbers`."""
+    if metric != "fid":
+        return metric.upper() + ("" if detector == "inception" else f" {Path(detector).name}")
     return SCORE_NAMES.get(detector, f"FD {Path(detector).name}")
 
 
@@ -258,9 +266,9 @@ def detector_label(detector: "Detector") -> str:
     return detector.name if is_known else detector.short_identity
 
 
-def distance_name(detector: "Detector") -> str:
-    """What a Fréchet distance by this detector is called: FID and FD-DINOv2 with the published weights alone."""
-    return score_name(detector_label(detector))
+def name_of(metric: str, detector: "Detector") -> str:
+    """What a run's score by this detector is called: FID and FD-DINOv2 with the published weights alone."""
+    return score_name(detector_label(detector), metric)
 
 
 def numbers(
@@ -288,7 +296,7 @@ def numbers(
         covariance = stats.covariance(ddof=0 if convention == "sid" else 1)
         distance = metrics_module.frechet_distance(stats.mean, covariance, *against)
         if kind != "fdr":
-            return {distance_name(detector): distance}
+            return {name_of("fid", detector): distance}
         assert held_out
         others = metrics_module.FeatureStats()
         others.add(held_out.rows)

@@ -1,6 +1,6 @@
 """Frozen descriptions of networks, samplers and runs, every number with its unit; no torch here, and no I/O."""
 
-from sidactl.recipes.distillation import MODES, Mode, Recipe, override, passes_of
+from sidactl.recipes.distillation import MODES, EvaluatedBy, Mode, Recipe, override, passes_of
 from sidactl.recipes.execution import PRECISIONS, Execution, Precision, SamplingForm
 from sidactl.recipes.fields import JsonFields, flag_of
 from sidactl.recipes.memory import BASE_BYTES, Memory
@@ -14,6 +14,7 @@ __all__ = [
     "MODES",
     "PRECISIONS",
     "Adversarial",
+    "EvaluatedBy",
     "Execution",
     "HeunSpec",
     "JsonFields",

@@ -27,6 +27,11 @@ Mode = Literal["sid", "sida", "sid2a"]
 
 MODES: tuple[Mode, ...] = ("sid", "sida", "sid2a")
 
+EvaluatedBy = Literal["fid", "mind", "kid"]
+
+FEW_IMAGES = 5_000
+"""so many images do for an evaluation by another score than a Fréchet distance"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(JsonFields):
@@ -36,7 +41,9 @@ class Recipe(JsonFields):
     one and starts the generator from a generator.
     """
 
-    _later = frozenset({"evaluate_early_nimg", "evaluate_labels", "evaluate_also", "patience", "nonfinite"})
+    _later = frozenset(
+        {"evaluate_by", "evaluate_early_nimg", "evaluate_labels", "evaluate_also", "patience", "nonfinite"}
+    )
 
     teacher: str
     mode: Mode
@@ -98,7 +105,10 @@ class Recipe(JsonFields):
     evaluate_every_nimg: int = 500_000
     """images trained from one evaluation in the loop to the next"""
     evaluate_num: int = 50_000
-    """generated images per evaluation in the loop"""
+    """generated images per evaluation in the loop; by mind or kid 5,000 where no number is asked for"""
+    evaluate_by: EvaluatedBy = "fid"
+    """the score that chooses the best generator: fid (a Fréchet distance, by any detector), or mind or kid, for which
+    few images do, and which compare with real images, not with published statistics"""
     evaluate_early_nimg: tuple[int, ...] = ()
     """further evaluations, at so many images each"""
     evaluate_labels: Literal["uniform", "dataset"] = "uniform"
@@ -253,4 +263,6 @@ def override(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
     changed = {k: v for k, v in overrides.items() if k in own}
     if (precision := changed.get("precision", recipe.precision)) != recipe.precision and "adam_eps" not in changed:
         changed["adam_eps"] = 1e-6 if precision == "fp16" else 1e-8
+    if changed.get("evaluate_by", "fid") != "fid" and "evaluate_num" not in changed:
+        changed["evaluate_num"] = min(recipe.evaluate_num, FEW_IMAGES)
     return dataclasses.replace(recipe, **({"adversarial": changed_part} | changed))

@@ -156,7 +156,7 @@ def test_a_teacher_that_cannot_be_scored_costs_no_generator(
     def fails(*arguments: Any, **options: Any) -> Any:
         raise error
 
-    instead_of(sidactl.fid, fails, monkeypatch)
+    instead_of(sidactl.evaluate, fails, monkeypatch)
     events: list[state.Event] = []
     made = sidactl.distill(
         teacher="tiny-digits", mode="sid", run=fresh_run, watch=events.append, **SHORT_SID | {"duration_nimg": 32}
