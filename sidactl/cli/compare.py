@@ -152,14 +152,15 @@ def _print_plan(training: "Training | None", share: tuple[int, int], run: Path |
 
 
 def _table(found: "Comparison") -> tuple[list[str], list[list[str | int | float | None]]]:
+    from sidactl.commands.scores import told
+
     columns = ["name", *found.numbers, "images", "updates", "seconds", "NFE", "needs"]
     rows: list[list[str | int | float | None]] = []
     for row in found.rows:
         scores: list[str | int | float | None] = []
         for number in found.numbers:
-            std = row.std(number)
-            spread = "" if std is None else f" +- {std:.2g}"
-            scores.append(f"{row.mean(number):.4g}{spread}{' (not blind)' if number in row.seen else ''}")
+            value = told(number, row.mean(number), row.std(number))
+            scores.append(f"{value}{' (not blind)' if number in row.seen else ''}")
         seconds = None if row.seconds is None else round(row.seconds)
         rows.append([row.name, *scores, row.images, row.updates, seconds, row.evaluations, row.needs])
     return columns, rows

@@ -117,7 +117,8 @@ class ScoreOptions(TypedDict, total=False):
     setting: of the arithmetic of a generator or teacher, float32 by default; that of detectors is always float32.
     detectors: several of them, a list or a text with commas, for one pass over the images; the first one is the main
         one, of whose numbers some do not bear its name.
-    held_out: real images that were not trained on, for fdr and memorisation.
+    held_out: real images that were not trained on, for fdr and memorisation, whose AuthPct is far above 50 for fresh
+        images, too, in many dimensions: see `metrics.authenticity`.
     detector: inception, dinov2, efficientnet-lite0, tiny-digits, tiny-digits-ssl, random-features (built in, for any
         images), timm:NAME, or a file: Inception in TorchScript, or a state dict of Inception's.
     trust_code: run a TorchScript detector that is not the published one: a program, which can do all that you can.
@@ -236,6 +237,17 @@ def score_name(detector: str, metric: str = "fid") -> str:
     if metric != "fid":
         return metric.upper() + ("" if detector == "inception" else f" {Path(detector).name}")
     return SCORE_NAMES.get(detector, f"FD {Path(detector).name}")
+
+
+_COPIES = -1000.0
+"""FLD's gap below which images are copies, and how far below says nothing more: exact ones reach -1e15"""
+
+
+def told(number: str, value: float, std: float | None = None) -> str:
+    """A number for people, with its spread; a gap of copies in words. JSON has it as it is."""
+    if number.startswith("FLD") and value < _COPIES:
+        return f"below {_COPIES:.0f} (copies)"
+    return f"{value:.4g}" + ("" if std is None else f" +- {std:.2g}")
 
 
 def plain_options(ref: Ref, options: ScoreOptions) -> Mapping[str, Any]:
