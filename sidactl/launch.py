@@ -1,6 +1,8 @@
 """The processes that torchrun starts, as its environment variables tell; without torch."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from sidactl.errors import SidaError
 
@@ -11,8 +13,22 @@ def is_rank0() -> bool:
 
 
 def world_size() -> int:
-    """How many processes there are; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes work together; 1 without torchrun, and within `alone`."""
+    return 1 if _alone else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+_alone: list[bool] = []
+"""an entry for each `alone` that is being gone through"""
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within the block this process works by itself, whatever others do; still the first one alone speaks."""
+    _alone.append(True)
+    try:
+        yield
+    finally:
+        _alone.pop()
 
 
 def local_rank() -> int | None:

@@ -180,21 +180,57 @@ def sample_batch(
 
     Images are [B, C, H, W]; float64 from an EDM-style Heun sampler, else float32.
     """
-    spec = net.spec
     noise = SeededNoise(seeds, device)
-    latents = noise.normal((spec.img_channels, spec.img_resolution, spec.img_resolution))
-    labels = None
-    if spec.label_dim and class_counts is not None:
-        last = torch.tensor(class_counts, device=device).cumsum(0)
-        labels = torch.searchsorted(last, noise.integers(int(last[-1])), right=True)
-    elif spec.label_dim:
-        labels = noise.integers(spec.label_dim)
+    latents, labels = _drawn(net, noise, class_counts)
     if labels is not None and class_index is not None:
         labels = torch.full_like(labels, class_index)
-    one_hot = as_one_hot(labels, spec.label_dim, device)
+    one_hot = as_one_hot(labels, net.spec.label_dim, device)
     if isinstance(sampler, OneStepSpec):
         return few_steps(net, latents, one_hot, sampler, noise), labels
     return heun(net, latents, one_hot, sampler, noise, guide=guide, guidance=guidance), labels
+
+
+def _drawn(net: Denoiser, noise: SeededNoise, class_counts: Sequence[int] | None) -> tuple[Tensor, Tensor | None]:
+    """The unit latents [B, C, H, W] of images, and their class indices [B]."""
+    spec = net.spec
+    latents = noise.normal((spec.img_channels, spec.img_resolution, spec.img_resolution))
+    if not spec.label_dim:
+        return latents, None
+    if class_counts is None:
+        return latents, noise.integers(spec.label_dim)
+    last = torch.tensor(class_counts, device=latents.device).cumsum(0)
+    return latents, torch.searchsorted(last, noise.integers(int(last[-1])), right=True)
+
+
+OTHER_NOISE = 1 << 31
+"""from a seed to that of the noise that its image is not of, in random pairs"""
+
+
+@torch.inference_mode()
+def paired_batch(
+    net: Denoiser,
+    sampler: OneStepSpec,
+    teacher: Denoiser,
+    ode: HeunSpec,
+    seeds: Sequence[int],
+    device: torch.device,
+    class_counts: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a generator draws, what its teacher's ODE draws, and what the generator draws of other noise, same classes.
+
+    The first two are of the same unit noise z, which the generator takes as sigma_init z, and the ODE starts from as
+    sigma_max z. Each is [B, C, H, W] in [-1, 1], or latents. ode: without churn, so that the image follows from z.
+    """
+    assert ode.S_churn == 0
+    noise, other = SeededNoise(seeds, device), SeededNoise([seed + OTHER_NOISE for seed in seeds], device)
+    latents, labels = _drawn(net, noise, class_counts)
+    other_latents, _ = _drawn(net, other, class_counts)
+    one_hot = as_one_hot(labels, net.spec.label_dim, device)
+    return (
+        few_steps(net, latents, one_hot, sampler, noise),
+        heun(teacher, latents, one_hot, ode, noise),
+        few_steps(net, other_latents, one_hot, sampler, other),
+    )
 
 
 class OneStep(torch.nn.Module):

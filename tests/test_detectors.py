@@ -408,7 +408,7 @@ def test_only_the_published_files_give_a_number_called_fid(
 
     for path, entry in ((own, "inception"), (scripted, "inception-torchscript")):
         by = scorers.load_detector(store, str(path), cpu, trust_code=True)
-        assert scores.distance_name(by) == f"FD {by.short_identity}" != "FID"
+        assert scores.name_of("fid", by) == f"FD {by.short_identity}" != "FID"
         assert by.short_identity.startswith(f"{entry}@")
         # If it were the one that is published, it would be the FID.
         known = catalog.DETECTORS[entry]
@@ -416,7 +416,7 @@ def test_only_the_published_files_give_a_number_called_fid(
         source = dataclasses.replace(known.source, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
         with monkeypatch.context() as patch:
             patch.setitem(catalog.DETECTORS, entry, dataclasses.replace(known, source=source))  # type: ignore[arg-type]
-            assert scores.distance_name(scorers.load_detector(store, str(path), cpu)) == "FID"
+            assert scores.name_of("fid", scorers.load_detector(store, str(path), cpu)) == "FID"
     told = sidactl.evaluate(images, ["fid", "kid"], reference=images, detector=str(scripted), trust_code=True, run=run)
     assert [(name, number["name"]) for name, number in told.to_json()["scores"].items()] == [
         (name, name) for name in (f"FD {by.short_identity}", f"KID {by.short_identity}")

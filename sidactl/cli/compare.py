@@ -3,14 +3,16 @@
 import csv
 import io
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sidactl import launch
 from sidactl.cli import console
 from sidactl.cli.entry import app
-from sidactl.cli.options import Device, DryRun, Json, Run, ref_option
+from sidactl.cli.options import Device, DryRun, Json, Run, ref_option, with_processes
 from sidactl.cli.train import watching
 from sidactl.errors import SidaError
 from sidactl.text import markdown
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 
 @app.command()
+@with_processes
 def compare(
     refs: Annotated[
         list[str] | None, typer.Argument(metavar="[REF...]", help="generators, teachers, samples, folders of images")
@@ -45,12 +48,17 @@ def compare(
     as_csv: Annotated[bool, typer.Option("--csv", help="print the table as CSV")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="print the table as Markdown")] = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="draw the scores, too")] = None,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", help="draw what generators and their teacher's ODE make of the same noise"),
+    ] = None,
 ) -> None:
     """Print which generator is better, by how much, and whether its detector is blind.
 
     Example: sidactl compare generator/best tiny-digits --num 10k --trials 10
     """
     from sidactl.commands import compare as commands_compare
+    from sidactl.commands import pairs as commands_pairs
     from sidactl.commands.inputs import words_of
 
     training = None
@@ -60,17 +68,24 @@ def compare(
         training = commands_compare.Training(words_of(methods), teacher, duration, runs)
     elif teacher or duration or part or runs != 1:
         raise SidaError("--teacher, --duration, --runs and --part need --methods, got none", "Pass --methods sid,sida.")
-    if plot and plot.suffix.lower() != ".png":
-        raise SidaError(f"a plot must be a PNG, got {plot}", "Pass --plot FILE.png.")
-    if plot and part:
-        raise SidaError(
-            "a share compares nothing, so there is nothing to draw, got --part and --plot", "Leave out one."
-        )
+    for flag, path in (("--plot", plot), ("--pairs", pairs)):
+        if path and path.suffix.lower() != ".png":
+            raise SidaError(f"a plot must be a PNG, got {path}", f"Pass {flag} FILE.png.")
+        if path and part:
+            what = f"a share compares nothing, so there is nothing to draw, got --part and {flag}"
+            raise SidaError(what, "Leave out one.")
+    if not launch.is_rank0():  # the first of several processes alone writes
+        plot = pairs = None
     share = _share(part)
     if dry_run:
         _print_plan(training, share, run)
         return
-    with commands_compare.plotted(plot, run) as draw, watching() as watch:
+    drawn: Sequence[str] = ()
+    with (
+        commands_compare.plotted(plot, run) as draw,
+        commands_pairs.pictured(pairs, run) as draw_pairs,
+        watching() as watch,
+    ):
         found = commands_compare.compare(
             refs or (),
             training=training,
@@ -87,6 +102,7 @@ def compare(
         )
         if found:
             draw(found)
+            drawn = draw_pairs([oid for row in found.rows for oid in row.oids], device)
     if found is None:
         console.note("this share is trained; without --part the same command compares all of them")
         return
@@ -107,6 +123,8 @@ def compare(
         console.warn(f"no detector is blind here: {found.ordered_by} chose one of these, or more")
     if plot:
         console.note(f"drawn: {plot}")
+    for line in (f"drawn: {pairs}", *drawn) if pairs else ():
+        console.note(line)
 
 
 def _share(part: str) -> tuple[int, int]:
@@ -134,14 +152,15 @@ def _print_plan(training: "Training | None", share: tuple[int, int], run: Path |
 
 
 def _table(found: "Comparison") -> tuple[list[str], list[list[str | int | float | None]]]:
+    from sidactl.commands.scores import told
+
     columns = ["name", *found.numbers, "images", "updates", "seconds", "NFE", "needs"]
     rows: list[list[str | int | float | None]] = []
     for row in found.rows:
         scores: list[str | int | float | None] = []
         for number in found.numbers:
-            std = row.std(number)
-            spread = "" if std is None else f" +- {std:.2g}"
-            scores.append(f"{row.mean(number):.4g}{spread}{' (not blind)' if number in row.seen else ''}")
+            value = told(number, row.mean(number), row.std(number))
+            scores.append(f"{value}{' (not blind)' if number in row.seen else ''}")
         seconds = None if row.seconds is None else round(row.seconds)
         rows.append([row.name, *scores, row.images, row.updates, seconds, row.evaluations, row.needs])
     return columns, rows

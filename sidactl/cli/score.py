@@ -33,10 +33,18 @@ from sidactl.recipes import HeunSpec, SamplingForm
 
 def _own_options(
     metrics: Annotated[
-        str | None, typer.Option(metavar="NAME,...", help="the metrics to print; all that apply if not given")
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="the metrics to print, fid,kid,mind,coverage,vendi,pairs and others; all that apply if not given",
+        ),
     ] = None,
     held_out: Annotated[
-        str | None, ref_option("real images that were not trained on, for --metrics fdr,memorisation")
+        str | None,
+        ref_option(
+            "real images that were not trained on, for --metrics fdr,memorisation; AuthPct of fresh images, too, is "
+            "some 50 in few dimensions and far more in many"
+        ),
     ] = None,
     resize: Annotated[
         str, typer.Option(metavar="NAME", help="of dinov2: torch, as in published statistics, or pil")

@@ -113,7 +113,7 @@ def print_generator(artifact: "Artifact", as_json: bool) -> None:
         beside += " (published)" if "teacher_score_is" in results else ""
         of_best = {name: dict(points).get(seen) for name, points in results.get("also", {}).items()}
         also = "".join(f", {name} {value:.4g}" for name, value in of_best.items() if value is not None)
-        scored = f"{score_name(str(results['detector']))} {results['selection_score']:.4g}{also}"
+        scored = f"{score_name(str(results['detector']), recipe.evaluate_by)} {results['selection_score']:.4g}{also}"
         console.note(f"best generator: {scored} after {seen:,} images, one step; its teacher: {beside}. {look}")
     print_artifact(artifact, as_json)
 
@@ -140,6 +140,8 @@ def refuse_unkept(score: "Score") -> None:
 
 def score_lines(score: "Score", against: Mapping[str, str]) -> list[str]:
     """One line per number: mean, standard deviation, minimum, how it was made, and what it compares with."""
+    from sidactl.commands.scores import told as told_number
+
     told = score.to_json()
     trials = f"{len(told['seeds'])} x {score.num:,} images" if told["seeds"] else f"{score.num:,} images"
     if "subset_of" in score.settings:
@@ -152,10 +154,11 @@ def score_lines(score: "Score", against: Mapping[str, str]) -> list[str]:
         trials += f", decoded by the VAE {score.settings['vae']}"
 
     def line(name: str, n: Mapping[str, Any]) -> str:
-        spread = "" if n["std"] is None else f" +- {n['std']:.2g} (minimum {n['minimum']:.4g})"
+        lowest = "" if n["std"] is None else f" (minimum {told_number(name, n['minimum'])})"
         beside = f", against {against[name]}" if name in against else ""
         blind = "" if n["blind"] else ", which chose it: not blind"
-        return f"{name} {n['value']:.4g}{spread}; {trials}, {n['detector']}{blind}{beside}"
+        value = told_number(name, n["value"], n["std"])
+        return f"{name} {value}{lowest}; {trials}, {n['detector']}{blind}{beside}"
 
     return [line(name, n) for name, n in told["scores"].items()]
 

@@ -127,8 +127,8 @@ _HEADINGS: Mapping[str, str] = {
     "generator_beta1 beta1 beta2 adam_eps weight_decay lr_warmup_nimg clip_gradient_value clip_gradient_norm "
     "ema_halflife_nimg ema_rampup_ratio stop_if_nan_steps nonfinite",
     "Data and noise": "P_mean P_std generator_time score_time augment_p dropout direction_dropout seed",
-    "Evaluation and checkpoints": "reference detector no_score teacher_score evaluate_every_nimg evaluate_num "
-    "evaluate_early_nimg evaluate_labels evaluate_also patience checkpoint_every_nimg",
+    "Evaluation and checkpoints": "reference detector no_score teacher_score evaluate_by evaluate_every_nimg "
+    "evaluate_num evaluate_early_nimg evaluate_labels evaluate_also patience checkpoint_every_nimg",
     "Memory and speed": "device precision teacher_precision batch_per_device shard checkpoint_activations ema_on_cpu "
     "channels_last compile hang_timeout",
     "Run directory": "name run force dry_run as_json log help",

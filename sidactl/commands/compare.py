@@ -12,13 +12,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from sidactl import launch
 from sidactl.commands import reference as commands_reference
 from sidactl.commands.assemble import assembled
 from sidactl.commands.blindness import built_in_eyes
 from sidactl.commands.distill import distill
 from sidactl.commands.inputs import Count, Ref, field_values, ref_text, whole, words_of
 from sidactl.commands.moments import detector_name
+from sidactl.commands.pairs import problem_of_picture
 from sidactl.commands.plan import plan
+from sidactl.commands.question import rank0_first
 from sidactl.commands.resolve import resolve
 from sidactl.commands.running import OnEvent
 from sidactl.commands.samplers import sampler_of
@@ -186,7 +189,9 @@ def compare(
     """Networks, samples and folders beside each other, all under the same seeds, detectors and reference.
 
     training: methods that are compared, too, and trained first where the run directory has no answer yet. part: this
-    process's share of that, (1, 8) to (8, 8); with a share there is no comparison (None), since others are not done.
+    job's share of that, (1, 8) to (8, 8); with a share there is no comparison (None), since others are not done. Of
+    processes that torchrun started each trains a share of the runs by itself, and waits for the others; then all of
+    them score together.
     detectors: by default that of the reference, and one built in that did not choose any generator.
     Differences of the number that orders are given with confidence intervals: over runs by Welch's t test, over trials
     of single runs, which share their seeds, by the paired t test. Raises SidaError as `evaluate` and `distill` do.
@@ -196,20 +201,31 @@ def compare(
         raise SidaError(f"a part must be from 1/{part[1]} to {part[1]}/{part[1]}, got {part[0]}/{part[1]}", "Pass 1/8.")
     groups: dict[str, list[Artifact]] = {}
     if training:
-        for method, artifact in _trained(store, training, part, device, say, watch):
-            groups.setdefault(method, []).append(artifact)
+        rank, size = _rank_and_size()
+        with launch.alone():
+            for method, artifact in _trained(store, training, part, (rank, size), device, say, watch):
+                groups.setdefault(method, []).append(artifact)
+        if size > 1:
+            _wait_for_all()
         if part[1] > 1:
             return None
-    for ref in refs:
-        subject = resolve(store, ref_text(ref), SCORED, any_size=True)
-        groups.setdefault(_name_of(store, ref_text(ref), subject, groups), []).append(subject)
+        if size > 1:
+            with launch.alone():  # answered from the run directory
+                groups = {}
+                for method, artifact in _trained(store, training, part, (0, 1), device, None, None):
+                    groups.setdefault(method, []).append(artifact)
+    with rank0_first():
+        for ref in refs:
+            subject = resolve(store, ref_text(ref), SCORED, any_size=True)
+            groups.setdefault(_name_of(store, ref_text(ref), subject, groups), []).append(subject)
     if not groups:
         raise SidaError("a comparison needs something to compare, got nothing", "Name artifacts, or pass --methods.")
     everything = [artifact for artifacts in groups.values() for artifact in artifacts]
     first = next((artifact for artifact in everything if artifact.kind != "dataset"), everything[0])
     text = None if reference is None else ref_text(reference, "the reference")
-    compared = commands_reference.find(store, text, first, "moments")
-    eyes = [detector_name(compared), *built_in_eyes(store, first, text)]
+    with rank0_first():
+        compared = commands_reference.find(store, text, first, "moments")
+        eyes = [detector_name(compared), *built_in_eyes(store, first, text)]
     chosen = words_of(detectors) if detectors else tuple(dict.fromkeys(eyes))
     rows = []
     for name, artifacts in groups.items():
@@ -224,6 +240,20 @@ def compare(
     return _compared(rows, scores[0].num if scores else 0, trials)
 
 
+def _rank_and_size() -> tuple[int, int]:
+    if launch.world_size() == 1:
+        return 0, 1
+    from sidactl.engine import ranks
+
+    return ranks.rank_and_size()
+
+
+def _wait_for_all() -> None:
+    from sidactl.engine import ranks
+
+    ranks.barrier()
+
+
 @contextmanager
 def plotted(path: Path | None, run: RunDir) -> Iterator[Callable[[Comparison], None]]:
     """What draws a comparison, to be called once within the block; into nothing without a path.
@@ -233,7 +263,7 @@ def plotted(path: Path | None, run: RunDir) -> Iterator[Callable[[Comparison], N
     if path is None:
         yield lambda found: None
         return
-    with outputs.whole([outputs.Output(path, _problem_of_plot)], force=True, run=Store.open(run).root) as (staged,):
+    with outputs.whole([outputs.Output(path, problem_of_picture)], force=True, run=Store.open(run).root) as (staged,):
 
         def draw(found: Comparison) -> None:
             from sidactl import report
@@ -244,19 +274,6 @@ def plotted(path: Path | None, run: RunDir) -> Iterator[Callable[[Comparison], N
             staged.write_bytes(report.dots(marks, title=title, xlabel=by))
 
         yield draw
-
-
-def _problem_of_plot(path: Path) -> str:
-    from PIL import Image
-
-    from sidactl import report
-
-    if (found := outputs.type_of(path)) != "a file":
-        return found
-    with suppress(OSError, SyntaxError, ValueError), Image.open(path, formats=["PNG"]) as image:
-        if image.info.get("Software") == report.DOTS:
-            return ""
-    return "a file that is no plot of a comparison"
 
 
 def _name_of(store: Store, text: str, subject: Artifact, taken: Mapping[str, object]) -> str:
@@ -386,16 +403,18 @@ def _trained(
     store: Store,
     training: Training,
     part: tuple[int, int],
+    process: tuple[int, int],
     device: str | None,
     say: download.OnLine | None,
     watch: OnEvent | None,
 ) -> Iterator[tuple[str, Artifact]]:
     """Each method's generators, trained unless they are there; what merely serves sid2a is trained, too, and not named.
 
-    A run that was interrupted goes on, as `distill` does.
+    A run that was interrupted goes on, as `distill` does. process: whose share of this part's runs, from 0 on, and of
+    how many.
     """
     _check(store, training)
-    for chain in training.chains()[part[0] - 1 :: part[1]]:
+    for chain in training.chains()[part[0] - 1 :: part[1]][process[0] :: process[1]]:
         made: Artifact | None = None
         for method, seed in chain:
             if say:

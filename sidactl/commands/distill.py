@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sidactl import catalog
 from sidactl.commands import moments as commands_moments
 from sidactl.commands import reference as commands_reference
 from sidactl.commands.assemble import Assembled, assembled, find_batch_per_device
@@ -22,7 +21,7 @@ from sidactl.commands.resolve import load_net
 from sidactl.commands.running import OnEvent, batches_for, run_training
 from sidactl.commands.samplers import sampler_of
 from sidactl.commands.scorers import load_detector
-from sidactl.commands.scores import METRICS, detector_label, distance_name
+from sidactl.commands.scores import METRICS, detector_label, name_of
 from sidactl.commands.tasks import option_words
 from sidactl.commands.vae import vae_loader
 from sidactl.commands.words import RunDir, part_of
@@ -226,7 +225,7 @@ def _train(
     if wanted.compared:
         scoring = _scoring(store, wanted, wanted.compared, start or teacher, device, watch, teacher_score, force)
         assert scoring.detector
-        facts["score_name"] = distance_name(scoring.detector)
+        facts["score_name"] = name_of(recipe.evaluate_by, scoring.detector)
     batches = batches_for(
         store, inputs["dataset"], recipe.batch_size, recipe.num_accumulation_rounds, recipe.seed, device
     )
@@ -291,28 +290,28 @@ def _scoring(
     assert wanted.detector
     recipe, inputs = wanted.recipe, wanted.inputs
     sampler, load_vae = recipe.sampler(), vae_loader(store, wanted.vae)
-    if force and wanted.detector in catalog.DETECTORS:
+    if force and not commands_moments.is_detector_file(wanted.detector):
         fetch_detector(wanted.detector, run=store.root, recheck=True)
     detector = load_detector(store, wanted.detector, device)
-    moments = commands_moments.moments(store, compared, detector, watch, recheck=force)
-    try_scoring(detector, moments, net, sampler, load_vae)
-    eyes = [Eye("fid", detector, moments)]
-    for metric in recipe.evaluate_also:
-        by = METRICS[metric].detector
+    eyes = list[Eye]()
+    for metric in (recipe.evaluate_by, *recipe.evaluate_also):
+        by, need = METRICS[metric].detector, METRICS[metric].need
         other = load_detector(store, by, device) if by not in (None, wanted.detector) else detector
-        needed = (
-            commands_moments.moments(store, compared, other, watch, recheck=force) if METRICS[metric].need else None
-        )
-        eyes.append(Eye(metric, other, needed))
+        against = commands_moments.compared_with(store, compared, need, other, watch, recheck=force)
+        if not eyes:
+            known = against if isinstance(against, commands_moments.Moments) else None
+            try_scoring(detector, known, net, sampler, load_vae)
+        eyes.append(Eye(metric, other, against))
     counts = inputs["dataset"].results["class_counts"] if recipe.evaluate_labels == "dataset" else None
     tick = part_of(watch, "scoring the generator")
     evaluate = evaluation_of(eyes, sampler, recipe.evaluate_num, tick, counts or None, load_vae)
     entry = None if wanted.vae else commands_reference.published_as(compared)
-    published, notes = published_score(recipe, entry, distance_name(detector)), list[str]()
+    score_name = name_of(recipe.evaluate_by, detector)
+    published, notes = published_score(recipe, entry, score_name), list[str]()
     if teacher_score is None:
         teacher_score = "measure" if published is None else "published"
     elif teacher_score == "published" and published is None:
-        raise not_published(recipe, distance_name(detector))
+        raise not_published(recipe, score_name)
     if teacher_score == "measure" and not is_teacher_scored(store, wanted):
         notes.append(
             f"at the end the teacher is scored, too, on {recipe.evaluate_num:,} images of "

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from sidactl import catalog, launch
 from sidactl.commands import moments, preflight, scores
 from sidactl.commands.assemble import Assembled
+from sidactl.commands.features import Features
 from sidactl.commands.running import OnEvent
 from sidactl.commands.samplers import sampler_of
-from sidactl.commands.score import fid
+from sidactl.commands.score import evaluate
 from sidactl.commands.score_question import is_answered
-from sidactl.commands.scores import METRICS, ScoreOptions, distance_name
+from sidactl.commands.scores import METRICS, ScoreOptions, name_of
 from sidactl.commands.vae import is_of_latents
 from sidactl.commands.words import OnCount, part_of
 from sidactl.errors import SidaError
@@ -60,7 +61,7 @@ class Eye:
 
     metric: str
     detector: "Detector"
-    against: moments.Moments | None
+    against: moments.Moments | Features | None
 
 
 def evaluation_of(
@@ -83,7 +84,7 @@ def evaluation_of(
     seeds = range(SELECTION_SEED, SELECTION_SEED + num_images)
     device = eyes[0].detector.device
     detectors = {eye.detector.identity: eye.detector for eye in eyes}
-    keeps = {eye.detector.identity for eye in eyes if METRICS[eye.metric].need is None}
+    keeps = {eye.detector.identity for eye in eyes if METRICS[eye.metric].need != "moments"}
     settings = {**scores.DEFAULTS, "order": "content"}  # as `evaluate` has them
 
     def evaluate(net: "Preconditioned", should_stop: Callable[[], bool]) -> state.Evaluation | None:
@@ -124,7 +125,7 @@ def evaluation_of(
             return json.dumps(found)
 
         found: dict[str, float] = json.loads(ranks.broadcast_from_rank0(numbers))
-        value = found.pop(distance_name(eyes[0].detector))
+        value = found.pop(name_of(eyes[0].metric, eyes[0].detector))
         try:
             return state.Evaluation(value, preview_of(net, sampler, codec), also=found)
         except sampling.NotFiniteError as error:
@@ -163,11 +164,11 @@ def score_teacher(
     try:
         options = _teacher_question(store, wanted) | {"device": device, "tick": tick, "say": None}
         try:
-            return fid(teacher.oid, **options).value
+            return evaluate(teacher.oid, [recipe.evaluate_by], **options).value
         except BrokenError:
             if not force:
                 raise
-            return fid(teacher.oid, **(options | {"force": True})).value
+            return evaluate(teacher.oid, [recipe.evaluate_by], **(options | {"force": True})).value
     except (SidaError, RuntimeError, MemoryError) as error:
         if launch.world_size() > 1:  # the others wait for this process
             raise
@@ -190,7 +191,7 @@ def _teacher_question(store: Store, wanted: Assembled) -> ScoreOptions:
 
 def is_teacher_scored(store: Store, wanted: Assembled) -> bool:
     """Whether the teacher's score is known already."""
-    return is_answered(wanted.inputs["teacher"].oid, ["fid"], _teacher_question(store, wanted))
+    return is_answered(wanted.inputs["teacher"].oid, [wanted.recipe.evaluate_by], _teacher_question(store, wanted))
 
 
 def vae_dtype(device: "torch.device") -> "torch.dtype":

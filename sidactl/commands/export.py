@@ -251,7 +251,8 @@ def _rows_of_training(generator: Artifact) -> Iterator[str]:
     """What the run measured by which it chose this generator, and of its teacher."""
     results = generator.results
     recipe = generator.params["recipe"]
-    name, by = score_name(str(results["detector"])), _text(results["detector"])
+    by = _text(results["detector"])
+    name = score_name(str(results["detector"]), recipe.get("evaluate_by", "fid"))
     for of, value in (("", results["selection_score"]), (", its teacher", results.get("teacher_score"))):
         if isinstance(value, int | float):
             yield f"| {_text(name)}{of} | {value:.4g} | | 1 x {recipe['evaluate_num']:,} | {by} | in its training |"

@@ -8,7 +8,7 @@ from sidactl.commands.assemble import Assembled
 from sidactl.commands.evaluation import finite_or_none, preview_of
 from sidactl.commands.moments import detector_name
 from sidactl.commands.question import name_artifact
-from sidactl.commands.scores import detector_label, distance_name
+from sidactl.commands.scores import detector_label, name_of
 from sidactl.commands.vae import vae_label, vae_loader
 from sidactl.commands.words import plain_name
 from sidactl.errors import SidaError
@@ -106,7 +106,7 @@ def keep(
             drawn.scores,
             teacher_score=of_teacher,
             title=f"{recipe.mode} of {recipe.teacher}, one step",
-            ylabel=distance_name(detector),
+            ylabel=name_of(recipe.evaluate_by, detector),
         )
     for which, (nimg, score) in drawn.seen.items():
         made[which] = store.put(
@@ -176,7 +176,9 @@ def _is_better(new: Artifact, old: Artifact) -> bool | None:
 
     def shared(generator: Artifact) -> list[object]:
         against = generator.inputs.get("reference", generator.inputs.get("dataset"))
-        return [generator.params.get("dataset"), generator.results.get("detector"), against]
+        recipe: Any = generator.params.get("recipe") or {}
+        by = recipe.get("evaluate_by", "fid")
+        return [generator.params.get("dataset"), generator.results.get("detector"), by, against]
 
     def rank(generator: Artifact) -> tuple[int, float]:
         score, recipe = generator.results.get("selection_score"), generator.params.get("recipe")

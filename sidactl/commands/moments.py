@@ -198,6 +198,18 @@ def moments(
     return Moments(published["mu"], published["sigma"])
 
 
+def compared_with(
+    store: Store, reference: Artifact, need: Need | None, detector: "Detector", watcher: object = None, *, recheck: bool
+) -> Moments | features.Features | None:
+    """What a metric of this need compares with: moments, features of real images, or nothing; see `moments`."""
+    if need is None:
+        return None
+    if need == "moments":
+        return moments(store, reference, detector, watcher, recheck=recheck)
+    tick = part_of(watcher, reference_part(reference))
+    return features.real_features(store, reference, detector, tick, recheck=recheck)
+
+
 def reference_part(data: Artifact) -> str:
     """What the work on a reference's images is called where its progress is shown."""
     return f"features of {data.params.get('name') or data.oid[:12]}"

@@ -24,11 +24,13 @@ from sidactl.recipes import (
     MODES,
     SID_MODES,
     AddRecipe,
+    EvaluatedBy,
     Execution,
     Memory,
     Mode,
     NetSpec,
     Recipe,
+    flag_of,
     override,
     passes_of,
 )
@@ -47,10 +49,11 @@ class Scoring:
     reference: preflight.Input
     is_default: bool
     """whether it is the detector that would be taken without being asked for"""
+    metric: EvaluatedBy = "fid"
 
     @property
     def score_name(self) -> str:
-        return score_name(self.detector)
+        return score_name(self.detector, self.metric)
 
 
 @dataclass(frozen=True)
@@ -210,8 +213,9 @@ def plan(
     if recipe.trained_on:
         compared = scoring.reference if scoring else data or preflight.Input(recipe.dataset, None, None)
         needs += [n for n in check_trained_on(store, recipe, net, compared) if n not in needs]
-    if not scoring and overrides.get("evaluate_also"):
-        raise SidaError("--evaluate-also is for runs that are scored, this one is not", "Leave it out.")
+    for flag in ("evaluate_also", "evaluate_by"):
+        if not scoring and overrides.get(flag):
+            raise SidaError(f"{flag_of(flag)} is for runs that are scored, this one is not", "Leave it out.")
     if not score:
         notes.append("nothing is scored, and the last generator is the result")
     needs += preflight.vae(store, vae, taught, is_needed=scoring is not None)
@@ -318,13 +322,15 @@ def _planned_scoring(
     needs = preflight.check_detector(store, chosen, net, compared)
     if compared.need:
         needs.insert(0, compared.need)
-    return Scoring(chosen, compared, chosen == default), needs, None
+    if METRICS[recipe.evaluate_by].need == "images":
+        preflight.check_compares_images(recipe.evaluate_by, compared)
+    return Scoring(chosen, compared, chosen == default, recipe.evaluate_by), needs, None
 
 
 def _check_further(store: Store, metric: str, recipe: Recipe, net: NetSpec, scoring: Scoring) -> list[preflight.Need]:
     """Refuses a further score of evaluations that this run cannot have; what it needs."""
     by = METRICS[metric].detector
-    if by == scoring.detector:
+    if by == scoring.detector and scoring.metric == "fid":
         raise SidaError(f"{metric} is the first score of this run already", "Leave out --evaluate-also.")
     if by:
         try:

@@ -249,6 +249,17 @@ def check_detector(store: Store, name: str, net: NetSpec, compared: Input) -> li
     return needs
 
 
+def check_compares_images(metric: str, compared: Input) -> None:
+    """Refuses statistics for a score that compares with the features of single images."""
+    held, suffix = compared.artifact, Path(compared.text.partition("?")[0]).suffix
+    of_file = compared.need is not None and compared.entry is None and suffix in (".pkl", ".npz")
+    if isinstance(compared.entry, catalog.Reference) or (held and held.kind == "stats") or of_file:
+        raise SidaError(
+            f"--evaluate-by {metric} compares with real images, the reference {compared.text} is statistics",
+            "Pass --ref dataset/NAME or a folder of images, or --evaluate-by fid.",
+        )
+
+
 def _check_statistics(detector: str, compared: Input) -> None:
     held = compared.artifact
     name = "inception" if moments.is_detector_file(detector) else detector

@@ -14,6 +14,7 @@ from sidactl.commands.blindness import seen_by
 from sidactl.commands.identity import check_unchanged
 from sidactl.commands.inputs import Ref, ref_text
 from sidactl.commands.moments import MIN_IMAGES_PER_FEATURE, Moments
+from sidactl.commands.pairs import pairing_of
 from sidactl.commands.question import Question, rank0_first
 from sidactl.commands.resolve import load_dataset, load_net
 from sidactl.commands.samplers import sampler_from, sampler_of
@@ -22,10 +23,12 @@ from sidactl.commands.scorers import load_detector
 from sidactl.commands.scores import Score, ScoreOptions, detector_label, metric_of, numbers, plain_options, score_of
 from sidactl.commands.vae import check_vae_is_there, is_of_latents, other_vae, vae_loader
 from sidactl.commands.words import NETS, part_of
+from sidactl.recipes import OneStepSpec
 from sidactl.store import Artifact, LiveDir, Store, UnwritableError, sealed, unsealed
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -134,11 +137,14 @@ def _measure(asked: ScoreQuestion, place: LiveDir | None) -> _Measured:
     for trial in range(max(1, len(asked.seeds))):
 
         def of_trial(trial: int = trial) -> Mapping[str, Mapping[str, float]]:
-            seen = _features(asked, trial, loaded, keeps, place)
+            found = dict[str, dict[str, float]]()
+            if asked.teacher:
+                found["pairs"] = dict(_pairing(asked, trial, device))
+            seen = _features(asked, trial, loaded, keeps, place) if loaded else None
             if ranks.rank_and_size()[0] > 0:
                 return {}
-            found = dict[str, dict[str, float]]()
             for m, by in asked.detectors.items():
+                assert seen
                 rows, compared = seen.features.get(by), (against[m], held_out[m])
                 found[m] = dict(numbers(m, by_metric[m], seen.stats[by], rows, *compared, asked.settings))
             ratios = [value for key, each in found.items() if key.startswith("fdr") for value in each.values()]
@@ -151,12 +157,14 @@ def _measure(asked: ScoreQuestion, place: LiveDir | None) -> _Measured:
             for name, value in found.items():
                 values.setdefault(name, []).append(value)
                 keys = [metric] if name != "FDr" else [key for key in by_metric if key.startswith("fdr")]
-                made_by[name] = [by_metric[key] for key in keys]
-                if metric in asked.references:
+                made_by[name] = [by_metric[key] for key in keys if key in by_metric]
+                if metric == "pairs" and asked.teacher:
+                    made_against[name] = asked.teacher.oid
+                elif metric in asked.references:
                     made_against[name] = asked.references[metric].oid
     eyes = seen_by(asked.store, asked.subject)
     seen = sorted(name for name, by in made_by.items() if any(detector_label(detector) in eyes for detector in by))
-    identities = {name: ", ".join(detector.identity for detector in by) for name, by in made_by.items()}
+    identities = {name: ", ".join(each.identity for each in by) or "pixels" for name, by in made_by.items()}
     return _Measured(values, identities, made_against, sorted(set(warnings)), seen)
 
 
@@ -274,6 +282,34 @@ def _features(
     return collected
 
 
+def _pairing(asked: ScoreQuestion, trial: int, device: "torch.device") -> Mapping[str, float]:
+    """One trial's numbers of pairs with the teacher's images."""
+    tick, before = asked.tick, trial * asked.num
+    shown = (lambda done, total: tick(before + done, asked.num * len(asked.seeds))) if tick else None
+    sampler = sampler_from(asked.settings["sampler"]) if "sampler" in asked.settings else sampler_of(asked.subject)
+    assert isinstance(sampler, OneStepSpec)
+    seeds, counts = range(*asked.seeds[trial]), _class_counts(asked)
+    return pairing_of(
+        asked.store,
+        asked.subject,
+        sampler,
+        seeds,
+        device,
+        setting=asked.setting,
+        class_counts=counts,
+        vae=asked.vae,
+        tick=shown,
+    )
+
+
+def _class_counts(asked: ScoreQuestion) -> Sequence[int] | None:
+    """Images of each class in the dataset, where classes are to be drawn by their share of it."""
+    if asked.settings["labels"] != "dataset" or not asked.subject.params["net"].get("label_dim"):
+        return None
+    counts: Sequence[int] | None = commands_reference.dataset_of(asked.store, asked.subject).results["class_counts"]
+    return counts
+
+
 def _work(
     asked: ScoreQuestion, seeds: range | None, loaded: Mapping[str, "Detector"], keeps: set[str]
 ) -> features.Work:
@@ -287,9 +323,6 @@ def _work(
 
     device = next(iter(loaded.values())).device
     net = configure.configure_for_sampling(load_net(asked.store, asked.subject, device), asked.setting)
-    counts: Sequence[int] | None = None
-    if asked.settings["labels"] == "dataset" and net.spec.label_dim:
-        counts = commands_reference.dataset_of(asked.store, asked.subject).results["class_counts"]
     size = features.images_per_batch(net.spec.img_channels, net.spec.img_resolution)
     sampler = sampler_from(asked.settings["sampler"]) if "sampler" in asked.settings else sampler_of(asked.subject)
     samples = sampling.generate(
@@ -297,7 +330,7 @@ def _work(
         seeds,
         sampler,
         device=device,
-        class_counts=counts,
+        class_counts=_class_counts(asked),
         load_vae=vae_loader(asked.store, asked.vae),
         batch_size=size,
     )
@@ -318,15 +351,12 @@ def _positions(asked: ScoreQuestion, dataset: "Dataset") -> "Sequence[int] | NDA
 
 
 def _against(asked: ScoreQuestion, metric: str, detector: "Detector") -> "Moments | features.Features | None":
-    """What a metric compares with: moments, features of real images, or nothing; see `moments.moments`."""
-    need, recheck = metric_of(metric).need, asked.force
+    """What a metric compares with: moments, features of real images, or nothing; see `moments.compared_with`."""
+    need = metric_of(metric).need
     if need is None:
         return None
     reference = asked.references[metric]
-    if need == "moments":
-        return moments.moments(asked.store, reference, detector, asked.tick, recheck=recheck)
-    tick = part_of(asked.tick, moments.reference_part(reference))
-    return features.real_features(asked.store, reference, detector, tick, recheck=recheck)
+    return moments.compared_with(asked.store, reference, need, detector, asked.tick, recheck=asked.force)
 
 
 def _held_out(asked: ScoreQuestion, metric: str, detector: "Detector") -> "features.Features | None":
@@ -348,7 +378,7 @@ def _keep(asked: ScoreQuestion, measured: _Measured, problem: str | None) -> dic
         files={},
         inputs={"subject": asked.subject.oid} | {f"reference {n}": oid for n, oid in measured.references.items()},
         params={
-            "metrics": list(asked.metrics),
+            "metrics": [*asked.metrics, *(["pairs"] if asked.teacher else [])],
             "num": asked.num,
             "seeds": [list(pair) for pair in asked.seeds],
             "detectors": dict(measured.detectors),

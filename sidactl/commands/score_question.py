@@ -8,6 +8,7 @@ from sidactl import catalog
 from sidactl.commands import moments, reference
 from sidactl.commands.blindness import blind_detector
 from sidactl.commands.inputs import seeds_of
+from sidactl.commands.pairs import teacher_of
 from sidactl.commands.question import Question
 from sidactl.commands.resolve import resolve
 from sidactl.commands.samplers import chosen_sampler, drawn_on, sampler_of
@@ -22,6 +23,7 @@ from sidactl.commands.scorers import (
     weights_of,
 )
 from sidactl.commands.scores import (
+    COMMANDS,
     CONVENTIONS,
     DEFAULTS,
     LABELS,
@@ -99,6 +101,8 @@ class ScoreQuestion:
     settings: Mapping[str, Any]
     setting: SamplingForm
     held_out: Artifact | None
+    teacher: Artifact | None
+    """what it is paired with, where that was asked for"""
     vae: Artifact | None
     """what decodes latents; None = the usual one, or there are none"""
     question: Question
@@ -160,6 +164,9 @@ class ScoreQuestion:
             num = fixed_count(subject, num, trials, setting)
             settings |= subset_of(subject, num, options.get("subset_seed"))
         chosen = list(metrics or applicable_metrics(store, subject, options))
+        paired = [name for name in chosen if METRICS[name].has_teacher]
+        teacher = teacher_of(store, subject) if paired else None
+        chosen = [name for name in chosen if name not in paired]
         if set(chosen) & {name for name, metric in METRICS.items() if metric.has_order} and not (
             settings["convention"] == "sid" and subject.kind in (*NETS, "samples")
         ):
@@ -193,7 +200,7 @@ class ScoreQuestion:
                 read_again(store, name)
         needs_classes = {name for metric, name in detectors.items() if metric.startswith("inception-score")}
         weights = {name: weights_of(store, name, name in needs_classes) for name in set(detectors.values())}
-        params = {"metrics": chosen, "num": num, "seeds": seeds}
+        params = {"metrics": [*chosen, *paired], "num": num, "seeds": seeds}
         shown = {**params, **settings}
         given = {name: options[name] for name, default in DEFAULTS.items() if options[name] != default}
         if several:
@@ -201,7 +208,9 @@ class ScoreQuestion:
         trust_code = options.get("trust_code", False)
         words = option_words({"ref": options.get("reference"), "trust_code": trust_code, **given})
         words += option_words(setting.of_images()) + option_words(dict(options.get("heun") or {}))
-        command, inputs = chosen[0] if len(chosen) == 1 else "evaluate", {"subject": subject, **found}
+        command = chosen[0] if params["metrics"] == chosen[:1] and chosen[0] in COMMANDS else "evaluate"
+        words += option_words({"metrics": ",".join(metrics)}) if metrics and command == "evaluate" else []
+        inputs: dict[str, Artifact] = {"subject": subject, **found, **({"pairs": teacher} if teacher else {})}
         inputs |= {"held out": held_out} if held_out else {}
         oids = {name: artifact.oid for name, artifact in inputs.items()}
         question = Question(
@@ -225,6 +234,7 @@ class ScoreQuestion:
             settings,
             setting,
             held_out,
+            teacher,
             vae,
             question,
             options.get("device"),

@@ -56,6 +56,8 @@ class Metric:
     need: Need | None = "moments"
     has_order: bool = False
     needs_held_out: bool = False
+    has_teacher: bool = False
+    """whether it compares with what the teacher draws, by no detector"""
 
 
 METRICS: Mapping[str, Metric] = {
@@ -69,6 +71,7 @@ METRICS: Mapping[str, Metric] = {
     "vendi": Metric(need=None),
     "fdr": Metric(needs_held_out=True),
     "memorisation": Metric(need="images", has_order=True, needs_held_out=True),
+    "pairs": Metric(need=None, has_teacher=True),
 }
 
 
@@ -76,6 +79,9 @@ def metric_of(key: str) -> Metric:
     """The metric behind a key such as "fid", or "fid@1" under the first further detector."""
     return METRICS[key.partition("@")[0]]
 
+
+COMMANDS = ("fid", "fd-dinov2", "prec-recall", "kid", "inception-score")
+"""metrics with a command of their own; the others are asked of `evaluate`"""
 
 DEFAULTS: Mapping[str, Any] = {
     "num": None,
@@ -111,7 +117,8 @@ class ScoreOptions(TypedDict, total=False):
     setting: of the arithmetic of a generator or teacher, float32 by default; that of detectors is always float32.
     detectors: several of them, a list or a text with commas, for one pass over the images; the first one is the main
         one, of whose numbers some do not bear its name.
-    held_out: real images that were not trained on, for fdr and memorisation.
+    held_out: real images that were not trained on, for fdr and memorisation, whose AuthPct is far above 50 for fresh
+        images, too, in many dimensions: see `metrics.authenticity`.
     detector: inception, dinov2, efficientnet-lite0, tiny-digits, tiny-digits-ssl, random-features (built in, for any
         images), timm:NAME, or a file: Inception in TorchScript, or a state dict of Inception's.
     trust_code: run a TorchScript detector that is not the published one: a program, which can do all that you can.
@@ -225,9 +232,22 @@ def against(score: Score, run: RunDir = None) -> Mapping[str, str]:
     return described
 
 
-def score_name(detector: str) -> str:
-    """What a Fréchet distance by this detector is called: by a name, or by the file that holds it."""
+def score_name(detector: str, metric: str = "fid") -> str:
+    """What a run's score by this detector is called: by a name, or by the file that holds it; see `numbers`."""
+    if metric != "fid":
+        return metric.upper() + ("" if detector == "inception" else f" {Path(detector).name}")
     return SCORE_NAMES.get(detector, f"FD {Path(detector).name}")
+
+
+_COPIES = -1000.0
+"""FLD's gap below which images are copies, and how far below says nothing more: exact ones reach -1e15"""
+
+
+def told(number: str, value: float, std: float | None = None) -> str:
+    """A number for people, with its spread; a gap of copies in words. JSON has it as it is."""
+    if number.startswith("FLD") and value < _COPIES:
+        return f"below {_COPIES:.0f} (copies)"
+    return f"{value:.4g}" + ("" if std is None else f" +- {std:.2g}")
 
 
 def plain_options(ref: Ref, options: ScoreOptions) -> Mapping[str, Any]:
@@ -258,9 +278,9 @@ def detector_label(detector: "Detector") -> str:
     return detector.name if is_known else detector.short_identity
 
 
-def distance_name(detector: "Detector") -> str:
-    """What a Fréchet distance by this detector is called: FID and FD-DINOv2 with the published weights alone."""
-    return score_name(detector_label(detector))
+def name_of(metric: str, detector: "Detector") -> str:
+    """What a run's score by this detector is called: FID and FD-DINOv2 with the published weights alone."""
+    return score_name(detector_label(detector), metric)
 
 
 def numbers(
@@ -288,7 +308,7 @@ def numbers(
         covariance = stats.covariance(ddof=0 if convention == "sid" else 1)
         distance = metrics_module.frechet_distance(stats.mean, covariance, *against)
         if kind != "fdr":
-            return {distance_name(detector): distance}
+            return {name_of("fid", detector): distance}
         assert held_out
         others = metrics_module.FeatureStats()
         others.add(held_out.rows)

@@ -7,6 +7,7 @@ from sidactl.metrics.inception_score import inception_score
 from sidactl.metrics.kernel import kernel_distance
 from sidactl.metrics.memorisation import authenticity, generalisation_gap
 from sidactl.metrics.mind import mind
+from sidactl.metrics.pairs import pair_distances, pairing
 from sidactl.metrics.precision_recall import guided_diffusion_precision_recall, precision_recall
 from sidactl.metrics.vendi import vendi
 
@@ -25,6 +26,8 @@ __all__ = [
     "inception_score",
     "kernel_distance",
     "mind",
+    "pair_distances",
+    "pairing",
     "precision_recall",
     "real_array",
     "vendi",

@@ -43,6 +43,11 @@ SID_MODES: tuple[Mode, ...] = ("sid", "sida", "sid2a")
 FROM_GENERATOR: frozenset[Mode] = frozenset({"sid2a", "fd-loss"})
 """modes that start from a generator, not from the teacher"""
 
+EvaluatedBy = Literal["fid", "mind", "kid"]
+
+FEW_IMAGES = 5_000
+"""so many images do for an evaluation by another score than a Fréchet distance"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(JsonFields):
@@ -51,7 +56,9 @@ class Recipe(JsonFields):
     Counts of images end in `_nimg`. The class of a mode adds its method's numbers; `from_json` finds it by the mode.
     """
 
-    _later = frozenset({"evaluate_early_nimg", "evaluate_labels", "evaluate_also", "patience", "nonfinite"})
+    _later = frozenset(
+        {"evaluate_by", "evaluate_early_nimg", "evaluate_labels", "evaluate_also", "patience", "nonfinite"}
+    )
 
     _counted: ClassVar[Sequence[str]] = (
         "generator_from_nimg",
@@ -106,7 +113,10 @@ class Recipe(JsonFields):
     evaluate_every_nimg: int = 500_000
     """images trained from one evaluation in the loop to the next"""
     evaluate_num: int = 50_000
-    """generated images per evaluation in the loop"""
+    """generated images per evaluation in the loop; by mind or kid 5,000 where no number is asked for"""
+    evaluate_by: EvaluatedBy = "fid"
+    """the score that chooses the best generator: fid (a Fréchet distance, by any detector), or mind or kid, for which
+    few images do, and which compare with real images, not with published statistics"""
     evaluate_early_nimg: tuple[int, ...] = ()
     """further evaluations, at so many images each"""
     evaluate_labels: Literal["uniform", "dataset"] = "uniform"

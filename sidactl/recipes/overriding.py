@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from sidactl.errors import SidaError
-from sidactl.recipes.distillation import MODES, Recipe
+from sidactl.recipes.distillation import FEW_IMAGES, MODES, Recipe
 from sidactl.recipes.fields import flag_of
 from sidactl.recipes.sid import Adversarial, SidRecipe
 
@@ -54,4 +54,6 @@ def override(recipe: AnyRecipe, overrides: Mapping[str, Any]) -> AnyRecipe:
         changed["adversarial"] = dataclasses.replace(recipe.adversarial, **part)
     if (precision := changed.get("precision", recipe.precision)) != recipe.precision and "adam_eps" not in changed:
         changed["adam_eps"] = 1e-6 if precision == "fp16" else 1e-8
+    if changed.get("evaluate_by", "fid") != "fid" and "evaluate_num" not in changed:
+        changed["evaluate_num"] = min(recipe.evaluate_num, FEW_IMAGES)
     return dataclasses.replace(recipe, **changed)

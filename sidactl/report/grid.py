@@ -12,12 +12,14 @@ from sidactl.errors import SidaError
 GRID_GAP = 2
 
 
-def grid(images: NDArray[np.uint8], *, columns: int | None = None, min_tile: int = 32) -> bytes:
+def grid(
+    images: NDArray[np.uint8], *, columns: int | None = None, min_tile: int = 32, software: str | None = None
+) -> bytes:
     """PNG of `images` in reading order, white between and behind them; the same input gives the same bytes.
 
     `images`: [N, H, W, C] uint8, C = 1 (grey) or 3 (RGB). `columns` defaults to the square root of N, rounded up.
     Images with a side shorter than `min_tile` pixels are enlarged by a whole factor, each pixel becoming a square.
-    SidaError for any other shape or type, no image, or columns < 1.
+    software: what the file says that it was drawn by. SidaError for any other shape or type, no image, or columns < 1.
     """
     if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape or images.shape[3] not in (1, 3):
         raise SidaError(
@@ -37,7 +39,7 @@ def grid(images: NDArray[np.uint8], *, columns: int | None = None, min_tile: int
     for index, tile in enumerate(tiles):
         top, left = index // columns * down, index % columns * across
         canvas[top : top + height * scale, left : left + width * scale] = tile
-    return png_of(Image.fromarray(canvas[..., 0] if channels == 1 else canvas))
+    return png_of(Image.fromarray(canvas[..., 0] if channels == 1 else canvas), software)
 
 
 def png_of(image: Image.Image, software: str | None = None) -> bytes:

@@ -17,6 +17,7 @@ from sidactl.commands import compare as commands_compare
 from sidactl.commands.compare import Row, Training, compare
 from sidactl.errors import SidaError
 from sidactl.store import Store
+from tests import processes
 from tests.conftest import SHORT, Finished, Forbid
 
 FD, BLIND = "FD tiny-digits", "FD tiny-digits-ssl"
@@ -110,17 +111,57 @@ def test_a_generator_beside_its_teacher_draws_the_same_seeds_under_a_blind_detec
     assert {each["name"] for each in told["rows"]} == {"generator/best", "tiny-digits"}
 
 
-@pytest.fixture
-def short_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The recipes of the built-in teacher, of a second each."""
-    entry = catalog.TEACHERS["tiny-digits"]
+def shortened(entry: catalog.Teacher) -> catalog.Teacher:
+    """The built-in teacher with recipes of a second each."""
     adversarial_nimg = SHORT["adversarial_from_nimg"]
     recipes = {}
     for mode, recipe in entry.recipes.items():
         short = {name: value for name, value in SHORT.items() if name != "adversarial_from_nimg"}
         part = recipe.adversarial and dataclasses.replace(recipe.adversarial, adversarial_from_nimg=adversarial_nimg)
         recipes[mode] = dataclasses.replace(recipe, **short, adversarial=part)
-    monkeypatch.setitem(catalog.TEACHERS, "tiny-digits", dataclasses.replace(entry, recipes=recipes))  # type: ignore[arg-type]
+    return dataclasses.replace(entry, recipes=recipes)
+
+
+@pytest.fixture
+def short_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The catalog with a teacher that is distilled in a second."""
+    monkeypatch.setitem(catalog.TEACHERS, "tiny-digits", shortened(catalog.TEACHERS["tiny-digits"]))  # type: ignore[arg-type]
+
+
+IN_SHORT = """
+import sys
+
+from sidactl import catalog, cli
+from tests.commands.test_compare import shortened
+
+catalog.TEACHERS["tiny-digits"] = shortened(catalog.TEACHERS["tiny-digits"])
+cli.main(sys.argv[1:])
+"""
+
+
+def test_processes_train_a_share_of_the_runs_each_and_compare_them_together(fresh_run: Path, tmp_path: Path) -> None:
+    script, root = tmp_path / "in_short.py", str(fresh_run)
+    script.write_text(IN_SHORT)
+    words = ["compare", "--methods", "sid,sida", "--teacher", "tiny-digits", "--run", root, "--device", "cpu"]
+    words += ["--num", "40", "--trials", "2"]
+    # tiny-digits' two micro-batches would refuse three processes that work on one run together; one has none to train.
+    dones = processes.run(
+        3, [*words, "--json", "--plot", str(tmp_path / "plot.png")], {"OMP_NUM_THREADS": "1"}, str(script)
+    )
+    assert {done.code for done in dones} == {0}, "\n".join(done.err for done in dones)
+    assert not any(done.out for done in dones[1:])
+    found = json.loads(dones[0].out)
+    assert {row["name"] for row in found["rows"]} == {"sid", "sida"}
+    assert (tmp_path / "plot.png").exists()
+    logged = [json.loads(line) for line in (fresh_run / "log.jsonl").read_text().splitlines()]
+    assert len({oid for row in found["rows"] for oid in row["oids"]}) == 2
+    # Each run was trained once, which answers two questions (the best and the last generator), and not again.
+    assert sum(line["command"] == "distill" for line in logged) == 2 * 2
+    # One process by itself comes to the same generators, and to the same scores.
+    (again,) = processes.run(1, [*words, "--json", "--run", str(tmp_path / "other")], {}, str(script))
+    assert again.code == 0, again.err
+    for ours, theirs in zip(found["rows"], json.loads(again.out)["rows"], strict=True):
+        assert {**ours, "seconds": None} == {**theirs, "seconds": None}
 
 
 @pytest.mark.usefixtures("short_recipes")

@@ -13,7 +13,7 @@ from PIL import Image
 import sidactl
 from sidactl import catalog
 from sidactl.cli import shown
-from sidactl.commands import dataset_stats, evaluation, scorers
+from sidactl.commands import dataset_stats, evaluation, fetch, preflight, scorers
 from sidactl.commands import moments as commands_moments
 from sidactl.commands import scores as commands_scores
 from sidactl.errors import SidaError
@@ -156,7 +156,7 @@ def test_a_teacher_that_cannot_be_scored_costs_no_generator(
     def fails(*arguments: Any, **options: Any) -> Any:
         raise error
 
-    instead_of(sidactl.fid, fails, monkeypatch)
+    instead_of(sidactl.evaluate, fails, monkeypatch)
     events: list[state.Event] = []
     made = sidactl.distill(
         teacher="tiny-digits", mode="sid", run=fresh_run, watch=events.append, **SHORT_SID | {"duration_nimg": 32}
@@ -229,3 +229,22 @@ def test_further_scores_that_a_run_cannot_have_are_refused(fresh_run: Path, opti
     with pytest.raises(SidaError) as caught:
         short_distill(fresh_run, **options)
     assert str(caught.value) == told
+
+
+def test_force_fetches_a_detector_of_timm_anew(fresh_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Weights of timm's are not to be had in a test; others stand for them.
+    asked: list[tuple[str, bool]] = []
+    fetches, loads, own = fetch.fetch_detector, scorers.load_detector, "random-features"
+
+    def fetched(name: str, **options: Any) -> Any:
+        asked.append((name, options.get("recheck", False)))
+        return fetches(own, **options)
+
+    instead_of(fetches, fetched, monkeypatch)
+    instead_of(loads, lambda store, name, device: loads(store, own, device), monkeypatch)
+    instead_of(preflight.check_detector, lambda *words: [], monkeypatch)
+    options: dict[str, Any] = AT_ITS_END | {"detector": "timm:any", "teacher_score": "none"}
+    short_distill(fresh_run, **options)
+    assert ("timm:any", True) not in asked
+    short_distill(fresh_run, force=True, **options)
+    assert ("timm:any", True) in asked

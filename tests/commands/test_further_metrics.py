@@ -10,6 +10,8 @@ from PIL import Image
 import sidactl
 from sidactl import cli
 from sidactl.catalog import ASSETS
+from sidactl.cli import shown
+from sidactl.commands import scores as commands_scores
 from sidactl.errors import SidaError
 from tests.conftest import Finished
 
@@ -100,3 +102,13 @@ def test_kid_has_a_command_of_its_own(finished: Finished, capfd: pytest.CaptureF
         cli.main(["kid", "generator/best", "--num", "60", "--run", str(finished.root)])
     score = sidactl.evaluate("generator/best", ["kid"], num=60, run=finished.root)
     assert float(capfd.readouterr().out) == pytest.approx(score.value, rel=1e-5)
+
+
+def test_a_gap_of_copies_is_told_in_words_and_kept_as_it_is() -> None:
+    gap = "FLD gap"
+    assert commands_scores.told(gap, -1.23e15, 4e14) == commands_scores.told(gap, -1001.0) == "below -1000 (copies)"
+    assert commands_scores.told(gap, -999.0, 2.0) == "-999 +- 2"
+    assert commands_scores.told("KID", -1.23e15) == "-1.23e+15"
+    score = commands_scores.Score({gap: [-1e15, -2e15]}, 10, [], {gap: "x"}, {}, {}, {}, [], "ab" * 32, "")
+    assert shown.score_lines(score, {}) == [f"{gap} below -1000 (copies) (minimum below -1000 (copies)); 10 images, x"]
+    assert score.to_json()["scores"][gap]["value"] == -1.5e15
