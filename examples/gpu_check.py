@@ -577,7 +577,8 @@ def nearly_full(device: torch.device) -> tuple[str, Figures]:
     training: Distillation = made_up.distillation_of(
         recipe, Execution(), catalog.teacher("edm-cifar10-uncond").net, device
     )
-    images = training.fit_batch_per_device()
+    clock = partial(meter.when_done, time.perf_counter, device)
+    images, _ = training.fit_batch_per_device(partial(devices.free_and_total, device), clock)
     found = f"{images} images at a time"
     try:
         for _ in range(3):

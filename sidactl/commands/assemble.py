@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sidactl.commands import moments
@@ -161,12 +163,12 @@ def _training_data(store: Store, planned: Plan, teacher: Artifact, asked: str | 
 def find_batch_per_device(
     training: "Distillation", execution: Execution, live: LiveDir, device: "torch.device"
 ) -> str | None:
-    """Lets a GPU take as many images at a time as fit, found by trying and remembered; tells how many.
+    """Lets a GPU take the fastest number of images at a time that fits, by trying and remembered; tells which.
 
     Not where a number was asked for; nor on the CPU, whose memory gives no sign before it is full, nor sharded, where
     processes wait for each other: then it is one micro-batch.
     """
-    from sidactl.engine import configure, devices, ranks
+    from sidactl.engine import configure, devices, meter, ranks
 
     if execution.batch_per_device or execution.shard or device.type == "cpu":
         return None
@@ -178,6 +180,9 @@ def find_batch_per_device(
     if remembered_json.get("tried_on") == tried_on:
         training.passes = configure.passes_of(training.recipe, Execution(batch_per_device=remembered_json["images"]))
         return None
-    images = training.fit_batch_per_device()
+    clock = partial(meter.when_done, time.perf_counter, device)
+    images, seconds = training.fit_batch_per_device(partial(devices.free_and_total, device), clock)
     live.write(remembered.name, json.dumps({"images": images, "tried_on": tried_on}).encode())
-    return f"{images} images at a time fit into the memory of {device} (--batch-per-device)"
+    if seconds is None:
+        return f"not even {images} images at a time fit into the memory of {device} with a twentieth left free"
+    return f"{images} images at a time are the fastest that fit into {device} (--batch-per-device): {1 / seconds:.1f}/s"

@@ -111,6 +111,12 @@ def memory_of(device: torch.device) -> list[str | int]:
     return [properties.name, properties.total_memory]
 
 
+def free_and_total(device: torch.device) -> tuple[int, int]:
+    """A GPU's memory in bytes: what no program has taken, this one's reserve included, and all of it."""
+    free, total = torch.cuda.mem_get_info(device)
+    return free, total
+
+
 def allow_tf32(allow: bool) -> None:
     """Whether a GPU may round the inputs of float32 products and convolutions to TF32."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow

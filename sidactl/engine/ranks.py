@@ -188,6 +188,11 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     return values
 
 
+def open_collectives(device: torch.device) -> None:
+    """Makes one collective of a step's kind and size on the device, whose buffers are then there; all must ask."""
+    all_reduce_sum(torch.zeros(_BUFFER_BYTES // 8, dtype=torch.float64, device=device))
+
+
 _BUFFER_BYTES = 1 << 26
 """that travel at a time: a collective of less takes as long, and more would be held twice while the next is packed"""
 
@@ -202,11 +207,14 @@ def all_reduce_sums(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
         return
     under_way: deque[tuple[Any, Tensor, list[torch.Size]]] = deque()
     packed: list[Tensor] = []
+    num_bytes = 0
 
     def send() -> None:
+        nonlocal num_bytes
         flat = torch.cat([tensor.reshape(-1) for tensor in packed])
         shapes = [tensor.shape for tensor in packed]
         packed.clear()
+        num_bytes = 0
         under_way.append((dist.all_reduce(flat, async_op=True), flat, shapes))
 
     def received() -> Iterator[Tensor]:
@@ -217,7 +225,8 @@ def all_reduce_sums(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
 
     for tensor in tensors:
         packed.append(tensor)
-        if sum(each.nbytes for each in packed) >= _BUFFER_BYTES:
+        num_bytes += tensor.nbytes
+        if num_bytes >= _BUFFER_BYTES:
             del tensor
             send()
             if len(under_way) > 1:

@@ -3,9 +3,11 @@
 Every draw is a function of the seed and a position.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -84,7 +86,7 @@ class MicroBatch:
             diffusion,
             augment,
             [seed for part in parts for seed in part.dropout_seeds],
-            lambda: torch.cat([p.reals() for p in parts]),
+            cache(lambda: torch.cat([p.reals() for p in parts])),
             len(parts),
             [start for part in parts for start in part.starts],
             None if parts[0].labels_of_reals is None else torch.cat([p.real_labels for p in parts]),
@@ -134,8 +136,60 @@ class ClassesAlone:
         return self._one_hot[self._labels[torch.as_tensor(indices)]]
 
 
+_AHEAD_BYTES = 1 << 26
+"""of images that are read before they are asked for: a pass or several"""
+_MOST_AHEAD = 64
+
+Place = tuple[int, int]
+"""batch and round"""
+
+
+class ReadAhead:
+    """Reads images in a thread before they are asked for, in the order of the step before.
+
+    What follows a micro-batch is learned: its batch, counted from there, and its round. What comes in another order is
+    read when it is asked for. An error of the thread is raised where its images are asked for, and nowhere else.
+    """
+
+    def __init__(self, read: Callable[[int, int], Tensor]) -> None:
+        self._read = read
+        self._pool = ThreadPoolExecutor(1, "read-ahead")
+        self._lock = threading.Lock()  # passes may go side by side
+        self._next: dict[Place, Place] = {}
+        self._last: Place | None = None
+        self._begun: dict[Place, Future[Tensor]] = {}
+
+    def get(self, batch: int, round: int) -> Tensor:
+        """The images of a micro-batch; begins with those that come after it."""
+        with self._lock:
+            mine = self._begun.pop((batch, round), None)
+        images = self._read(batch, round) if mine is None else mine.result()
+        with self._lock:
+            if self._last is not None:
+                self._next[self._kind(*self._last)] = batch - self._last[0], round
+            self._last = batch, round
+            expected = list(self._expected(batch, round, max(1, _AHEAD_BYTES // max(images.nbytes, 1))))
+            for place in self._begun.keys() - set(expected):
+                self._begun.pop(place).cancel()
+            for place in expected:
+                if place not in self._begun:
+                    self._begun[place] = self._pool.submit(self._read, *place)
+        return images
+
+    @staticmethod
+    def _kind(batch: int, round: int) -> Place:
+        return batch % 2, round  # a step of a distillation has two batches
+
+    def _expected(self, batch: int, round: int, num_ahead: int) -> Iterator[Place]:
+        for _ in range(min(num_ahead, _MOST_AHEAD)):
+            if (step := self._next.get(self._kind(batch, round))) is None:
+                return
+            batch, round = batch + step[0], step[1]
+            yield batch, round
+
+
 class DatasetBatches:
-    """Micro-batches of a dataset in a position-addressed order. Implements `MicroBatches`."""
+    """Micro-batches of a dataset in a position-addressed order, read ahead in a thread. Implements `MicroBatches`."""
 
     def __init__(
         self,
@@ -150,6 +204,7 @@ class DatasetBatches:
         self._dataset, self._order, self._seed, self._device = dataset, order, seed, device
         self._num_rounds, self._size = num_rounds, batch_size // num_rounds
         self._codec = LatentCodec() if dataset.is_latents else PixelCodec()
+        self._ahead = ReadAhead(lambda batch, round: dataset.images(self._chosen(batch, round)))
 
     @scope("data")
     def get(self, batch: int, round: int) -> MicroBatch:
@@ -159,14 +214,14 @@ class DatasetBatches:
             self._draws("diffusion", batch, round),
             self._draws("augment", batch, round),
             [stream_seed(self._seed, "dropout", batch * self._num_rounds + round)],
-            partial(self.images, batch, round),
+            cache(partial(self.images, batch, round)),  # some methods ask twice in a pass
             starts=(round * self._size,),
         )
 
     @scope("data")
     def images(self, batch: int, round: int) -> Tensor:
         """Real images in [-1, 1]; of a dataset of latents, samples of their posterior that every visit draws anew."""
-        items = engine_devices.sent(self._dataset.images(self._chosen(batch, round)), self._device)
+        items = engine_devices.sent(self._ahead.get(batch, round), self._device)
         return self._codec.encode(items, self._draws("posterior", batch, round))
 
     def _chosen(self, batch: int, round: int) -> Any:

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from sidactl import methods
 from sidactl.data.augment import augmentation
-from sidactl.engine import configure, devices, ranks, sharding, threads
+from sidactl.engine import configure, devices, failures, ranks, sharding, threads
 from sidactl.engine import gradients as engine_gradients
 from sidactl.methods.base import Losses, Nets, TrainingDetector, Turn
 from sidactl.nets import Denoiser, Preconditioned
 from sidactl.nets.edm2 import drop_logvar_, force_normalize_, holding
-from sidactl.recipes import Execution, FakeScoreRecipe, Recipe, SidRecipe
+from sidactl.recipes import BASE_BYTES, Execution, FakeScoreRecipe, Memory, Recipe, SidRecipe
 from sidactl.scopes import scope
+from sidactl.training import trials
 from sidactl.training.batches import MicroBatch, MicroBatches
 from sidactl.training.state import StepSoFar, StoppedError
 from sidactl.training.updates import LossScale, Side, SkippedSteps, dropout_seeded, update_ema
@@ -49,7 +50,7 @@ class Distillation:
         execution: Execution | None = None,
         detector: TrainingDetector | None = None,
     ) -> None:
-        self.recipe, execution = recipe, execution or Execution()
+        self.recipe, self._execution = recipe, (execution := execution or Execution())
         self._device = device = next(teacher.parameters()).device
         self.method = methods.of(recipe, teacher.spec, detector).to(device)
         trained = {name for update in self.method.updates.values() for name in update.trained}
@@ -300,37 +301,60 @@ class Distillation:
         each = {name: torch.stack([sums[name] for sums in found]) for name in self.method.statistics}
         return {name: ranks.all_reduce_sum(sums.sum(dim=0, dtype=torch.float64)) for name, sums in each.items()}
 
-    def fit_batch_per_device(self) -> int:
-        """The images at a time with which a step fits into memory, by trying, the most first; sets the passes so.
+    def fit_batch_per_device(self, memory: Callable[[], tuple[int, int]], clock: trials.Clock) -> trials.Fit:
+        """The images at a time with which a step is fastest of those that fit into memory, by trying; sets passes so.
 
-        Nothing of it remains: every draw is a function of its position, and no weight is changed.
+        memory: bytes of the device that are free, and all of them; a twentieth stays free. The first size is the one
+        that the estimate gives. Nothing of it remains: every draw is a function of its position, and no weight is
+        changed. The time is that of an image.
         """
         recipe, num_rounds = self.recipe, sum(map(len, self.passes))
         micro_batch = recipe.batch_size // recipe.num_accumulation_rounds
-        sizes = [n for n in range(num_rounds, 0, -1) if num_rounds % n == 0 and (n == 1 or self._joins)]
-        fitting = next((n for n in sizes if self._fits(n)), 1)
-        images = ranks.all_reduce_min(fitting) * micro_batch
-        self.passes = configure.passes_of(recipe, Execution(batch_per_device=images))
-        return images
+        sizes = [n for n in range(1, num_rounds + 1) if num_rounds % n == 0 and (n == 1 or self._joins)]
+        ranks.open_collectives(self._device)  # whose buffers are beside torch's memory
+        num_parameters, most = sum(p.numel() for p in self.teacher.parameters()), (1 - trials.SPARE) * memory()[1]
 
-    def _fits(self, num_micro_batches: int) -> bool:
-        """Whether gradients of either update can be computed of so many at a time."""
+        def estimated(num_micro_batches: int) -> int:
+            execution = replace(self._execution, batch_per_device=num_micro_batches * micro_batch)
+            num_devices = ranks.rank_and_size()[1]
+            return Memory.of(recipe, self.teacher.spec, num_parameters, execution, num_devices=num_devices).total_bytes
+
+        start = max((n for n in sizes if estimated(n) - BASE_BYTES <= most), default=1)
+        fit = trials.fastest(sizes, start, partial(self._seconds_per_image, memory=memory, clock=clock))
+        images = fit.size * micro_batch
+        self.passes = configure.passes_of(recipe, Execution(batch_per_device=images))
+        return fit._replace(size=images)
+
+    def _seconds_per_image(
+        self, num_micro_batches: int, *, memory: Callable[[], tuple[int, int]], clock: trials.Clock
+    ) -> float | None:
+        """What the gradients of both updates take of so many at a time; None where they do not fit."""
         rounds = [index for rounds in self.passes for index in rounds]
         # The second pass has the sum of gradients beside it.
         passes = [rounds[:num_micro_batches]] * min(2, len(rounds) // num_micro_batches)
-        shared: Shared | None = {} if self.method.schedule.shares == "images" else None
+
+        def work() -> None:
+            shared: Shared | None = {} if self.method.schedule.shares == "images" else None
+            for turn in (turn for turn in self.method.schedule.order if turn in self.sides):
+                self._gradients(turn, passes, shared)
+                self.sides[turn].optimizer.zero_grad()
+
         try:
             with devices.fastest_convolutions(self._device):  # whose workspaces take memory, too
-                for turn in (turn for turn in self.method.schedule.order if turn in self.sides):
-                    self._gradients(turn, passes, shared)
-                    self.sides[turn].optimizer.zero_grad()
-        except torch.OutOfMemoryError:
-            return False
+                work()
+                free, total = memory()  # while torch still keeps the most that it held
+                if free < trials.SPARE * total:
+                    return None
+                micro_batch = self.recipe.batch_size // self.recipe.num_accumulation_rounds
+                return trials.least_seconds(work, clock) / (len(passes) * num_micro_batches * micro_batch)
+        except Exception as error:
+            if not failures.is_out_of_memory(error, in_trial=True):
+                raise
+            return None
         finally:
             for side in self.sides.values():
                 side.optimizer.zero_grad()
             torch.cuda.empty_cache()
-        return True
 
     def _average(self) -> None:
         """Moves the EMA net, and normalises it before an evaluation, where the published code does."""

@@ -20,10 +20,10 @@ from tests.conftest import SHORT, Finished, instead_of, short_distill
 def test_the_images_at_a_time_are_tried_anew_with_other_processes_devices_and_settings(tmp_path: Path) -> None:
     gpu, num_tries = torch.device("cuda:0"), 0
 
-    def fit() -> int:
+    def fit(memory: Any, clock: Any) -> tuple[int, float]:
         nonlocal num_tries
         num_tries += 1
-        return 128
+        return 128, 0.25
 
     def tries(size: int, memory: int, execution: Execution) -> int:
         before = num_tries

@@ -442,36 +442,6 @@ def test_several_micro_batches_at_a_time_give_the_gradients_of_one_after_the_oth
     assert recorded[1][2] == pytest.approx(recorded[0][2], rel=1e-5)
 
 
-def test_the_images_at_a_time_are_found_by_trying_and_nothing_of_it_remains(monkeypatch: pytest.MonkeyPatch) -> None:
-    run, untouched = (distillation(generator_from_nimg=None, num_accumulation_rounds=4) for _ in range(2))
-    micro_batch = run.recipe.batch_size // 4
-    computed = methods.fake_score_loss
-    tried: list[int] = []
-
-    def limited(fake_score: Any, images: Tensor, *arguments: Any, **options: Any) -> score_losses.ScoreLoss:
-        tried.append(len(images) // micro_batch)
-        if len(images) > 2 * micro_batch:
-            raise torch.OutOfMemoryError
-        return computed(fake_score, images, *arguments, **options)
-
-    with monkeypatch.context() as patched:
-        instead_of(methods.fake_score_loss, limited, patched)
-        assert run.fit_batch_per_device() == 2 * micro_batch
-    assert tried == [4, 2, 2]
-    assert [list(rounds) for rounds in run.passes] == [[0, 1], [2, 3]]
-    untouched.passes = run.passes
-    for training in (run, untouched):
-        training.step()
-    assert torch.equal(weights(run.generator), weights(untouched.generator))
-
-
-def test_where_images_depend_on_their_pass_one_micro_batch_at_a_time_is_all_that_is_tried() -> None:
-    run = distillation(generator_from_nimg=None, num_accumulation_rounds=4, dropout=0.1)
-    assert run.recipe.joins_micro_batches(Execution())
-    run._joins = run.recipe.joins_micro_batches(Execution(compile=True))
-    assert run.fit_batch_per_device() == run.recipe.batch_size // 4
-
-
 @pytest.mark.parametrize("spec", [TINY, TINY_EDM2], ids=["edm", "edm2"])
 @pytest.mark.parametrize(("precision", "off"), [("tf32", 1e-6), ("fp16", 0.02), ("bf16", 0.1)])
 def test_lower_precisions_give_nearly_the_losses_of_float32(spec: NetSpec, precision: str, off: float) -> None:
