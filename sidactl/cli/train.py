@@ -368,7 +368,7 @@ def bench(
     teacher: Annotated[
         str, typer.Argument(metavar="[TEACHER]", help="a name from ls --catalog")
     ] = "edm-cifar10-uncond",
-    mode: Annotated[str, typer.Option(metavar="NAME", help=", ".join(MODES))] = "sida",
+    mode: Annotated[str, typer.Option(help="sid, sida or sid2a")] = "sida",
     batch_size: Annotated[
         int | None, typer.Option(help="images per pass; the recipe's micro-batch if not given")
     ] = None,

@@ -207,7 +207,7 @@ def test_classes_alone_are_enough_for_mode_sid_and_not_for_the_others() -> None:
     assert all(bool(loss.isfinite().all()) for loss in stats.values())
     with pytest.raises(SidaError) as error:
         distillation(TINY_EDM2, classes).step()
-    assert str(error.value) == "modes sida and sid2a need real images, got classes alone. Pass --dataset REF."
+    assert str(error.value) == "this mode needs real images, got classes alone. Pass --dataset REF."
 
 
 @pytest.mark.parametrize(("label_dim", "num_images"), [(3, 3), (0, 1)])
