@@ -2,7 +2,8 @@
 
     python examples/rank_correlation.py --run FOLDER --out scores.jsonl
 
-Expect a minute of training and some 15 s for each of 69 checkpoints on two idle cores.
+Expect about a minute and a half for each checkpoint, training included, on two cores that others use, too; an
+interrupted one goes on with the lines that are in the file.
 
 Trains one generator of tiny-digits, looks at its average every thousand images, and prints rank correlations: over all
 checkpoints, whose scores fall by much, and over the later half, which lie close together and among which one is chosen.

@@ -59,18 +59,18 @@ def pairing_of(
     import torch
 
     from sidactl import metrics
-    from sidactl.engine import ranks
+    from sidactl.engine import ranks, threads
 
-    draw, size = _drawer(store, generator, sampler, device, setting, class_counts, vae)
+    draw, size, num_threads = _drawer(store, generator, sampler, device, setting, class_counts, vae)
     starts = range(0, len(seeds), size)
 
-    def distances() -> "Iterator[tuple[torch.Tensor, torch.Tensor]]":
-        for start in ranks.rank_share(starts):
-            ours, theirs, others = (images.flatten(1).float() for images in draw(seeds[start : start + size]))
-            yield metrics.pair_distances(ours, theirs), metrics.pair_distances(others, theirs)
+    def distances(start: int) -> "tuple[torch.Tensor, torch.Tensor]":
+        ours, theirs, others = (images.flatten(1).float() for images in draw(seeds[start : start + size]))
+        return metrics.pair_distances(ours, theirs), metrics.pair_distances(others, theirs)
 
     found = list[tuple[torch.Tensor, torch.Tensor]]()
-    for part in ranks.gather_in_order(distances(), len(starts)):
+    drawn = threads.map_ordered(distances, ranks.rank_share(starts), num_threads)
+    for part in ranks.gather_in_order(drawn, len(starts)):
         found.append(part)
         if tick:
             tick(min(len(found) * size, len(seeds)), len(seeds))
@@ -88,11 +88,11 @@ def _drawer(
     setting: SamplingForm,
     class_counts: Sequence[int] | None,
     vae: Artifact | None,
-) -> "tuple[Callable[[range], Sequence[torch.Tensor]], int]":
-    """What draws the images of `sampling.paired_batch` as uint8, and how many seeds it takes at a time."""
+) -> "tuple[Callable[[range], Sequence[torch.Tensor]], int, int]":
+    """What draws the images of `sampling.paired_batch` as uint8; seeds at a time, and threads."""
     from sidactl import sampling
     from sidactl.data.codec import codec_for
-    from sidactl.engine import configure
+    from sidactl.engine import configure, threads
 
     taught = teacher_of(store, generator)
     net, teacher = (
@@ -107,7 +107,8 @@ def _drawer(
             raise sampling.NotFiniteError(f"{where} is not finite", "Take another precision.", exit_code=EXIT_FAILED)
         return [codec.decode(images).cpu() for images in batches]
 
-    return draw, images_per_batch(net.spec.img_channels, net.spec.img_resolution)
+    size = images_per_batch(net.spec.img_channels, net.spec.img_resolution)
+    return draw, size, threads.threads_for(teacher)
 
 
 @contextmanager
@@ -175,6 +176,6 @@ def _drawn(store: Store, generator: Artifact, device: "torch.device") -> "Sequen
     sampler = sampler_of(generator)
     assert isinstance(sampler, OneStepSpec)
     vae = vae_for(store, None, generator)
-    draw, size = _drawer(store, generator, sampler, device, SamplingForm(), None, vae)
+    draw, size, _ = _drawer(store, generator, sampler, device, SamplingForm(), None, vae)
     parts = [draw(PICTURED[start : start + size])[:2] for start in range(0, len(PICTURED), size)]
     return [torch.cat(images).permute(0, 2, 3, 1).numpy() for images in zip(*parts, strict=True)]

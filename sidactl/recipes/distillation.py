@@ -46,7 +46,7 @@ FROM_GENERATOR: frozenset[Mode] = frozenset({"sid2a", "fd-loss"})
 EvaluatedBy = Literal["fid", "mind", "kid"]
 
 FEW_IMAGES = 5_000
-"""so many images do for an evaluation by another score than a Fréchet distance"""
+"""images of an evaluation by another score than a Fréchet distance, where no number is asked for"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,8 @@ class Recipe(JsonFields):
     """generated images per evaluation in the loop; by mind or kid 5,000 where no number is asked for"""
     evaluate_by: EvaluatedBy = "fid"
     """the score that chooses the best generator: fid (a Fréchet distance, by any detector), or mind or kid, for which
-    few images do, and which compare with real images, not with published statistics"""
+    fewer images are asked for, and which compare with real images, not with published statistics; on tiny-digits they
+    rank late checkpoints worse than fid of as many images"""
     evaluate_early_nimg: tuple[int, ...] = ()
     """further evaluations, at so many images each"""
     evaluate_labels: Literal["uniform", "dataset"] = "uniform"
