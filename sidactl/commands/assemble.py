@@ -160,13 +160,17 @@ def _training_data(store: Store, planned: Plan, teacher: Artifact, asked: str | 
     return data
 
 
+LEAST_SECONDS = 1800.0
+"""of a run in its plain form, below which another is not tried: to compile takes minutes"""
+
+
 def in_fastest_form(
     make: "Callable[[Execution], Distillation]", execution: Execution, live: LiveDir, device: "torch.device"
 ) -> "tuple[Distillation, list[str]]":
     """A distillation with the form and the images at a time that are fastest on a GPU, and lines that tell them.
 
-    make: a distillation with nets of its own. On the CPU, whose bits are promised, and where a form is asked for, it is
-    made as it is; what was found is remembered with the run, which goes on with it.
+    make: a distillation with nets of its own. On the CPU, whose bits are promised, where a form is asked for, and where
+    the run is short, it is made as it is; what was found is remembered with the run, which goes on with it.
     """
     from sidactl.engine import configure, devices, meter, ranks
 
@@ -187,6 +191,8 @@ def in_fastest_form(
     recipe, passes = training.recipe, training.passes
     images = len(passes[0]) * recipe.batch_size // recipe.num_accumulation_rounds
     plain, _ = training.seconds_per_image(memory, clock)
+    if plain is not None and plain * recipe.duration_nimg < LEAST_SECONDS * ranks.rank_and_size()[1]:
+        return training, [found] if found else []
     # Compiled dropout draws other masks, and takes one micro-batch at a time.
     form: dict[str, Any] = {"channels_last": True, "compile": not recipe.dropout}
     words = "channels-last and compiled" if form["compile"] else "channels-last"

@@ -111,6 +111,13 @@ def test_where_the_compiled_form_is_slower_or_does_not_run_the_plain_one_stays(
         assert formed(live, {False: 9.0, True: 0.1})[0].execution == Execution()
 
 
+def test_a_short_run_tries_no_other_form(tmp_path: Path) -> None:
+    duration = catalog.recipe_for("tiny-digits", "sida").duration_nimg
+    with Store(tmp_path).live("key") as live:
+        _, told, made = formed(live, {False: 0.9 * assemble.LEAST_SECONDS / duration, True: 1e-9})
+        assert (made, len(told)) == ([Execution()], 1)
+
+
 def test_with_dropout_the_form_that_is_tried_is_not_compiled(tmp_path: Path) -> None:
     with Store(tmp_path).live("key") as live:
         training, _, _ = formed(live, {False: 0.5, True: 0.25}, dropout=0.1)

@@ -103,3 +103,14 @@ def test_two_processes_train_with_either_form_and_say_so(form: str, tmp_path: Pa
     if form == "whole":
         plain = processes(2, words, {**settings, "SIDACTL_RUN": str(tmp_path / "plain")})
         assert first.out == plain[0].out
+
+
+def test_two_sharded_processes_in_float16_train_what_one_whole_does(tmp_path: Path) -> None:
+    words = ["distill", *SHORT, "--precision", "fp16"]
+    found = []
+    for num_processes, options in ((1, []), (2, ["--shard"])):
+        settings = {"SIDACTL_RUN": str(tmp_path / str(num_processes)), "CUDA_VISIBLE_DEVICES": ""}
+        done = processes(num_processes, [*words, *options], settings)
+        assert {each.code for each in done} == {0}, done[0].err
+        found.append(done[0].out)
+    assert found[0] == found[1]
