@@ -1,6 +1,6 @@
-"""Times a step of every method in turn on tiny-digits, in processor time for each image: python examples/bench_methods.py.
+"""Times a step of every method on tiny-digits, in processor time for each image: python examples/bench_methods.py.
 
-In one run and in turn, so that whatever else the machine does slows all of them. Heads on a detector and generators
+In turn in one run, so that whatever else the machine does slows all of them. Heads on a detector and generators
 that must be finished first (add, fd-loss) are left out: their steps are the detector's.
 """
 

@@ -8,7 +8,6 @@ checks are skipped where the reference numbers (../shared/golden) are not there.
 memory is then that of the process.
 """
 
-import argparse
 import dataclasses
 import gc
 import importlib
@@ -36,7 +35,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from gpu_probe import Figures, NotAsExpectedError, Parts, SkippedError, needs_gpu, recipe_of, refuse, run_parts, small
+from gpu_probe import Figures, NotAsExpectedError, Parts, SkippedError, needs_gpu, recipe_of, run_command, small
 
 import sidactl
 from sidactl import catalog, detectors
@@ -636,16 +635,8 @@ def checks_of(device: torch.device) -> Parts:
 
 
 def main() -> int:
-    """Runs the checks, prints a verdict for each, and returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--json", type=Path, help="write what was found to this file")
-    parser.add_argument("--only", default="", help="the check of this name, or those whose names contain it")
-    arguments = parser.parse_args()
-    device = devices.pick_device(arguments.device)
-    checks = checks_of(device)
-    refuse(parser, arguments.only, checks)
-    return run_parts(checks, device, arguments.only, arguments.json)
+    """Runs the checks; see `run_command`."""
+    return run_command(__doc__, checks_of, "--device")
 
 
 if __name__ == "__main__":

@@ -336,23 +336,23 @@ def parts_of(device: torch.device) -> Parts:
     }
 
 
-def refuse(parser: argparse.ArgumentParser, only: str, parts: Parts) -> None:
-    """Ends with a line where no part is called so."""
-    if not any(only in name for name in parts):
-        parser.error(f"--only names no check, got {only!r}; there are {', '.join(parts)}")
-
-
-def main() -> int:
-    """Runs the parts, prints a verdict for each, and returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("device", nargs="?", default="cuda")
+def run_command(description: str | None, parts_of: Callable[[torch.device], Parts], *device_flags: str) -> int:
+    """Reads the command line, runs the parts, prints a verdict for each, and returns the exit code."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(*device_flags, default="cuda", **({} if "--device" in device_flags else {"nargs": "?"}))
     parser.add_argument("--json", type=Path, help="write what was found to this file")
     parser.add_argument("--only", default="", help="the part of this name, or those whose names contain it")
     arguments = parser.parse_args()
     device = devices.pick_device(arguments.device)
     parts = parts_of(device)
-    refuse(parser, arguments.only, parts)
+    if not any(arguments.only in name for name in parts):
+        parser.error(f"--only names no check, got {arguments.only!r}; there are {', '.join(parts)}")
     return run_parts(parts, device, arguments.only, arguments.json)
+
+
+def main() -> int:
+    """Runs the parts; see `run_command`."""
+    return run_command(__doc__, parts_of, "device")
 
 
 if __name__ == "__main__":

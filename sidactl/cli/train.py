@@ -130,7 +130,7 @@ _HEADINGS: Mapping[str, str] = {
     "Evaluation and checkpoints": "reference detector no_score teacher_score evaluate_by evaluate_every_nimg "
     "evaluate_num evaluate_early_nimg evaluate_labels evaluate_also patience checkpoint_every_nimg",
     "Memory and speed": "device precision teacher_precision batch_per_device shard checkpoint_activations ema_on_cpu "
-    "channels_last compile hang_timeout",
+    "channels_last compile form hang_timeout",
     "Run directory": "name run force dry_run as_json log help",
 }
 """of `distill --help`: what its options are about"""

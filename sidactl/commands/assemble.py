@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -158,6 +158,61 @@ def _training_data(store: Store, planned: Plan, teacher: Artifact, asked: str | 
     if planned.recipe.needs_images:
         require_images(data)
     return data
+
+
+LEAST_SECONDS = 1800.0
+"""of a run in its plain form, below which another is not tried: to compile takes minutes"""
+
+
+def in_fastest_form(
+    make: "Callable[[Execution], Distillation]", execution: Execution, live: LiveDir, device: "torch.device"
+) -> "tuple[Distillation, list[str]]":
+    """A distillation with the form and the images at a time that are fastest on a GPU, and lines that tell them.
+
+    make: a distillation with nets of its own. On the CPU, whose bits are promised, where a form is asked for, and where
+    the run is short, it is made as it is; what was found is remembered with the run, which goes on with it.
+    """
+    from sidactl.engine import configure, devices, meter, ranks
+
+    if device.type == "cpu" or not execution.is_form_open:
+        training = make(execution)
+        note = find_batch_per_device(training, execution, live, device)
+        return training, [note] if note else []
+    remembered = live.path / "form.json"
+    tried_on = [ranks.rank_and_size()[1], devices.memory_of(device), execution.to_json()]
+    known = json.loads(ranks.broadcast_from_rank0(lambda: remembered.read_text() if remembered.exists() else "{}"))
+    if known.get("tried_on") == tried_on:
+        training = make(dataclasses.replace(execution, **known["form"]))
+        training.passes = configure.passes_of(training.recipe, Execution(batch_per_device=known["images"]))
+        return training, []
+    memory, clock = partial(devices.free_and_total, device), partial(meter.when_done, time.perf_counter, device)
+    training = make(execution)
+    found = find_batch_per_device(training, execution, live, device)
+    recipe, passes = training.recipe, training.passes
+    images = len(passes[0]) * recipe.batch_size // recipe.num_accumulation_rounds
+    plain, _ = training.seconds_per_image(memory, clock)
+    if plain is not None and plain * recipe.duration_nimg < LEAST_SECONDS * ranks.rank_and_size()[1]:
+        return training, [found] if found else []
+    # Compiled dropout draws other masks, and takes one micro-batch at a time.
+    form: dict[str, Any] = {"channels_last": True, "compile": not recipe.dropout}
+    words = "channels-last and compiled" if form["compile"] else "channels-last"
+    del training
+    devices.free(device)
+    training = make(dataclasses.replace(execution, **form))
+    training.passes = passes
+    formed, why = training.seconds_per_image(memory, clock)
+    is_faster = formed is not None and (plain is None or formed < plain)
+    if not is_faster:
+        form = {}
+        del training
+        devices.free(device)
+        training = make(execution)
+        training.passes = passes
+    live.write(remembered.name, json.dumps({"form": form, "images": images, "tried_on": tried_on}).encode())
+    times = [f"{1e3 * s:.3g} ms" if s is not None else f"none ({why or 'it does not fit'})" for s in (plain, formed)]
+    chosen = words if is_faster else "the plain form"
+    told = f"{chosen} stays (--form): an image takes {times[0]} in the plain form, {times[1]} {words}"
+    return training, [*([found] if found else []), told]
 
 
 def find_batch_per_device(

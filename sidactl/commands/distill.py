@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sidactl.commands import moments as commands_moments
 from sidactl.commands import reference as commands_reference
-from sidactl.commands.assemble import Assembled, assembled, find_batch_per_device
+from sidactl.commands.assemble import Assembled, assembled, in_fastest_form
 from sidactl.commands.evaluation import Eye, evaluation_of, is_teacher_scored, score_teacher, try_scoring
 from sidactl.commands.fetch import fetch_detector
 from sidactl.commands.generators import draw, keep, name_run
@@ -219,11 +219,17 @@ def _train(
 
     recipe, execution, inputs = wanted.recipe, wanted.execution, wanted.inputs
     configure.passes_of(recipe, execution)  # what does not fit is told before anything is loaded
-    teacher = load_net(store, inputs["teacher"], device)
-    start = load_net(store, inputs["generator"], device) if "generator" in inputs else None
+
+    def load() -> "tuple[Preconditioned, Preconditioned | None]":
+        start = load_net(store, inputs["generator"], device) if "generator" in inputs else None
+        return load_net(store, inputs["teacher"], device), start
+
+    loaded = [load()]
     facts, scoring = {"title": f"distill {recipe.teacher} {recipe.mode}", "teacher": recipe.teacher}, _Scoring()
     if wanted.compared:
-        scoring = _scoring(store, wanted, wanted.compared, start or teacher, device, watch, teacher_score, force)
+        scoring = _scoring(
+            store, wanted, wanted.compared, loaded[0][1] or loaded[0][0], device, watch, teacher_score, force
+        )
         assert scoring.detector
         facts["score_name"] = name_of(recipe.evaluate_by, scoring.detector)
     batches = batches_for(
@@ -231,9 +237,13 @@ def _train(
     )
     trained_on, label = _trained_on(store, wanted, device, watch, force)
     scoring = dataclasses.replace(scoring, trained_by=label)
-    training = distillation.Distillation(recipe, teacher, start, batches, execution, trained_on)
-    tried = find_batch_per_device(training, execution, live, device)
-    notes = [*wanted.notes, *scoring.notes, *([tried] if tried else [])]
+
+    def make(execution: Execution) -> distillation.Distillation:
+        teacher, start = loaded.pop() if loaded else load()  # a form may change nets
+        return distillation.Distillation(recipe, teacher, start, batches, execution, trained_on)
+
+    training, tried = in_fastest_form(make, execution, live, device)
+    notes = [*wanted.notes, *scoring.notes, *training.notes, *tried]
     schedule = state.Schedule(
         duration_nimg=recipe.duration_nimg,
         evaluate_every_nimg=recipe.evaluate_every_nimg,

@@ -1,21 +1,25 @@
 """The precision, place and form of networks before they train or are sampled."""
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sidactl.engine.devices import allow_tf32
+from sidactl.engine.devices import allow_tf32, bytes_of
 from sidactl.engine.ranks import rank_and_size
-from sidactl.engine.sharding import blocks_of, shard_
+from sidactl.engine.sharding import ShardedForm, blocks_of, form_of, shard_
 from sidactl.engine.threads import Out, is_small
 from sidactl.nets import Denoiser, Preconditioned
 from sidactl.nets.dropout import replayed
-from sidactl.recipes import Execution, Recipe, SamplingForm
+from sidactl.nets.edm import Conv2d
+from sidactl.nets.edm2 import MPConv
+from sidactl.recipes import Execution, Memory, Recipe, SamplingForm
 from sidactl.recipes import passes_of as rounds_of
 
 
@@ -34,8 +38,11 @@ def configure_for_training(
     fake_score: Preconditioned,
     generator: Preconditioned,
     ema: Preconditioned,
-) -> None:
-    """Gives the nets of a distillation their precision, place and form, before any optimiser is made."""
+) -> ShardedForm:
+    """Gives the nets of a distillation their precision, place and form, before any optimiser is made.
+
+    Returns what of a sharded run stays whole.
+    """
     each = tuple(dict.fromkeys((teacher, fake_score, generator, ema)))  # where no fake score trains it is the teacher
     for net in each:
         net.compute_dtype = DTYPES[recipe.precision]
@@ -54,12 +61,33 @@ def configure_for_training(
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False, **contexts)
     if execution.ema_on_cpu:
         ema.cpu()
+    form = ShardedForm()
     if execution.shard:
+        num_parameters, device = sum(p.numel() for p in teacher.parameters()), next(teacher.parameters()).device
+        estimate = Memory.of(recipe, teacher.spec, num_parameters, execution, num_devices=rank_and_size()[1])
+        form = form_of(estimate, num_parameters * teacher.compute_dtype.itemsize, bytes_of(device))
+        if teacher is fake_score:
+            form = form._replace(has_whole_teacher=False)
         for net in each:
-            shard_(net)
+            if net is not teacher or not form.has_whole_teacher:
+                shard_(net)
     if execution.compile:
         for net in each:
             compile_(net)
+    return form
+
+
+def keep_as_computed_(net: Preconditioned) -> None:
+    """Keeps weights of convolutions in the type alone that they are computed in; for a net that never trains.
+
+    Of EDM2's it is what is held normalised (`edm2.holding`), for good. The numbers stay the same.
+    """
+    for module in net.modules():
+        if isinstance(module, Conv2d):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(net.compute_dtype)
+        elif isinstance(module, MPConv) and module.held is not None and module.kernel and not module.has_gain:
+            module.weight.data = module.held.detach()
 
 
 def configure_for_sampling(net: Preconditioned, setting: SamplingForm) -> Preconditioned:
@@ -85,6 +113,7 @@ _GRAPHS_OF_A_METHOD = 64
 
 def compile_(net: Preconditioned) -> None:
     """Compiles the net's passes, when they first run with inputs of a form; its weights and their names stay."""
+    keep_compiled()
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS_OF_A_METHOD)
     # C++ all through takes longer to compile, but passes side by side then do not wait for Python's lock.
     all_through: dict[str, Any] = {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}
@@ -92,6 +121,20 @@ def compile_(net: Preconditioned) -> None:
     for method in ("forward", "denoise_and_logits", "denoise_and_features", "features", "logits"):
         compiled = torch.compile(getattr(net, method), dynamic=False, options=options)
         setattr(net, method, _compiled_once(net, compiled))
+
+
+def keep_compiled() -> None:
+    """Compiled kernels and graphs are kept in the user's cache, unless a variable of torch's says where.
+
+    By itself torch keeps them in the temporary folder, which machines of a cluster empty or do not share.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sidactl" / "inductor"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a home that nothing can be written to
+        return
+    if os.access(cache, os.W_OK):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
 
 
 def _compiled_once(net: Preconditioned, compiled: Callable[..., Out]) -> Callable[..., Out]:

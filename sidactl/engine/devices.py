@@ -1,6 +1,7 @@
 """Devices: which one, what memory it has, how tensors get there."""
 
 import ctypes
+import gc
 import re
 import sys
 from collections.abc import Iterator
@@ -111,10 +112,22 @@ def memory_of(device: torch.device) -> list[str | int]:
     return [properties.name, properties.total_memory]
 
 
+def bytes_of(device: torch.device) -> int | None:
+    """A GPU's memory; None for a CPU, which shares its own with all others."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def free(device: torch.device) -> None:
+    """Gives back what nothing refers to any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def free_and_total(device: torch.device) -> tuple[int, int]:
     """A GPU's memory in bytes: what no program has taken, this one's reserve included, and all of it."""
-    free, total = torch.cuda.mem_get_info(device)
-    return free, total
+    left, total = torch.cuda.mem_get_info(device)
+    return left, total
 
 
 def allow_tf32(allow: bool) -> None:

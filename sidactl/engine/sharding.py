@@ -1,6 +1,7 @@
 """Networks whose parameters are split over the processes (FSDP2)."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,37 @@ from sidactl.engine.ranks import join, rank_and_size
 from sidactl.nets import Preconditioned
 from sidactl.nets.edm import UNetBlock
 from sidactl.nets.edm2 import Block
+from sidactl.recipes import Memory
+
+
+class ShardedForm(NamedTuple):
+    """What of a sharded run is still whole on every device, by the memory that there is."""
+
+    has_whole_teacher: bool = False
+    """in the type that its convolutions are computed in; the others need not gather it in every pass"""
+    reduces_each_pass: bool = False
+    """gradients are added up over the processes after each pass, and kept in parts: float32 between passes"""
+
+    def told(self) -> list[str]:
+        """A line for each, for people."""
+        whole = "the teacher lies whole on every device (--shard): there is memory for it"
+        reduced = (
+            "gradients are added up over the processes after every pass (--shard), since their sums would not fit: "
+            "their last digits differ"
+        )
+        return [whole] * self.has_whole_teacher + [reduced] * self.reduces_each_pass
+
+
+_USABLE = 0.9
+"""of a device's memory, which estimates may be off by"""
+
+
+def form_of(estimate: Memory, teacher_bytes: int, device_bytes: int | None) -> ShardedForm:
+    """What memory allows and asks for. device_bytes: None where it is not known, as on a CPU; then all is split."""
+    if device_bytes is None:
+        return ShardedForm()
+    room = _USABLE * device_bytes - estimate.total_bytes
+    return ShardedForm(has_whole_teacher=room >= teacher_bytes, reduces_each_pass=room < 0)
 
 
 def is_sharded(tensor: Tensor) -> bool:

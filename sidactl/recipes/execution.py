@@ -7,6 +7,7 @@ from sidactl.errors import SidaError
 from sidactl.recipes.fields import JsonFields, at_least
 
 Precision = Literal["fp32", "tf32", "fp16", "bf16"]
+Form = Literal["fastest", "asked"]
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "tf32", "fp16", "bf16")
 
@@ -27,6 +28,14 @@ class Execution(JsonFields):
     """activations and weights lie in memory pixel by pixel instead of channel by channel"""
     compile: bool = False
     """torch.compile: minutes at the start (less the next time, from a cache), faster steps; other dropout masks"""
+    form: Form = "fastest"
+    """on a GPU: fastest = steps are timed without and with channels_last and compile (not with dropout), where neither
+    is asked for, and the faster stays; asked = only what is asked for"""
+
+    @property
+    def is_form_open(self) -> bool:
+        """Whether the form may be chosen by the clock."""
+        return self.form == "fastest" and not (self.compile or self.channels_last or self.shard)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,6 +1,6 @@
 """An estimate of the memory that a recipe needs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -14,11 +14,88 @@ BASE_BYTES = 250_000_000
 _DEVICES_OF_A_MACHINE = 8
 """over which networks are split, whatever the number of machines"""
 
-_GRAPHS = 3
-"""networks whose activations a generator step holds at once: generator, fake score, teacher"""
-
 _SAVED_VALUES: Mapping[str, float] = {"SongUNet": 11, "DhariwalUNet": 15.5, "EDM2": 13}
-"""values kept for the backward pass per channel and pixel of a U-Net block, as counted in our networks"""
+"""values kept for the backward pass per channel and pixel of a U-Net block, where one block is kept at a time"""
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Values kept for the backward pass, per channel and pixel, as counted in our networks with fused attention."""
+
+    num_in: float
+    """of a block's input, where it changes no resolution"""
+    num_out: float
+    down: float
+    """of a block that halves the resolution, per pixel of its output; `up`: of one that doubles it"""
+    up: float
+    attention: float
+    base: float
+    """per channel and pixel of the first layer, outside of blocks"""
+
+    def values(self, net: NetSpec) -> float:
+        """Of an image that goes through the network."""
+        return (
+            sum(
+                pixels * (self.attention * has_attention * num_out + self._of_block(kind, num_in, num_out))
+                for kind, num_in, num_out, pixels, has_attention in _blocks(net)
+            )
+            + self.base * net.model_channels * net.img_resolution**2
+        )
+
+    def _of_block(self, kind: str, num_in: int, num_out: int) -> float:
+        if kind == "plain":
+            return self.num_in * num_in + self.num_out * num_out
+        return (self.down if kind == "down" else self.up) * num_out
+
+
+_TRAINED: Mapping[str, _Kept] = {
+    "SongUNet": _Kept(1.72, 4.86, 19.05, 6.25, 6.05, 2.85),
+    "DhariwalUNet": _Kept(0.0, 8.77, 26.81, 5.64, 6.92, 0.23),
+    "EDM2": _Kept(3.12, 2.84, 11.82, 5.63, 9.09, 0.0),
+}
+_FROZEN: Mapping[str, _Kept] = {
+    "SongUNet": _Kept(1.75, 4.83, 19.23, 6.14, 6.03, 2.66),
+    "DhariwalUNet": _Kept(0.0, 7.77, 25.79, 4.66, 6.92, 0.17),
+    "EDM2": _Kept(3.13, 1.83, 10.81, 4.64, 9.09, 0.0),
+}
+"""of networks whose weights need no gradient, such as the teacher"""
+
+
+def _blocks(net: NetSpec) -> Iterator[tuple[str, int, int, int, bool]]:
+    """Of each block: plain, down or up; channels in and out; pixels of its output; whether it has attention."""
+    widths, last = [net.model_channels * mult for mult in net.channel_mult], len(net.channel_mult) - 1
+    channels = net.model_channels if net.architecture == "SongUNet" else widths[0]
+    skips: list[int] = []
+    for level, width in enumerate(widths):
+        side = net.img_resolution >> level
+        if level:
+            yield "down", channels, channels, side**2, False
+        skips.append(channels)
+        for _ in range(net.num_blocks):
+            yield "plain", channels, width, side**2, side in net.attn_resolutions
+            channels = width
+            skips.append(channels)
+    for level in range(last, -1, -1):
+        side, width = net.img_resolution >> level, widths[level]
+        if level == last:
+            yield "plain", channels, channels, side**2, True
+            yield "plain", channels, channels, side**2, False
+        else:
+            yield "up", channels, channels, side**2, False
+        for index in range(net.num_blocks + 1):
+            attends = side in net.attn_resolutions and (net.architecture != "SongUNet" or index == net.num_blocks)
+            yield "plain", channels + skips.pop(), width, side**2, attends
+            channels = width
+
+
+def kept_values(net: NetSpec, *, is_trained: bool) -> float:
+    """Values that an image leaves in a network for its backward pass; dropout, if any, keeps more."""
+    return (_TRAINED if is_trained else _FROZEN)[net.architecture].values(net)
+
+
+def _dropped_values(net: NetSpec) -> int:
+    """Values that dropout keeps of an image."""
+    return sum(num_out * pixels for _, _, num_out, pixels, _ in _blocks(net))
 
 
 @dataclass(frozen=True)
@@ -57,22 +134,26 @@ class Memory:
         micro_batch = recipe.batch_size // recipe.num_accumulation_rounds
         at_once = execution.batch_per_device or micro_batch
         saved, size = _SAVED_VALUES[net.architecture], 2 if recipe.precision in ("fp16", "bf16") else 4
+        # A generator step holds those of generator, fake score and teacher at once.
         if execution.checkpoint_activations:
             # Kept are the inputs of blocks, with skips in the decoder; and of one block at a time, in the fake score's
             # pass over fakes and reals, all values and their gradients.
-            kept = _GRAPHS * sum(2 * count * each for count, each in levels) + 4 * saved * max(v for _, v in levels)
+            kept = 3.0 * sum(2 * count * each for count, each in levels) + 4 * saved * max(v for _, v in levels)
         else:
-            kept = _GRAPHS * saved * sum(count * each for count, each in levels)
-        values = round(kept * at_once)
-        if net.architecture == "EDM2" or size < 4:
-            values += _GRAPHS * num_parameters
+            kept = 2 * kept_values(net, is_trained=True) + kept_values(net, is_trained=False)
+            kept += _dropped_values(net) if recipe.dropout else 0
+        activation_bytes = size * kept * at_once
+        if net.architecture == "EDM2":  # weights that are held normalised, those of no convolution in float32
+            activation_bytes += 3 * num_parameters * (size + (0.1 if size < 4 else 0))
+        elif size < 4:
+            activation_bytes += 3 * num_parameters * size
         shares = min(num_devices, _DEVICES_OF_A_MACHINE) if execution.shard else 1
         has_sums = num_devices > 1 or at_once < recipe.batch_size
         num_blocks = sum(count for count, _ in levels)
         gathered = 2 * num_parameters // num_blocks if execution.shard else 0
         return cls(
             num_parameters,
-            4 * ((4 + 4) * num_parameters // shares + gathered),
+            4 * ((4 + 4 - execution.ema_on_cpu) * num_parameters // shares + gathered),
             (4 + 8 * has_sums) * num_parameters,
-            size * values,
+            round(activation_bytes),
         )

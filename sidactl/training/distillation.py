@@ -69,14 +69,19 @@ class Distillation:
         self._normalizes_ema = forced == "published" and is_adversarial
         if self._normalizes_ema:
             force_normalize_(self.ema)
-        configure.configure_for_training(recipe, execution, self.teacher, self.fake_score, self.generator, self.ema)
+        self._sharded = configure.configure_for_training(
+            recipe, execution, self.teacher, self.fake_score, self.generator, self.ema
+        )
+        self.notes = self._sharded.told()
         if execution.shard and self.method.may_shard:
             sharding.shard_parts_(self.method)
         # FSDP2 gathers weights for each pass, so that holding them normalised would hold all of them whole.
         self._holds = not execution.shard
         self._forever = ExitStack()
-        if self._holds and self.teacher is not self.fake_score:
+        if (self._holds and self.teacher is not self.fake_score) or self._sharded.has_whole_teacher:
             self._forever.enter_context(holding(self.teacher))
+        if self._sharded.has_whole_teacher:
+            configure.keep_as_computed_(self.teacher)
         self.passes, self._joins = configure.passes_of(recipe, execution), recipe.joins_micro_batches(execution)
         # A small net runs one pass per core; not with dropout (one global generator) nor FSDP2 (passes in turn).
         alone = not threads.is_small(self.teacher) or recipe.dropout > 0 or execution.shard
@@ -188,7 +193,7 @@ class Distillation:
         side, nets, found = self.sides[turn], self._nets(turn, shared), list[Losses]()
 
         def gradients_of(rounds: Rounds) -> tuple[Losses, Sequence[Tensor | None]]:
-            side.sync_gradients(rounds is passes[-1])
+            side.sync_gradients(rounds is passes[-1] or self._sharded.reduces_each_pass)
             batch = self._batch(turn, rounds)
             images = self._images(turn, batch, rounds, shared, keeps_graph=len(passes) == 1)
             if turn == "fake_score":
@@ -324,6 +329,20 @@ class Distillation:
         images = fit.size * micro_batch
         self.passes = configure.passes_of(recipe, Execution(batch_per_device=images))
         return fit._replace(size=images)
+
+    def seconds_per_image(
+        self, memory: Callable[[], tuple[int, int]], clock: trials.Clock
+    ) -> tuple[float | None, str | None]:
+        """What an image takes in passes as they are, the slowest process's; or None, and why, where they do not run.
+
+        Nothing of it remains, as after `fit_batch_per_device`.
+        """
+        seconds, why = None, None
+        try:
+            seconds = self._seconds_per_image(len(self.passes[0]), memory=memory, clock=clock)
+        except RuntimeError as error:  # a compiler that is not there, or that fails
+            why = str(error).strip().partition("\n")[0] or type(error).__name__
+        return trials.slowest(seconds), ranks.any_message(why)
 
     def _seconds_per_image(
         self, num_micro_batches: int, *, memory: Callable[[], tuple[int, int]], clock: trials.Clock

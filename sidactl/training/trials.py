@@ -20,6 +20,12 @@ class Fit(NamedTuple):
     seconds: float | None
 
 
+def slowest(seconds: float | None) -> float | None:
+    """The most seconds of all processes, which must all ask; None where one has none."""
+    most = -ranks.all_reduce_min(-(_NEVER if seconds is None else round(seconds * 1e12)))
+    return None if most == _NEVER else most / 1e12
+
+
 def fastest(sizes: Sequence[int], start: int, seconds_of: Callable[[int], float | None]) -> Fit:
     """The size with the least time per item that fits: from `start` down to one that does, then up or down from there.
 
@@ -30,9 +36,7 @@ def fastest(sizes: Sequence[int], start: int, seconds_of: Callable[[int], float 
 
     def measured(index: int) -> float | None:
         if index not in known:
-            seconds = seconds_of(sizes[index])
-            slowest = -ranks.all_reduce_min(-(_NEVER if seconds is None else round(seconds * 1e12)))
-            known[index] = None if slowest == _NEVER else slowest / 1e12
+            known[index] = slowest(seconds_of(sizes[index]))
         return known[index]
 
     at = sizes.index(start)

@@ -39,16 +39,24 @@ def update_ema(
 
 
 def apply_gradients(
-    optimizer: torch.optim.Optimizer, clip_value: float | None, clip_norm: float | None = None
+    optimizer: torch.optim.Optimizer,
+    clip_value: float | None,
+    clip_norm: float | None = None,
+    *,
+    are_finite: bool = False,
 ) -> Tensor:
     """Steps the optimiser and clears its gradients; False, and no step, if a gradient is not finite.
 
     clip_value: each element goes to +- this at most; clip_norm: all are scaled so that their norm is at most this.
-    The answer stays on the device, where the fused optimiser reads it: nothing waits for it.
+    are_finite: they were made so, and are not looked at. The answer stays on the device, where the fused optimiser
+    reads it: nothing waits for it.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     gradients = [sharding.local(p.grad) for p in parameters]
-    finite = torch.isfinite(torch.nn.utils.get_total_norm(gradients))
+    if are_finite:
+        finite = torch.ones((), dtype=torch.bool, device=gradients[0].device if gradients else None)
+    else:
+        finite = torch.isfinite(torch.nn.utils.get_total_norm(gradients))
     if clip_value is not None:
         torch._foreach_clamp_min_(gradients, -clip_value)
         torch._foreach_clamp_max_(gradients, clip_value)
@@ -261,7 +269,8 @@ class Side:
         for group in self.optimizer.param_groups:
             if warm_up_nimg := group["how"].warm_up_nimg:
                 group["lr"] = group["how"].lr * min(nimg / warm_up_nimg, 1.0)
-        return apply_gradients(self.optimizer, self._update.clip_value, self._update.clip_norm)
+        clips = self._update.clip_value, self._update.clip_norm
+        return apply_gradients(self.optimizer, *clips, are_finite=self._zeroes)
 
 
 @contextmanager

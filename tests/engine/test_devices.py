@@ -2,12 +2,15 @@
 
 import dataclasses
 import math
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-from sidactl.engine import devices
+from sidactl.engine import configure, devices
 from sidactl.errors import SidaError
 from sidactl.recipes import Recipe
 from sidactl.training import updates
@@ -138,3 +141,20 @@ def test_an_update_with_a_gradient_that_is_not_finite_is_made_only_where_the_rec
     assert bool(weights(run.generator).isfinite().all())
     assert run.skipped.total["generator"] == int(not steps)
     assert float(scale.value) == size / 2, "what float16 could not hold makes the scale fall in either way"
+
+
+def test_what_is_compiled_is_kept_in_the_users_cache_unless_torch_is_told_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
+    configure.keep_compiled()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    configure.keep_compiled()
+    assert cache_dir() == str(tmp_path / "sidactl" / "inductor")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    configure.keep_compiled()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ

@@ -117,6 +117,22 @@ def test_another_error_of_a_trial_is_no_lack_of_memory(monkeypatch: pytest.Monke
             run.fit_batch_per_device(roomy, stopped_clock)
 
 
+def test_a_form_is_timed_with_passes_as_they_are_and_one_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, untouched = (distillation(generator_from_nimg=None, num_accumulation_rounds=4) for _ in range(2))
+    moments = iter([0.0, 8.0, 10.0, 16.0])
+    micro_batch = run.recipe.batch_size // 4
+    assert run.seconds_per_image(roomy, lambda: next(moments)) == (6.0 / (2 * micro_batch), None)
+    for training in (run, untouched):
+        training.step()
+    assert torch.equal(weights(run.generator), weights(untouched.generator))
+
+    def broken(*arguments: Any, **options: Any) -> score_losses.ScoreLoss:
+        raise RuntimeError("no C++ compiler\nand more")
+
+    instead_of(methods.fake_score_loss, broken, monkeypatch)
+    assert run.seconds_per_image(roomy, stopped_clock) == (None, "no C++ compiler")
+
+
 def sizes_tried(free: Callable[[int], int], total: int, monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[int]]:
     """What is chosen on a device of `total` bytes, of which `free(size)` are left at a size, and what was tried."""
     run = distillation(generator_from_nimg=None, num_accumulation_rounds=4)
