@@ -10,7 +10,7 @@ from sidactl.errors import SidaError
 from sidactl.metrics.features import Features, as_sets, check_number, in_blocks, mean_and_std
 from sidactl.metrics.neighbours import nearest, radii, squared
 
-KEPT_BYTES = 1_250_000_000
+KEPT_BYTES = 750_000_000
 """of distances to keep for all passes of a fit; the others are computed again in each"""
 
 
