@@ -1,7 +1,8 @@
 """Times a step of every method on tiny-digits, in processor time for each image: python examples/bench_methods.py.
 
-In turn in one run, so that whatever else the machine does slows all of them. Heads on a detector and generators
-that must be finished first (add, fd-loss) are left out: their steps are the detector's.
+Expect two minutes on two cores. All take turns in one run, so that whatever else the machine does slows all of them.
+Heads on a detector and generators that must be finished first (add, fd-loss) are left out: their steps are the
+detector's.
 """
 
 import statistics

@@ -19,7 +19,7 @@ from sidactl.commands import evaluation, generators, resolve
 from sidactl.commands import plan as commands_plan
 from sidactl.commands import reference as commands_reference
 from sidactl.errors import SidaError
-from sidactl.recipes import Mode
+from sidactl.recipes import MODES, Mode
 from sidactl.store import Artifact, Store, UnwritableError, collect_garbage, digest
 from sidactl.training import state
 from tests.commands.conftest import AT_ITS_END, SHORT_SID, TEACHER, messages, never, nothing_is_wrong, one_step, refs
@@ -258,7 +258,7 @@ def test_sid2a_says_where_its_generator_is_not_of_mode_sid(finished: Finished, f
         ),
         (
             {"mode": "sad"},
-            "mode must be one of sid, sida, sid2a, got 'sad'. Pass --mode sida.",
+            f"mode must be one of {', '.join(MODES)}, got 'sad'. Pass --mode sida.",
         ),
         (
             {"mode": "sid2a"},
