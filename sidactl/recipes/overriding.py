@@ -37,8 +37,8 @@ def override(recipe: AnyRecipe, overrides: Mapping[str, Any]) -> AnyRecipe:
             continue
         others = [mode for mode in Recipe._classes if name in names_of(mode)]
         if not others:
-            known = set().union(*map(names_of, Recipe._classes))
-            raise SidaError(f"unknown recipe field {name!r}", f"Fields are {', '.join(sorted(known))}.")
+            hint = f"Fields of mode {recipe.mode} are {', '.join(sorted(own))}."
+            raise SidaError(f"unknown recipe field {name!r}", hint)
         if recipe.mode == "sid" and name in {f.name for f in dataclasses.fields(Adversarial)}:
             raise SidaError(
                 f"{name} belongs to the adversarial loss, which mode sid does not have",

@@ -304,7 +304,9 @@ def test_distill_refuses_what_it_cannot_do(fresh_run: Path, options: dict[str, A
 
 
 def test_an_unknown_recipe_field_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
-    with pytest.raises(SidaError, match=r"^unknown recipe field 'learning_rate'\. Fields are P_mean, .*tmax\.$"):
+    with pytest.raises(
+        SidaError, match=r"^unknown recipe field 'learning_rate'\. Fields of mode sida are P_mean, .*tmax\.$"
+    ):
         sidactl.distill(teacher="tiny-digits", mode="sida", run=tmp_path / "run", learning_rate=1)
     assert not (tmp_path / "run").exists()
 

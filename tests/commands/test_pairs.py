@@ -3,6 +3,7 @@
 import io
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,3 +112,10 @@ def test_a_picture_of_nothing_is_refused(finished: Finished, tmp_path: Path, cap
     assert ended.value.code == 2
     assert "a picture of pairs needs a generator that was distilled here, got none" in capfd.readouterr().err
     assert not picture.exists()
+
+
+def test_pairs_alone_take_neither_reference_nor_detector(finished: Finished) -> None:
+    options: list[dict[str, Any]] = [{"reference": "tiny-digits"}, {"detector": "random-features"}]
+    for option in options:
+        with pytest.raises(SidaError, match=r"by pixels, which --(ref|detector) says nothing of"):
+            sidactl.evaluate(finished.best, ["pairs"], num=4, run=finished.root, **option)

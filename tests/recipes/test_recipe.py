@@ -81,7 +81,7 @@ def test_an_unknown_field_is_refused_with_those_that_there_are() -> None:
         override(SIDA, {"learning_rate": 1})
     message, _, hint = str(caught.value).partition(". ")
     assert message == "unknown recipe field 'learning_rate'"
-    names = hint.removeprefix("Fields are ").removesuffix(".").split(", ")
+    names = hint.removeprefix("Fields of mode sida are ").removesuffix(".").split(", ")
     assert {"generator_lr", "lambda_adv", "duration_nimg"} <= set(names)
     assert "adversarial" not in names
     assert names == sorted(names)
