@@ -129,8 +129,8 @@ class ScoreQuestion:
             if name not in METRICS:
                 raise SidaError(f"unknown metric {name!r}", f"Metrics are {', '.join(METRICS)}.")
         if metrics and all(METRICS[name].has_teacher for name in metrics):
-            given = ("reference", "--ref"), ("detector", "--detector"), ("detectors", "--detectors")
-            if flag := next((flag for option, flag in given if options.get(option)), None):
+            idle = ("reference", "--ref"), ("detector", "--detector"), ("detectors", "--detectors")
+            if flag := next((flag for option, flag in idle if options.get(option)), None):
                 what = f"{', '.join(metrics)} compares with the teacher by pixels, which {flag} says nothing of"
                 raise SidaError(what, "Leave it out.")
         several = list(options.get("detectors") or ())
