@@ -77,6 +77,10 @@ class AddRecipe(HeadsRecipe, modes=("add", "ladd")):
         return (self.sigma_init, *(sigma_at(time) for time in self.student_times[1:]))
 
     @property
+    def graphs(self) -> tuple[int, int]:
+        return 1, int(self.discriminator_features == "teacher")
+
+    @property
     def trained_on(self) -> str | None:
         return self.discriminator_detector if self.discriminator_features == "detector" else None
 

@@ -25,6 +25,10 @@ class DiffusionGanRecipe(FakeScoreRecipe, FurtherRecipe, modes=("diffusion-gan",
 
     first_stage = "discriminator"
 
+    @property
+    def graphs(self) -> tuple[int, int]:
+        return 2, 0
+
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "adapt_every")

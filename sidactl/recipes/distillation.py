@@ -177,6 +177,11 @@ class Recipe(JsonFields):
         return True
 
     @property
+    def graphs(self) -> tuple[int, int]:
+        """Networks whose activations a step holds at once, at most: of those that train, and of the teacher."""
+        return 2, 1
+
+    @property
     def trained_on(self) -> str | None:
         """The detector on whose features the generator is trained, and which is not blind to it."""
         return None

@@ -75,5 +75,12 @@ class MatchingRecipe(FakeScoreRecipe, HeadsRecipe, modes=("diff-instruct", "dmd2
         return replace(self, score_time=levels) if self.score_time.startswith("lognormal") else self
 
     @property
+    def graphs(self) -> tuple[int, int]:
+        # No graph goes back through the networks that a detached direction is made of, but to what heads see.
+        if self.direction == "sid":
+            return 2, 1
+        return {"none": (1, 0), "fake-score": (2, 0), "teacher": (1, 1)}[self.discriminator_features]
+
+    @property
     def generator_nimg_share(self) -> float:
         return 1 / self.generator_every

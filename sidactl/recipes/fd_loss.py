@@ -26,6 +26,10 @@ class FdLossRecipe(FurtherRecipe, modes=("fd-loss",)):
         below_one(self, "moments_rate")
 
     @property
+    def graphs(self) -> tuple[int, int]:
+        return 1, 0
+
+    @property
     def trained_on(self) -> str:
         return self.loss_detector
 

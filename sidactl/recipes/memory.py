@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Self
 
-from sidactl.recipes.distillation import Recipe
+from sidactl.recipes.distillation import FakeScoreRecipe, Recipe
 from sidactl.recipes.execution import Execution
 from sidactl.recipes.networks import NetSpec
 
@@ -104,7 +104,8 @@ class Memory:
 
     num_parameters: int
     state_bytes: int
-    """four networks and two Adam states with two moments each; the device's share where they are sharded"""
+    """teacher, generator, its average and a fake score where one trains, and two moments of Adam of what trains; the
+    device's share where they are sharded"""
     gradient_bytes: int
     """of one network, and their sum over passes and processes in float64 where there are several"""
     activation_bytes: int
@@ -125,7 +126,7 @@ class Memory:
         *,
         num_devices: int = 1,
     ) -> Self:
-        """The estimate for a recipe that so many devices carry out together."""
+        """The estimate for a recipe that so many devices carry out together; heads and detectors are not counted."""
         execution = execution or Execution()
         levels = [
             (2 * net.num_blocks + 1, (net.img_resolution >> level) ** 2 * net.model_channels * mult)
@@ -134,26 +135,28 @@ class Memory:
         micro_batch = recipe.batch_size // recipe.num_accumulation_rounds
         at_once = execution.batch_per_device or micro_batch
         saved, size = _SAVED_VALUES[net.architecture], 2 if recipe.precision in ("fp16", "bf16") else 4
-        # A generator step holds those of generator, fake score and teacher at once.
+        trained, frozen = recipe.graphs
+        num_graphs, has_fake_score = trained + frozen, isinstance(recipe, FakeScoreRecipe)
         if execution.checkpoint_activations:
             # Kept are the inputs of blocks, with skips in the decoder; and of one block at a time, in the fake score's
             # pass over fakes and reals, all values and their gradients.
-            kept = 3.0 * sum(2 * count * each for count, each in levels) + 4 * saved * max(v for _, v in levels)
+            inputs, largest = sum(2 * count * each for count, each in levels), max(each for _, each in levels)
+            kept = float(num_graphs) * inputs + 4 * saved * largest
         else:
-            kept = 2 * kept_values(net, is_trained=True) + kept_values(net, is_trained=False)
+            kept = trained * kept_values(net, is_trained=True) + frozen * kept_values(net, is_trained=False)
             kept += _dropped_values(net) if recipe.dropout else 0
         activation_bytes = size * kept * at_once
         if net.architecture == "EDM2":  # weights that are held normalised, those of no convolution in float32
-            activation_bytes += 3 * num_parameters * (size + (0.1 if size < 4 else 0))
+            activation_bytes += (2 + has_fake_score) * num_parameters * (size + (0.1 if size < 4 else 0))
         elif size < 4:
-            activation_bytes += 3 * num_parameters * size
+            activation_bytes += (2 + has_fake_score) * num_parameters * size
         shares = min(num_devices, _DEVICES_OF_A_MACHINE) if execution.shard else 1
         has_sums = num_devices > 1 or at_once < recipe.batch_size
         num_blocks = sum(count for count, _ in levels)
         gathered = 2 * num_parameters // num_blocks if execution.shard else 0
         return cls(
             num_parameters,
-            4 * ((4 + 4 - execution.ema_on_cpu) * num_parameters // shares + gathered),
+            4 * ((5 + 3 * has_fake_score - execution.ema_on_cpu) * num_parameters // shares + gathered),
             (4 + 8 * has_sums) * num_parameters,
             round(activation_bytes),
         )

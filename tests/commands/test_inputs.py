@@ -20,7 +20,7 @@ from PIL import Image
 import sidactl
 from sidactl.commands import inputs
 from sidactl.errors import SidaError
-from sidactl.recipes import Adversarial, Execution, NetSpec, Recipe, TeacherRecipe
+from sidactl.recipes import Adversarial, Execution, NetSpec, SidRecipe, TeacherRecipe
 from sidactl.store import Store
 from tests.conftest import SHORT, Finished
 
@@ -100,11 +100,11 @@ def test_words_of_flags_are_names_of_fields() -> None:
         "batch_size": torch.tensor(64),
         "alpha": np.float32(0.5),
     }
-    values = inputs.field_values(given, Recipe, Adversarial, Execution)
+    values = inputs.field_values(given, SidRecipe, Adversarial, Execution)
     assert values == {"duration_nimg": 2000, "evaluate_every_nimg": 500, "batch_size": 64, "alpha": 0.5}
     assert [type(value) for value in values.values()] == [int, int, int, float]
     given = {"p_mean": -1.0, "channel_mult": np.array([1, 2]), "generator_from": None, "odd": 1, "compile": np.True_}
-    values = inputs.field_values(given, Recipe, TeacherRecipe, NetSpec, Execution)
+    values = inputs.field_values(given, SidRecipe, TeacherRecipe, NetSpec, Execution)
     assert values == {
         "P_mean": -1.0,
         "channel_mult": (1, 2),
@@ -114,14 +114,14 @@ def test_words_of_flags_are_names_of_fields() -> None:
     }
     json.dumps(values)
     with pytest.raises(SidaError) as caught:
-        inputs.field_values({"duration": 1, "duration_nimg": 1}, Recipe)
+        inputs.field_values({"duration": 1, "duration_nimg": 1}, SidRecipe)
     assert str(caught.value) == "duration and duration_nimg are one and the same, got both. Pass one of them."
     with pytest.raises(SidaError, match=r"^alpha must be a number, got '1x'"):
-        inputs.field_values({"alpha": "1x"}, Recipe)
+        inputs.field_values({"alpha": "1x"}, SidRecipe)
     with pytest.raises(
         SidaError, match=r"^duration must be a whole number of images such as 500, 50k or 1.5M, got '2q'"
     ):
-        inputs.field_values({"duration": "2q"}, Recipe)
+        inputs.field_values({"duration": "2q"}, SidRecipe)
 
 
 def test_the_commands_words_ask_the_same_question_as_the_fields(finished: Finished) -> None:

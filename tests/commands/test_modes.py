@@ -12,7 +12,7 @@ import sidactl
 from sidactl import catalog
 from sidactl.commands import running
 from sidactl.errors import SidaError
-from sidactl.recipes import FROM_GENERATOR, MODES, SID_MODES, Recipe, names_of
+from sidactl.recipes import FROM_GENERATOR, MODES, SID_MODES, Execution, Memory, Recipe, names_of
 from sidactl.store import Artifact
 from tests.conftest import SHORT, Forbid
 
@@ -136,3 +136,21 @@ def test_numbers_are_the_published_runs_or_said_not_to_be() -> None:
         for teacher in ("tiny-digits", "edm-ffhq64", "edm2-xs"):
             recipe = catalog.recipe_for(teacher, mode)
             assert Recipe.from_json(recipe.to_json()) == recipe
+
+
+def test_memory_is_asked_for_what_a_method_holds() -> None:
+    """Against SiD: no fake score is two moments and a network less, no way back through two networks two graphs."""
+    estimates = {
+        mode: Memory.of(catalog.recipe_for("edm-cifar10-cond", mode), TEACHER.net, 1_000_000, FOUR_AT_ONCE)
+        for mode in MODES
+    }
+    sid = estimates["sid"]
+    assert {m: round(e.state_bytes / 4e6) for m, e in estimates.items()} == {
+        mode: 5 if mode in ("add", "ladd", "fd-loss") else 8 for mode in MODES
+    }
+    assert estimates["diff-instruct"].activation_bytes < 0.4 * sid.activation_bytes
+    assert 0.55 * sid.activation_bytes < estimates["dmd2"].activation_bytes < 0.7 * sid.activation_bytes
+
+
+TEACHER = catalog.TEACHERS["edm-cifar10-cond"]
+FOUR_AT_ONCE = Execution(batch_per_device=4)
