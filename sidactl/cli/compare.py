@@ -28,7 +28,8 @@ def compare(
         list[str] | None, typer.Argument(metavar="[REF...]", help="generators, teachers, samples, folders of images")
     ] = None,
     methods: Annotated[
-        str | None, typer.Option(metavar="NAME,...", help="train these first where it is not done yet: sid,sida,sid2a")
+        str | None,
+        typer.Option(metavar="NAME,...", help="train these first where it is not done yet: modes of distill"),
     ] = None,
     teacher: Annotated[str | None, ref_option("the teacher of --methods")] = None,
     duration: Annotated[str | None, typer.Option(metavar="COUNT", help="images of each run; the recipe's")] = None,

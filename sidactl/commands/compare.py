@@ -30,7 +30,7 @@ from sidactl.commands.scores import SCORED, Score
 from sidactl.commands.words import NETS, OnCount, RunDir
 from sidactl.errors import SidaError
 from sidactl.foreign import download
-from sidactl.recipes import MODES, Execution, FakeScoreRecipe, Recipe
+from sidactl.recipes import FROM_GENERATOR, MODES, Execution, FakeScoreRecipe, Recipe
 from sidactl.store import Artifact, Store, outputs
 
 CONFIDENCE = 0.95
@@ -157,15 +157,18 @@ class Training:
     runs: int = 1
 
     def chains(self) -> list[list[tuple[str, int]]]:
-        """Methods and seeds in pieces that do not wait for each other; sid2a starts from the sid of its seed."""
+        """Methods and seeds in pieces that do not wait for each other.
+
+        What starts from a generator follows the sid of its seed.
+        """
         chains = []
         for seed in range(self.runs):
-            own = [[(method, seed)] for method in self.methods if method != "sid2a"]
-            if "sid2a" in self.methods:
+            own = [[(method, seed)] for method in self.methods if method not in FROM_GENERATOR]
+            if later := [(method, seed) for method in self.methods if method in FROM_GENERATOR]:
                 of_sid = next((chain for chain in own if chain[0][0] == "sid"), None)
                 if of_sid is None:
                     own.append(of_sid := [("sid", seed)])
-                of_sid.append(("sid2a", seed))
+                of_sid += later
             chains += own
         return chains
 
@@ -353,10 +356,11 @@ def planned(store: Store, training: Training) -> Iterator[tuple[str, int, Artifa
     """The runs of a comparison, by method and seed, with the answer where the run directory has it."""
     _check(store, training)
     for chain in training.chains():
-        made: Artifact | None = None
+        first: Artifact | None = None
         for method, seed in chain:
-            needs_other = method == "sid2a" and made is None
-            made = None if needs_other else _known(store, training, method, seed, made)
+            needs_other = method in FROM_GENERATOR and first is None
+            made = None if needs_other else _known(store, training, method, seed, first)
+            first = made if (method, seed) == chain[0] else first
             yield method, seed, made
 
 
@@ -370,7 +374,7 @@ def _known(store: Store, training: Training, method: str, seed: int, start: Arti
         store,
         teacher=training.teacher,
         mode=method,
-        generator=start.oid if start and method == "sid2a" else None,
+        generator=start.oid if start and method in FROM_GENERATOR else None,
         overrides=overrides,
         execution=Execution(),
         score=True,
@@ -390,7 +394,7 @@ def _check(store: Store, training: Training) -> None:
         raise SidaError("methods to train are needed, got none", "Pass --methods sid,sida.")
     if training.runs < 1:
         raise SidaError(f"the number of runs must be >= 1, got {training.runs}", "Pass --runs 1 or more.")
-    for method in {"sid" if method == "sid2a" else method for method in training.methods}:
+    for method in {"sid" if method in FROM_GENERATOR else method for method in training.methods}:
         overrides = dict(field_values(_options(training, 0), Recipe))
         planned_run = plan(
             teacher=training.teacher, mode=method, generator=None, dataset=None, store=store, overrides=overrides
@@ -408,21 +412,21 @@ def _trained(
     say: download.OnLine | None,
     watch: OnEvent | None,
 ) -> Iterator[tuple[str, Artifact]]:
-    """Each method's generators, trained unless they are there; what merely serves sid2a is trained, too, and not named.
+    """Each method's generators, trained unless they are there; one that merely serves others is trained and not named.
 
     A run that was interrupted goes on, as `distill` does. process: whose share of this part's runs, from 0 on, and of
     how many.
     """
     _check(store, training)
     for chain in training.chains()[part[0] - 1 :: part[1]][process[0] :: process[1]]:
-        made: Artifact | None = None
+        first: Artifact | None = None
         for method, seed in chain:
             if say:
                 say(f"{method}, training seed {seed}")
             made = distill(
                 teacher=training.teacher,
                 mode=method,
-                generator=made.oid if made and method == "sid2a" else None,
+                generator=first.oid if first and method in FROM_GENERATOR else None,
                 run=store.root,
                 device=device,
                 teacher_score="none",
@@ -430,6 +434,7 @@ def _trained(
                 watch=watch,
                 **_options(training, seed),
             )
+            first = first or made
             if method in training.methods:
                 yield method, made
 
