@@ -75,6 +75,9 @@ def compare(
         if path and part:
             what = f"a share compares nothing, so there is nothing to draw, got --part and {flag}"
             raise SidaError(what, "Leave out one.")
+    forms = {"--json": as_json, "--csv": as_csv, "--markdown": as_markdown}
+    if len(given := [flag for flag, is_given in forms.items() if is_given]) > 1:
+        raise SidaError(f"a comparison is printed in one form, got {' and '.join(given)}", "Leave out all but one.")
     if not launch.is_rank0():  # the first of several processes alone writes
         plot = pairs = None
     share = _share(part)

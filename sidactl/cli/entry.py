@@ -60,7 +60,7 @@ def root(
         bool, typer.Option("--version", help="print the version", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Distill diffusion models into one-step generators (SiD, SiDA, SiD2A), sample them, score them."""
+    """Distill diffusion models into one-step generators (SiD, SiDA and their rivals), sample them, score them."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

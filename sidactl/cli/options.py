@@ -203,10 +203,11 @@ def _parser(field: dataclasses.Field[Any]) -> Callable[[str], Any]:
             return text
         try:
             if "tuple" in str(field.type):
-                return tuple(int(part) for part in text.split(","))
+                return tuple((float if "float" in str(field.type) else int)(part) for part in text.split(","))
             return (int if field.type in (int, int | None) else float)(text)
         except ValueError:
-            what = "whole numbers such as 1,2,2" if "tuple" in str(field.type) else "a number"
+            several = "numbers such as 1,0.5" if "float" in str(field.type) else "whole numbers such as 1,2,2"
+            what = several if "tuple" in str(field.type) else "a number"
             raise SidaError(f"{flag} must be {what}, got {text!r}", "Pass another value.") from None
 
     return parse

@@ -389,16 +389,21 @@ def _known(store: Store, training: Training, method: str, seed: int, start: Arti
 def _check(store: Store, training: Training) -> None:
     """Refuses before anything is trained what `distill` would refuse later."""
     if unknown := [method for method in training.methods if method not in MODES]:
-        raise SidaError(f"methods must be of {', '.join(MODES)}, got {unknown[0]!r}", "Pass --methods sid,sida.")
+        raise SidaError(f"methods must be of {', '.join(MODES)}, got {unknown[0]!r}", "See sidactl distill --help.")
     if not training.methods:
         raise SidaError("methods to train are needed, got none", "Pass --methods sid,sida.")
     if training.runs < 1:
         raise SidaError(f"the number of runs must be >= 1, got {training.runs}", "Pass --runs 1 or more.")
     for method in {"sid" if method in FROM_GENERATOR else method for method in training.methods}:
         overrides = dict(field_values(_options(training, 0), Recipe))
-        planned_run = plan(
-            teacher=training.teacher, mode=method, generator=None, dataset=None, store=store, overrides=overrides
-        )
+        try:
+            planned_run = plan(
+                teacher=training.teacher, mode=method, generator=None, dataset=None, store=store, overrides=overrides
+            )
+        except SidaError as error:
+            # Of a recipe's flags a comparison has its duration alone.
+            hint = "Pass a longer --duration." if "a longer --duration" in error.hint else error.hint
+            raise SidaError(f"{method}: {error.message}", hint, exit_code=error.exit_code) from error
         if planned_run.missing:
             raise planned_run.missing[0]
 

@@ -195,9 +195,9 @@ def _field_value(field: "dataclasses.Field[Any]", value: Any) -> Any:
         return bool(value)
     if kinds.startswith("tuple[typing.Literal"):
         return words_of(value)
-    if kinds.startswith("tuple[int"):
+    if kinds.startswith(("tuple[int", "tuple[float")) and not isinstance(value, str):
         listed = value.tolist() if hasattr(value, "tolist") else value
-        return tuple(whole(part, field.name) for part in listed)
+        return tuple(float(part) if "float" in kinds else whole(part, field.name) for part in listed)
     return value
 
 

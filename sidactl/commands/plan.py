@@ -255,6 +255,8 @@ def check_trained_on(store: Store, recipe: Recipe, net: NetSpec, compared: prefl
     if isinstance(recipe, AddRecipe) and detector not in MAPPED:
         what = f"heads see the maps of {', '.join(MAPPED)}, got {detector!r}"
         raise SidaError(what, f"Pass --discriminator-detector {MAPPED[0]}.")
+    if isinstance(recipe, AddRecipe):  # whose heads look at images, and at no statistics
+        compared = preflight.Input(recipe.dataset, None, None)
     return preflight.check_detector(store, detector, net, compared)
 
 

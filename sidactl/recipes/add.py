@@ -67,6 +67,14 @@ class AddRecipe(HeadsRecipe, modes=("add", "ladd")):
 
     first_stage = "heads"
 
+    def idle(self) -> dict[str, str]:
+        found = {}
+        if self.discriminator_features == "teacher":
+            found["discriminator_detector"] = "--discriminator-features teacher"
+        if not self.lambda_distill:
+            found |= dict.fromkeys(("distillation_weight", "generator_time"), "--lambda-distill 0")
+        return found
+
     @property
     def images_together(self) -> int:
         return min(IMAGES_TOGETHER, self.batch_size // self.num_accumulation_rounds)

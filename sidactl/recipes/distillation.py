@@ -195,6 +195,10 @@ class Recipe(JsonFields):
         """Images that the generator is stepped with, of those of all steps."""
         return 1.0
 
+    def idle(self) -> dict[str, str]:
+        """Settings that count for nothing as the others are, by name, each with what makes it so."""
+        return {}
+
     def with_noise_of(self, P_mean: float, P_std: float) -> Self:
         """The recipe with the fake score trained at a teacher's own noise levels, where they are of that kind."""
         return self

@@ -55,6 +55,8 @@ class MatchingRecipe(FakeScoreRecipe, HeadsRecipe, modes=("diff-instruct", "dmd2
         super().__post_init__()
         at_least(self, 1, "generator_every")
         finite(self, "alpha")
+        if self.alternate and self.generator_every == 1:
+            raise refusal("generator_every", "at least 2 with --alternate, or the fake score never trains", 1)
         below_one(self, "ratio_rate")
         for field in ("generator_time", "score_time", "discriminator_time"):
             if (text := getattr(self, field)) != SHARED or field != "discriminator_time":
@@ -69,6 +71,27 @@ class MatchingRecipe(FakeScoreRecipe, HeadsRecipe, modes=("diff-instruct", "dmd2
             raise refusal("augment_p", "0 beside a discriminator, which sees images as they are", self.augment_p)
         if self.direction == "sid" and self.direction_dropout:
             raise refusal("direction_dropout", "off with --direction sid", True)
+
+    def idle(self) -> dict[str, str]:
+        found = {}
+        if self.direction == "kl":
+            found["alpha"] = "--direction kl"
+        else:
+            found |= dict.fromkeys(("generator_weight", "direction_dropout"), "--direction sid")
+        if self.discriminator_features == "none":
+            names = "discriminator_loss", "discriminator_lr", "discriminator_scale", "discriminator_time", "lambda_adv"
+            found |= dict.fromkeys(names, "--discriminator-features none")
+        if self.f_divergence == "reverse-kl":
+            found["ratio_rate"] = "--f-divergence reverse-kl"
+        if self.alternate:
+            found |= dict.fromkeys(("order", "share"), "--alternate")
+        return found
+
+    def unusual(self) -> list[str]:
+        lines, num_steps = super().unusual(), self.duration_nimg // self.batch_size
+        if self.generator_every > 1 and num_steps <= self.generator_every:
+            lines.append(f"the generator is stepped once: in one of {self.generator_every:,} steps, of {num_steps:,}")
+        return lines
 
     def with_noise_of(self, P_mean: float, P_std: float) -> Self:
         levels = f"lognormal:{P_mean:g},{P_std:g}"

@@ -106,6 +106,8 @@ def _called(declared: Any) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", NoneType: "none"}
     if origin is tuple and typing.get_origin(options[0]) is Literal:
         return f"some of {', '.join(typing.get_args(options[0]))}"
+    if origin is tuple and options[0] is float:
+        return "numbers"
     return "whole numbers" if origin is tuple else names.get(declared, f"a {declared.__name__}")
 
 

@@ -29,7 +29,7 @@ AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 def override(recipe: AnyRecipe, overrides: Mapping[str, Any]) -> AnyRecipe:
     """The recipe with some fields replaced; names of Adversarial fields reach into its adversarial part.
 
-    Raises SidaError for a name that is no field of this mode's recipe.
+    Raises SidaError for a name that is no field of this mode's recipe, and for one that would count for nothing.
     """
     own = names_of(recipe.mode)
     for name in overrides:
@@ -56,4 +56,11 @@ def override(recipe: AnyRecipe, overrides: Mapping[str, Any]) -> AnyRecipe:
         changed["adam_eps"] = 1e-6 if precision == "fp16" else 1e-8
     if changed.get("evaluate_by", "fid") != "fid" and "evaluate_num" not in changed:
         changed["evaluate_num"] = min(recipe.evaluate_num, FEW_IMAGES)
-    return dataclasses.replace(recipe, **changed)
+    if changed.get("direction") == "sid" and "direction_dropout" not in changed:
+        changed["direction_dropout"] = False  # which that direction cannot have
+    made = dataclasses.replace(recipe, **changed)
+    idle = made.idle()
+    for name in overrides:
+        if name in idle:
+            raise SidaError(f"{flag_of(name)} counts for nothing with {idle[name]}", "Leave out one of the two.")
+    return made

@@ -191,7 +191,7 @@ def test_methods_are_trained_first_by_seed_and_answered_the_next_time(fresh_run:
         (["--methods", "sid"], "--methods needs a teacher, got none"),
         (["--runs", "3"], "--teacher, --duration, --runs and --part need --methods, got none"),
         (["--methods", "sid,dmd9", "--teacher", "tiny-digits"], "methods must be of sid, sida, sid2a"),
-        (["--methods", "sid", "--teacher", "tiny-digits", "--duration", "1k"], "the generator trains from 4,000"),
+        (["--methods", "sid", "--teacher", "tiny-digits", "--duration", "1k"], "sid: the generator trains from 4,000"),
         (["--methods", "sid", "--teacher", "tiny-digits", "--part", "9/8"], "--part must be such as 2/8, got 9/8"),
         (["--methods", "sid", "--teacher", "tiny-digits", "--runs", "0"], "the number of runs must be >= 1, got 0"),
         (["tiny-digits", "--plot", "a.svg"], "a plot must be a PNG, got a.svg"),

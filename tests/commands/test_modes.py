@@ -1,5 +1,6 @@
 """Every method through `distill`: it trains, goes on to the same bits, and says what it needs."""
 
+import json
 import os
 import shutil
 import signal
@@ -7,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 import sidactl
-from sidactl import catalog
-from sidactl.commands import running
+from sidactl import catalog, cli
+from sidactl.commands import plan, running
 from sidactl.errors import SidaError
-from sidactl.recipes import FROM_GENERATOR, MODES, SID_MODES, Execution, Memory, Recipe, names_of
-from sidactl.store import Artifact
+from sidactl.recipes import FROM_GENERATOR, MODES, SID_MODES, Execution, Memory, Recipe, names_of, override
+from sidactl.store import Artifact, Store
 from tests.conftest import SHORT, Forbid
 
 FURTHER = [mode for mode in MODES if mode not in SID_MODES]
@@ -105,6 +107,17 @@ def test_add_is_sampled_at_the_levels_that_it_was_trained_at(started: Path, tmp_
         ("ladd", {"discriminator_time": "none"}, "noisy images where the teacher's features are seen"),
         ("ladd", {"batch_size": 24}, "heads normalise 8 images together"),
         ("uni-instruct", {}, "--joint-weight 1"),
+        ("diff-instruct", {"alpha": 7.0}, "--alpha counts for nothing with --direction kl"),
+        ("diff-instruct", {"direction": "sid", "generator_weight": "one"}, "counts for nothing with --direction sid"),
+        (
+            "dmd2",
+            {"discriminator_features": "none", "discriminator_scale": 5.0},
+            "--discriminator-scale counts for nothing with --discriminator-features none",
+        ),
+        ("f-distill", {"f_divergence": "reverse-kl", "ratio_rate": 0.5}, "nothing with --f-divergence reverse-kl"),
+        ("dmd2-fastgen", {"share": "images"}, "--share counts for nothing with --alternate"),
+        ("dmd2-fastgen", {"generator_every": 1}, "generator_every must be at least 2 with --alternate"),
+        ("ladd", {"distillation_weight": "sds"}, "nothing with --lambda-distill 0"),
     ],
 )
 def test_what_does_not_fit_a_mode_is_refused(
@@ -154,3 +167,23 @@ def test_memory_is_asked_for_what_a_method_holds() -> None:
 
 TEACHER = catalog.TEACHERS["edm-cifar10-cond"]
 FOUR_AT_ONCE = Execution(batch_per_device=4)
+
+
+def test_add_is_planned_beside_statistics_that_are_not_by_its_detector(tmp_path: Path) -> None:
+    store = Store.open(tmp_path / "run")
+    planned = plan.plan(teacher="edm-cifar10-cond", mode="add", generator=None, dataset=None, store=store, overrides={})
+    assert planned.scoring
+    assert planned.scoring.detector == "inception"
+    assert any("dinov2" in need.what for need in planned.needs)
+
+
+def test_levels_of_the_student_are_numbers_on_the_command_line(tmp_path: Path) -> None:
+    words = ["distill", "--teacher", "tiny-digits", "--mode", "add", "--dry-run", "--run", str(tmp_path / "run")]
+    done = CliRunner().invoke(cli.app, [*words, "--student-times", "1,0.5"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["recipe"]["student_times"] == [1.0, 0.5]
+
+
+def test_a_generator_that_is_stepped_once_is_told_of(tmp_path: Path) -> None:
+    recipe = override(catalog.recipe_for("tiny-digits", "dmd2"), {"generator_every": 100_000})
+    assert "the generator is stepped once: in one of 100,000 steps" in recipe.unusual()[0]
