@@ -578,24 +578,10 @@ def test_parameter_counts_are_those_of_the_networks() -> None:
 
 
 @pytest.mark.parametrize("name", ["edm-cifar10-uncond", "edm-imagenet64", "edm2-xs"])
-def test_the_memory_estimate_counts_what_a_forward_pass_keeps(name: str) -> None:
-    entry = TEACHERS[name]
-    net = nets.build(entry.net)
-    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
-    kept: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    images = torch.randn(1, entry.net.img_channels, entry.net.img_resolution, entry.net.img_resolution)
-    labels = torch.zeros(1, entry.net.label_dim) if entry.net.label_dim else None
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        net(images.requires_grad_(), torch.ones(1), labels)
-    measured = sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in own)
-    recipe = dataclasses.replace(entry.recipes["sida"], batch_size=1, num_accumulation_rounds=1, precision="fp32")
-    estimate = Memory.of(recipe, entry.net, catalog.NUM_PARAMETERS[name])
-    assert estimate.activation_bytes / 3 == pytest.approx(measured, rel=0.05)
+def test_the_memory_estimate_counts_networks_moments_and_gradients(name: str) -> None:
+    """Activations are held against what networks keep in tests/recipes/test_memory.py."""
+    recipe = dataclasses.replace(TEACHERS[name].recipes["sida"], batch_size=1, num_accumulation_rounds=1)
+    estimate = Memory.of(recipe, TEACHERS[name].net, catalog.NUM_PARAMETERS[name])
     assert estimate.state_bytes == 32 * catalog.NUM_PARAMETERS[name]
     assert estimate.gradient_bytes == 4 * catalog.NUM_PARAMETERS[name]
 
@@ -621,8 +607,12 @@ def test_the_memory_estimate_follows_the_levers() -> None:
     assert of().gradient_bytes == 12 * num_parameters  # 32 passes, summed in float64
     assert of(8, shard=True).state_bytes < of().state_bytes / 7
     assert of(8, shard=False) == of()
-    assert of(checkpoint_activations=True).activation_bytes < of().activation_bytes / 3
+    # The whole is counted a sixth lower than when a third was the bound; what checkpoints keep is as it was.
+    assert of(checkpoint_activations=True).activation_bytes < 0.4 * of().activation_bytes
     assert of(batch_per_device=128).activation_bytes > 1.8 * of(batch_per_device=64).activation_bytes
     assert of().activation_bytes == of(batch_per_device=64).activation_bytes
+    # In half precision a tenth of the weights that are held normalised stays float32.
     in_float32 = dataclasses.replace(recipe, precision="fp32")
-    assert Memory.of(in_float32, entry.net, num_parameters).activation_bytes == 2 * of().activation_bytes
+    assert Memory.of(in_float32, entry.net, num_parameters).activation_bytes == pytest.approx(
+        2 * of().activation_bytes, rel=1e-2
+    )

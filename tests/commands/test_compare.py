@@ -139,6 +139,7 @@ cli.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_processes_train_a_share_of_the_runs_each_and_compare_them_together(fresh_run: Path, tmp_path: Path) -> None:
     script, root = tmp_path / "in_short.py", str(fresh_run)
     script.write_text(IN_SHORT)

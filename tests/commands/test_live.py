@@ -16,7 +16,7 @@ import sidactl
 from sidactl import cli
 from sidactl.commands import inventory, tasks
 from sidactl.errors import SidaError
-from sidactl.recipes import Adversarial, Recipe
+from sidactl.recipes import Adversarial, SidRecipe
 from sidactl.store import QUESTION, Store, collect_garbage
 from sidactl.training import state
 from tests.conftest import Finished, short_distill
@@ -141,7 +141,7 @@ def test_a_changed_option_begins_anew_and_says_what_differs(run: Path, capsys: p
 
     for changed, told in (
         ({"generator_lr": 2e-5}, "--generator-lr 0.0005 there, 2e-05 now"),
-        ({"lambda_adv": 0.5, "seed": 7}, "--lambda-adv 0.1 there, 0.5 now; --seed 0 there, 7 now"),
+        ({"lambda_adv": 0.5, "seed": 7}, "--seed 0 there, 7 now; --lambda-adv 0.1 there, 0.5 now"),
         ({"score": False}, "--no-score default there, true now"),
     ):
         with pytest.raises(KeyboardInterrupt):
@@ -295,7 +295,7 @@ def test_options_in_python_become_the_words_of_the_command() -> None:
         "clip_gradient_value": None,
         "P_mean": -0.4,
     }
-    words = tasks.option_words(fields, Recipe, Adversarial)
+    words = tasks.option_words(fields, SidRecipe, Adversarial)
     assert " ".join(words) == (
         "--duration 200000 --generator-from none --share-fakes --logvar false --clip-gradient-value none --p-mean -0.4"
     )

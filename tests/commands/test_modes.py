@@ -21,6 +21,11 @@ from tests.conftest import SHORT, Forbid
 FURTHER = [mode for mode in MODES if mode not in SID_MODES]
 
 
+def quick_ones(*quick: str) -> list[Any]:
+    """All further modes; those that stand for the others' ways alone are not slow."""
+    return [mode if mode in quick else pytest.param(mode, marks=pytest.mark.slow) for mode in FURTHER]
+
+
 def short(mode: str, run: Path, **overrides: Any) -> Artifact:
     options = {name: value for name, value in SHORT.items() if name in names_of(mode)} | {"device": "cpu"}
     if mode in FROM_GENERATOR:
@@ -41,7 +46,7 @@ def started(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("mode", FURTHER)
+@pytest.mark.parametrize("mode", quick_ones("f-distill", "add", "fd-loss"))
 def test_a_run_that_is_interrupted_goes_on_to_the_same_bits(mode: str, started: Path, tmp_path: Path) -> None:
     runs = [Path(shutil.copytree(started, tmp_path / name)) for name in ("whole", "stopped")]
     seed = {"seed": 7}  # the fixture's own run is of another
@@ -57,7 +62,7 @@ def test_a_run_that_is_interrupted_goes_on_to_the_same_bits(mode: str, started: 
     assert short(mode, runs[1], **seed).oid == whole.oid
 
 
-@pytest.mark.parametrize("mode", FURTHER)
+@pytest.mark.parametrize("mode", quick_ones("f-distill", "diffusion-gan"))
 def test_as_many_images_at_a_time_as_one_likes(mode: str, started: Path, tmp_path: Path) -> None:
     """Whole batches or micro-batches in turn: the same draws, and gradients up to the rounding of sums."""
     found = []

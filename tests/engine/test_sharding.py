@@ -105,6 +105,7 @@ def test_two_processes_train_with_either_form_and_say_so(form: str, tmp_path: Pa
         assert first.out == plain[0].out
 
 
+@pytest.mark.slow
 def test_two_sharded_processes_in_float16_train_what_one_whole_does(tmp_path: Path) -> None:
     words = ["distill", *SHORT, "--precision", "fp16"]
     found = []

@@ -35,6 +35,8 @@ def recipes() -> dict[str, tuple[Recipe, NetSpec]]:
 
 
 RECIPES = recipes()
+QUICK = [next(n for n in RECIPES if n.startswith(of) and n.endswith("sida")) for of in ("edm-imagenet64", "edm2-s")]
+"""one of each architecture; the others are slow"""
 
 
 def test_scales_are_powers_of_two_from_the_batch() -> None:
@@ -73,7 +75,7 @@ def gradient(name: str, turn: Any, precision: str) -> Tensor:
 
 
 @pytest.mark.parametrize("turn", ["fake_score", "generator"])
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in RECIPES])
 def test_a_gradient_in_float16_points_where_float32s_does(name: str, turn: str) -> None:
     exact, half = gradient(name, turn, "fp32"), gradient(name, turn, "fp16")
     assert torch.isfinite(half).all()

@@ -487,7 +487,9 @@ def gradients_of_a_step(monkeypatch: pytest.MonkeyPatch, spec: NetSpec, executio
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     found: list[Tensor] = []
 
-    def take(optimizer: torch.optim.Optimizer, clip_value: float | None, clip_norm: float | None) -> bool:
+    def take(
+        optimizer: torch.optim.Optimizer, clip_value: float | None, clip_norm: float | None, are_finite: bool = False
+    ) -> bool:
         (group,) = optimizer.param_groups
         found.append(torch.cat([p.grad.flatten() for p in group["params"] if p.grad is not None]))
         optimizer.zero_grad()
