@@ -17,7 +17,7 @@ from sidactl.commands import reference as commands_reference
 from sidactl.commands.assemble import assembled
 from sidactl.commands.blindness import built_in_eyes
 from sidactl.commands.distill import distill
-from sidactl.commands.inputs import Count, Ref, field_values, ref_text, whole, words_of
+from sidactl.commands.inputs import Count, Ref, count_of, field_values, ref_text, whole, words_of
 from sidactl.commands.moments import detector_name
 from sidactl.commands.pairs import problem_of_picture
 from sidactl.commands.plan import plan
@@ -235,7 +235,12 @@ def compare(
         scores = []
         for artifact in artifacts:
             is_net = artifact.kind in NETS
+            held = None if is_net else int(artifact.results["num_images"])
             drawn: Any = {"num": num, "trials": whole(trials, "trials")} if is_net else {}
+            if held is not None and held > count_of(num, "--num"):  # a distance depends on how many there are
+                drawn = {"num": num}
+            elif held is not None and held < count_of(num, "--num") and say:
+                say(f"{name} holds {held:,} images, fewer than the {count_of(num, '--num'):,} of the others")
             against = text or (compared.oid if artifact.kind == "dataset" else None)
             shared: Any = {"reference": against, "detectors": chosen, "run": store.root, "device": device}
             scores.append(evaluate(artifact.oid, metrics, **drawn, **shared, say=None, tick=tick))

@@ -243,3 +243,15 @@ def test_a_copy_of_training_data_or_samples_can_be_compared_too(finished: Finish
     assert found
     assert found.rows[0].name == "dataset/tiny-digits"  # it is the reference itself
     assert found.differences[0].low is None
+
+
+def test_fixed_images_are_as_many_as_those_of_networks_or_said_to_be_fewer(finished: Finished) -> None:
+    lines: list[str] = []
+    data = sidactl.prepare_data("tiny-digits", run=finished.root)
+    few = sidactl.sample(finished.best, num=30, run=finished.root)
+    found = compare([finished.best, data, few], num=40, trials=1, run=finished.root, say=lines.append)
+    assert found
+    alone = sidactl.evaluate(data, ["fid"], num=40, reference=data, run=finished.root)
+    (row,) = (row for row in found.rows if data.oid in row.oids)
+    assert row.values["FD tiny-digits"] == [list(alone.values["FD tiny-digits"])]
+    assert any("holds 30 images, fewer than the 40 of the others" in line for line in lines)
