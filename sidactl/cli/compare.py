@@ -18,7 +18,8 @@ from sidactl.errors import SidaError
 from sidactl.text import markdown
 
 if TYPE_CHECKING:
-    from sidactl.commands.compare import Comparison, Training
+    from sidactl.commands.compare import Comparison
+    from sidactl.commands.runs import Training
 
 
 @app.command()
@@ -60,13 +61,14 @@ def compare(
     """
     from sidactl.commands import compare as commands_compare
     from sidactl.commands import pairs as commands_pairs
+    from sidactl.commands import runs as commands_runs
     from sidactl.commands.inputs import words_of
 
     training = None
     if methods is not None:
         if teacher is None:
             raise SidaError("--methods needs a teacher, got none", "Pass --teacher REF.")
-        training = commands_compare.Training(words_of(methods), teacher, duration, runs)
+        training = commands_runs.Training(words_of(methods), teacher, duration, runs)
     elif teacher or duration or part or runs != 1:
         raise SidaError("--teacher, --duration, --runs and --part need --methods, got none", "Pass --methods sid,sida.")
     for flag, path in (("--plot", plot), ("--pairs", pairs)):
@@ -139,13 +141,13 @@ def _share(part: str) -> tuple[int, int]:
 
 
 def _print_plan(training: "Training | None", share: tuple[int, int], run: Path | None) -> None:
-    from sidactl.commands import compare as commands_compare
+    from sidactl.commands import runs as commands_runs
     from sidactl.store import Store
 
     if training is None:
         console.note("nothing is trained: what was named is scored")
         return
-    runs = list(commands_compare.planned(Store.open(run), training))
+    runs = list(commands_runs.planned(Store.open(run), training))
     rows = [
         (method, seed, "done" if made else "to be trained", made.oid[:12] if made else None)
         for method, seed, made in runs

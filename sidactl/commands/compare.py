@@ -14,23 +14,21 @@ from typing import Any
 
 from sidactl import launch
 from sidactl.commands import reference as commands_reference
-from sidactl.commands.assemble import assembled
 from sidactl.commands.blindness import built_in_eyes
-from sidactl.commands.distill import distill
-from sidactl.commands.inputs import Count, Ref, count_of, field_values, ref_text, whole, words_of
+from sidactl.commands.inputs import Count, Ref, count_of, ref_text, whole, words_of
 from sidactl.commands.moments import detector_name
 from sidactl.commands.pairs import problem_of_picture
-from sidactl.commands.plan import plan
 from sidactl.commands.question import rank0_first
 from sidactl.commands.resolve import resolve
 from sidactl.commands.running import OnEvent
+from sidactl.commands.runs import Training, trained
 from sidactl.commands.samplers import sampler_of
 from sidactl.commands.score import evaluate
 from sidactl.commands.scores import SCORED, Score
 from sidactl.commands.words import NETS, OnCount, RunDir
 from sidactl.errors import SidaError
 from sidactl.foreign import download
-from sidactl.recipes import FROM_GENERATOR, MODES, Execution, FakeScoreRecipe, Recipe
+from sidactl.recipes import FakeScoreRecipe, Recipe
 from sidactl.store import Artifact, Store, outputs
 
 CONFIDENCE = 0.95
@@ -147,32 +145,6 @@ class Comparison:
         }
 
 
-@dataclass(frozen=True)
-class Training:
-    """What `compare` may train first: each method so many times, with seeds from 0 on."""
-
-    methods: Sequence[str]
-    teacher: str
-    duration: Count | None = None
-    runs: int = 1
-
-    def chains(self) -> list[list[tuple[str, int]]]:
-        """Methods and seeds in pieces that do not wait for each other.
-
-        What starts from a generator follows the sid of its seed.
-        """
-        chains = []
-        for seed in range(self.runs):
-            own = [[(method, seed)] for method in self.methods if method not in FROM_GENERATOR]
-            if later := [(method, seed) for method in self.methods if method in FROM_GENERATOR]:
-                of_sid = next((chain for chain in own if chain[0][0] == "sid"), None)
-                if of_sid is None:
-                    own.append(of_sid := [("sid", seed)])
-                of_sid += later
-            chains += own
-        return chains
-
-
 def compare(
     refs: Sequence[Ref] = (),
     *,
@@ -204,19 +176,18 @@ def compare(
         raise SidaError(f"a part must be from 1/{part[1]} to {part[1]}/{part[1]}, got {part[0]}/{part[1]}", "Pass 1/8.")
     groups: dict[str, list[Artifact]] = {}
     if training:
-        rank, size = _rank_and_size()
-        with launch.alone():
-            for method, artifact in _trained(store, training, part, (rank, size), device, say, watch):
-                groups.setdefault(method, []).append(artifact)
-        if size > 1:
-            _wait_for_all()
+        # Processes that train a share each are answered about all runs, once all are there.
+        shares = [own] if (own := _rank_and_size())[1] == 1 or part[1] > 1 else [own, (0, 1)]
+        for number, share in enumerate(shares):
+            with launch.alone():
+                told = (None, None) if number else (say, watch)
+                made = list(trained(store, training, part, share, device, *told))
+            if own[1] > 1 and not number:
+                _wait_for_all()
         if part[1] > 1:
             return None
-        if size > 1:
-            with launch.alone():  # answered from the run directory
-                groups = {}
-                for method, artifact in _trained(store, training, part, (0, 1), device, None, None):
-                    groups.setdefault(method, []).append(artifact)
+        for method, artifact in made:
+            groups.setdefault(method, []).append(artifact)
     with rank0_first():
         for ref in refs:
             subject = resolve(store, ref_text(ref), SCORED, any_size=True)
@@ -230,17 +201,16 @@ def compare(
         compared = commands_reference.find(store, text, first, "moments")
         eyes = [detector_name(compared), *built_in_eyes(store, first, text)]
     chosen = words_of(detectors) if detectors else tuple(dict.fromkeys(eyes))
-    rows = []
+    rows, wanted = [], count_of(num, "--num")
     for name, artifacts in groups.items():
         scores = []
         for artifact in artifacts:
-            is_net = artifact.kind in NETS
-            held = None if is_net else int(artifact.results["num_images"])
-            drawn: Any = {"num": num, "trials": whole(trials, "trials")} if is_net else {}
-            if held is not None and held > count_of(num, "--num"):  # a distance depends on how many there are
-                drawn = {"num": num}
-            elif held is not None and held < count_of(num, "--num") and say:
-                say(f"{name} holds {held:,} images, fewer than the {count_of(num, '--num'):,} of the others")
+            drawn: Any = {"num": wanted, "trials": whole(trials, "trials")}
+            if artifact.kind not in NETS:
+                held = int(artifact.results["num_images"])
+                drawn = {"num": min(held, wanted)}  # a distance depends on how many there are
+                if held < wanted and say:
+                    say(f"{name} holds {held:,} images, fewer than the {wanted:,} of the others")
             against = text or (compared.oid if artifact.kind == "dataset" else None)
             shared: Any = {"reference": against, "detectors": chosen, "run": store.root, "device": device}
             scores.append(evaluate(artifact.oid, metrics, **drawn, **shared, say=None, tick=tick))
@@ -355,100 +325,3 @@ def _test(a: Sequence[float], b: Sequence[float], *, is_of_runs: bool) -> tuple[
     if is_of_runs:
         return stats.ttest_ind(a, b, equal_var=False), f"Welch's t over {len(a)} and {len(b)} runs"
     return stats.ttest_rel(a, b), f"paired t over {len(a)} trials"
-
-
-def planned(store: Store, training: Training) -> Iterator[tuple[str, int, Artifact | None]]:
-    """The runs of a comparison, by method and seed, with the answer where the run directory has it."""
-    _check(store, training)
-    for chain in training.chains():
-        first: Artifact | None = None
-        for method, seed in chain:
-            needs_other = method in FROM_GENERATOR and first is None
-            made = None if needs_other else _known(store, training, method, seed, first)
-            first = made if (method, seed) == chain[0] else first
-            yield method, seed, made
-
-
-def _known(store: Store, training: Training, method: str, seed: int, start: Artifact | None) -> Artifact | None:
-    """The answer to a run that nothing need be fetched or prepared for to tell."""
-    if not store.refs_called(training.teacher) and training.teacher not in store.refs():
-        return None
-    options: dict[str, Any] = dict.fromkeys(("dataset", "reference", "detector"))
-    overrides = dict(field_values(_options(training, seed), Recipe))
-    found = assembled(
-        store,
-        teacher=training.teacher,
-        mode=method,
-        generator=start.oid if start and method in FROM_GENERATOR else None,
-        overrides=overrides,
-        execution=Execution(),
-        score=True,
-        allow_untrained=False,
-        device=None,
-        recheck=False,
-        **options,
-    )
-    return found.questions(store)["best"].answer()
-
-
-def _check(store: Store, training: Training) -> None:
-    """Refuses before anything is trained what `distill` would refuse later."""
-    if unknown := [method for method in training.methods if method not in MODES]:
-        raise SidaError(f"methods must be of {', '.join(MODES)}, got {unknown[0]!r}", "See sidactl distill --help.")
-    if not training.methods:
-        raise SidaError("methods to train are needed, got none", "Pass --methods sid,sida.")
-    if training.runs < 1:
-        raise SidaError(f"the number of runs must be >= 1, got {training.runs}", "Pass --runs 1 or more.")
-    for method in {"sid" if method in FROM_GENERATOR else method for method in training.methods}:
-        overrides = dict(field_values(_options(training, 0), Recipe))
-        try:
-            planned_run = plan(
-                teacher=training.teacher, mode=method, generator=None, dataset=None, store=store, overrides=overrides
-            )
-        except SidaError as error:
-            # Of a recipe's flags a comparison has its duration alone.
-            hint = "Pass a longer --duration." if "a longer --duration" in error.hint else error.hint
-            raise SidaError(f"{method}: {error.message}", hint, exit_code=error.exit_code) from error
-        if planned_run.missing:
-            raise planned_run.missing[0]
-
-
-def _trained(
-    store: Store,
-    training: Training,
-    part: tuple[int, int],
-    process: tuple[int, int],
-    device: str | None,
-    say: download.OnLine | None,
-    watch: OnEvent | None,
-) -> Iterator[tuple[str, Artifact]]:
-    """Each method's generators, trained unless they are there; one that merely serves others is trained and not named.
-
-    A run that was interrupted goes on, as `distill` does. process: whose share of this part's runs, from 0 on, and of
-    how many.
-    """
-    _check(store, training)
-    for chain in training.chains()[part[0] - 1 :: part[1]][process[0] :: process[1]]:
-        first: Artifact | None = None
-        for method, seed in chain:
-            if say:
-                say(f"{method}, training seed {seed}")
-            made = distill(
-                teacher=training.teacher,
-                mode=method,
-                generator=first.oid if first and method in FROM_GENERATOR else None,
-                run=store.root,
-                device=device,
-                teacher_score="none",
-                say=say,
-                watch=watch,
-                **_options(training, seed),
-            )
-            first = first or made
-            if method in training.methods:
-                yield method, made
-
-
-def _options(training: Training, seed: int) -> dict[str, Any]:
-    """The options of a run that differ from the recipe's."""
-    return {"seed": seed} | ({} if training.duration is None else {"duration": training.duration})

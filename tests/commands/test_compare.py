@@ -14,7 +14,9 @@ from scipy import stats
 import sidactl
 from sidactl import catalog, cli, report
 from sidactl.commands import compare as commands_compare
-from sidactl.commands.compare import Row, Training, compare
+from sidactl.commands import runs as commands_runs
+from sidactl.commands.compare import Row, compare
+from sidactl.commands.runs import Training
 from sidactl.errors import SidaError
 from sidactl.store import Store
 from tests import processes
@@ -169,9 +171,9 @@ def test_processes_train_a_share_of_the_runs_each_and_compare_them_together(fres
 def test_methods_are_trained_first_by_seed_and_answered_the_next_time(fresh_run: Path, forbidden: Forbid) -> None:
     training = Training(["sid", "sid2a"], "tiny-digits", runs=2)
     store = Store.open(fresh_run)
-    assert [made for *_, made in commands_compare.planned(store, training)] == [None] * 4
+    assert [made for *_, made in commands_runs.planned(store, training)] == [None] * 4
     assert compare(training=training, part=(2, 2), run=fresh_run) is None  # the runs of seed 1
-    states = [(method, seed, bool(made)) for method, seed, made in commands_compare.planned(store, training)]
+    states = [(method, seed, bool(made)) for method, seed, made in commands_runs.planned(store, training)]
     assert states == [("sid", 0, False), ("sid2a", 0, False), ("sid", 1, True), ("sid2a", 1, True)]
     found = compare(training=training, num=40, trials=2, run=fresh_run)
     assert found
