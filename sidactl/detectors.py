@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sidactl.catalog import ASSETS, DETECTORS, TIMM, digest_of_code, timm_name
+from sidactl.catalog import ASSETS, DETECTORS, MAPPED, TIMM, digest_of_code, timm_name
 from sidactl.engine.devices import keep_memory
 from sidactl.engine.threads import one_thread_if
 from sidactl.errors import SidaError
@@ -73,8 +73,7 @@ class Detector:
     def differentiable_maps(self, images: Tensor) -> Sequence[Tensor]:
         """Likewise the maps. Raises SidaError for a detector that has none."""
         if self.maps is None:
-            able = ", ".join((*SMALL, "dinov2"))
-            raise SidaError(f"detector {self.name} gives no maps to train heads on", f"Use one of {able}.")
+            raise SidaError(f"detector {self.name} gives no maps to train heads on", f"Use one of {', '.join(MAPPED)}.")
         with exact_float32():
             return self.maps(_pixels(images))
 

@@ -28,7 +28,7 @@ from sidactl.catalog.entries import (
 from sidactl.catalog.generators import COMPARISONS, GENERATORS
 from sidactl.catalog.lookup import Row, rows
 from sidactl.catalog.methods import published_run
-from sidactl.catalog.scoring import DETECTORS, EYES, REFERENCES, TIMM, detector, digest_of_code, timm_name
+from sidactl.catalog.scoring import DETECTORS, EYES, MAPPED, REFERENCES, TIMM, detector, digest_of_code, timm_name
 from sidactl.catalog.teachers import COSTS, NUM_PARAMETERS, TEACHERS, Cost, recipe_for, teacher
 from sidactl.catalog.tiny_digits import SMALL_NETS
 
@@ -42,6 +42,7 @@ __all__ = [
     "GENERATORS",
     "LATENT_CHANNELS",
     "LATENT_SCALE",
+    "MAPPED",
     "NUM_PARAMETERS",
     "REFERENCES",
     "SMALL_NETS",

@@ -76,6 +76,9 @@ DETECTORS: Mapping[str, Detector] = {
     )
 }
 
+MAPPED = ("dinov2", "tiny-digits", "tiny-digits-ssl", "random-features")
+"""the detectors whose maps a method's heads can be trained on"""
+
 
 def _references() -> Iterator[Reference]:
     nvidia = "https://nvlabs-fi-cdn.nvidia.com"

@@ -252,16 +252,12 @@ def check_trained_on(store: Store, recipe: Recipe, net: NetSpec, compared: prefl
         raise SidaError(what, "Pass --mode ladd, which sees the teacher's." if recipe.mode == "add" else "Use another.")
     if is_detector_file(detector):
         raise SidaError(f"a generator is trained on a detector by its name, got the file {detector}", "Name one.")
-    if isinstance(recipe, AddRecipe) and detector not in MAPPED:
-        what = f"heads see the maps of {', '.join(MAPPED)}, got {detector!r}"
-        raise SidaError(what, f"Pass --discriminator-detector {MAPPED[0]}.")
+    if isinstance(recipe, AddRecipe) and detector not in catalog.MAPPED:
+        what = f"heads see the maps of {', '.join(catalog.MAPPED)}, got {detector!r}"
+        raise SidaError(what, f"Pass --discriminator-detector {catalog.MAPPED[0]}.")
     if isinstance(recipe, AddRecipe):  # whose heads look at images, and at no statistics
         compared = preflight.Input(recipe.dataset, None, None)
     return preflight.check_detector(store, detector, net, compared)
-
-
-MAPPED = ("dinov2", "tiny-digits", "tiny-digits-ssl", "random-features")
-"""the detectors that heads can be trained on"""
 
 
 def of_other_vae(vae: Artifact | None, inputs: Sequence[Artifact]) -> list[str]:

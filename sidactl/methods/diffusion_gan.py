@@ -6,9 +6,9 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sidactl.methods.base import Batch, Losses, Method, Nets
+from sidactl.methods.discriminator import adversarial_loss, telling_loss
 from sidactl.recipes import DiffusionGanRecipe, NetSpec
 
 LEAST_TIME, MOST_TIME, TABLE, NOISE = 10, 1000, 64, 0.05
@@ -86,19 +86,19 @@ class DiffusionGan(Method):
         return images + sigma * batch.diffusion.normal(images.shape), sigma
 
     def _logits(self, nets: Nets, noisy: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
-        """[B]"""
-        return nets.fake_score.logits(noisy, sigma.clamp(min=_LEAST_SIGMA), labels).flatten(1).mean(dim=1)
+        """[B, 1]"""
+        return nets.fake_score.logits(noisy, sigma.clamp(min=_LEAST_SIGMA), labels).flatten(1).mean(dim=1, keepdim=True)
 
     def image_gradient(self, nets: Nets, batch: Batch, x: Tensor, nimg: int) -> tuple[Losses, Tensor]:
-        loss = F.softplus(-self._logits(nets, *self._diffused(batch, x), batch.labels)).sum() / self.recipe.batch_size
+        logits = self._logits(nets, *self._diffused(batch, x), batch.labels)
+        loss = adversarial_loss("softplus", logits).sum() / self.recipe.batch_size
         return {"generator_adversarial_loss": loss}, nets.gradient(loss, x)
 
     def score_losses(self, nets: Nets, batch: Batch, x: Tensor, nimg: int) -> Losses:
         parts = self._diffused(batch, x), self._diffused(batch, batch.reals())
         noisy, sigma = (torch.cat(each) for each in zip(*parts, strict=True))
         of_fakes, of_reals = self._logits(nets, noisy, sigma, torch.cat([batch.labels, batch.real_labels])).chunk(2)
-        told = F.softplus(of_fakes) + F.softplus(-of_reals)
-        return {"discriminator_loss": told.sum() / self.recipe.batch_size}
+        return {"discriminator_loss": telling_loss("softplus", of_fakes, of_reals).sum() / self.recipe.batch_size}
 
     def measure(self, nets: Nets, batch: Batch, x: Tensor, nimg: int) -> Mapping[str, Tensor]:
         signs = self._logits(nets, *self._diffused(batch, batch.reals()), batch.real_labels).sign().double()

@@ -88,28 +88,32 @@ class Matching(Method):
         recipe = self.recipe
         sigma = draw_levels(self.generator_time, batch.diffusion, len(x))
         noise = batch.diffusion.normal(x.shape)
-        weight = self._divergence_weight(nets, batch, x + sigma * noise, sigma)
+        adversarial, gradients, weight = Losses(), [], torch.ones(())
+        if self.heads and (recipe.lambda_adv or recipe.f_divergence != "reverse-kl"):
+            levels, levels_noise = sigma, noise
+            if self.discriminator_time is not None:
+                levels = draw_levels(self.discriminator_time, batch.diffusion, len(x))
+                levels_noise = batch.diffusion.normal(x.shape)
+            logits = self._logits(nets, x + levels * levels_noise, levels, batch.labels)
+            if recipe.f_divergence != "reverse-kl":
+                weight = self._divergence_weight(logits.detach(), sigma)
+            if recipe.lambda_adv:
+                loss = adversarial_loss(recipe.discriminator_loss, logits).sum() * (
+                    recipe.lambda_adv / recipe.batch_size
+                )
+                adversarial["generator_adversarial_loss"] = loss
+                gradients.append(nets.gradient(loss, x))  # before the direction is made: one graph at a time
         if recipe.direction == "sid":
             sid = sid_generator_loss(nets.teacher, nets.fake_score, x, noise, sigma, batch.labels, alpha=recipe.alpha)
             loss = (weight * sid.per_pixel).sum() * self._per_pixel(x)
-            losses, gradient = {"generator_sid_loss": loss}, nets.gradient(loss, x)
+            losses, direction = {"generator_sid_loss": loss}, nets.gradient(loss, x)
         else:
-            losses, gradient = self._matched(nets, batch, x, noise, sigma, weight)
-        if self.heads is None or not recipe.lambda_adv:
-            return losses, gradient
-        if self.discriminator_time is not None:
-            sigma = draw_levels(self.discriminator_time, batch.diffusion, len(x))
-            noise = batch.diffusion.normal(x.shape)
-        logits = self._logits(nets, x + sigma * noise, sigma, batch.labels)
-        adversarial = adversarial_loss(recipe.discriminator_loss, logits).sum() * (
-            recipe.lambda_adv / recipe.batch_size
-        )
-        losses["generator_adversarial_loss"] = adversarial
-        return losses, gradient + nets.gradient(adversarial, x)
+            losses, direction = self._matched(nets, batch, x, noise, sigma, weight)
+        return losses | adversarial, sum(gradients, direction)
 
     @torch.no_grad()
     def _matched(
-        self, nets: Nets, batch: Batch, x: Tensor, noise: Tensor, sigma: Tensor, weight: Tensor | float
+        self, nets: Nets, batch: Batch, x: Tensor, noise: Tensor, sigma: Tensor, weight: Tensor
     ) -> tuple[Losses, Tensor]:
         """The detached direction, and the loss that published code reports for it."""
         recipe, noisy = self.recipe, x + sigma * noise
@@ -182,15 +186,11 @@ class Matching(Method):
         logits: Tensor = self.heads(features)
         return logits
 
-    @torch.no_grad()
-    def _divergence_weight(self, nets: Nets, batch: Batch, noisy: Tensor, sigma: Tensor) -> Tensor | float:
+    def _divergence_weight(self, logits: Tensor, sigma: Tensor) -> Tensor:
         """h of each image, [B, 1, 1, 1], over its mean over the whole batch, as `observe` has found it."""
-        recipe = self.recipe
-        if recipe.f_divergence == "reverse-kl":
-            return 1.0
-        ratio = f_distill.density_ratio(self._logits(nets, noisy, sigma, batch.labels))
+        ratio = f_distill.density_ratio(logits)
         levelled = f_distill.levelled(ratio, f_distill.bins_of(sigma.flatten()), self.ratio_means)
-        weights = f_distill.f_weight(recipe.f_divergence, levelled)
+        weights = f_distill.f_weight(self.recipe.f_divergence, levelled)
         return f_distill.normalised(weights, self.weight_mean).reshape(-1, 1, 1, 1)
 
     def measure(self, nets: Nets, batch: Batch, x: Tensor, nimg: int) -> Mapping[str, Tensor]:
