@@ -18,7 +18,7 @@ from sidactl.errors import SidaError
 from sidactl.text import markdown
 
 if TYPE_CHECKING:
-    from sidactl.commands.compare import Comparison
+    from sidactl.commands.compare import Comparison, Row
     from sidactl.commands.runs import Training
 
 
@@ -85,6 +85,7 @@ def compare(
     share = _share(part)
     if dry_run:
         _print_plan(training, share, run)
+        console.note(f"then everything is scored by {metrics}: of networks {trials} x {num} images each")
         return
     drawn: Sequence[str] = ()
     with (
@@ -114,17 +115,19 @@ def compare(
         return
     if as_json:
         console.print_json(found.to_json())
-    elif as_csv or as_markdown:
-        for line in (_as_csv(found) if as_csv else _as_markdown(found)).splitlines():
+    elif as_csv:
+        for line in _as_csv(found).splitlines():
+            console.print_data(line)
+        for line in _differences(found):  # a file of one table is what reads it expects
+            console.note(line)
+    elif as_markdown:
+        # A list ends a table without an empty line between them.
+        for line in [*_as_markdown(found).splitlines(), *(f"- {markdown(line)}" for line in _differences(found))]:
             console.print_data(line)
     else:
         console.table(*_table(found))
-        for difference in found.differences:
-            interval = ""
-            if difference.low is not None and difference.high is not None:
-                interval = f" [{difference.low:.3g}, {difference.high:.3g}], {difference.test}"
-            pair = f"{difference.first} - {difference.second}"
-            console.print_data(f"{pair}: {difference.mean:.3g}{interval}: {difference.verdict}")
+        for line in _differences(found):
+            console.print_data(line)
     if not found.is_blind:
         console.warn(f"no detector is blind here: {found.ordered_by} chose one of these, or more")
     if plot:
@@ -160,16 +163,34 @@ def _print_plan(training: "Training | None", share: tuple[int, int], run: Path |
 def _table(found: "Comparison") -> tuple[list[str], list[list[str | int | float | None]]]:
     from sidactl.commands.scores import told
 
-    columns = ["name", *found.numbers, "images", "updates", "seconds", "NFE", "needs"]
+    columns = ["name", *found.numbers, "images", "updates", "seconds", "NFE", "needs", "oid"]
     rows: list[list[str | int | float | None]] = []
     for row in found.rows:
         scores: list[str | int | float | None] = []
         for number in found.numbers:
+            if number not in row.values:
+                scores.append(None)
+                continue
             value = told(number, row.mean(number), row.std(number))
             scores.append(f"{value}{' (not blind)' if number in row.seen else ''}")
         seconds = None if row.seconds is None else round(row.seconds)
-        rows.append([row.name, *scores, row.images, row.updates, seconds, row.evaluations, row.needs])
+        rows.append([row.name, *scores, row.images, row.updates, seconds, row.evaluations, row.needs, _oids(row)])
     return columns, rows
+
+
+def _oids(row: "Row") -> str:
+    return " ".join(oid[:12] for oid in row.oids)
+
+
+def _differences(found: "Comparison") -> list[str]:
+    lines = []
+    for difference in found.differences:
+        interval = ""
+        if difference.low is not None and difference.high is not None:
+            interval = f" [{difference.low:.3g}, {difference.high:.3g}], {difference.test}"
+        pair = f"{difference.first} - {difference.second}"
+        lines.append(f"{found.ordered_by}, {pair}: {difference.mean:.3g}{interval}: {difference.verdict}")
+    return lines
 
 
 def _as_csv(found: "Comparison") -> str:
@@ -177,10 +198,14 @@ def _as_csv(found: "Comparison") -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     of_numbers = [f"{number}{kind}" for number in found.numbers for kind in ("", " std", " blind")]
-    writer.writerow(["name", *of_numbers, "images", "updates", "seconds", "evaluations", "needs"])
+    writer.writerow(["name", *of_numbers, "images", "updates", "seconds", "evaluations", "needs", "oid"])
     for row in found.rows:
-        scores = [cell for n in found.numbers for cell in (row.mean(n), row.std(n), n not in row.seen)]
-        writer.writerow([row.name, *scores, row.images, row.updates, row.seconds, row.evaluations, row.needs])
+        scores: list[float | bool | None] = []
+        for number in found.numbers:
+            has_it = number in row.values
+            scores += [row.mean(number), row.std(number), number not in row.seen] if has_it else [None] * 3
+        cost = row.images, row.updates, row.seconds, row.evaluations, row.needs
+        writer.writerow([row.name, *scores, *cost, _oids(row)])
     return text.getvalue().rstrip("\n")
 
 

@@ -36,7 +36,8 @@ def _own_options(
         str | None,
         typer.Option(
             metavar="NAME,...",
-            help="the metrics to print, fid,kid,mind,coverage,vendi,pairs and others; all that apply if not given",
+            help="the metrics to print, fid,kid,mind,coverage,vendi,pairs and others; if not given fid, prec-recall "
+            "and kid where it compares with images, and inception-score where there are classes",
         ),
     ] = None,
     held_out: Annotated[
@@ -73,7 +74,7 @@ _COMMANDS: Mapping[str, tuple[str, str, Sequence[str]]] = {
     "kid": ("Print the kernel distance, without bias where images are few.", "kid generator/best --num 5k", []),
     "inception-score": ("Print the inception score.", "inception-score generator/best --num 10k", ["num_splits"]),
     "evaluate": (
-        "Print all scores that apply, in one pass over the images.",
+        "Print several scores in one pass over the images, and one by a blind detector where there is one.",
         "evaluate generator/best --num 10k --trials 10",
         ["metrics", "held_out", "resize", "neighbours", "num_splits"],
     ),

@@ -17,14 +17,14 @@ from sidactl.commands import reference as commands_reference
 from sidactl.commands.blindness import built_in_eyes
 from sidactl.commands.inputs import Count, Ref, count_of, ref_text, whole, words_of
 from sidactl.commands.moments import detector_name
-from sidactl.commands.pairs import problem_of_picture
+from sidactl.commands.pairs import problem_of_picture, teacher_of
 from sidactl.commands.question import rank0_first
 from sidactl.commands.resolve import resolve
 from sidactl.commands.running import OnEvent
 from sidactl.commands.runs import Training, trained
 from sidactl.commands.samplers import sampler_of
 from sidactl.commands.score import evaluate
-from sidactl.commands.scores import SCORED, Score
+from sidactl.commands.scores import METRICS, SCORED, Score
 from sidactl.commands.words import NETS, OnCount, RunDir
 from sidactl.errors import SidaError
 from sidactl.foreign import download
@@ -52,7 +52,7 @@ class Row:
     name: str
     oids: Sequence[str]
     images: int | None
-    """trained on, by each run"""
+    """that its generator was stepped with, by each run"""
     updates: int | None
     """of the fake score, by each run"""
     seconds: float | None
@@ -90,12 +90,12 @@ class Difference:
     low: float | None
     high: float | None
     test: str
-    """how the interval was made"""
+    """how the interval was made, or why there is none"""
 
     @property
     def verdict(self) -> str:
         if self.low is None or self.high is None:
-            return "no interval: more trials or runs are needed"
+            return f"no interval: {self.test}"
         if self.low <= 0 <= self.high:
             return "no difference shown"
         is_first = (self.low > 0) == higher_is_better(self.number)
@@ -200,6 +200,10 @@ def compare(
     with rank0_first():
         compared = commands_reference.find(store, text, first, "moments")
         eyes = [detector_name(compared), *built_in_eyes(store, first, text)]
+    of_teacher = [metric for metric in metrics if metric in METRICS and METRICS[metric].has_teacher]
+    if len(of_teacher) == len(metrics):  # refused before anything is drawn
+        for artifact in everything:
+            teacher_of(store, artifact)
     chosen = words_of(detectors) if detectors else tuple(dict.fromkeys(eyes))
     rows, wanted = [], count_of(num, "--num")
     for name, artifacts in groups.items():
@@ -212,10 +216,18 @@ def compare(
                 if held < wanted and say:
                     say(f"{name} holds {held:,} images, fewer than the {wanted:,} of the others")
             against = text or (compared.oid if artifact.kind == "dataset" else None)
-            shared: Any = {"reference": against, "detectors": chosen, "run": store.root, "device": device}
-            scores.append(evaluate(artifact.oid, metrics, **drawn, **shared, say=None, tick=tick))
+            asked = [metric for metric in metrics if metric not in of_teacher or _has_teacher(store, artifact)]
+            if len(asked) > len(of_teacher):  # what compares with the teacher has neither
+                drawn |= {"reference": against, "detectors": chosen}
+            scores.append(evaluate(artifact.oid, asked, **drawn, run=store.root, device=device, say=None, tick=tick))
         rows.append(_row(store, name, artifacts, scores))
     return _compared(rows, scores[0].num if scores else 0, trials)
+
+
+def _has_teacher(store: Store, artifact: Artifact) -> bool:
+    with suppress(SidaError):
+        return bool(teacher_of(store, artifact))
+    return False
 
 
 def _rank_and_size() -> tuple[int, int]:
@@ -246,10 +258,14 @@ def plotted(path: Path | None, run: RunDir) -> Iterator[Callable[[Comparison], N
         def draw(found: Comparison) -> None:
             from sidactl import report
 
-            by = found.ordered_by
-            marks = [(row.name, row.mean(by), row.std(by)) for row in found.rows]
-            title = f"{'higher' if higher_is_better(by) else 'lower'} is better"
-            staged.write_bytes(report.dots(marks, title=title, xlabel=by))
+            panels = []
+            for number in found.numbers:
+                rows = [row for row in found.rows if number in row.values]
+                marks = [report.Mark(r.name, r.mean(number), r.std(number), number not in r.seen) for r in rows]
+                order = ", which orders the table" if number == found.ordered_by else ""
+                best = "higher" if higher_is_better(number) else "lower"
+                panels.append((f"{number}: {best} is better{order}", marks))
+            staged.write_bytes(report.dots(panels))
 
         yield draw
 
@@ -263,20 +279,28 @@ def _row(store: Store, name: str, artifacts: Sequence[Artifact], scores: Sequenc
     artifact = artifacts[0]
     stored = artifact.params.get("recipe") if artifact.kind == "generator" else None
     recipe = Recipe.from_json(stored) if stored else None
-    images = artifact.results.get("images_seen") if recipe else None
+    images = artifact.results.get("images_seen", 0)
     seconds = [sec for each in artifacts if (sec := seconds_of(store, each)) is not None]
-    values = {number: [score.values[number] for score in scores] for number in scores[0].values}
+    numbers = {number: _told_with_detector(number, scores[0]) for number in scores[0].values}
+    seen = frozenset(numbers[number] for score in scores for number in score.seen)
     return Row(
         name=name if len(artifacts) == 1 else f"{name} x {len(artifacts)}",
         oids=[each.oid for each in artifacts],
-        images=round(images * recipe.generator_nimg_share) if recipe and images is not None else None,
-        updates=images // recipe.batch_size if isinstance(recipe, FakeScoreRecipe) and images is not None else None,
+        images=recipe.generator_nimg(images) if recipe else None,
+        updates=recipe.fake_score_updates(images) if isinstance(recipe, FakeScoreRecipe) else None,
         seconds=statistics.fmean(seconds) if seconds else None,
         evaluations=sampler_of(artifact).nfe if artifact.kind in NETS else None,
         needs=None if recipe is None else "images" if recipe.needs_images else "classes",
-        values=values,
-        seen=frozenset(itertools.chain(*(score.seen for score in scores))),
+        values={name: [score.values[number] for score in scores] for number, name in numbers.items()},
+        seen=seen,
     )
+
+
+def _told_with_detector(number: str, score: Score) -> str:
+    """A number under a name that says by which detector it is, where there are several and its own does not."""
+    if number not in ("precision", "recall", "density", "coverage", "AuthPct", "FLD gap"):
+        return number
+    return f"{number} {score.detectors[number].partition('@')[0]}" if len({*score.detectors.values()}) > 1 else number
 
 
 def seconds_of(store: Store, artifact: Artifact) -> float | None:
@@ -291,24 +315,40 @@ def seconds_of(store: Store, artifact: Artifact) -> float | None:
 
 
 def _compared(rows: Sequence[Row], num: int, trials: int) -> Comparison:
-    shared = [number for number in rows[0].values if all(number in row.values for row in rows)]
+    everything = list(dict.fromkeys(number for row in rows for number in row.values))
+    shared = [number for number in everything if all(number in row.values for row in rows)]
     if not shared:
         raise SidaError("these have no number in common", "Compare under one detector and reference: --detectors.")
     distances = [number for number in shared if number == "FID" or "FD" in number] or shared
     blind = [number for number in distances if not any(number in row.seen for row in rows)]
     by = (blind or distances)[0]
     ordered = sorted(rows, key=lambda row: row.mean(by), reverse=higher_is_better(by))
-    numbers = [by, *(number for number in shared if number != by)]
+    kinds = list(dict.fromkeys(map(_kind, [by, *everything])))
+    numbers = sorted([by, *(n for n in everything if n != by)], key=lambda number: kinds.index(_kind(number)))
     differences = [_difference(a, b, by) for a, b in itertools.combinations(ordered, 2)]
     return Comparison(ordered, numbers, by, bool(blind), differences, num, trials)
+
+
+def _kind(number: str) -> str:
+    """What a number is, by whichever detector."""
+    words = number.split()
+    return "FD" if "FD" in words or number == "FID" else words[0]
 
 
 def _difference(first: Row, second: Row, number: str) -> Difference:
     a, b = first.samples(number), second.samples(number)
     mean = first.mean(number) - second.mean(number)
     kinds = {len(row.values[number]) > 1 for row in (first, second)}
-    if len(kinds) > 1 or min(len(a), len(b)) < 2 or (kinds == {False} and len(a) != len(b)):
-        return Difference(first.name, second.name, number, mean, None, None, "none")
+    if fixed := [row.name for row in (first, second) if row.evaluations is None]:
+        why = f"{' and '.join(fixed)} {'is' if len(fixed) == 1 else 'are'} of fixed images, which have no trials"
+    elif len(kinds) > 1:
+        why = "one is of single runs, the other of several"
+    elif min(len(a), len(b)) < 2:
+        why = "more trials are needed"
+    else:
+        why = ""
+    if why:
+        return Difference(first.name, second.name, number, mean, None, None, why)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of values that are nearly equal
         found, test = _test(a, b, is_of_runs=kinds == {True})

@@ -8,7 +8,7 @@ from sidactl.commands.assemble import Assembled
 from sidactl.commands.evaluation import finite_or_none, preview_of
 from sidactl.commands.moments import detector_name
 from sidactl.commands.question import name_artifact
-from sidactl.commands.scores import detector_label, name_of
+from sidactl.commands.scores import detector_label, name_of, score_name
 from sidactl.commands.vae import vae_label, vae_loader
 from sidactl.commands.words import plain_name
 from sidactl.errors import SidaError
@@ -151,6 +151,7 @@ def _name_generators(store: Store, made: Mapping[str, Artifact], data: Artifact,
     detector = new.results["detector"]
     of_dataset = f"best-{plain_name(str(new.params['dataset']))}"
     of_dataset += "" if detector in (None, detector_name(data)) else f"-{plain_name(str(detector))}"
+    of_dataset += "" if (by := recipe.get("evaluate_by", "fid")) == "fid" else f"-by-{by}"
     for name in (of_dataset, "best"):
         try:
             old = store.resolve(f"generator/{name}", ["generator"])
@@ -165,8 +166,9 @@ def _name_generators(store: Store, made: Mapping[str, Artifact], data: Artifact,
                 f"not compare with this run; the best of its dataset is generator/{of_dataset}"
             )
         elif name == "best" or verdict is None:
+            verb = "does not compare with" if verdict is None else "is not better than"
             say(
-                f"generator/latest {_told_score(new)} is not better than generator/{name} {_told_score(old)} "
+                f"generator/latest, {_told_score(new)}, {verb} generator/{name}, {_told_score(old)} "
                 f"({old.params['name']}, {old.oid[:12]}); generator/{name} stays"
             )
 
@@ -192,5 +194,8 @@ def _is_better(new: Artifact, old: Artifact) -> bool | None:
 
 
 def _told_score(generator: Artifact) -> str:
-    score = generator.results.get("selection_score")
-    return f"{score:.4g}" if isinstance(score, int | float) else "(not scored)"
+    score, recipe = generator.results.get("selection_score"), generator.params.get("recipe")
+    if not isinstance(score, int | float):
+        return "(not scored)"
+    by = recipe.get("evaluate_by", "fid") if isinstance(recipe, Mapping) else "fid"
+    return f"{score_name(str(generator.results.get('detector')), by)} {score:.4g}"

@@ -61,7 +61,10 @@ def inception_score(ref: Ref, **options: Unpack[ScoreOptions]) -> Score:
 
 
 def evaluate(ref: Ref, metrics: Sequence[str] | None = None, **options: Unpack[ScoreOptions]) -> Score:
-    """Several metrics in one pass over the images; all that apply to the reference if none is named.
+    """Several metrics in one pass over the images; the published ones that apply to the reference if none is named.
+
+    Unless detectors are named, or a metric that is a command of its own stands alone, a blind one scores, too, where
+    those that do are not blind.
 
     Source: those of `fid`, `prec_recall` and `inception_score`; KID is Bińkowski et al. (1801.01401), section 4.
     """

@@ -187,7 +187,8 @@ class ScoreQuestion:
         if scorer := detectors.get("inception-score"):
             require_classes(scorer)
         further = several[1:]
-        if metrics is None and not options.get("detector"):
+        is_command = len(chosen) == 1 and not paired and chosen[0] in COMMANDS
+        if chosen and not options.get("detector") and (metrics is None or not is_command):
             blind = blind_detector(store, subject, options.get("reference"), list(detectors.values()))
             further = [blind] if blind else []
         for index, detector in enumerate(further, start=1):

@@ -225,6 +225,14 @@ class Recipe(JsonFields):
         index = bisect.bisect_left(starts, True, key=holds)
         return starts[index] if index < len(starts) else None
 
+    def generator_nimg(self, nimg: int) -> int:
+        """Images that the generator was stepped with in the first so many of a run."""
+        start, every = self.stages()["generator"], round(1 / self.generator_nimg_share)
+        if start is None:
+            return 0
+        first, end = start // self.batch_size, -(-nimg // self.batch_size)
+        return self.batch_size * max(-(-end // every) + -first // every, 0)
+
     def untrained(self, nimg: int | None = None) -> list[str]:
         """What no step of the whole run, or of its first so many images, trains: "generator", "adversarial part"."""
         end = self.duration_nimg if nimg is None else nimg
@@ -253,6 +261,10 @@ class FakeScoreRecipe(Recipe):
         positive(self, "fake_score_lr")
         below_one(self, "fake_score_beta1")
         in_unit_interval(self, "augment_p")
+
+    def fake_score_updates(self, nimg: int) -> int:
+        """How often the fake score was stepped in the first so many images of a run."""
+        return -(-nimg // self.batch_size)
 
 
 def passes_of(recipe: Recipe, execution: Execution, rank: int = 0, num_processes: int = 1) -> list[Sequence[int]]:

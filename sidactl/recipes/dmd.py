@@ -104,6 +104,10 @@ class MatchingRecipe(FakeScoreRecipe, HeadsRecipe, modes=("diff-instruct", "dmd2
             return 2, 1
         return {"none": (1, 0), "fake-score": (2, 0), "teacher": (1, 1)}[self.discriminator_features]
 
+    def fake_score_updates(self, nimg: int) -> int:
+        resting = self.generator_nimg(nimg) // self.batch_size if self.alternate else 0
+        return super().fake_score_updates(nimg) - resting
+
     @property
     def generator_nimg_share(self) -> float:
         return 1 / self.generator_every

@@ -62,6 +62,20 @@ def test_several_detectors_score_in_one_pass_as_each_does_alone(finished: Finish
     assert several.references.keys() == several.values.keys() - {"IS tiny-digits"}
 
 
+def test_metrics_that_are_named_are_by_a_blind_detector_too_but_for_one_that_is_a_command(finished: Finished) -> None:
+    named = sidactl.evaluate("generator/best", ["mind", "coverage"], num=40, run=finished.root)
+    assert list(named.values) == [
+        "MIND tiny-digits",
+        "MIND tiny-digits-ssl",
+        "coverage",
+        "coverage tiny-digits-ssl",
+        "density",
+        "density tiny-digits-ssl",
+    ]
+    assert set(named.seen) == {"MIND tiny-digits", "coverage", "density"}
+    assert list(sidactl.evaluate("generator/best", ["fid"], num=40, run=finished.root).values) == [FD]
+
+
 def test_a_distance_that_was_bought_from_one_detector_is_lost_under_the_blind_one() -> None:
     """A linear map of bad images, fitted to a detector's moments, beats honest images there, and nowhere else."""
     with np.load(catalog.ASSETS / "tiny-digits.npz") as held:

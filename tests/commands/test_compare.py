@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -13,6 +14,7 @@ from scipy import stats
 
 import sidactl
 from sidactl import catalog, cli, report
+from sidactl.cli import compare as cli_compare
 from sidactl.commands import compare as commands_compare
 from sidactl.commands import runs as commands_runs
 from sidactl.commands.compare import Row, compare
@@ -26,7 +28,7 @@ FD, BLIND = "FD tiny-digits", "FD tiny-digits-ssl"
 
 
 def row(name: str, values: Mapping[str, list[list[float]]], seen: tuple[str, ...] = ()) -> Row:
-    return Row(name, ["ab" * 32], None, None, None, None, None, values, frozenset(seen))
+    return Row(name, ["ab" * 32], None, None, None, 1, None, values, frozenset(seen))
 
 
 def test_rows_are_ordered_by_a_number_that_is_blind_for_all_of_them() -> None:
@@ -88,7 +90,68 @@ def test_runs_are_compared_by_their_means_and_one_run_with_several_not_at_all() 
     assert (difference.low, difference.high) == pytest.approx((expected.low, expected.high))
     assert (a.std(FD), difference.verdict) == (pytest.approx(0.0577, abs=1e-4), "a x 3 is better")
     single = commands_compare._difference(a, row("c", {FD: [[1.0, 2.0]]}), FD)
-    assert single.verdict == "no interval: more trials or runs are needed"
+    assert single.verdict == "no interval: one is of single runs, the other of several"
+    one = commands_compare._difference(row("c", {FD: [[1.0]]}), row("d", {FD: [[2.0]]}), FD)
+    assert one.verdict == "no interval: more trials are needed"
+    folder = dataclasses.replace(row("folder", {FD: [[1.0]]}), evaluations=None)
+    fixed = commands_compare._difference(row("c", {FD: [[1.0, 2.0]]}), folder, FD)
+    assert fixed.verdict == "no interval: folder is of fixed images, which have no trials"
+
+
+def test_numbers_of_a_kind_stand_beside_each_other_and_one_that_some_lack_comes_too() -> None:
+    values = {FD: [[1.0]], "precision a": [[0.5]], BLIND: [[2.0]], "precision b": [[0.4]]}
+    found = commands_compare._compared([row("a", values), row("b", {**values, "pair ratio": [[0.3]]})], 100, 1)
+    assert found.numbers == [FD, BLIND, "precision a", "precision b", "pair ratio"]
+    table = _csv(found)
+    assert (table["a"]["pair ratio"], table["b"]["pair ratio"]) == ("", "0.3")
+    assert "pair ratio" not in found.to_json()["rows"][0]["scores"]
+
+
+def _csv(found: commands_compare.Comparison) -> dict[str, dict[str, str]]:
+    return {each["name"]: each for each in csv.DictReader(io.StringIO(cli_compare._as_csv(found)))}
+
+
+@pytest.mark.parametrize(
+    ("mode", "overrides", "nimg", "generator_nimg", "updates"),
+    [
+        ("sida", {"generator_from_nimg": 4000}, 70_016, 70_016 - 4096, 547),
+        ("sida", {"generator_from_nimg": None}, 1280, 1280, 10),
+        ("dmd2", {"generator_from_nimg": None}, 1280, 2 * 128, 10),
+        ("dmd2", {"generator_from_nimg": 128}, 1280, 128, 10),  # steps 1 to 9, of which the fifth is one
+        ("dmd2-fastgen", {"generator_from_nimg": None}, 1280, 2 * 128, 8),
+        ("sida", {"generator_from_nimg": 70_000}, 1280, 0, 10),
+    ],
+)
+def test_images_are_those_that_the_generator_was_stepped_with(
+    mode: str, overrides: dict[str, int | None], nimg: int, generator_nimg: int, updates: int
+) -> None:
+    recipe: Any = dataclasses.replace(catalog.recipe_for("tiny-digits", mode), **overrides)  # type: ignore[arg-type]
+    assert (recipe.generator_nimg(nimg), recipe.fake_score_updates(nimg)) == (generator_nimg, updates)
+
+
+def test_pairs_are_left_out_of_what_has_no_teacher_and_refused_where_nothing_has(
+    finished: Finished, forbidden: Forbid
+) -> None:
+    found = compare(["generator/best", "tiny-digits"], metrics="fid,pairs", num=20, trials=2, run=finished.root)
+    assert found
+    assert {each.name: "pair ratio" in each.values for each in found.rows} == {
+        "generator/best": True,
+        "tiny-digits": False,
+    }
+    from sidactl.commands import score as commands_score
+
+    with forbidden(commands_score._measure), pytest.raises(SidaError, match=r"^pairs are of a generator"):
+        compare(["generator/best", "tiny-digits"], metrics="pairs", num=20, trials=2, run=finished.root)
+    alone = compare(["generator/best"], metrics="pairs", num=20, trials=2, run=finished.root)
+    assert alone
+    assert alone.numbers[0] == "pair distance"
+
+
+def test_numbers_without_a_detector_in_their_name_get_it_where_there_are_several(finished: Finished) -> None:
+    found = compare(["generator/best"], metrics="fid,prec-recall", num=40, trials=1, run=finished.root)
+    assert found
+    assert "precision tiny-digits" in found.numbers
+    assert "precision" not in found.numbers
 
 
 def test_what_has_no_number_in_common_is_refused() -> None:
@@ -224,20 +287,38 @@ def test_the_command_prints_a_table_csv_and_markdown_and_draws(
     lines = printed("--plot", str(tmp_path / "a.png")).splitlines()
     assert lines[0].startswith("name")
     assert "(not blind)" in lines[1]
+    assert lines[3].startswith(f"{BLIND}, generator/")
     assert "paired t over 2 trials" in lines[3]
     with Image.open(tmp_path / "a.png") as image:
         assert image.size[0] == 900
     table = list(csv.DictReader(io.StringIO(printed("--csv"))))
     assert {each["name"] for each in table} == {"generator/best", "generator/last"}
     assert {each[f"{FD} blind"] for each in table} == {"False"}
-    assert printed("--markdown").splitlines()[1].count("---") == 9
+    text = printed("--markdown").splitlines()
+    assert text[1].count("---") == 10
+    assert text[-1].startswith("- ")
+    assert "paired t over 2 trials" in text[-1]
     assert json.loads(printed("--json"))["ordered_by"] == BLIND
 
 
 def test_dots_say_in_words_what_an_axis_cannot_show() -> None:
-    drawn = report.dots([("a", 1.0, 0.1), ("b", 2.0, None), ("c", float("nan"), None)], title="t", xlabel="FD")
-    assert drawn == report.dots([("a", 1.0, 0.1), ("b", 2.0, None), ("c", float("nan"), None)], title="t", xlabel="FD")
-    assert Image.open(io.BytesIO(drawn)).size == (900, 76 + 3 * 34 + 66)
+    marks = [
+        report.Mark("a", 1.0, 0.1, True),
+        report.Mark("b", 2.0, None, True),
+        report.Mark("c", float("nan"), None, True),
+    ]
+    drawn = report.dots([("t", marks), ("u", marks[:1])])
+    assert drawn == report.dots([("t", marks), ("u", marks[:1])])
+    assert Image.open(io.BytesIO(drawn)).size == (900, 34 + (58 + 3 * 34 + 50) + (58 + 34 + 50))
+
+
+def test_dots_of_numbers_that_are_not_blind_have_another_colour() -> None:
+    def colours(is_blind: bool) -> set[object]:
+        drawn = Image.open(io.BytesIO(report.dots([("t", [report.Mark("a", 1.0, 0.1, is_blind)])])))
+        return {colour for _, colour in drawn.crop((300, 34, 900, 120)).convert("RGB").getcolors(1 << 20) or ()}
+
+    assert (0, 0x72, 0xB2) in colours(True) - colours(False)
+    assert (0xD5, 0x5E, 0) in colours(False) - colours(True)
 
 
 def test_a_copy_of_training_data_or_samples_can_be_compared_too(finished: Finished) -> None:

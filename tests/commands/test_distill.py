@@ -161,7 +161,13 @@ def test_best_moves_to_a_better_generator_of_the_same_dataset_detector_and_refer
     results = {"resolution": 8, "num_channels": 1, "kind": "pixels"}
     data = {name: store.put("dataset", {}, params={"name": name}, results=results) for name in ("tiny-digits", "other")}
 
-    def finish(score: float | None, dataset: str = "tiny-digits", detector: str = "tiny-digits", num: int = 100) -> str:
+    def finish(
+        score: float | None,
+        dataset: str = "tiny-digits",
+        detector: str = "tiny-digits",
+        num: int = 100,
+        by: str = "fid",
+    ) -> str:
         generator = store.put(
             "generator",
             {},
@@ -169,7 +175,7 @@ def test_best_moves_to_a_better_generator_of_the_same_dataset_detector_and_refer
             params={
                 "name": f"{dataset}-sida",
                 "dataset": dataset,
-                "recipe": {"teacher": dataset, "mode": "sida", "evaluate_num": num},
+                "recipe": {"teacher": dataset, "mode": "sida", "evaluate_num": num, "evaluate_by": by},
             },
             results={"selection_score": score, "detector": detector if score is not None else None},
         )
@@ -187,7 +193,7 @@ def test_best_moves_to_a_better_generator_of_the_same_dataset_detector_and_refer
     finish(0.41)
     assert (best(), best("best-tiny-digits")) == (good, good)
     assert said.pop() == (
-        "generator/latest 0.41 is not better than generator/best 0.26 "
+        "generator/latest, FD tiny-digits 0.41, is not better than generator/best, FD tiny-digits 0.26 "
         f"(tiny-digits-sida, {good[:12]}); generator/best stays"
     )
     # A score of fewer images is no match, however low; one of more replaces it.
@@ -202,6 +208,8 @@ def test_best_moves_to_a_better_generator_of_the_same_dataset_detector_and_refer
         f"generator/best stays {better[:12]} (tiny-digits-sida, of tiny-digits), which does not compare with this run; "
         "the best of its dataset is generator/best-other"
     ]
+    by_kid = finish(0.001, num=1000, by="kid")
+    assert (best(), best("best-tiny-digits"), best("best-tiny-digits-by-kid")) == (better, better, by_kid)
     by_another = finish(0.2, detector="inception", num=1000)
     assert (best(), best("best-tiny-digits"), best("best-tiny-digits-inception")) == (better, better, by_another)
     finish(None)
