@@ -12,6 +12,7 @@ from sidactl.recipes import (
     FdLossRecipe,
     MatchingRecipe,
     Mode,
+    PairedRecipe,
     Recipe,
     SidRecipe,
 )
@@ -64,6 +65,19 @@ _FASTGEN: Mapping[str, Any] = {
     "ema_rampup_ratio": None,
 }
 
+_DMD: Mapping[str, Any] = {
+    **_ADAMW,
+    "augment_p": 0.0,
+    "dropout": 0.0,
+    "generator_time": "grid:20,979",
+    "score_time": "grid:1,999",
+    "order": "generator-first",
+    "share": "images",
+    "sigma_init": 80.0,
+    "ema_halflife_nimg": 0,
+    "generator_from_nimg": None,
+}
+
 _HINGE: Mapping[str, Any] = {
     "discriminator_loss": "hinge",
     "lambda_adv": 1.0,
@@ -74,6 +88,7 @@ _HINGE: Mapping[str, Any] = {
 
 _NUMBERS: Mapping[Mode, Mapping[str, Any]] = {
     "diff-instruct": _DIFF_INSTRUCT,
+    "dmd": _DMD,
     "dmd2": _DMD2,
     "dmd2-fastgen": _FASTGEN,
     "f-distill": {**_FASTGEN, "f_divergence": "forward-kl"},
@@ -140,9 +155,22 @@ _DIFF_INSTRUCT_RUN = _Run(
     },
 )
 
+_DMD_RUN = _Run(
+    "an unofficial re-implementation's settings for CIFAR-10 (no code of DMD for EDM is published)",
+    {
+        "batch_size": 392,
+        "num_accumulation_rounds": 7,
+        "fake_score_lr": 5e-5,
+        "generator_lr": 5e-5,
+        "num_pairs": 100_000,
+    },
+)
+
 _RUNS: Mapping[tuple[Mode, str], _Run] = {
     ("diff-instruct", "edm-cifar10-uncond"): _DIFF_INSTRUCT_RUN,
     ("diff-instruct", "edm-cifar10-cond"): _DIFF_INSTRUCT_RUN,
+    ("dmd", "edm-cifar10-uncond"): _DMD_RUN,
+    ("dmd", "edm-cifar10-cond"): _DMD_RUN,
     ("dmd2", "edm-imagenet64"): _Run(
         "DMD2's script of the run from scratch with a discriminator (FID 1.51)",
         {
@@ -169,6 +197,7 @@ _CLASSES: Mapping[Mode, type[Recipe]] = {
     **dict.fromkeys(("diff-instruct", "dmd2", "dmd2-fastgen", "f-distill"), MatchingRecipe),
     **dict.fromkeys(("add", "ladd"), AddRecipe),
     "diffusion-gan": DiffusionGanRecipe,
+    "dmd": PairedRecipe,
     "fd-loss": FdLossRecipe,
 }
 

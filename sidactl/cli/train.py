@@ -313,6 +313,9 @@ _LOSS_NAMES = {
     "fake_score_loss": "fake score",
     "discriminator_loss": "discriminator",
     "generator_sid_loss": "SiD",
+    "generator_matching_loss": "matching",
+    "generator_regression_loss": "regression",
+    "generator_distillation_loss": "distillation",
     "generator_adversarial_loss": "adversarial",
     "denoising_loss": "denoising",
 }

@@ -290,7 +290,7 @@ def _row(store: Store, name: str, artifacts: Sequence[Artifact], scores: Sequenc
         updates=recipe.fake_score_updates(images) if isinstance(recipe, FakeScoreRecipe) else None,
         seconds=statistics.fmean(seconds) if seconds else None,
         evaluations=sampler_of(artifact).nfe if artifact.kind in NETS else None,
-        needs=None if recipe is None else "images" if recipe.needs_images else "classes",
+        needs=recipe.needs if recipe else None,
         values={name: [score.values[number] for score in scores] for number, name in numbers.items()},
         seen=seen,
     )

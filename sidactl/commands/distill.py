@@ -15,6 +15,7 @@ from sidactl.commands.evaluation import Eye, evaluation_of, is_teacher_scored, s
 from sidactl.commands.fetch import fetch_detector
 from sidactl.commands.generators import draw, keep, name_run
 from sidactl.commands.inputs import Ref, field_values, optional_ref, ref_text
+from sidactl.commands.pairs import pair_source, training_pairs
 from sidactl.commands.plan import TeacherScore, not_published, published_score
 from sidactl.commands.question import Question, name_artifact, rank0_first
 from sidactl.commands.resolve import load_net
@@ -26,15 +27,15 @@ from sidactl.commands.tasks import option_words
 from sidactl.commands.vae import vae_loader
 from sidactl.commands.words import RunDir, part_of
 from sidactl.errors import EXIT_FAILED, SidaError
-from sidactl.foreign import download
-from sidactl.recipes import FROM_GENERATOR, Adversarial, Execution, FdLossRecipe, recipe_classes
+from sidactl.foreign import download, perceptual
+from sidactl.recipes import FROM_GENERATOR, Adversarial, Execution, FdLossRecipe, PairedRecipe, recipe_classes
 from sidactl.store import Artifact, LiveDir, Store
 
 if TYPE_CHECKING:
     import torch
 
     from sidactl.detectors import Detector
-    from sidactl.methods.base import TrainingDetector
+    from sidactl.methods.base import Distance, TrainingDetector
     from sidactl.nets import Preconditioned
     from sidactl.training.distillation import Distillation
     from sidactl.training.state import Evaluate, History
@@ -178,6 +179,10 @@ def _distill(
     from sidactl.engine import devices, ranks, sharding
 
     store, chosen_device = questions["best"].store, devices.pick_device(device)
+    if isinstance(wanted.recipe, PairedRecipe):
+        teacher, num = wanted.inputs["teacher"], wanted.recipe.num_pairs
+        pairs = training_pairs(store, teacher, num, device, watch, force=force)
+        wanted = dataclasses.replace(wanted, inputs={**wanted.inputs, "pairs": pairs})
     training, scoring, history = _train(store, live, wanted, chosen_device, watch, teacher_score, force)
     net = sharding.gathered(training.ema, chosen_device)
     drawn = None
@@ -232,8 +237,9 @@ def _train(
         )
         assert scoring.detector
         facts["score_name"] = name_of(recipe.evaluate_by, scoring.detector)
+    pairs = pair_source(store, inputs["teacher"], inputs["pairs"], device) if "pairs" in inputs else None
     batches = batches_for(
-        store, inputs["dataset"], recipe.batch_size, recipe.num_accumulation_rounds, recipe.seed, device
+        store, inputs["dataset"], recipe.batch_size, recipe.num_accumulation_rounds, recipe.seed, device, pairs
     )
     trained_on, label = _trained_on(store, wanted, device, watch, force)
     scoring = dataclasses.replace(scoring, trained_by=label)
@@ -263,12 +269,17 @@ def _train(
 
 def _trained_on(
     store: Store, wanted: Assembled, device: "torch.device", watch: OnEvent | None, force: bool
-) -> "tuple[TrainingDetector | None, str | None]":
-    """The detector that the recipe trains on, with the moments of real images where it needs them; and its label."""
+) -> "tuple[TrainingDetector | Distance | None, str | None]":
+    """What the recipe trains on: a detector, with the moments of real images where it needs them, and its label.
+
+    Or the distance that it regresses by, which has none.
+    """
     import torch
 
     from sidactl.methods.base import TrainingDetector
 
+    if isinstance(wanted.recipe, PairedRecipe) and wanted.recipe.regression == "lpips":
+        return perceptual.lpips_distance(device), None
     name = wanted.recipe.trained_on
     if name is None:
         return None, None

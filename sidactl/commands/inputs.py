@@ -13,7 +13,7 @@ MAX_SEED = (1 << 32) - 1
 
 _MAX_SIDE = 16_384
 
-_COUNT_FIELDS = ("batch_size", "evaluate_num")
+_COUNT_FIELDS = ("batch_size", "evaluate_num", "num_pairs")
 
 
 class Stored(Protocol):

@@ -1,4 +1,4 @@
-"""How much of its teacher's map from noise to images a generator keeps: as numbers, and as a picture."""
+"""Pairs of noise and images: what a teacher makes of it, and how much of that a generator keeps, also as a picture."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sidactl.commands.features import images_per_batch
-from sidactl.commands.resolve import load_net
+from sidactl.commands.resolve import load_dataset, load_net
 from sidactl.commands.samplers import sampler_of
 from sidactl.commands.vae import vae_for, vae_loader
-from sidactl.commands.words import OnCount, RunDir
+from sidactl.commands.words import OnCount, RunDir, part_of
 from sidactl.errors import EXIT_FAILED, SidaError
-from sidactl.recipes import HeunSpec, OneStepSpec, SamplingForm
+from sidactl.recipes import HeunSpec, NetSpec, OneStepSpec, SamplingForm
 from sidactl.store import Artifact, Store, outputs
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from numpy.typing import NDArray
+
+    from sidactl.training.batches import PairSource
 
 PICTURED = range(12)
 """seeds of a picture"""
@@ -38,6 +40,31 @@ def ode_of(teacher: Artifact) -> HeunSpec:
     sampler = sampler_of(teacher)
     assert isinstance(sampler, HeunSpec)
     return replace(sampler, S_churn=0.0)
+
+
+PAIRS_SEED = 3 << 30
+"""of the first pair that a generator is trained on: far from the seeds that scores draw from, as others are"""
+
+
+def training_pairs(
+    store: Store, teacher: Artifact, num: int, device: str | None, watcher: object = None, *, force: bool = False
+) -> Artifact:
+    """What the teacher's ODE draws of so many seeds, as samples: what DMD regresses on. All processes ask together."""
+    from sidactl.commands.sample import sample
+
+    heun = {"S_churn": 0.0} if ode_of(teacher) != sampler_of(teacher) else None
+    seeds = range(PAIRS_SEED, PAIRS_SEED + num)
+    tick = part_of(watcher, "the teacher's pairs")
+    made = sample(teacher, seeds=seeds, heun=heun, run=store.root, device=device, force=force, say=None, tick=tick)
+    return made.artifact
+
+
+def pair_source(store: Store, teacher: Artifact, samples: Artifact, device: "torch.device") -> "PairSource":
+    """`training_pairs` as batches take them."""
+    from sidactl.training.batches import TeacherPairs
+
+    images = load_dataset(store, samples)
+    return TeacherPairs(images, images.labels, PAIRS_SEED, NetSpec.from_json(teacher.params["net"]), device)
 
 
 def pairing_of(

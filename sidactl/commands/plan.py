@@ -14,11 +14,13 @@ from sidactl.commands import preflight, scores
 from sidactl.commands.files import check_has_file
 from sidactl.commands.moments import is_detector_file
 from sidactl.commands.running import check_fit, check_trainable
+from sidactl.commands.samplers import sampler_of
 from sidactl.commands.scorers import require_classes
 from sidactl.commands.scores import METRICS, score_name
 from sidactl.commands.vae import other_vae, vae_for
 from sidactl.commands.words import NET_FILES
 from sidactl.errors import EXIT_USAGE, SidaError
+from sidactl.foreign.perceptual import check_lpips
 from sidactl.recipes import (
     FROM_GENERATOR,
     MODES,
@@ -29,6 +31,7 @@ from sidactl.recipes import (
     Memory,
     Mode,
     NetSpec,
+    PairedRecipe,
     Recipe,
     flag_of,
     override,
@@ -210,6 +213,8 @@ def plan(
             notes += _of_published(scoring.reference, data)
         if nothing:
             notes.append(f"nothing is scored, and the last generator is the result: {nothing}")
+    if isinstance(recipe, PairedRecipe):
+        notes.append(_check_pairs(recipe, net, taught))
     if recipe.trained_on:
         compared = scoring.reference if scoring else data or preflight.Input(recipe.dataset, None, None)
         needs += [n for n in check_trained_on(store, recipe, net, compared) if n not in needs]
@@ -258,6 +263,19 @@ def check_trained_on(store: Store, recipe: Recipe, net: NetSpec, compared: prefl
     if isinstance(recipe, AddRecipe):  # whose heads look at images, and at no statistics
         compared = preflight.Input(recipe.dataset, None, None)
     return preflight.check_detector(store, detector, net, compared)
+
+
+def _check_pairs(recipe: PairedRecipe, net: NetSpec, taught: preflight.Input) -> str:
+    """Refuses what no pairs can be made of, or compared by; says what they cost."""
+    if net.img_channels == catalog.LATENT_CHANNELS:
+        what = f"mode {recipe.mode} regresses on images that the teacher draws, {recipe.teacher} draws latents"
+        raise SidaError(what, "Pass --mode dmd2, which needs no pairs.")
+    if recipe.regression == "lpips":
+        check_lpips()
+    entry = catalog.TEACHERS.get(recipe.teacher)
+    nfe = sampler_of(taught.artifact).nfe if taught.artifact else entry.sampler.nfe if entry else None
+    each = "" if nfe is None else f", {nfe} evaluations each"
+    return f"the teacher draws {recipe.num_pairs:,} pairs first{each}, unless they are there"
 
 
 def of_other_vae(vae: Artifact | None, inputs: Sequence[Artifact]) -> list[str]:

@@ -17,7 +17,7 @@ from sidactl.store import Artifact, LiveDir, Store
 if TYPE_CHECKING:
     import torch
 
-    from sidactl.training.batches import MicroBatches
+    from sidactl.training.batches import MicroBatches, PairSource
     from sidactl.training.state import Evaluate, Event, History, Schedule, Training
 
 
@@ -49,7 +49,13 @@ def check_fit(got: tuple[int | None, int | None, int] | None, net: NetSpec, whos
 
 
 def batches_for(
-    store: Store, data: Artifact, batch_size: int, num_rounds: int, seed: int, device: "torch.device"
+    store: Store,
+    data: Artifact,
+    batch_size: int,
+    num_rounds: int,
+    seed: int,
+    device: "torch.device",
+    pairs: "PairSource | None" = None,
 ) -> "MicroBatches":
     from sidactl.data.order import DataOrder
     from sidactl.training import batches
@@ -57,7 +63,7 @@ def batches_for(
     dataset = image_source(store, data)
     order = DataOrder(dataset.num_images, seed)
     return batches.DatasetBatches(
-        dataset, order, batch_size=batch_size, num_rounds=num_rounds, seed=seed, device=device
+        dataset, order, batch_size=batch_size, num_rounds=num_rounds, seed=seed, device=device, pairs=pairs
     )
 
 

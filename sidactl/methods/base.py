@@ -6,7 +6,7 @@ Nothing is summed over passes, clipped or stepped here: passes, processes, preci
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,18 @@ class TrainingDetector:
     """float64 [F, F]"""
 
 
+class Pairs(NamedTuple):
+    """Unit noise [B, C, H, W], labels [B, K], and the images [B, C, H, W] that the teacher's ODE draws of both."""
+
+    noise: Tensor
+    labels: Tensor
+    images: Tensor
+
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""of two sets of images [B, C, H, W] in [-1, 1], pair by pair: [B], differentiable in the first"""
+
+
 class Batch(Protocol):
     """What goes through the nets at a time: a micro-batch, or several, one after the other."""
 
@@ -64,6 +76,11 @@ class Batch(Protocol):
     @property
     def reals(self) -> Callable[[], Tensor]:
         """fetches the real images that have these labels, [B, C, H, W], for a method that needs them"""
+        ...
+
+    @property
+    def pairs(self) -> Callable[[], Pairs]:
+        """fetches as many pairs, for a method that regresses on them"""
         ...
 
     @property

@@ -1,4 +1,4 @@
-"""Distribution matching: Diff-Instruct, DMD2 as published and as FastGen has it, and f-distill.
+"""Distribution matching: Diff-Instruct, DMD, DMD2 as published and as FastGen has it, and f-distill.
 
 The direction is a gradient at the generator's images already: no network is gone back through for it. Shapes and
 manners as in score_losses.py.
@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from sidactl.methods import f_distill
-from sidactl.methods.base import Batch, Losses, Method, Nets, Schedule, Update
+from sidactl.methods.base import Batch, Distance, Losses, Method, Nets, Schedule, Update
 from sidactl.methods.discriminator import adversarial_loss, telling_loss
 from sidactl.methods.score_losses import denoising_loss, logvar_of
 from sidactl.methods.sid import WEIGHT_FLOOR, sid_generator_loss
+from sidactl.nets import Denoiser
 from sidactl.nets.heads import ConvolutionHeads
 from sidactl.noise import draw_levels
-from sidactl.recipes import MatchingRecipe, NetSpec, NoiseLevels
+from sidactl.recipes import MatchingRecipe, NetSpec, NoiseLevels, PairedRecipe
 from sidactl.recipes.dmd import SHARED
 
 Weight = Literal["one", "inverse", "inverse-eps", "inverse-floor"]
@@ -210,6 +211,42 @@ class Matching(Method):
         weights = f_distill.f_weight(self.recipe.f_divergence, f_distill.levelled(ratio, bins, means))
         self.ratio_means.copy_(means)
         self.weight_mean.copy_(weights.mean())
+
+
+def mean_squared_difference(images: Tensor, others: Tensor) -> Tensor:
+    """The mean over pixels, [B]."""
+    return (images - others).square().flatten(1).mean(dim=1)
+
+
+class Paired(Matching):
+    """Distribution matching beside a regression on the teacher's own images of the same noise: DMD (2311.18828).
+
+    A pass has twice as many images of the generator: those that are matched, and, after them, those of pairs.
+    """
+
+    recipe: PairedRecipe
+
+    def __init__(self, recipe: PairedRecipe, spec: NetSpec, distance: Distance | None = None) -> None:
+        super().__init__(recipe, spec)
+        self._distance = distance or mean_squared_difference
+
+    def generate(self, generator: Denoiser, batch: Batch) -> Tensor:
+        """The images that are matched, then those of pairs, [2 B, C, H, W]."""
+        pairs, sigma_init = batch.pairs(), self.recipe.sigma_init
+        noise = torch.cat([batch.latent.normal(pairs.noise.shape), pairs.noise])
+        return generator(sigma_init * noise, sigma_init, torch.cat([batch.labels, pairs.labels]))
+
+    def image_gradient(self, nets: Nets, batch: Batch, x: Tensor, nimg: int) -> tuple[Losses, Tensor]:
+        matched, paired = x.chunk(2)
+        losses, gradient = super().image_gradient(nets, batch, matched, nimg)
+        num_pixels = x[0].numel() if self.recipe.loss_unit == "sum" else 1
+        scale = self.recipe.lambda_reg * num_pixels / self.recipe.batch_size
+        regression = self._distance(paired, batch.pairs().images).sum() * scale
+        losses["generator_regression_loss"] = regression
+        return losses, torch.cat([gradient, nets.gradient(regression, paired)])
+
+    def score_losses(self, nets: Nets, batch: Batch, x: Tensor, nimg: int) -> Losses:
+        return super().score_losses(nets, batch, x.chunk(2)[0], nimg)
 
 
 class _Seen(NamedTuple):

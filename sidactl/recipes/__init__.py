@@ -14,7 +14,7 @@ from sidactl.recipes.distillation import (
     Recipe,
     passes_of,
 )
-from sidactl.recipes.dmd import MatchingRecipe
+from sidactl.recipes.dmd import MatchingRecipe, PairedRecipe
 from sidactl.recipes.execution import PRECISIONS, Execution, Precision, SamplingForm
 from sidactl.recipes.fd_loss import FdLossRecipe
 from sidactl.recipes.fields import JsonFields, flag_of
@@ -49,6 +49,7 @@ __all__ = [
     "NetSpec",
     "NoiseLevels",
     "OneStepSpec",
+    "PairedRecipe",
     "Precision",
     "Recipe",
     "SamplingForm",

@@ -27,6 +27,7 @@ Mode = Literal[
     "sida",
     "sid2a",
     "diff-instruct",
+    "dmd",
     "dmd2",
     "dmd2-fastgen",
     "f-distill",
@@ -175,6 +176,11 @@ class Recipe(JsonFields):
     def needs_images(self) -> bool:
         """Whether real images are trained on, or classes alone."""
         return True
+
+    @property
+    def needs(self) -> str:
+        """What training asks for beside the teacher, in a word."""
+        return "images" if self.needs_images else "classes"
 
     @property
     def graphs(self) -> tuple[int, int]:

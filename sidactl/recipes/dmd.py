@@ -1,16 +1,19 @@
-"""Recipes of distribution matching: Diff-Instruct, DMD2 (as published, and FastGen's), f-distill."""
+"""Recipes of distribution matching: Diff-Instruct, DMD, DMD2 (as published, and FastGen's), f-distill."""
 
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 from sidactl.recipes.distillation import FakeScoreRecipe, HeadsRecipe
-from sidactl.recipes.fields import at_least, below_one, finite, refusal
+from sidactl.recipes.fields import at_least, below_one, finite, not_negative, refusal
 from sidactl.recipes.noise_levels import NoiseLevels
 
 Divergence = Literal["reverse-kl", "forward-kl", "jensen-shannon", "softened-rkl", "hellinger", "jeffreys", "neyman"]
 
 SHARED = "shared"
 """in place of noise levels of its own, a discriminator sees the noisy images of the other losses"""
+
+MOST_PAIRS = 1 << 29
+"""as many seeds are kept apart for them"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,3 +114,39 @@ class MatchingRecipe(FakeScoreRecipe, HeadsRecipe, modes=("diff-instruct", "dmd2
     @property
     def generator_nimg_share(self) -> float:
         return 1 / self.generator_every
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedRecipe(MatchingRecipe, modes=("dmd",)):
+    """Distribution matching, and a regression on pairs of noise and what the teacher's ODE makes of it (DMD)."""
+
+    regression: Literal["mse", "lpips"] = "mse"
+    """distance of the generator's image to the teacher's: mse, or lpips (package lpips), of images at 224 pixels"""
+    lambda_reg: float = 0.25
+    """weight of that distance"""
+    num_pairs: int = 10_000
+    """images that the teacher draws first, far from the seeds of scores"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "num_pairs")
+        not_negative(self, "lambda_reg")
+        if self.num_pairs > MOST_PAIRS:
+            raise refusal("num_pairs", f"at most {MOST_PAIRS}", self.num_pairs)
+        if self.dropout:
+            raise refusal("dropout", "0 in mode dmd, where the generator draws twice as many images", self.dropout)
+        if self.discriminator_features != "none":
+            raise refusal("discriminator_features", "none in mode dmd", self.discriminator_features)
+
+    @property
+    def needs(self) -> str:
+        return "pairs"
+
+    @property
+    def needs_images(self) -> bool:
+        return False
+
+    @property
+    def graphs(self) -> tuple[int, int]:
+        own, frozen = super().graphs
+        return own + 1, frozen

@@ -17,10 +17,13 @@ from torch import Tensor
 from sidactl.data.codec import LatentCodec, PixelCodec
 from sidactl.engine import devices as engine_devices
 from sidactl.errors import SidaError
+from sidactl.methods.base import Pairs
 from sidactl.noise import Draws, JoinedDraws
+from sidactl.recipes import NetSpec
+from sidactl.sampling import SeededNoise
 from sidactl.scopes import scope
 
-STREAMS = {"latent": 0, "diffusion": 1, "augment": 2, "dropout": 3, "posterior": 4}
+STREAMS = {"latent": 0, "diffusion": 1, "augment": 2, "dropout": 3, "posterior": 4, "pairs": 5}
 
 
 class SeededDraws:
@@ -45,6 +48,10 @@ def stream_seed(seed: int, stream: str, index: int) -> int:
     return int(np.random.SeedSequence((seed, STREAMS[stream], index)).generate_state(1, np.uint64)[0])
 
 
+def _no_pairs() -> Pairs:
+    raise AssertionError("this run has no pairs")
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """Labels, one-hot [b, K], where random numbers come from, and real images. Implements `methods.base.Batch`."""
@@ -57,6 +64,7 @@ class MicroBatch:
     """of each micro-batch"""
     reals: Callable[[], Tensor]
     """fetches the images as networks see them, [b, C, H, W]"""
+    pairs: Callable[[], Pairs] = _no_pairs
     num_micro_batches: int = 1
     starts: Sequence[int] = (0,)
     """where in the batch of a step each micro-batch begins"""
@@ -87,6 +95,7 @@ class MicroBatch:
             augment,
             [seed for part in parts for seed in part.dropout_seeds],
             cache(lambda: torch.cat([p.reals() for p in parts])),
+            cache(lambda: Pairs(*map(torch.cat, zip(*(p.pairs() for p in parts), strict=True)))),
             len(parts),
             [start for part in parts for start in part.starts],
             None if parts[0].labels_of_reals is None else torch.cat([p.real_labels for p in parts]),
@@ -108,6 +117,39 @@ class ImageSource(Protocol):
     def images(self, indices: Any) -> Tensor: ...
 
     def one_hot(self, indices: Any) -> Tensor: ...
+
+
+class PairSource(Protocol):
+    """Pairs of noise and the teacher's images by index, on the training device."""
+
+    num_pairs: int
+
+    def pairs(self, indices: Tensor) -> Pairs: ...
+
+
+class TeacherPairs:
+    """A teacher's images of a range of seeds, each beside its noise and class. Implements `PairSource`.
+
+    labels: the class of each image, or None of a teacher without classes.
+    """
+
+    def __init__(self, samples: ImageSource, labels: Any, first_seed: int, spec: NetSpec, device: torch.device) -> None:
+        self._samples, self._first_seed, self._spec, self._device = samples, first_seed, spec, device
+        self._labels = None if labels is None else torch.as_tensor(labels)
+        self.num_pairs = samples.num_images
+
+    def pairs(self, indices: Tensor) -> Pairs:
+        """Those of these images, whose noise is drawn again from its seed."""
+        spec, chosen = self._spec, indices.cpu()
+        noise = SeededNoise([self._first_seed + index for index in chosen.tolist()], self._device)
+        one_hot = torch.zeros(len(chosen), spec.label_dim, device=self._device)
+        if self._labels is not None:
+            one_hot[torch.arange(len(chosen)), self._labels[chosen]] = 1
+        return Pairs(
+            noise.normal((spec.img_channels, spec.img_resolution, spec.img_resolution)),
+            one_hot,
+            engine_devices.sent(self._samples.images(chosen), self._device) / 127.5 - 1,
+        )
 
 
 class IndexOrder(Protocol):
@@ -200,7 +242,9 @@ class DatasetBatches:
         num_rounds: int,
         seed: int,
         device: torch.device,
+        pairs: PairSource | None = None,
     ) -> None:
+        self._pairs = pairs
         self._dataset, self._order, self._seed, self._device = dataset, order, seed, device
         self._num_rounds, self._size = num_rounds, batch_size // num_rounds
         self._codec = LatentCodec() if dataset.is_latents else PixelCodec()
@@ -215,6 +259,7 @@ class DatasetBatches:
             self._draws("augment", batch, round),
             [stream_seed(self._seed, "dropout", batch * self._num_rounds + round)],
             cache(partial(self.images, batch, round)),  # some methods ask twice in a pass
+            cache(partial(self.pairs, batch, round)),
             starts=(round * self._size,),
         )
 
@@ -223,6 +268,14 @@ class DatasetBatches:
         """Real images in [-1, 1]; of a dataset of latents, samples of their posterior that every visit draws anew."""
         items = engine_devices.sent(self._ahead.get(batch, round), self._device)
         return self._codec.encode(items, self._draws("posterior", batch, round))
+
+    @scope("data")
+    def pairs(self, batch: int, round: int) -> Pairs:
+        """Pairs drawn with replacement, by the place of the micro-batch alone."""
+        if self._pairs is None:
+            return _no_pairs()
+        chosen = self._draws("pairs", batch, round).integers(self._pairs.num_pairs, (self._size,))
+        return self._pairs.pairs(chosen)
 
     def _chosen(self, batch: int, round: int) -> Any:
         return self._order.indices((batch * self._num_rounds + round) * self._size, self._size)

@@ -14,7 +14,7 @@ from sidactl import methods
 from sidactl.data.augment import augmentation
 from sidactl.engine import configure, devices, failures, ranks, sharding, threads
 from sidactl.engine import gradients as engine_gradients
-from sidactl.methods.base import Losses, Nets, TrainingDetector, Turn
+from sidactl.methods.base import Distance, Losses, Nets, TrainingDetector, Turn
 from sidactl.nets import Denoiser, Preconditioned
 from sidactl.nets.edm2 import drop_logvar_, force_normalize_, holding
 from sidactl.recipes import BASE_BYTES, Execution, FakeScoreRecipe, Memory, Recipe, SidRecipe
@@ -48,11 +48,11 @@ class Distillation:
         generator: Preconditioned | None,
         batches: MicroBatches,
         execution: Execution | None = None,
-        detector: TrainingDetector | None = None,
+        trained_on: TrainingDetector | Distance | None = None,
     ) -> None:
         self.recipe, self._execution = recipe, (execution := execution or Execution())
         self._device = device = next(teacher.parameters()).device
-        self.method = methods.of(recipe, teacher.spec, detector).to(device)
+        self.method = methods.of(recipe, teacher.spec, trained_on).to(device)
         trained = {name for update in self.method.updates.values() for name in update.trained}
         has_heads = any(parameter.requires_grad for parameter in self.method.parameters())
         assert has_heads == ("method" in trained), "heads need an optimiser"
@@ -267,7 +267,7 @@ class Distillation:
             first = joined(0)
             batch = replace(batch, labels=first.labels, reals=first.reals, labels_of_reals=first.labels_of_reals)
         if shares == "images":
-            batch = replace(batch, latent=first.latent, dropout_seeds=first.dropout_seeds)
+            batch = replace(batch, latent=first.latent, dropout_seeds=first.dropout_seeds, pairs=first.pairs)
         return batch
 
     def _images(

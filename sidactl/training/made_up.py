@@ -9,7 +9,8 @@ from torch import Tensor
 from sidactl import catalog, nets
 from sidactl.data.order import DataOrder
 from sidactl.errors import SidaError
-from sidactl.recipes import Execution, NetSpec, Recipe, SamplingForm, SidRecipe, override
+from sidactl.methods.base import Pairs
+from sidactl.recipes import Execution, NetSpec, PairedRecipe, Recipe, SamplingForm, SidRecipe, override
 from sidactl.training import batches as training_batches
 from sidactl.training.distillation import Distillation
 
@@ -63,6 +64,22 @@ class _MadeUp(training_batches.ClassesAlone):
         return self._items[torch.as_tensor(indices)]
 
 
+class _MadeUpPairs:
+    """Images of noise beside other noise. Implements `PairSource`."""
+
+    num_pairs = _MADE_UP_IMAGES
+
+    def __init__(self, spec: NetSpec, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(1)
+        shape = (self.num_pairs, spec.img_channels, spec.img_resolution, spec.img_resolution)
+        self._noise, self._images = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
+        self._labels = torch.zeros(self.num_pairs, spec.label_dim, device=device)
+        self._labels[:, :1] = 1
+
+    def pairs(self, indices: Tensor) -> Pairs:
+        return Pairs(self._noise[indices], self._labels[indices], self._images[indices])
+
+
 def in_setting(recipe: Recipe, setting: SamplingForm) -> tuple[Recipe, Execution]:
     """The recipe in this precision, and how it is carried out in this form."""
     execution = Execution(compile=setting.compile, channels_last=setting.channels_last)
@@ -78,6 +95,7 @@ def batches_of(recipe: Recipe, spec: NetSpec, device: torch.device) -> training_
         num_rounds=recipe.num_accumulation_rounds,
         seed=recipe.seed,
         device=device,
+        pairs=_MadeUpPairs(spec, device) if isinstance(recipe, PairedRecipe) else None,
     )
 
 

@@ -4,16 +4,21 @@ import json
 import os
 import shutil
 import signal
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import sidactl
-from sidactl import catalog, cli
+from sidactl import catalog, cli, sampling
+from sidactl.commands import pairs as commands_pairs
 from sidactl.commands import plan, running
 from sidactl.errors import SidaError
+from sidactl.foreign import perceptual
 from sidactl.recipes import FROM_GENERATOR, MODES, SID_MODES, Execution, Memory, Recipe, names_of, override
 from sidactl.store import Artifact, Store
 from tests.conftest import SHORT, Forbid
@@ -32,6 +37,8 @@ def short(mode: str, run: Path, **overrides: Any) -> Artifact:
         options["generator"] = "generator/tiny-digits-diff-instruct"
     if "generator_every" in names_of(mode) and mode != "diff-instruct":
         options["generator_every"] = 2
+    if mode == "dmd":
+        options["num_pairs"] = 40
     return sidactl.distill(
         teacher="tiny-digits", mode=mode, run=run, teacher_score="none", say=None, **(options | overrides)
     )
@@ -111,6 +118,11 @@ def test_add_is_sampled_at_the_levels_that_it_was_trained_at(started: Path, tmp_
         ("add", {"student_times": (0.5, 1.0)}, "student_times must be falling from 1"),
         ("ladd", {"discriminator_time": "none"}, "noisy images where the teacher's features are seen"),
         ("ladd", {"batch_size": 24}, "heads normalise 8 images together"),
+        ("dmd", {"num_pairs": 0}, "num_pairs must be at least 1"),
+        ("dmd", {"dropout": 0.1}, "dropout must be 0 in mode dmd"),
+        ("dmd", {"discriminator_features": "teacher"}, "discriminator_features must be none in mode dmd"),
+        ("dmd", {"regression": "psnr"}, "regression must be one of mse, lpips"),
+        ("dmd2", {"num_pairs": 5}, "--num-pairs is no setting of mode dmd2, but of dmd"),
         ("uni-instruct", {}, "--joint-weight 1"),
         ("diff-instruct", {"alpha": 7.0}, "--alpha counts for nothing with --direction kl"),
         ("diff-instruct", {"direction": "sid", "generator_weight": "one"}, "counts for nothing with --direction sid"),
@@ -133,6 +145,63 @@ def test_what_does_not_fit_a_mode_is_refused(
     assert message in str(caught.value)
     assert caught.value.exit_code == 2
     assert not (tmp_path / "run" / "objects").exists() or not list((tmp_path / "run" / "live").glob("*"))
+
+
+def test_dmd_trains_on_what_the_teachers_ode_draws_of_seeds_apart(
+    started: Path, tmp_path: Path, forbidden: Forbid
+) -> None:
+    run = Path(shutil.copytree(started, tmp_path / "run"))
+    made = short("dmd", run)
+    store = Store.open(run)
+    pairs = store.get(made.inputs["pairs"])
+    teacher = store.get(made.inputs["teacher"])
+    assert pairs.inputs["net"] == teacher.oid
+    assert (pairs.params["seeds"], pairs.params["sampler"]["S_churn"]) == ({"first": 3 << 30, "count": 40}, 0.0)
+    assert Recipe.from_json(made.params["recipe"]).needs == "pairs"
+    source = commands_pairs.pair_source(store, teacher, pairs, torch.device("cpu"))
+    noise, labels, images = source.pairs(torch.tensor([3, 39, 3]))
+    spec = commands_pairs.ode_of(teacher)
+    net = sidactl.load(teacher.oid, run)
+    drawn = sampling.heun(net, noise, labels, spec, sampling.SeededNoise([0, 0, 0], torch.device("cpu")))
+    assert bool(((drawn.clamp(-1, 1) - images).abs() <= 1.01 / 127.5).all())
+    assert not torch.equal(images[0], images[1])
+    assert torch.equal(images[0], images[2])
+    with forbidden(sampling.heun):  # another run regresses on the same pairs
+        assert short("dmd", run, seed=1).inputs["pairs"] == pairs.oid
+
+
+def test_a_distance_that_is_not_installed_is_refused_with_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SidaError, match=r"lpips and torchvision, which are not installed"):
+        sidactl.distill(teacher="tiny-digits", mode="dmd", regression="lpips", run=tmp_path / "run")
+
+
+def test_lpips_sees_grey_images_in_three_channels_at_224_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Net(torch.nn.Module):
+        def __init__(self, net: str, verbose: bool) -> None:
+            super().__init__()
+            assert (net, verbose) == ("vgg", False)
+
+        def forward(self, images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+            assert images.shape == others.shape == (2, 3, 224, 224)
+            return (images - others).square().mean(dim=(1, 2, 3), keepdim=True)
+
+    package = types.ModuleType("lpips")
+    package.LPIPS = Net  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lpips", package)
+    monkeypatch.setattr(perceptual, "check_lpips", lambda: None)
+    images = torch.zeros(2, 1, 8, 8, requires_grad=True)
+    found = perceptual.lpips_distance(torch.device("cpu"))(images, torch.ones(2, 1, 8, 8))
+    torch.testing.assert_close(found, torch.ones(2))
+    (gradient,) = torch.autograd.grad(found.sum(), images)
+    assert bool((gradient < 0).all())
+
+
+def test_latents_have_no_pairs(tmp_path: Path) -> None:
+    with pytest.raises(SidaError, match=r"edm2-s draws latents.*--mode dmd2"):
+        sidactl.distill(teacher="edm2-s", mode="dmd", run=tmp_path / "run")
 
 
 def test_latents_are_not_what_a_detector_sees(tmp_path: Path) -> None:

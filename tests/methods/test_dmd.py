@@ -1,5 +1,7 @@
 """Distribution matching held against numbers of the published code: Diff-Instruct, DMD2, DMD, FastGen's f-distill."""
 
+import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -7,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from sidactl import nets
+from sidactl import catalog, nets
 from sidactl.foreign import networks
 from sidactl.methods import base, discriminator, dmd, f_distill, score_losses
 from sidactl.nets import Preconditioned
 from sidactl.nets.heads import ConvolutionHeads
 from sidactl.noise import draw_levels, sigma_of_time
-from sidactl.recipes import NetSpec, NoiseLevels
+from sidactl.recipes import NetSpec, NoiseLevels, PairedRecipe
 from tests.golden import golden, golden_objectives
 
 ADM = NetSpec(
@@ -289,6 +291,43 @@ def test_dmds_kl_term_and_loss_are_those_of_the_re_implementation() -> None:
     loss = score_losses.denoising_loss(denoised, x, sigma, 0.5).mean()
     torch.testing.assert_close(loss.detach(), arrays["denoise_loss"].float(), rtol=1e-4, atol=0)
     assert_same_norms(gradient_of(psi, loss), arrays, "denoise_gradnorm", "psi_param_order")
+
+
+def test_dmd_regresses_on_pairs_beside_its_direction_as_in_dmd_npz() -> None:
+    """With the file's own distance, as the weights of LPIPS could not be had for it."""
+    arrays = Arrays("dmd.npz")
+
+    def distance(images: Tensor, others: Tensor) -> Tensor:
+        first, second = (
+            torch.nn.functional.interpolate((x + 1) / 2, (224, 224), mode="bilinear", antialias=True)
+            for x in (images, others)
+        )
+        return ((first - second).square() + 0.1 * (first - second).abs()).flatten(1).mean(dim=1)
+
+    teacher = networks.read_network(golden(arrays.text("teacher"))).eval()
+    psi = networks.read_network(golden(arrays.text("teacher"))).eval()
+    networks.load_weights(psi, psi.state_dict() | arrays.net("psi"))
+    levels = arrays["sigmas_descending_with_zero"].float()
+    sigma = as_levels(levels[len(levels) - 1 - arrays["total_draw00_randint"]])
+    recipe = catalog.recipe_for("tiny-digits", "dmd")
+    assert isinstance(recipe, PairedRecipe)
+    recipe = dataclasses.replace(
+        recipe, batch_size=3, num_accumulation_rounds=1, lambda_reg=float(arrays["lambda_reg"])
+    )
+    method = dmd.Paired(recipe, teacher.spec, distance)
+    batch: Any = SimpleNamespace(
+        labels=arrays["labels"],
+        diffusion=SimpleNamespace(normal=lambda shape: arrays["total_draw01_randn_like"]),
+        pairs=lambda: base.Pairs(torch.zeros(0), torch.zeros(0), arrays["y_ref"]),
+    )
+    x = torch.cat([arrays["x"], arrays["x_ref"]]).requires_grad_()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dmd, "draw_levels", lambda *_: sigma)
+        losses, gradient = method.image_gradient(base.Nets(teacher, psi, lambda *_: None, None), batch, x, 0)  # type: ignore[arg-type, return-value]
+    close(gradient[:3], arrays["total_dx"])
+    close(gradient[3:], arrays["total_dx_ref"])
+    torch.testing.assert_close(sum(losses.values()).detach(), arrays["total_loss"].float(), rtol=1e-4, atol=0)  # type: ignore[union-attr]
+    torch.testing.assert_close(losses["generator_regression_loss"].item(), 0.25 * float(arrays["regression_value"]))
 
 
 def test_directions_point_where_the_mathematics_of_gaussians_says() -> None:
