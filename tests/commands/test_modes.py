@@ -19,9 +19,10 @@ from sidactl.commands import pairs as commands_pairs
 from sidactl.commands import plan, running
 from sidactl.errors import SidaError
 from sidactl.foreign import perceptual
-from sidactl.recipes import FROM_GENERATOR, MODES, SID_MODES, Execution, Memory, Recipe, names_of, override
+from sidactl.recipes import FROM_GENERATOR, MODES, SID_MODES, Execution, Memory, Recipe, flag_of, names_of, override
 from sidactl.store import Artifact, Store
 from tests.conftest import SHORT, Forbid
+from tests.processes import told
 
 FURTHER = [mode for mode in MODES if mode not in SID_MODES]
 
@@ -80,6 +81,22 @@ def test_as_many_images_at_a_time_as_one_likes(mode: str, started: Path, tmp_pat
         )
         found.append(made.results["selection_score"])
     assert found[0] == pytest.approx(found[1], rel=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", FURTHER)
+def test_two_processes_come_to_the_generator_of_one(mode: str, started: Path, tmp_path: Path) -> None:
+    names = names_of(mode)
+    numbers: dict[str, Any] = {name: value for name, value in SHORT.items() if name in names and value is not None}
+    numbers |= {"batch_size": 32, "num_accumulation_rounds": 4, "num_pairs": 40, "generator_from_nimg": 0}
+    words = ["distill", "--teacher", "tiny-digits", "--mode", mode, "--teacher-score", "none"]
+    words += [f"{flag_of(name)}={value}" for name, value in numbers.items() if name in names]
+    words += ["--generator", "generator/tiny-digits-diff-instruct"] if mode in FROM_GENERATOR else []
+    found = []
+    for num_processes in (1, 2):
+        run = Path(shutil.copytree(started, tmp_path / str(num_processes)))
+        found.append(told(num_processes, run, *words))
+    assert found[0] == found[1]
 
 
 def test_what_was_trained_on_a_detector_is_not_blind_to_it(started: Path, tmp_path: Path) -> None:

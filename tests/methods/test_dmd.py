@@ -1,4 +1,4 @@
-"""Distribution matching held against numbers of the published code: Diff-Instruct, DMD2, DMD, FastGen's f-distill."""
+"""Distribution matching held against numbers of published code: Diff-Instruct, DMD, DMD2, FastGen, Uni-Instruct."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -12,11 +12,13 @@ from torch import Tensor
 from sidactl import catalog, nets
 from sidactl.foreign import networks
 from sidactl.methods import base, discriminator, dmd, f_distill, score_losses
+from sidactl.methods.sid import Sid
 from sidactl.nets import Preconditioned
 from sidactl.nets.heads import ConvolutionHeads
 from sidactl.noise import draw_levels, sigma_of_time
-from sidactl.recipes import NetSpec, NoiseLevels, PairedRecipe
+from sidactl.recipes import NetSpec, NoiseLevels, PairedRecipe, override
 from tests.golden import golden, golden_objectives
+from tests.playback import Playback
 
 ADM = NetSpec(
     architecture="DhariwalUNet",
@@ -365,3 +367,39 @@ def test_a_step_alternates_or_shares_as_its_method_says() -> None:
     ]
     alone = base.Schedule(generator_every=5, alternates=True)
     assert [alone.turns(step, True) for step in (0, 1, 5)] == [("generator",), ("fake_score",), ("generator",)]
+
+
+@pytest.mark.parametrize(("divergence", "tolerance"), [("Forward-KL", 1.2e-2), ("Forward-Clean", None)])
+def test_uni_instructs_published_step_is_sidas_with_both_weights_one(divergence: str, tolerance: float | None) -> None:
+    """uni_instruct.npz: what its code takes for a density ratio is 1 but for rounding in this loss' unit.
+
+    It divides the scaled adversarial loss by itself less one. That is no ratio of densities, so it is not ours: with
+    theirs put in by hand our step is the recorded one, and without it, it differs by that factor's distance from one.
+    """
+    arrays = Arrays("uni_instruct.npz")
+    teacher = networks.read_network(golden(arrays.text("teacher"))).eval()
+    psi = networks.read_network(golden(arrays.text("teacher"))).eval()
+    networks.load_weights(psi, psi.state_dict() | arrays.net("psi"))
+    recipe = catalog.recipe_for("tiny-digits", "sida")
+    numbers = {"alpha": 1.0, "joint_weight": 1.0, "lambda_adv": 0.01, "batch_size": 3, "num_accumulation_rounds": 1}
+    method = Sid(override(recipe, numbers), teacher.spec)  # type: ignore[arg-type]
+    x, ratio = arrays["x"].requires_grad_(), arrays[f"{divergence}_vr0_density_ratio"]
+    torch.testing.assert_close(ratio, arrays["gen_loss_gan"] / (arrays["gen_loss_gan"] - 1))
+    batch: Any = SimpleNamespace(
+        labels=arrays["labels"],
+        num_micro_batches=1,
+        diffusion=Playback([arrays.arrays["gen_draw00_rand"], arrays.arrays["gen_draw01_randn_like"]]),
+    )
+    losses, _ = method._generator_losses(base.Nets(teacher, psi, augment_nothing, None), batch, x, 300_000)
+    of_sid, of_adversarial = (
+        torch.autograd.grad(losses[f"generator_{name}_loss"], x, retain_graph=True)[0]
+        for name in ("sid", "adversarial")
+    )
+    further = of_adversarial if divergence == "Forward-KL" else torch.zeros_like(of_sid)
+    close(ratio * of_sid + further, arrays[f"{divergence}_vr0_dx"], 1e-3)
+    if tolerance:
+        close(of_sid + further, arrays[f"{divergence}_vr0_dx"], tolerance)
+
+
+def augment_nothing(images: Tensor, draws: Any) -> tuple[Tensor, None]:
+    return images, None
