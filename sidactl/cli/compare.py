@@ -5,7 +5,7 @@ import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,7 +18,7 @@ from sidactl.errors import SidaError
 from sidactl.text import markdown
 
 if TYPE_CHECKING:
-    from sidactl.commands.compare import Comparison, Row
+    from sidactl.commands.differences import Comparison, Row
     from sidactl.commands.runs import Training
 
 
@@ -40,8 +40,11 @@ def compare(
     num: Annotated[str, typer.Option(metavar="COUNT", help="images per trial")] = "10k",
     trials: Annotated[int, typer.Option(help="repetitions; all networks draw the same seeds")] = 10,
     reference: Annotated[str | None, ref_option("what all are scored against", "--ref")] = None,
+    held_out: Annotated[
+        str | None, ref_option("real images that were not trained on, for --metrics fdr,memorisation")
+    ] = None,
     detectors: Annotated[
-        str | None, typer.Option(metavar="NAME,...", help="the reference's own, and a blind one, if not given")
+        str | None, typer.Option(metavar="NAME,...", help="the reference's own, and those built in, if not given")
     ] = None,
     run: Run = None,
     device: Device = None,
@@ -56,6 +59,9 @@ def compare(
     ] = None,
 ) -> None:
     """Print which generator is better, by how much, and whether its detector is blind.
+
+    Images are those that the generator was stepped with, updates the fake score's, seconds a run's on average, NFE the
+    network's evaluations for one image; needs is what training asks for.
 
     Example: sidactl compare generator/best tiny-digits --num 10k --trials 10
     """
@@ -83,36 +89,29 @@ def compare(
     if not launch.is_rank0():  # the first of several processes alone writes
         plot = pairs = None
     share = _share(part)
+    asked: dict[str, Any] = {"metrics": metrics, "num": num, "trials": trials, "detectors": detectors}
+    asked |= {"training": training, "reference": reference, "held_out": held_out, "run": run}
     if dry_run:
-        _print_plan(training, share, run)
-        console.note(f"then everything is scored by {metrics}: of networks {trials} x {num} images each")
+        commands_compare.check(refs or (), **asked)
+        _print_plan(training, share, run, as_json)
+        if not part and not as_json:
+            console.note(f"then everything is scored by {metrics}: of networks {trials} x {num} images each")
         return
     drawn: Sequence[str] = ()
     with (
         commands_compare.plotted(plot, run) as draw,
-        commands_pairs.pictured(pairs, run) as draw_pairs,
+        commands_pairs.pictured(pairs, run, refs or () if training is None else None) as draw_pairs,
         watching() as watch,
     ):
-        found = commands_compare.compare(
-            refs or (),
-            training=training,
-            part=share,
-            metrics=metrics,
-            num=num,
-            trials=trials,
-            reference=reference,
-            detectors=detectors,
-            run=run,
-            device=device,
-            say=console.note,
-            watch=watch,
-        )
+        found = commands_compare.compare(refs or (), **asked, part=share, device=device, say=console.note, watch=watch)
         if found:
             draw(found)
             drawn = draw_pairs([oid for row in found.rows for oid in row.oids], device)
     if found is None:
         console.note("this share is trained; without --part the same command compares all of them")
         return
+    for warning in found.warnings:
+        console.warn(warning)
     if as_json:
         console.print_json(found.to_json())
     elif as_csv:
@@ -125,9 +124,16 @@ def compare(
         for line in [*_as_markdown(found).splitlines(), *(f"- {markdown(line)}" for line in _differences(found))]:
             console.print_data(line)
     else:
-        console.table(*_table(found))
+        console.table(*_scores(found))
+        console.table(*_facts(found))
         for line in _differences(found):
             console.print_data(line)
+        if found.reference:
+            console.note(f"scored against {found.reference}; +- is over runs, of a single one over its trials")
+        if any(row.seen for row in found.rows):
+            console.note("* not blind: its detector chose it, or trained it")
+        if len(found.numbers) > 1:
+            console.note(f"these are the differences of {found.ordered_by}; --json has those of all numbers")
     if not found.is_blind:
         console.warn(f"no detector is blind here: {found.ordered_by} chose one of these, or more")
     if plot:
@@ -143,39 +149,53 @@ def _share(part: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _print_plan(training: "Training | None", share: tuple[int, int], run: Path | None) -> None:
+def _print_plan(training: "Training | None", share: tuple[int, int], run: Path | None, as_json: bool) -> None:
     from sidactl.commands import runs as commands_runs
     from sidactl.store import Store
 
+    runs = list(commands_runs.planned(Store.open(run), training, share)) if training else []
+    if as_json:
+        told = [{"method": m, "seed": seed, "oid": made.oid if made else None} for m, seed, made in runs]
+        console.print_json({"runs": told})
+        return
     if training is None:
         console.note("nothing is trained: what was named is scored")
         return
-    runs = list(commands_runs.planned(Store.open(run), training))
     rows = [
         (method, seed, "done" if made else "to be trained", made.oid[:12] if made else None)
         for method, seed, made in runs
     ]
     console.table(("method", "seed", "state", "oid"), rows)
-    missing = sum(made is None for *_, made in runs)
-    console.note(f"{missing} of {len(runs)} runs are to be trained" + (f", {share[1]} shares" if share[1] > 1 else ""))
+    of = f", share {share[0]} of {share[1]}" if share[1] > 1 else ""
+    console.note(f"{sum(made is None for *_, made in runs)} of {len(runs)} runs are to be trained{of}")
 
 
-def _table(found: "Comparison") -> tuple[list[str], list[list[str | int | float | None]]]:
+def _scores(found: "Comparison") -> tuple[list[str], list[list[str | int | float | None]]]:
     from sidactl.commands.scores import told
 
-    columns = ["name", *found.numbers, "images", "updates", "seconds", "NFE", "needs", "oid"]
     rows: list[list[str | int | float | None]] = []
     for row in found.rows:
-        scores: list[str | int | float | None] = []
+        rows.append([row.name])
         for number in found.numbers:
-            if number not in row.values:
-                scores.append(None)
-                continue
-            value = told(number, row.mean(number), row.std(number))
-            scores.append(f"{value}{' (not blind)' if number in row.seen else ''}")
-        seconds = None if row.seconds is None else round(row.seconds)
-        rows.append([row.name, *scores, row.images, row.updates, seconds, row.evaluations, row.needs, _oids(row)])
-    return columns, rows
+            value = told(number, row.mean(number), row.std(number)) if number in row.values else None
+            rows[-1].append(f"{value}{'*' if number in row.seen else ''}" if value else None)
+    return ["name", *found.numbers], rows
+
+
+def _facts(found: "Comparison") -> tuple[list[str], list[list[str | int | float | None]]]:
+    rows: list[list[str | int | float | None]] = [
+        [
+            row.name,
+            row.images,
+            row.updates,
+            None if row.seconds is None else round(row.seconds),
+            row.evaluations,
+            row.needs,
+            row.oids[0][:12] if len(row.oids) == 1 else f"{len(row.oids)} runs",
+        ]
+        for row in found.rows
+    ]
+    return ["name", "images", "updates", "seconds", "NFE", "needs", "oid"], rows
 
 
 def _oids(row: "Row") -> str:
@@ -183,8 +203,11 @@ def _oids(row: "Row") -> str:
 
 
 def _differences(found: "Comparison") -> list[str]:
+    """Those of the number that orders."""
     lines = []
     for difference in found.differences:
+        if difference.number != found.ordered_by:
+            continue
         interval = ""
         if difference.low is not None and difference.high is not None:
             interval = f" [{difference.low:.3g}, {difference.high:.3g}], {difference.test}"
@@ -210,7 +233,11 @@ def _as_csv(found: "Comparison") -> str:
 
 
 def _as_markdown(found: "Comparison") -> str:
-    columns, rows = _table(found)
-    cells = [["-" if cell is None else markdown(console.fact(cell)) for cell in row] for row in rows]
+    (columns, rows), (more_columns, more_rows) = _scores(found), _facts(found)
+    columns = [*columns, *more_columns[1:]]
+    cells = [
+        ["-" if cell is None else markdown(console.fact(cell)) for cell in [*row, *more[1:]]]
+        for row, more in zip(rows, more_rows, strict=True)
+    ]
     lines = [[markdown(name) for name in columns], ["---"] * len(columns), *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -139,6 +139,11 @@ class Display:
         self._turn_to(self._whole)
         return self._whole
 
+    def begin(self, title: str, total: int | None) -> Progress:
+        """Likewise of the next piece of work, where a command has several."""
+        self._whole = None
+        return self.show(title, total)
+
     def part(self, title: str, unit: str = "images") -> Callable[[int, int], None]:
         """Takes how many units of a part are done, and how many there are; shown meanwhile, under its own title."""
 

@@ -135,7 +135,7 @@ def _register(name: str, text: str, example: str, own: Sequence[str]) -> None:
         if limit is not None and not limit >= 0:
             raise SidaError(f"--fail-above must be a number of at least 0, got {limit}", "Pass another.")
         asked = arguments.pop("metrics", None)
-        metrics = (asked and words_of(asked)) if name == "evaluate" else [name]
+        metrics = [name] if name != "evaluate" else None if asked is None else words_of(asked)
         with ticking(name) as tick:
             score = commands_score.evaluate(from_pipe(ref), metrics, **arguments, tick=tick, say=console.note)
         # The display has ended: what it draws last would erase a result that is printed within.

@@ -118,7 +118,7 @@ AllowUntrained = Annotated[
 _HEADINGS: Mapping[str, str] = {
     "What to distill": "teacher mode generator dataset vae allow_untrained duration_nimg",
     "Method": "student_times lambda_distill distillation_weight loss_detector moments_rate direction alpha "
-    "generator_weight loss_unit score_weight f_divergence ratio_rate sigma_init tmax "
+    "regression lambda_reg num_pairs generator_weight loss_unit score_weight f_divergence ratio_rate sigma_init tmax "
     "lambda_sid lambda_adv adversarial_from_nimg joint_weight generator_from_nimg generator_every order alternate "
     "share share_fakes forced_normalization logvar",
     "Discriminator": "discriminator_features discriminator_detector discriminator_loss discriminator_time "
@@ -335,8 +335,9 @@ def watching(log: Sequence[str] | None = None) -> Iterator[Shown]:
             values = event.values
             if event.kind == "started":
                 score_name = values.get("score_name", score_name)
-                shown = partial(display.show, values["title"], values["duration_nimg"])
-                shown()
+                title, total = values["title"], values["duration_nimg"]
+                display.begin(title, total)
+                shown = partial(display.show, title, total)
                 return
             assert shown
             progress = shown()

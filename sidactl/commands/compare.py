@@ -2,147 +2,124 @@
 
 import itertools
 import json
-import math
 import statistics
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sidactl import launch
+from sidactl import catalog, launch
 from sidactl.commands import reference as commands_reference
 from sidactl.commands.blindness import built_in_eyes
+from sidactl.commands.differences import Comparison, Row, compared, higher_is_better
 from sidactl.commands.inputs import Count, Ref, count_of, ref_text, whole, words_of
-from sidactl.commands.moments import detector_name
+from sidactl.commands.moments import OF_TINY_DIGITS, is_detector_file
 from sidactl.commands.pairs import problem_of_picture, teacher_of
 from sidactl.commands.question import rank0_first
 from sidactl.commands.resolve import resolve
 from sidactl.commands.running import OnEvent
-from sidactl.commands.runs import Training, trained
+from sidactl.commands.runs import Training, check_training, trained
 from sidactl.commands.samplers import sampler_of
 from sidactl.commands.score import evaluate
+from sidactl.commands.score_question import held_out_images
+from sidactl.commands.scorers import default_detector
 from sidactl.commands.scores import METRICS, SCORED, Score
-from sidactl.commands.words import NETS, OnCount, RunDir
+from sidactl.commands.words import NETS, RunDir, part_of
 from sidactl.errors import SidaError
 from sidactl.foreign import download
 from sidactl.recipes import FakeScoreRecipe, Recipe
 from sidactl.store import Artifact, Store, outputs
 
-CONFIDENCE = 0.95
-
-_HIGHER_IS_BETTER = ("precision", "recall", "density", "coverage", "IS", "Vendi", "AuthPct", "FLD")
-"""numbers, by the first word of their names; of all others the lower is the better"""
-
 _IDLE_SEC = 600.0
 """a longer gap between two events of a run is an interruption, and no time that it took"""
 
 
-def higher_is_better(number: str) -> bool:
-    """Which way round a number is."""
-    return number.split()[0] in _HIGHER_IS_BETTER
-
-
 @dataclass(frozen=True)
-class Row:
-    """One network or set of images of a comparison, or a method with all its runs."""
+class _Asked:
+    """What is asked for, every word of it resolved and checked."""
 
-    name: str
-    oids: Sequence[str]
-    images: int | None
-    """that its generator was stepped with, by each run"""
-    updates: int | None
-    """of the fake score, by each run"""
-    seconds: float | None
-    """of each run, on average, by its log; evaluations and checkpoints included"""
-    evaluations: int | None
-    """of the network for one image (NFE)"""
-    needs: str | None
-    """what training asks for beside the teacher: real images, or classes alone"""
-    values: Mapping[str, Sequence[Sequence[float]]]
-    """by number, of each run, of each trial"""
-    seen: frozenset[str]
-    """numbers that are not blind"""
-
-    def samples(self, number: str) -> list[float]:
-        """What its spread is over: means of runs where there are several, else trials."""
-        of_runs = self.values.get(number, [])
-        return [statistics.fmean(trials) for trials in of_runs] if len(of_runs) > 1 else [*itertools.chain(*of_runs)]
-
-    def mean(self, number: str) -> float:
-        return statistics.fmean(self.samples(number) or [math.nan])
-
-    def std(self, number: str) -> float | None:
-        samples = self.samples(number)
-        return statistics.stdev(samples) if len(samples) > 1 else None
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Of two rows under one number, the first minus the second, with its confidence interval."""
-
-    first: str
-    second: str
-    number: str
-    mean: float
-    low: float | None
-    high: float | None
-    test: str
-    """how the interval was made, or why there is none"""
-
-    @property
-    def verdict(self) -> str:
-        if self.low is None or self.high is None:
-            return f"no interval: {self.test}"
-        if self.low <= 0 <= self.high:
-            return "no difference shown"
-        is_first = (self.low > 0) == higher_is_better(self.number)
-        return f"{self.first if is_first else self.second} is better"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Rows from the best to the worst by `ordered_by`, a blind distance where there is one for all of them."""
-
-    rows: Sequence[Row]
-    numbers: Sequence[str]
-    ordered_by: str
-    is_blind: bool
-    differences: Sequence[Difference]
+    metrics: Sequence[str]
+    detectors: Sequence[str]
+    """none = the reference's own, and blind ones"""
+    reference: str | None
+    held_out: Artifact | None
     num: int
     trials: int
+    named: Mapping[str, Artifact]
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "ordered_by": self.ordered_by,
-            "blind": self.is_blind,
-            "images_per_trial": self.num,
-            "trials": self.trials,
-            "rows": [
-                {
-                    **{name: getattr(row, name) for name in ("name", "images", "updates", "seconds")},
-                    **{"evaluations": row.evaluations, "needs": row.needs, "oids": list(row.oids)},
-                    "scores": {
-                        number: {
-                            "mean": row.mean(number),
-                            "std": row.std(number),
-                            "runs": [list(trials) for trials in row.values[number]],
-                            "blind": number not in row.seen,
-                        }
-                        for number in self.numbers
-                        if number in row.values
-                    },
-                }
-                for row in self.rows
-            ],
-            "differences": [
-                {name: getattr(d, name) for name in ("first", "second", "number", "mean", "low", "high", "test")}
-                | {"verdict": d.verdict}
-                for d in self.differences
-            ],
-        }
+    @property
+    def of_teacher(self) -> set[str]:
+        """The metrics that compare with the teacher, by no detector."""
+        return {name for name in self.metrics if METRICS[name].has_teacher}
+
+
+def check(
+    refs: Sequence[Ref] = (),
+    *,
+    training: Training | None = None,
+    metrics: Sequence[str] | str = ("fid",),
+    num: Count = "10k",
+    trials: int = 10,
+    reference: Ref | None = None,
+    held_out: Ref | None = None,
+    detectors: Sequence[str] | str | None = None,
+    run: RunDir = None,
+    say: download.OnLine | None = None,
+) -> _Asked:
+    """Raises SidaError for whatever of a comparison can be known to be wrong before anything is trained or scored."""
+    store, metrics = Store.open(run), words_of(metrics)
+    if not metrics:
+        raise SidaError("a comparison needs metrics, got none", "Leave out --metrics, or pass --metrics fid,kid.")
+    for name in metrics:
+        if name not in METRICS:
+            raise SidaError(f"unknown metric {name!r}", f"Metrics are {', '.join(METRICS)}.")
+        if by := METRICS[name].detector:
+            raise SidaError(f"{name} is by a detector of its own", f"Pass --metrics fid --detectors {by}.")
+    chosen = None if detectors is None else words_of(detectors)
+    if chosen == ():
+        raise SidaError("detectors are needed where they are asked for, got none", "Leave out --detectors.")
+    for name in chosen or ():
+        if not is_detector_file(name):
+            catalog.detector(name)
+    count, how_often = count_of(num, "--num"), whole(trials, "trials")
+    if count < 2 or how_often < 1:
+        what = f"images per trial must be >= 2 and trials >= 1, got {count} and {how_often}"
+        raise SidaError(what, "Pass --num 10k --trials 10.")
+    if training:
+        check_training(store, training)
+    named: dict[str, Artifact] = {}
+    with rank0_first():
+        for ref in refs:
+            word = ref_text(ref)
+            subject = resolve(store, word, SCORED, any_size=True)
+            if known := next((name for name, other in named.items() if other.oid == subject.oid), None):
+                if say:
+                    say(f"{word} is {known}: it is compared once")
+                continue
+            named[_name_of(store, word, subject, named)] = subject
+        if not (named or training):
+            raise SidaError(
+                "a comparison needs something to compare, got nothing", "Name artifacts, or pass --methods."
+            )
+        text = None if reference is None else ref_text(reference, "the reference")
+        if text is not None and named:
+            commands_reference.find(store, text, _first(named.values()), "moments")
+        held = held_out_images(store, metrics, None if held_out is None else ref_text(held_out), {}, recheck=False)
+    asked = _Asked(metrics, chosen or (), text, held, count, how_often, named)
+    if len(asked.of_teacher) == len(metrics):
+        if chosen or text is not None:
+            what = f"{', '.join(metrics)} compares with the teacher by pixels, which no detector or reference changes"
+            raise SidaError(what, "Leave them out.")
+        if not training and not any(_has_teacher(store, each) for each in named.values()):
+            teacher_of(store, _first(named.values()))
+    return asked
+
+
+def _first(artifacts: Collection[Artifact]) -> Artifact:
+    """The one whose reference and detectors are everybody's."""
+    return next((artifact for artifact in artifacts if artifact.kind != "dataset"), next(iter(artifacts)))
 
 
 def compare(
@@ -154,12 +131,12 @@ def compare(
     num: Count = "10k",
     trials: int = 10,
     reference: Ref | None = None,
+    held_out: Ref | None = None,
     detectors: Sequence[str] | str | None = None,
     run: RunDir = None,
     device: str | None = None,
     say: download.OnLine | None = download.to_stderr,
     watch: OnEvent | None = None,
-    tick: OnCount | None = None,
 ) -> Comparison | None:
     """Networks, samples and folders beside each other, all under the same seeds, detectors and reference.
 
@@ -167,13 +144,17 @@ def compare(
     job's share of that, (1, 8) to (8, 8); with a share there is no comparison (None), since others are not done. Of
     processes that torchrun started each trains a share of the runs by itself, and waits for the others; then all of
     them score together.
-    detectors: by default that of the reference, and one built in that did not choose any generator.
-    Differences of the number that orders are given with confidence intervals: over runs by Welch's t test, over trials
-    of single runs, which share their seeds, by the paired t test. Raises SidaError as `evaluate` and `distill` do.
+    detectors: by default that of the reference, and those built in that did not choose any generator. reference: by
+    default that of the first network. held_out: as in `evaluate`.
+    The table is ordered by the first number asked for that is blind. Differences are given with confidence intervals:
+    over runs by Welch's t test, over trials of single runs, which share their seeds, by the paired t test. Raises
+    SidaError as `evaluate` and `distill` do.
     """
-    store, metrics = Store.open(run), words_of(metrics)
     if not 1 <= part[0] <= part[1]:
         raise SidaError(f"a part must be from 1/{part[1]} to {part[1]}/{part[1]}, got {part[0]}/{part[1]}", "Pass 1/8.")
+    store, words = Store.open(run), {"metrics": metrics, "num": num, "trials": trials, "detectors": detectors}
+    checked: Any = words | {"training": training, "reference": reference, "held_out": held_out, "run": run, "say": say}
+    asked = check(refs, **checked)
     groups: dict[str, list[Artifact]] = {}
     if training:
         # Processes that train a share each are answered about all runs, once all are there.
@@ -188,40 +169,63 @@ def compare(
             return None
         for method, artifact in made:
             groups.setdefault(method, []).append(artifact)
+    for name, artifact in asked.named.items():
+        if known := next((other for other, runs in groups.items() if artifact in runs), None):
+            if say:
+                say(f"{name} is a run of {known}: it is compared once")
+            continue
+        groups[name] = [artifact]
+    first = _first([artifact for artifacts in groups.values() for artifact in artifacts])
     with rank0_first():
-        for ref in refs:
-            subject = resolve(store, ref_text(ref), SCORED, any_size=True)
-            groups.setdefault(_name_of(store, ref_text(ref), subject, groups), []).append(subject)
-    if not groups:
-        raise SidaError("a comparison needs something to compare, got nothing", "Name artifacts, or pass --methods.")
-    everything = [artifact for artifacts in groups.values() for artifact in artifacts]
-    first = next((artifact for artifact in everything if artifact.kind != "dataset"), everything[0])
-    text = None if reference is None else ref_text(reference, "the reference")
-    with rank0_first():
-        compared = commands_reference.find(store, text, first, "moments")
-        eyes = [detector_name(compared), *built_in_eyes(store, first, text)]
-    of_teacher = [metric for metric in metrics if metric in METRICS and METRICS[metric].has_teacher]
-    if len(of_teacher) == len(metrics):  # refused before anything is drawn
-        for artifact in everything:
-            teacher_of(store, artifact)
-    chosen = words_of(detectors) if detectors else tuple(dict.fromkeys(eyes))
-    rows, wanted = [], count_of(num, "--num")
+        compared_with = commands_reference.find(store, asked.reference, first, "moments")
+        own_detector = default_detector(first, compared_with, {"reference": asked.reference})
+        eyes = dict.fromkeys([own_detector, *built_in_eyes(store, first, asked.reference)])
+    chosen = asked.detectors or tuple(eyes)
     for name, artifacts in groups.items():
-        scores = []
+        _check_size(name, artifacts[0], chosen)
+    rows, warnings = [], list[str]()
+    for name, artifacts in groups.items():
+        scores = list[Score]()
         for artifact in artifacts:
-            drawn: Any = {"num": wanted, "trials": whole(trials, "trials")}
+            metrics = [m for m in asked.metrics if m not in asked.of_teacher or _has_teacher(store, artifact)]
+            if not metrics:
+                continue
+            drawn: Any = {"num": asked.num, "trials": asked.trials}
             if artifact.kind not in NETS:
                 held = int(artifact.results["num_images"])
-                drawn = {"num": min(held, wanted)}  # a distance depends on how many there are
-                if held < wanted and say:
-                    say(f"{name} holds {held:,} images, fewer than the {wanted:,} of the others")
-            against = text or (compared.oid if artifact.kind == "dataset" else None)
-            asked = [metric for metric in metrics if metric not in of_teacher or _has_teacher(store, artifact)]
-            if len(asked) > len(of_teacher):  # what compares with the teacher has neither
-                drawn |= {"reference": against, "detectors": chosen}
-            scores.append(evaluate(artifact.oid, asked, **drawn, run=store.root, device=device, say=None, tick=tick))
+                drawn = {"num": min(held, asked.num)}  # a distance depends on how many there are
+                if held < asked.num:
+                    warnings.append(f"{name} holds {held:,} images, fewer than the {asked.num:,} of the others")
+            if set(metrics) - asked.of_teacher:  # what compares with the teacher has neither
+                against = asked.reference or _unless_its_own(store, artifact, compared_with)
+                drawn |= {"reference": against, "detectors": chosen, "held_out": asked.held_out}
+            tick = part_of(watch, f"scoring {name}")
+            scores.append(evaluate(artifact.oid, metrics, **drawn, run=run, device=device, say=None, tick=tick))
+            warnings += [f"{name}: {warning}" for warning in scores[-1].warnings]
+            warnings += [f"scores are not kept: {why}" for why in [scores[-1].unkept] if why]
         rows.append(_row(store, name, artifacts, scores))
-    return _compared(rows, scores[0].num if scores else 0, trials)
+    order: Any = {"metrics": asked.metrics, "detectors": chosen}
+    if set(asked.metrics) - asked.of_teacher:
+        order["reference"] = commands_reference.described(store, compared_with)
+    return compared(rows, asked.num, asked.trials, **order, warnings=list(dict.fromkeys(warnings)))
+
+
+def _unless_its_own(store: Store, artifact: Artifact, compared_with: Artifact) -> str | None:
+    """What to score against by name, where by itself it would be something else."""
+    with suppress(SidaError):
+        if artifact.kind != "dataset" and commands_reference.find(store, None, artifact, "moments") == compared_with:
+            return None
+    return compared_with.oid
+
+
+def _check_size(name: str, artifact: Artifact, detectors: Sequence[str]) -> None:
+    """Refuses images that a detector of tiny ones does not take, before those that it takes are scored."""
+    height = artifact.results.get("resolution") if artifact.kind == "dataset" else None
+    if height in (None, 8):
+        return
+    if small := [detector for detector in detectors if detector in OF_TINY_DIGITS]:
+        what = f"detector {small[0]} takes images of 8x8 pixels, those of {name} are of {height} rows"
+        raise SidaError(what, "Pass --detectors random-features, or leave it out of the comparison.")
 
 
 def _has_teacher(store: Store, artifact: Artifact) -> bool:
@@ -281,7 +285,7 @@ def _row(store: Store, name: str, artifacts: Sequence[Artifact], scores: Sequenc
     recipe = Recipe.from_json(stored) if stored else None
     images = artifact.results.get("images_seen", 0)
     seconds = [sec for each in artifacts if (sec := seconds_of(store, each)) is not None]
-    numbers = {number: _told_with_detector(number, scores[0]) for number in scores[0].values}
+    numbers = {number: _told_with_detector(number, scores[0]) for number in (scores[0].values if scores else ())}
     seen = frozenset(numbers[number] for score in scores for number in score.seen)
     return Row(
         name=name if len(artifacts) == 1 else f"{name} x {len(artifacts)}",
@@ -309,59 +313,10 @@ def seconds_of(store: Store, artifact: Artifact) -> float | None:
         answers = map(json.loads, reversed((store.root / "log.jsonl").read_text().splitlines()))
         key = next(line["key"] for line in answers if line["oid"] == artifact.oid)
         events = (store.root / "logs" / str(key)[:16] / "events.jsonl").read_text().splitlines()
-        times = [datetime.fromisoformat(json.loads(event)["time"]).timestamp() for event in events]
-        return sum(gap for before, after in itertools.pairwise(times) if (gap := after - before) < _IDLE_SEC)
+        told = [json.loads(event) for event in events]
+        times = [datetime.fromisoformat(event["time"]).timestamp() for event in told]
+        gaps = [after - before for before, after in itertools.pairwise(times)]
+        # Between an interruption and the new start nothing was done.
+        anew = [b["event"] == "resumed" or b["nimg"] < a["nimg"] for a, b in itertools.pairwise(told)]
+        return sum(gap for gap, is_start in zip(gaps, anew, strict=True) if not is_start and gap < _IDLE_SEC)
     return None
-
-
-def _compared(rows: Sequence[Row], num: int, trials: int) -> Comparison:
-    everything = list(dict.fromkeys(number for row in rows for number in row.values))
-    shared = [number for number in everything if all(number in row.values for row in rows)]
-    if not shared:
-        raise SidaError("these have no number in common", "Compare under one detector and reference: --detectors.")
-    distances = [number for number in shared if number == "FID" or "FD" in number] or shared
-    blind = [number for number in distances if not any(number in row.seen for row in rows)]
-    by = (blind or distances)[0]
-    ordered = sorted(rows, key=lambda row: row.mean(by), reverse=higher_is_better(by))
-    kinds = list(dict.fromkeys(map(_kind, [by, *everything])))
-    numbers = sorted([by, *(n for n in everything if n != by)], key=lambda number: kinds.index(_kind(number)))
-    differences = [_difference(a, b, by) for a, b in itertools.combinations(ordered, 2)]
-    return Comparison(ordered, numbers, by, bool(blind), differences, num, trials)
-
-
-def _kind(number: str) -> str:
-    """What a number is, by whichever detector."""
-    words = number.split()
-    return "FD" if "FD" in words or number == "FID" else words[0]
-
-
-def _difference(first: Row, second: Row, number: str) -> Difference:
-    a, b = first.samples(number), second.samples(number)
-    mean = first.mean(number) - second.mean(number)
-    kinds = {len(row.values[number]) > 1 for row in (first, second)}
-    if fixed := [row.name for row in (first, second) if row.evaluations is None]:
-        why = f"{' and '.join(fixed)} {'is' if len(fixed) == 1 else 'are'} of fixed images, which have no trials"
-    elif len(kinds) > 1:
-        why = "one is of single runs, the other of several"
-    elif min(len(a), len(b)) < 2:
-        why = "more trials are needed"
-    else:
-        why = ""
-    if why:
-        return Difference(first.name, second.name, number, mean, None, None, why)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of values that are nearly equal
-        found, test = _test(a, b, is_of_runs=kinds == {True})
-        interval = found.confidence_interval(CONFIDENCE)
-    low, high = float(interval.low), float(interval.high)
-    if math.isnan(low):  # differences without any spread
-        low = high = mean
-    return Difference(first.name, second.name, number, mean, low, high, test)
-
-
-def _test(a: Sequence[float], b: Sequence[float], *, is_of_runs: bool) -> tuple[Any, str]:
-    from scipy import stats
-
-    if is_of_runs:
-        return stats.ttest_ind(a, b, equal_var=False), f"Welch's t over {len(a)} and {len(b)} runs"
-    return stats.ttest_rel(a, b), f"paired t over {len(a)} trials"

@@ -14,6 +14,7 @@ from typing import Literal
 
 from sidactl import catalog
 from sidactl.commands import signing
+from sidactl.commands.blindness import seen_by
 from sidactl.commands.inputs import Ref, ref_text, run_of
 from sidactl.commands.inventory import is_safetensors, show
 from sidactl.commands.resolve import load_dataset, load_net
@@ -193,7 +194,8 @@ _IS_OF_FORM: Mapping[str, Callable[[Path], bool]] = {
 def _write_manifest(store: Store, artifact: Artifact, folder: Path) -> None:
     """What the folder is, and what is in it: by that --force knows what it may replace."""
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    described = show(artifact.oid, run=store.root).to_json() | {"exported": sorted([*names, MANIFEST])}
+    listed = {"exported": sorted([*names, MANIFEST]), **_eyes(store, artifact)}
+    described = show(artifact.oid, run=store.root).to_json() | listed
     (folder / MANIFEST).write_text(json.dumps(described, indent=2) + "\n")
 
 
@@ -324,13 +326,19 @@ def _export_npz(store: Store, artifact: Artifact, path: Path) -> None:
         np.savez(file, allow_pickle=False, **arrays)
 
 
+def _eyes(store: Store, artifact: Artifact) -> dict[str, list[str]]:
+    """By which detectors a generator came to be, so that whoever imports it knows."""
+    seen = sorted(seen_by(store, artifact)) if artifact.kind == "generator" else []
+    return {"seen_by": seen} if seen else {}
+
+
 def _export_weights(store: Store, artifact: Artifact, path: Path, form: ExportForm) -> None:
     import safetensors.torch
     import torch
 
     state = {k: v.contiguous() for k, v in load_net(store, artifact, "cpu").state_dict().items()}
     if form == "safetensors":
-        described = {"kind": artifact.kind, "params": dict(artifact.params)}
+        described = {"kind": artifact.kind, "params": dict(artifact.params), **_eyes(store, artifact)}
         # Not by save_file, which writes beside the path first, under a name that the next export would not clear away.
         path.write_bytes(safetensors.torch.save(state, metadata={"sidactl": json.dumps(described)}))
     else:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,7 +138,10 @@ def fetch_teacher(
             params["recipe"] = foreign.params.get("recipe")
         if "vae" in foreign.params:
             params["vae"] = str(foreign.params["vae"])
-        artifact = store.put(chosen, {"model.safetensors": _weights(foreign)}, params=params)
+        # Published generators are those whose FID was the lowest.
+        seen = ["inception"] if isinstance(entry, catalog.Generator) else list(foreign.seen_by)
+        results = {"trained_by": seen} if seen else {}
+        artifact = store.put(chosen, {"model.safetensors": _weights(foreign)}, params=params, results=results)
         if url is None:
             check_unchanged(store, source, what)
         store.answer(first.key, artifact.oid)
@@ -156,7 +159,7 @@ def _as_said(store: Store, artifact: Artifact, kind: NetKind | None, dataset: st
         params["sampler"] = _default_sampler(kind, NetSpec.from_json(params["net"])).to_json()
         params["recipe"] = None
     files = {"model.safetensors": store.path(artifact, "model.safetensors")}
-    return store.put(kind or artifact.kind, files, params=params)
+    return store.put(kind or artifact.kind, files, params=params, results=artifact.results)
 
 
 def _default_sampler(kind: NetKind, spec: NetSpec) -> HeunSpec | OneStepSpec:
@@ -184,6 +187,8 @@ class _Foreign:
     is_kind_certain: bool = False
     sampler: HeunSpec | OneStepSpec | None = None
     params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    seen_by: Sequence[str] = ()
+    """detectors by which it was trained or chosen, as far as the file says"""
 
 
 def _read_pickle(path: Path) -> _Foreign:
@@ -222,6 +227,9 @@ def _read_safetensors(path: Path) -> _Foreign:
             raise ValueError("a name that is no text")
         if not isinstance(params.get("recipe"), Mapping | None):
             raise ValueError("a recipe that is none")
+        seen = described.get("seen_by", [])
+        if not (isinstance(seen, list) and all(isinstance(name, str) for name in seen)):
+            raise ValueError("detectors that are no texts")
         layout = networks.laid_out(spec)
     except (
         SidaError,
@@ -238,7 +246,7 @@ def _read_safetensors(path: Path) -> _Foreign:
             f"{path} does not say which network it holds{reason}",
             "Give one that sidactl export --to safetensors wrote.",
         ) from error
-    return _Foreign(networks.filled(layout, stored), stored, kind, True, sampler, params)
+    return _Foreign(networks.filled(layout, stored), stored, kind, True, sampler, params, seen)
 
 
 def _described(path: Path, metadata: Mapping[str, str]) -> Any:

@@ -45,6 +45,8 @@ Size: TypeAlias = str | SupportsIndex | Sequence[SupportsIndex]
 def ref_text(ref: Ref, what: str = "a ref") -> str:
     """The text that names the same artifact; a path without a folder becomes ./path, which no ref can be taken for."""
     if isinstance(ref, str):
+        if not ref:
+            raise SidaError(f"{what} must name something, got nothing", "Pass an oid, a name or a file.")
         return ref
     if isinstance(ref, os.PathLike):
         path = os.fsdecode(ref)

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sidactl.commands.features import images_per_batch
-from sidactl.commands.resolve import load_dataset, load_net
+from sidactl.commands.inputs import Ref, ref_text
+from sidactl.commands.resolve import load_dataset, load_net, resolve
 from sidactl.commands.samplers import sampler_of
 from sidactl.commands.vae import vae_for, vae_loader
-from sidactl.commands.words import OnCount, RunDir, part_of
+from sidactl.commands.words import NETS, OnCount, RunDir, part_of
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.recipes import HeunSpec, NetSpec, OneStepSpec, SamplingForm
 from sidactl.store import Artifact, Store, outputs
@@ -33,6 +34,10 @@ def teacher_of(store: Store, subject: Artifact) -> Artifact:
     called = subject.params.get("name") or subject.oid[:12]
     what = "a generator without its teacher" if subject.kind == "generator" else f"the {subject.kind}"
     raise SidaError(f"pairs are of a generator that was distilled here, got {what} {called}", "Leave out pairs.")
+
+
+def _has_teacher(subject: Artifact) -> bool:
+    return subject.kind == "generator" and "teacher" in subject.inputs
 
 
 def ode_of(teacher: Artifact) -> HeunSpec:
@@ -139,8 +144,12 @@ def _drawer(
 
 
 @contextmanager
-def pictured(path: Path | None, run: RunDir) -> Iterator[Callable[[Sequence[str], str | None], Sequence[str]]]:
+def pictured(
+    path: Path | None, run: RunDir, refs: Sequence[Ref] | None = None
+) -> Iterator[Callable[[Sequence[str], str | None], Sequence[str]]]:
     """What draws generators, by oid, beside their teachers' images of the same noise, to be called once in the block.
+
+    refs: all that may be drawn, where it is known, of which one must have a teacher.
 
     It returns what is in each row, in words; what has no teacher is left out, and SidaError raised where nothing is
     left. A place that cannot be written is refused before; into nothing without a path.
@@ -149,6 +158,9 @@ def pictured(path: Path | None, run: RunDir) -> Iterator[Callable[[Sequence[str]
         yield lambda oids, device: ()
         return
     store = Store.open(run)
+    kinds = [*NETS, "samples", "dataset"]
+    if refs and not any(_has_teacher(resolve(store, ref_text(ref), kinds, any_size=True)) for ref in refs):
+        raise SidaError("a picture of pairs needs a generator that was distilled here, got none", "Name one.")
     with outputs.whole([outputs.Output(path, problem_of_picture)], force=True, run=store.root) as (staged,):
 
         def draw(oids: Sequence[str], device: str | None) -> Sequence[str]:

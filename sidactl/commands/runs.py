@@ -41,10 +41,12 @@ class Training:
         return chains
 
 
-def planned(store: Store, training: Training) -> Iterator[tuple[str, int, Artifact | None]]:
-    """The runs of a comparison, by method and seed, with the answer where the run directory has it."""
-    _check(store, training)
-    for chain in training.chains():
+def planned(
+    store: Store, training: Training, part: tuple[int, int] = (1, 1)
+) -> Iterator[tuple[str, int, Artifact | None]]:
+    """The runs of this share, by method and seed, with the answer where the run directory has it."""
+    check_training(store, training)
+    for chain in training.chains()[part[0] - 1 :: part[1]]:
         first: Artifact | None = None
         for method, seed in chain:
             needs_other = method in FROM_GENERATOR and first is None
@@ -75,10 +77,13 @@ def _known(store: Store, training: Training, method: str, seed: int, start: Arti
     return found.questions(store)["best"].answer()
 
 
-def _check(store: Store, training: Training) -> None:
+def check_training(store: Store, training: Training) -> None:
     """Refuses before anything is trained what `distill` would refuse later."""
     if unknown := [method for method in training.methods if method not in MODES]:
         raise SidaError(f"methods must be of {', '.join(MODES)}, got {unknown[0]!r}", "See sidactl distill --help.")
+    if len(set(training.methods)) < len(training.methods):
+        what = f"each method is trained once for each seed, got {','.join(training.methods)}"
+        raise SidaError(what, "Name each once, and pass --runs for more seeds.")
     if not training.methods:
         raise SidaError("methods to train are needed, got none", "Pass --methods sid,sida.")
     if training.runs < 1:
@@ -111,7 +116,9 @@ def trained(
     A run that was interrupted goes on, as `distill` does. process: whose share of this part's runs, from 0 on, and of
     how many.
     """
-    _check(store, training)
+    check_training(store, training)
+    # Of an old answer, too: a comparison has no --force.
+    told = None if say is None else lambda line: say(line.partition("; --force")[0])
     for chain in training.chains()[part[0] - 1 :: part[1]][process[0] :: process[1]]:
         first: Artifact | None = None
         for method, seed in chain:
@@ -124,7 +131,7 @@ def trained(
                 run=store.root,
                 device=device,
                 teacher_score="none",
-                say=say,
+                say=told,
                 watch=watch,
                 **_options(training, seed),
             )

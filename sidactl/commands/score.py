@@ -134,6 +134,12 @@ def _measure(asked: ScoreQuestion, place: LiveDir | None) -> _Measured:
             )
     against = {m: _against(asked, m, by_metric[m]) for m in asked.metrics}
     held_out = {m: _held_out(asked, m, by_metric[m]) for m in asked.metrics}
+    for m, unseen in held_out.items():
+        compared = against[m]
+        if unseen is None or not isinstance(compared, features.Features):
+            continue
+        if shared := len(set(unseen.digests.tolist()) & set(compared.digests.tolist())):
+            warnings.append(f"{shared:,} of the {len(unseen.rows):,} held-out images are among the reference's")
     values: dict[str, list[float]] = {}
     made_by: dict[str, list[Detector]] = {}
     made_against: dict[str, str] = {}

@@ -63,8 +63,8 @@ def is_answered(ref: str, metrics: Sequence[str], options: ScoreOptions) -> bool
     return ScoreQuestion.parse(ref, metrics, plain_options(ref, options)).question.answer() is not None
 
 
-def _held_out(
-    store: Store, keys: Sequence[str], asked: str | None, found: Mapping[str, Artifact], recheck: bool
+def held_out_images(
+    store: Store, keys: Sequence[str], asked: str | None, found: Mapping[str, Artifact], *, recheck: bool
 ) -> Artifact | None:
     """The real images that were not trained on, where a metric needs them."""
     wanting = [key for key in keys if metric_of(key).needs_held_out]
@@ -125,6 +125,8 @@ class ScoreQuestion:
         for name, known in (("labels", LABELS), ("convention", CONVENTIONS), ("resize", ("torch", "pil"))):
             if settings[name] not in known:
                 raise SidaError(f"{name} must be one of {', '.join(known)}, got {settings[name]!r}", "Pass another.")
+        if metrics is not None and not metrics:
+            raise SidaError("metrics are needed where they are asked for, got none", "Leave out --metrics.")
         for name in metrics or ():
             if name not in METRICS:
                 raise SidaError(f"unknown metric {name!r}", f"Metrics are {', '.join(METRICS)}.")
@@ -200,7 +202,7 @@ class ScoreQuestion:
                 if need := METRICS[name].need:
                     found[key] = reference_for(store, options.get("reference"), subject, need, detector, force)
         chosen = list(detectors)
-        held_out = _held_out(store, chosen, options.get("held_out"), found, force)
+        held_out = held_out_images(store, chosen, options.get("held_out"), found, recheck=force)
         if force:
             for name in set(detectors.values()):
                 read_again(store, name)

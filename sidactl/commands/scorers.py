@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def applicable_metrics(store: Store, subject: Artifact, options: Mapping[str, Any]) -> list[str]:
     """The metrics of an evaluation: all with the reference's own detector, and FD-DINOv2 where Inception is used."""
     reference = commands_reference.find(store, options.get("reference"), subject, "moments")
-    detector = options.get("detector") or _default_detector(subject, reference, options)
+    detector = options.get("detector") or default_detector(subject, reference, options)
     try:
         commands_reference.find(store, options.get("reference"), subject, "images")
         has_images = detector != "dinov2"
@@ -49,7 +49,7 @@ def detector_of(
     if fixed or asked:
         return str(fixed or asked)
     if metric in found:
-        return _default_detector(subject, found[metric], options)
+        return default_detector(subject, found[metric], options)
     # What compares with nothing is by the detector of what is compared beside it, or would be.
     compared = next((found[name] for name in found if not metric_of(name).detector), None)
     if not compared and options.get("reference"):
@@ -71,7 +71,7 @@ def reference_for(
     return found
 
 
-def _default_detector(subject: Artifact, reference: Artifact, options: Mapping[str, Any]) -> str:
+def default_detector(subject: Artifact, reference: Artifact, options: Mapping[str, Any]) -> str:
     """The reference's own detector; of a network's own dataset, when none is named, that of its runs."""
     is_of_net = subject.kind in NETS or "net" in subject.inputs
     if is_of_net and options.get("reference") is None:

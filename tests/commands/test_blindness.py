@@ -1,6 +1,7 @@
 """A number is a claim under detectors alone that did not train, choose or stop the generator; and several at once."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,15 @@ def test_metrics_that_are_named_are_by_a_blind_detector_too_but_for_one_that_is_
     ]
     assert set(named.seen) == {"MIND tiny-digits", "coverage", "density"}
     assert list(sidactl.evaluate("generator/best", ["fid"], num=40, run=finished.root).values) == [FD]
+
+
+@pytest.mark.parametrize("form", ["files", "safetensors"])
+def test_an_exported_generator_keeps_its_eyes(form: Any, finished: Finished, tmp_path: Path) -> None:
+    place = tmp_path / ("folder" if form == "files" else "net.safetensors")
+    sidactl.export("generator/best", place, form=form, run=finished.root)
+    file = place / "model.safetensors" if form == "files" else place
+    back = sidactl.fetch_teacher(str(file), name="back", run=tmp_path / "run")
+    assert blindness.seen_by(Store.open(tmp_path / "run"), back) == {"tiny-digits"}
 
 
 def test_a_distance_that_was_bought_from_one_detector_is_lost_under_the_blind_one() -> None:

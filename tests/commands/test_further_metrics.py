@@ -63,6 +63,14 @@ def test_copies_score_well_by_distance_and_are_caught_by_the_memorisation_figure
     assert copies[f"FDr {LABEL}"] < fresh[f"FDr {LABEL}"]
 
 
+def test_held_out_images_that_were_trained_on_are_told(parts: dict[str, Path], tmp_path: Path) -> None:
+    options: Any = {"reference": parts["train"], "detector": LABEL, "run": tmp_path}
+    leaked = sidactl.evaluate(parts["fresh"], ["memorisation"], held_out=parts["copies"], **options)
+    assert any("300 of the 300 held-out images are among the reference's" in warning for warning in leaked.warnings)
+    clean = sidactl.evaluate(parts["fresh"], ["memorisation"], held_out=parts["held_out"], **options)
+    assert not any("among the reference's" in warning for warning in clean.warnings)
+
+
 def test_a_collapsed_generator_is_caught_by_coverage_and_by_the_vendi_score(
     parts: dict[str, Path], tmp_path: Path
 ) -> None:
