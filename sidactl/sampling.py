@@ -6,7 +6,7 @@ then (on a conditional net) the class, then the noise of later steps. So any bat
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from sidactl.engine.threads import map_ordered, threads_for
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.nets import Denoiser, Preconditioned
 from sidactl.nets.denoiser import as_one_hot
+from sidactl.nets.steps import stepwise
 from sidactl.noise import karras_sigmas
 from sidactl.recipes import HeunSpec, OneStepSpec
 
@@ -233,29 +234,39 @@ def paired_batch(
     )
 
 
-class OneStep(torch.nn.Module):
-    """A generator as one function of unit noise [B, C, H, W] and one-hot labels [B, K], as it is exported."""
+class Exported(torch.nn.Module):
+    """A generator with all its steps as one function, as it is exported.
 
-    def __init__(self, net: Preconditioned, sigma_init: float) -> None:
+    Of unit noise [B, C, H, W]; where its steps take fresh noise, that of the later ones, [B, steps - 1, C, H, W]; and
+    one-hot labels [B, K] on a conditional net.
+    """
+
+    def __init__(self, net: Preconditioned, sampler: OneStepSpec) -> None:
         super().__init__()
-        self.net, self.sigma_init = net.eval(), sigma_init
+        self.net, self.sampler = net.eval(), sampler
+        self.levels = [sampler.sigma(step) for step in range(sampler.num_steps)]
+        self.takes_noise = len(self.levels) > 1 and sampler.noise == "fresh"
         self.eval()
 
-    def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Images in [-1, 1], or latents, float32 [B, C, H, W]."""
-        images: Tensor = self.net(latents * self.sigma_init, torch.tensor(self.sigma_init), labels)
-        return images
+    def forward(self, latents: Tensor, second: Tensor | None = None, third: Tensor | None = None) -> Tensor:
+        """Images in [-1, 1], or latents, float32 [B, C, H, W]; noise and labels as far as they are taken."""
+        noise, labels = (second, third) if self.takes_noise else (None, second)
+        fresh = iter(() if noise is None else noise.unbind(1))
+
+        def denoise(x: Tensor, sigma: float, labels: Tensor | None) -> Tensor:
+            images: Tensor = self.net(x, torch.tensor(sigma), labels)
+            return images
+
+        net = cast(Denoiser, denoise)
+        return stepwise(net, latents, labels, self.levels, self.sampler.noise, lambda: next(fresh))
 
 
 def few_steps(
     net: Denoiser, latents: Tensor, labels: Tensor | None, sampler: OneStepSpec, noise: SeededNoise
 ) -> Tensor:
-    """Images of a distilled generator; after the first step its output is diffused again, to ever lower levels."""
-    x = torch.zeros_like(latents)
-    for step in range(sampler.num_steps):
-        sigma = sampler.sigma(step)
-        x = net(x + sigma * (latents if step == 0 else noise.normal(x.shape[1:])), sigma, labels)
-    return x
+    """Images of a distilled generator by the steps of its sampler."""
+    levels = [sampler.sigma(step) for step in range(sampler.num_steps)]
+    return stepwise(net, latents, labels, levels, sampler.noise, lambda: noise.normal(latents.shape[1:]))
 
 
 def heun(

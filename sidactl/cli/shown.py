@@ -101,12 +101,13 @@ def print_generator(artifact: "Artifact", as_json: bool) -> None:
     results: Mapping[str, Any] = artifact.results
     recipe, seen = Recipe.from_json(artifact.params["recipe"]), results["images_seen"]
     look = f"Look at it: sidactl export {artifact.oid[:12]} FOLDER"
+    steps = "one step" if (num_steps := recipe.sampler().num_steps) == 1 else f"{num_steps} steps"
     if untrained := recipe.untrained(seen):
         start = "its teacher" if recipe.mode not in FROM_GENERATOR else "the generator that it started from"
         what = f"it is {start}, unchanged" if "generator" in untrained else "it is from before the adversarial part"
         console.warn(f"nothing of the {untrained[0]} was trained in the {seen:,} images of this generator: {what}")
     if results["selection_score"] is None:
-        console.note(f"last generator, not scored: {seen:,} images, one step. {look}")
+        console.note(f"last generator, not scored: {seen:,} images, {steps}. {look}")
     else:
         teacher = results["teacher_score"]
         beside = "not scored" if teacher is None else f"{teacher:.4g}"
@@ -114,7 +115,7 @@ def print_generator(artifact: "Artifact", as_json: bool) -> None:
         of_best = {name: dict(points).get(seen) for name, points in results.get("also", {}).items()}
         also = "".join(f", {name} {value:.4g}" for name, value in of_best.items() if value is not None)
         scored = f"{score_name(str(results['detector']), recipe.evaluate_by)} {results['selection_score']:.4g}{also}"
-        console.note(f"best generator: {scored} after {seen:,} images, one step; its teacher: {beside}. {look}")
+        console.note(f"best generator: {scored} after {seen:,} images, {steps}; its teacher: {beside}. {look}")
     print_artifact(artifact, as_json)
 
 

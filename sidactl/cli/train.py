@@ -117,8 +117,9 @@ AllowUntrained = Annotated[
 
 _HEADINGS: Mapping[str, str] = {
     "What to distill": "teacher mode generator dataset vae allow_untrained duration_nimg",
-    "Method": "student_times lambda_distill distillation_weight loss_detector moments_rate direction alpha "
-    "regression lambda_reg num_pairs generator_weight loss_unit score_weight f_divergence ratio_rate sigma_init tmax "
+    "Method": "steps step_levels step_noise step_graphs student_times lambda_distill distillation_weight "
+    "loss_detector moments_rate direction alpha regression lambda_reg num_pairs generator_weight loss_unit "
+    "score_weight f_divergence ratio_rate sigma_init tmax "
     "lambda_sid lambda_adv adversarial_from_nimg joint_weight generator_from_nimg generator_every order alternate "
     "share share_fakes forced_normalization logvar",
     "Discriminator": "discriminator_features discriminator_detector discriminator_loss discriminator_time "

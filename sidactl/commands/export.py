@@ -21,6 +21,7 @@ from sidactl.commands.resolve import load_dataset, load_net
 from sidactl.commands.scores import score_name
 from sidactl.commands.words import NETS, RunDir, require_images
 from sidactl.errors import SidaError
+from sidactl.recipes import OneStepSpec
 from sidactl.store import KINDS, Artifact, Store
 from sidactl.store.outputs import MANIFEST, Output, manifest_of, type_of, whole
 from sidactl.text import markdown, shell_word
@@ -71,9 +72,10 @@ def export(
     files: a folder with its files and manifest.json; png: a folder of images by class; npz: arr_0 uint8 [N, H, W, C]
     and arr_1 classes, as the guided-diffusion evaluator reads them;
     safetensors: weights with their network spec in the metadata; state-dict: a torch file {"ema": weights} that holds
-    no code; onnx: the generator's one step, from `latents` (unit noise, float32 [N, C, H, W]) and one-hot `labels`
-    [N, K] to `images`, in opset 18. A network comes with a model card: README.md in the folder, or beside the file,
-    under its name with .md added. `force` replaces an earlier export: a folder whose manifest lists all that is in it,
+    no code; onnx: the generator with its steps, from `latents` (unit noise, float32 [N, C, H, W]), `noise` of the later
+    steps where they take it ([N, steps - 1, C, H, W]) and one-hot `labels` [N, K] to `images`, in opset 18. A network
+    comes with a model card: README.md in the folder, or beside the file, under its name with .md added. `force`
+    replaces an earlier export: a folder whose manifest lists all that is in it,
     or a file of the same form; nothing else. sign: a private key, which makes DESTINATION.sig, too (see `signing`).
     """
     store, path = Store.open(run_of(ref, run)), Path(destination)
@@ -284,6 +286,8 @@ def _usage(artifact: Artifact, form: ExportForm, file: str) -> list[str]:
         ]
         return ["```python", *code, "```"]
     channels, size, classes = net["img_channels"], net["img_resolution"], net["label_dim"]
+    steps = OneStepSpec.from_json(sampler)
+    between = steps.num_steps - 1 if steps.noise == "fresh" else 0
     shape = f"[N, {channels}, {size}, {size}]"
     is_latent = channels == catalog.LATENT_CHANNELS
     what = "normalised latents (`sidactl.data.codec` decodes them)" if is_latent else "pixels in [-1, 1]"
@@ -294,12 +298,18 @@ def _usage(artifact: Artifact, form: ExportForm, file: str) -> list[str]:
         f"session = onnxruntime.InferenceSession({file!r})",
         "noise = np.random.default_rng(0)",
         f"given = {{'latents': noise.standard_normal((64, {channels}, {size}, {size}), dtype=np.float32)}}",
+        *(
+            [f"given['noise'] = noise.standard_normal((64, {between}, {channels}, {size}, {size}), dtype=np.float32)"]
+            if between
+            else []
+        ),
         *([f"given['labels'] = np.eye({classes}, dtype=np.float32)[np.arange(64) % {classes}]"] if classes else []),
         "(images,) = session.run(['images'], given)",
         *([] if is_latent else ["pixels = (images * 127.5 + 128).clip(0, 255).astype(np.uint8)"]),
     ]
     labels = f" and `labels`, one-hot float32 [N, {classes}]," if classes else ""
-    summary = f"ONNX, opset {ONNX_OPSET}: `latents`, unit normal float32 {shape},{labels} to `images`, {what}."
+    noise = f" `noise` of the later steps, likewise [N, {between}, {channels}, {size}, {size}]," if between else ""
+    summary = f"ONNX, opset {ONNX_OPSET}: `latents`, unit normal float32 {shape},{noise}{labels} to `images`, {what}."
     return [summary, "", "```python", *code, "```"]
 
 
@@ -353,7 +363,7 @@ def _export_onnx(store: Store, artifact: Artifact, path: Path) -> None:
 
     import torch
 
-    from sidactl.sampling import OneStep
+    from sidactl.sampling import Exported
 
     try:
         import onnx  # noqa: F401
@@ -363,11 +373,15 @@ def _export_onnx(store: Store, artifact: Artifact, path: Path) -> None:
     net = load_net(store, artifact, "cpu")
     if 4 * sum(p.numel() for p in net.parameters()) > ONNX_MAX_BYTES:
         raise SidaError("an ONNX file holds at most 2 GB, this network is larger", "Export it --to safetensors.")
-    step = OneStep(net, float(artifact.params["sampler"]["sigma_init"]))
+    step = Exported(net, OneStepSpec.from_json(artifact.params["sampler"]))
     # Two images, since torch takes a single one for a constant.
     spec, batch = net.spec, {0: torch.export.Dim.DYNAMIC}
     latents = torch.zeros(2, spec.img_channels, spec.img_resolution, spec.img_resolution)
-    inputs = {"latents": latents} | ({"labels": torch.zeros(2, spec.label_dim)} if spec.label_dim else {})
+    inputs = {"latents": latents}
+    if step.takes_noise:
+        inputs["noise"] = torch.zeros(2, len(step.levels) - 1, *latents.shape[1:])
+    if spec.label_dim:
+        inputs["labels"] = torch.zeros(2, spec.label_dim)
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

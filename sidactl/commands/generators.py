@@ -100,12 +100,12 @@ def keep(
     from sidactl import report
 
     recipe, made = wanted.recipe, dict[str, Artifact]()
-    curve = {}
+    curve, num_steps = {}, recipe.sampler().num_steps
     if detector:
         curve["curve.png"] = report.curve(
             drawn.scores,
             teacher_score=of_teacher,
-            title=f"{recipe.mode} of {recipe.teacher}, one step",
+            title=f"{recipe.mode} of {recipe.teacher}, {'one step' if num_steps == 1 else f'{num_steps} steps'}",
             ylabel=name_of(recipe.evaluate_by, detector),
         )
     for which, (nimg, score) in drawn.seen.items():

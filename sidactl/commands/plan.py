@@ -28,6 +28,7 @@ from sidactl.recipes import (
     AddRecipe,
     EvaluatedBy,
     Execution,
+    FakeScoreRecipe,
     Memory,
     Mode,
     NetSpec,
@@ -176,9 +177,8 @@ def plan(
         if start.params:
             check_generator(start.params, taught.params)
             own = start.params.get("sampler")
-            if own and "sigma_init" not in overrides:
-                recipe = dataclasses.replace(recipe, sigma_init=own["sigma_init"])
-                default = dataclasses.replace(default, sigma_init=own["sigma_init"])
+            if own and not {"sigma_init", "step_levels"} & set(overrides):
+                recipe, default = (_sampled_as(each, own, overrides) for each in (recipe, default))
         if mode == "sid2a" and (began := _mode_of(start)) not in (None, "sid"):
             notes.append(f"SiD2A starts from a generator of mode sid, {generator} is one of mode {began}")
     data, missing = _planned_data(store, recipe, dataset)
@@ -247,6 +247,18 @@ def plan(
     if scoring and teacher_score == "published" != made.teacher_score:
         raise not_published(recipe, scoring.score_name)
     return made
+
+
+def _sampled_as(recipe: Recipe, own: Mapping[str, Any], overrides: Mapping[str, Any]) -> Recipe:
+    """The recipe with the noise levels of the generator that it starts from, whose sampler this is."""
+    changed: dict[str, Any] = {"sigma_init": own["sigma_init"]}
+    if own.get("num_steps", 1) > 1 and not isinstance(recipe, FakeScoreRecipe):
+        what = f"mode {recipe.mode} trains generators of one step, got one of {own['num_steps']}"
+        raise SidaError(what, "Pass --generator with one of one step.")
+    if isinstance(recipe, FakeScoreRecipe) and own.get("num_steps", 1) > 1 and "steps" not in overrides:
+        changed |= {"steps": own["num_steps"], "step_levels": tuple(own.get("levels", ()))}
+        changed |= {} if "step_noise" in overrides else {"step_noise": own.get("noise", "fresh")}
+    return dataclasses.replace(recipe, **changed)
 
 
 def check_trained_on(store: Store, recipe: Recipe, net: NetSpec, compared: preflight.Input) -> list[preflight.Need]:

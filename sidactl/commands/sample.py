@@ -12,7 +12,7 @@ from sidactl.commands.inputs import Count, Ref, Seeds, count_of, optional_ref, r
 from sidactl.commands.question import Question, rank0_first
 from sidactl.commands.reference import class_of
 from sidactl.commands.resolve import load_dataset, load_net, resolve
-from sidactl.commands.samplers import chosen_sampler, drawn_on
+from sidactl.commands.samplers import chosen_sampler, drawn_on, note_of_steps
 from sidactl.commands.vae import (
     check_vae_is_there,
     is_of_latents,
@@ -112,6 +112,8 @@ def sample(
     if say and (warning := other_vae(subject, decoder)):
         say(f"warning: {warning}")
     chosen = chosen_sampler(subject, sampler, steps, heun)
+    if say and (note := note_of_steps(subject, chosen)):
+        say(f"warning: {note}")
     if isinstance(class_index, str):
         class_index = class_of(store, subject, class_index)
     setting = setting or SamplingForm()

@@ -37,6 +37,18 @@ def sampler_from(settings: Mapping[str, Any]) -> OneStepSpec | HeunSpec:
     return HeunSpec.from_json(settings) if "S_churn" in settings else OneStepSpec.from_json(settings)
 
 
+def note_of_steps(subject: Artifact, chosen: OneStepSpec | HeunSpec) -> str | None:
+    """What is to be said of a generator that is sampled in another number of steps than it was trained for."""
+    own = sampler_of(subject)
+    if not isinstance(own, OneStepSpec) or not isinstance(chosen, OneStepSpec) or chosen.num_steps == own.num_steps:
+        return None
+    if own.levels and own.num_steps == 1:  # trained at each of them for itself
+        return None
+    trained = "one step" if own.num_steps == 1 else f"{own.num_steps} steps"
+    called = subject.params.get("name") or subject.oid[:12]
+    return f"{called} was trained for {trained}, not for {chosen.num_steps}: nothing says that more of them are better"
+
+
 def chosen_sampler(
     subject: Artifact, kind: str | None = None, steps: int | None = None, heun: Mapping[str, float] | None = None
 ) -> OneStepSpec | HeunSpec:

@@ -17,7 +17,7 @@ from sidactl.commands.moments import MIN_IMAGES_PER_FEATURE, Moments
 from sidactl.commands.pairs import pairing_of
 from sidactl.commands.question import Question, rank0_first
 from sidactl.commands.resolve import load_dataset, load_net
-from sidactl.commands.samplers import sampler_from, sampler_of
+from sidactl.commands.samplers import note_of_steps, sampler_from, sampler_of
 from sidactl.commands.score_question import ScoreQuestion, why_unkept
 from sidactl.commands.scorers import load_detector
 from sidactl.commands.scores import Score, ScoreOptions, detector_label, metric_of, numbers, plain_options, score_of
@@ -124,6 +124,9 @@ def _measure(asked: ScoreQuestion, place: LiveDir | None) -> _Measured:
                 )
     if asked.subject.kind in NETS and (warning := other_vae(asked.subject, asked.vae)):
         warnings.append(warning)
+    chosen = sampler_from(asked.settings["sampler"]) if "sampler" in asked.settings else None
+    if chosen and (note := note_of_steps(asked.subject, chosen)):
+        warnings.append(note)
     warnings += _of_other_shape(asked.store, asked.subject, asked.references.values())
     for metric, reference in asked.references.items():
         by = by_metric[metric]

@@ -6,12 +6,14 @@ Nothing is summed over passes, clipped or stepped here: passes, processes, preci
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from sidactl.nets import Denoiser
+from sidactl.nets.steps import stepwise
 from sidactl.noise import Draws
 from sidactl.recipes import FakeScoreRecipe, FurtherRecipe, NetSpec, Recipe
 from sidactl.scopes import scope
@@ -86,6 +88,11 @@ class Batch(Protocol):
     @property
     def real_labels(self) -> Tensor:
         """of the real images, [B, K]"""
+        ...
+
+    @property
+    def chosen(self) -> Callable[[int], int]:
+        """draws a number below the one given, the same for all images and both updates of a step"""
         ...
 
     @property
@@ -228,13 +235,21 @@ class Method(nn.Module, ABC):
         """For people: what a step trains that updates the generator."""
 
     def generate(self, generator: Denoiser, batch: Batch) -> Tensor:
-        """The generator's images [B, C, H, W], here in one step. Source: SiDA (2410.14919), eq. 1, with a_t = 1.
+        """The generator's images [B, C, H, W]. Source: SiDA (2410.14919), eq. 1, with a_t = 1.
 
-        Both updates ask, with a graph or without. Of several steps those before the last are a matter of this method.
+        Both updates ask, with a graph or without. Of several steps these are the images of the one that is trained,
+        which is drawn for each step of the run, so that all of them together are matched to the data, as by few-step
+        SiD (2505.12674); with graphs through all of them it is always the last, as in SiDA's code for EDM2.
         """
-        spec, sigma_init = generator.spec, self.recipe.sigma_init
+        spec, recipe = generator.spec, self.recipe
         z = batch.latent.normal((len(batch.labels), spec.img_channels, spec.img_resolution, spec.img_resolution))
-        return generator(sigma_init * z, sigma_init, batch.labels)
+        if not isinstance(recipe, FakeScoreRecipe) or len(recipe.levels) == 1:
+            return generator(recipe.sigma_init * z, recipe.sigma_init, batch.labels)
+        levels, graphs = recipe.levels, recipe.step_graphs
+        if graphs == "last":
+            levels = levels[: batch.chosen(len(levels)) + 1]
+        fresh = partial(batch.latent.normal, z.shape)
+        return stepwise(generator, z, batch.labels, levels, recipe.step_noise, fresh, graphs=graphs)
 
     def stepped(self) -> None:
         """Called after every update of the heads, in all processes alike; what it changes are buffers."""

@@ -2,6 +2,8 @@
 
 import bisect
 import dataclasses
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, get_args
@@ -261,10 +263,41 @@ class FakeScoreRecipe(Recipe):
     """probability of EDM's augmentation of the fake score's inputs"""
     logvar: bool = True
     """EDM2: whether the fake score keeps the teacher's uncertainty head, and the losses divide by exp(u)"""
+    steps: int = 1
+    """steps of the generator, at evenly falling noise levels from sigma_init; one of them is trained at a time"""
+    step_levels: tuple[float, ...] = ()
+    """the noise levels of the steps, falling from sigma_init, in place of evenly falling ones"""
+    step_noise: Literal["fresh", "fixed", "ddim"] = "fresh"
+    """what an image gets between steps: fresh noise, the first step's again, or the noise that it was seen to have"""
+    step_graphs: Literal["last", "all"] = "last"
+    """whether a step's gradient goes back into the steps before it (all), or not (last)"""
+
+    _later = Recipe._later | {"steps", "step_levels", "step_noise", "step_graphs"}
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The noise level of each step."""
+        return self.step_levels or tuple(self.sigma_init * (self.steps - k) / self.steps for k in range(self.steps))
+
+    def sampler(self) -> OneStepSpec:
+        num, noise = len(self.levels), self.step_noise
+        return OneStepSpec(sigma_init=self.sigma_init, num_steps=num, levels=self.step_levels, noise=noise)
+
+    def idle(self) -> dict[str, str]:
+        found = super().idle()
+        return found if len(self.levels) > 1 else found | dict.fromkeys(("step_noise", "step_graphs"), "--steps 1")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        at_least(self, 1, "steps")
         positive(self, "fake_score_lr")
+        if self.step_levels:
+            falls = all(a > b > 0 for a, b in itertools.pairwise((math.inf, *self.step_levels)))
+            if not falls or self.step_levels[0] != self.sigma_init:
+                wanted = f"falling from sigma_init, {self.sigma_init:g}, and above 0"
+                raise refusal("step_levels", wanted, self.step_levels)
+            if self.steps not in (1, len(self.step_levels)):
+                raise refusal("steps", f"left out, or {len(self.step_levels)} as there are levels", self.steps)
         below_one(self, "fake_score_beta1")
         in_unit_interval(self, "augment_p")
 

@@ -76,7 +76,7 @@ class MatchingRecipe(FakeScoreRecipe, HeadsRecipe, modes=("diff-instruct", "dmd2
             raise refusal("direction_dropout", "off with --direction sid", True)
 
     def idle(self) -> dict[str, str]:
-        found = {}
+        found = super().idle()
         if self.direction == "kl":
             found["alpha"] = "--direction kl"
         else:
@@ -137,6 +137,8 @@ class PairedRecipe(MatchingRecipe, modes=("dmd",)):
             raise refusal("dropout", "0 in mode dmd, where the generator draws twice as many images", self.dropout)
         if self.discriminator_features != "none":
             raise refusal("discriminator_features", "none in mode dmd", self.discriminator_features)
+        if len(self.levels) > 1:
+            raise refusal("steps", "1 in mode dmd, whose pairs are of one step", len(self.levels))
 
     @property
     def needs(self) -> str:

@@ -136,6 +136,8 @@ class Memory:
         at_once = execution.batch_per_device or micro_batch
         saved, size = _SAVED_VALUES[net.architecture], 2 if recipe.precision in ("fp16", "bf16") else 4
         trained, frozen = recipe.graphs
+        if isinstance(recipe, FakeScoreRecipe) and recipe.step_graphs == "all":
+            trained += len(recipe.levels) - 1
         num_graphs, has_fake_score = trained + frozen, isinstance(recipe, FakeScoreRecipe)
         if execution.checkpoint_activations:
             # Kept are the inputs of blocks, with skips in the decoder; and of one block at a time, in the fake score's

@@ -58,6 +58,8 @@ def override(recipe: AnyRecipe, overrides: Mapping[str, Any]) -> AnyRecipe:
         changed["evaluate_num"] = min(recipe.evaluate_num, FEW_IMAGES)
     if changed.get("direction") == "sid" and "direction_dropout" not in changed:
         changed["direction_dropout"] = False  # which that direction cannot have
+    if changed.get("step_levels") and "sigma_init" not in changed:
+        changed["sigma_init"] = changed["step_levels"][0]
     made = dataclasses.replace(recipe, **changed)
     idle = made.idle()
     for name in overrides:

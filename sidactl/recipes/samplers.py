@@ -17,8 +17,10 @@ class OneStepSpec(JsonFields):
     """noise level of the input, and the sigma argument; step k of N uses sigma_init (N - k) / N"""
     levels: tuple[float, ...] = ()
     """of a generator that was trained at these noise levels, falling from sigma_init: steps go through them"""
+    noise: Literal["fresh", "fixed", "ddim"] = "fresh"
+    """what an image gets between steps: fresh noise, the first step's again, or the noise that it was seen to have"""
 
-    _later = frozenset({"levels"})
+    _later = frozenset({"levels", "noise"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -23,7 +23,7 @@ from sidactl.recipes import NetSpec
 from sidactl.sampling import SeededNoise
 from sidactl.scopes import scope
 
-STREAMS = {"latent": 0, "diffusion": 1, "augment": 2, "dropout": 3, "posterior": 4, "pairs": 5}
+STREAMS = {"latent": 0, "diffusion": 1, "augment": 2, "dropout": 3, "posterior": 4, "pairs": 5, "step": 6}
 
 
 class SeededDraws:
@@ -65,6 +65,7 @@ class MicroBatch:
     reals: Callable[[], Tensor]
     """fetches the images as networks see them, [b, C, H, W]"""
     pairs: Callable[[], Pairs] = _no_pairs
+    chosen: Callable[[int], int] = lambda below: 0
     num_micro_batches: int = 1
     starts: Sequence[int] = (0,)
     """where in the batch of a step each micro-batch begins"""
@@ -96,6 +97,7 @@ class MicroBatch:
             [seed for part in parts for seed in part.dropout_seeds],
             cache(lambda: torch.cat([p.reals() for p in parts])),
             cache(lambda: Pairs(*map(torch.cat, zip(*(p.pairs() for p in parts), strict=True)))),
+            parts[0].chosen,
             len(parts),
             [start for part in parts for start in part.starts],
             None if parts[0].labels_of_reals is None else torch.cat([p.real_labels for p in parts]),
@@ -260,6 +262,7 @@ class DatasetBatches:
             [stream_seed(self._seed, "dropout", batch * self._num_rounds + round)],
             cache(partial(self.images, batch, round)),  # some methods ask twice in a pass
             cache(partial(self.pairs, batch, round)),
+            partial(self._of_step, batch // 2),  # a step of a distillation has two batches
             starts=(round * self._size,),
         )
 
@@ -276,6 +279,9 @@ class DatasetBatches:
             return _no_pairs()
         chosen = self._draws("pairs", batch, round).integers(self._pairs.num_pairs, (self._size,))
         return self._pairs.pairs(chosen)
+
+    def _of_step(self, step: int, below: int) -> int:
+        return stream_seed(self._seed, "step", step) % below
 
     def _chosen(self, batch: int, round: int) -> Any:
         return self._order.indices((batch * self._num_rounds + round) * self._size, self._size)

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +14,7 @@ import safetensors.torch
 import torch
 
 import sidactl
-from sidactl import fetch_teacher, nets
+from sidactl import fetch_teacher, nets, sampling
 from sidactl.commands import export
 from sidactl.commands.export import ExportForm
 from sidactl.errors import SidaError
@@ -26,32 +27,42 @@ from tests.commands.conftest import SMALL, SPEC, network, refused
     "source",
     [
         "sida_gen_edm",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("sid_gen_edm2_nogan", "onestep_uncond")),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("sid_gen_edm2_nogan", "onestep_uncond", "fresh_steps", "ddim_steps")
+        ),
     ],
 )
 def test_a_generator_in_onnx_draws_the_same_images(run: Path, tmp_path: Path, source: str) -> None:
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'sidactl[dev]'")
-    if source == "onestep_uncond":
+    if source in ("onestep_uncond", "fresh_steps", "ddim_steps"):
         torch.manual_seed(0)
-        net = nets.build(dataclasses.replace(SPEC, label_dim=0))
+        net = nets.build(SPEC if source == "fresh_steps" else dataclasses.replace(SPEC, label_dim=0))
         weights = {"model.safetensors": safetensors.torch.save(net.state_dict())}
-        params = {"name": source, "net": net.spec.to_json(), "sampler": OneStepSpec(sigma_init=1.5).to_json()}
+        several = {} if source == "onestep_uncond" else {"num_steps": 3, "noise": source.partition("_")[0]}
+        sampler = OneStepSpec(sigma_init=1.5, **several)  # type: ignore[arg-type]
+        params = {"name": source, "net": net.spec.to_json(), "sampler": sampler.to_json()}
         oid = Store.open(run).put("generator", weights, params=params | {"dataset": None}).oid
     else:
         oid = sidactl.fetch_teacher(str(network(source)), kind="generator", run=run).oid
     path = sidactl.export(oid, tmp_path / "g.onnx", form="onnx", run=run)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     net = sidactl.load(oid, run=run)
-    sigma_init = float(Store.open(run).get(oid).params["sampler"]["sigma_init"])
+    sampler = OneStepSpec.from_json(Store.open(run).get(oid).params["sampler"])
     for batch in (1, 3):
         latents = torch.randn(batch, net.spec.img_channels, net.spec.img_resolution, net.spec.img_resolution)
         given = {"latents": latents.numpy()}
         labels = torch.eye(net.spec.label_dim)[torch.arange(batch) % net.spec.label_dim] if net.spec.label_dim else None
         if labels is not None:
             given["labels"] = labels.numpy()
+        fresh = torch.randn(batch, sampler.num_steps - 1, *latents.shape[1:])
+        if sampler.num_steps > 1 and sampler.noise == "fresh":
+            given["noise"] = fresh.numpy()
+        left = list(fresh.unbind(1))
+        noise: Any = SimpleNamespace(normal=lambda shape, left=left: left.pop(0))
         (images,) = session.run(["images"], given)
         with torch.no_grad():
-            expected = net(latents * sigma_init, sigma_init, labels)
+            expected = sampling.few_steps(net, latents, labels, sampler, noise)
         torch.testing.assert_close(torch.from_numpy(images), expected, rtol=1e-4, atol=1e-5)
     card = (tmp_path / "g.onnx.md").read_text()
     assert f"ONNX, opset {opset_of(path)}: `latents`, unit normal float32 [N, " in card

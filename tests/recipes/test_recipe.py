@@ -58,7 +58,7 @@ def test_nested_parts_are_objects_in_json() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cls", "fields"), [(OneStepSpec, "levels, num_steps, sigma_init"), (Adversarial, "adversarial_from_nimg")]
+    ("cls", "fields"), [(OneStepSpec, "levels, noise, num_steps, sigma_init"), (Adversarial, "adversarial_from_nimg")]
 )
 def test_an_unknown_name_in_json_is_refused_with_those_that_there_are(cls: type[JsonFields], fields: str) -> None:
     with pytest.raises(SidaError) as caught:
