@@ -93,7 +93,13 @@ def test_two_processes_train_several_steps_as_one(started: Path, tmp_path: Path)
 
 def test_what_starts_from_a_generator_has_its_steps(started: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(started, tmp_path / "run"))
-    options = SHORT | {"teacher_score": "none", "say": None, "device": "cpu", "duration_nimg": 48, "adversarial_from_nimg": 0}
+    options = SHORT | {
+        "teacher_score": "none",
+        "say": None,
+        "device": "cpu",
+        "duration_nimg": 48,
+        "adversarial_from_nimg": 0,
+    }
     tuned = sidactl.finetune_sid2a(teacher="tiny-digits", generator="generator/latest", run=run, **options)
     assert Recipe.from_json(tuned.params["recipe"]).sampler().num_steps == 3
     with pytest.raises(SidaError, match=r"^mode fd-loss trains generators of one step, got one of 3"):
