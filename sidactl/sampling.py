@@ -4,6 +4,7 @@ Noise and label of an image depend on its seed alone, drawn in the order of the 
 then (on a conditional net) the class, then the noise of later steps. So any batch size gives the same images.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,6 +20,7 @@ from sidactl.engine.threads import map_ordered, threads_for
 from sidactl.errors import EXIT_FAILED, SidaError
 from sidactl.nets import Denoiser, Preconditioned
 from sidactl.nets.denoiser import as_one_hot
+from sidactl.nets.guided import Unlabelled
 from sidactl.nets.steps import stepwise
 from sidactl.noise import karras_sigmas
 from sidactl.recipes import HeunSpec, OneStepSpec
@@ -68,8 +70,9 @@ class Samples:
     codec: Codec
     class_index: int | None = None
     class_counts: Sequence[int] | None = None
-    guide: Denoiser | None = None
+    guide: Denoiser | Unlabelled | None = None
     guidance: float = 1.0
+    guidance_interval: Sequence[float] = ()
     batch_size: int = 256
 
     def __len__(self) -> int:
@@ -104,6 +107,7 @@ class Samples:
             class_counts=self.class_counts,
             guide=self.guide,
             guidance=self.guidance,
+            guidance_interval=self.guidance_interval,
         )
         images, labels = images[: len(seeds)], None if labels is None else labels[: len(seeds)].cpu()
         bad = images.flatten(1).isfinite().all(1).logical_not().nonzero()
@@ -124,8 +128,9 @@ def generate(
     device: torch.device,
     class_index: int | None = None,
     class_counts: Sequence[int] | None = None,
-    guide: Denoiser | None = None,
+    guide: Denoiser | Unlabelled | None = None,
     guidance: float = 1.0,
+    guidance_interval: Sequence[float] = (),
     codec: Codec | None = None,
     load_vae: Callable[[], Any] | None = None,
     batch_size: int = 256,
@@ -134,6 +139,7 @@ def generate(
 
     class_counts: images of each class in a dataset; then classes are drawn by their share of it, else uniformly.
     guide, guidance: a weaker net and how far to move away from it (1 = not at all), for Heun's sampler alone.
+    guidance_interval: the lowest and the highest noise level at which it does; () = all.
     codec: by default that of the net's channels, where four are latents that the VAE decodes; load_vae: gives it.
     Raises SidaError for classes that the net does not have, and for a guide that does not fit.
     """
@@ -148,10 +154,11 @@ def generate(
     if guide is not None:
         _check_guide(guide, net, sampler)
     codec = codec or codec_for(net.spec.img_channels, load_vae)
-    return Samples(net, sampler, seeds, device, codec, class_index, class_counts, guide, guidance, batch_size)
+    guided = (guide, guidance, guidance_interval)
+    return Samples(net, sampler, seeds, device, codec, class_index, class_counts, *guided, batch_size)
 
 
-def _check_guide(guide: Denoiser, net: Denoiser, sampler: OneStepSpec | HeunSpec) -> None:
+def _check_guide(guide: Denoiser | Unlabelled, net: Denoiser, sampler: OneStepSpec | HeunSpec) -> None:
     if isinstance(sampler, OneStepSpec):
         raise SidaError(
             "guidance needs the heun sampler, got a one-step generator", "Leave out --guide, or sample a teacher."
@@ -174,8 +181,9 @@ def sample_batch(
     *,
     class_index: int | None = None,
     class_counts: Sequence[int] | None = None,
-    guide: Denoiser | None = None,
+    guide: Denoiser | Unlabelled | None = None,
     guidance: float = 1.0,
+    guidance_interval: Sequence[float] = (),
 ) -> tuple[Tensor, Tensor | None]:
     """Images in [-1, 1], or latents, and class indices for these seeds.
 
@@ -188,7 +196,8 @@ def sample_batch(
     one_hot = as_one_hot(labels, net.spec.label_dim, device)
     if isinstance(sampler, OneStepSpec):
         return few_steps(net, latents, one_hot, sampler, noise), labels
-    return heun(net, latents, one_hot, sampler, noise, guide=guide, guidance=guidance), labels
+    guided: Any = {"guide": guide, "guidance": guidance, "guidance_interval": guidance_interval}
+    return heun(net, latents, one_hot, sampler, noise, **guided), labels
 
 
 def _drawn(net: Denoiser, noise: SeededNoise, class_counts: Sequence[int] | None) -> tuple[Tensor, Tensor | None]:
@@ -276,19 +285,21 @@ def heun(
     sampler: HeunSpec,
     noise: SeededNoise,
     *,
-    guide: Denoiser | None = None,
+    guide: Denoiser | Unlabelled | None = None,
     guidance: float = 1.0,
+    guidance_interval: Sequence[float] = (),
 ) -> Tensor:
     """Images of a diffusion model by Heun's method with optional churn; the last step is Euler's.
 
-    With a guide net, D = D_guide + guidance (D_net - D_guide). Source: EDM (2206.00364), Algorithm 2; autoguidance
-    (2406.02507), eq. 4.
+    With a guide net, D = D_guide + guidance (D_net - D_guide), at noise levels of the interval. Source: EDM
+    (2206.00364), Algorithm 2; autoguidance (2406.02507), eq. 4; the interval 2404.07724.
     """
+    lowest, highest = guidance_interval or (0.0, math.inf)
     dtype = torch.float64 if sampler.convention == "edm" else torch.float32
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         denoised = net(x, sigma, labels).to(dtype)
-        if guide is None or guidance == 1:
+        if guide is None or guidance == 1 or not lowest <= float(sigma) <= highest:
             return denoised
         return guide(x, sigma, labels).to(dtype).lerp(denoised, guidance)
 

@@ -30,6 +30,7 @@ RECIPES = {
     "edm2-xs-dino": "13906817f4a45a37",
     "edm2-s": "b40f75d5b20c7292",
     "edm2-s-dino": "3e8b3262ebba1507",
+    "edm2-s-guided": "8f9ddcc8ea9d381f",
     "edm2-m": "d4b1cbeee75fc24e",
     "edm2-m-dino": "1db3b4fbaf35eab1",
     "edm2-l": "e9def30f7b3300c8",

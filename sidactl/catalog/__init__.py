@@ -29,7 +29,7 @@ from sidactl.catalog.generators import COMPARISONS, GENERATORS
 from sidactl.catalog.lookup import Row, rows
 from sidactl.catalog.methods import published_run
 from sidactl.catalog.scoring import DETECTORS, EYES, MAPPED, REFERENCES, TIMM, detector, digest_of_code, timm_name
-from sidactl.catalog.teachers import COSTS, NUM_PARAMETERS, TEACHERS, Cost, recipe_for, teacher
+from sidactl.catalog.teachers import COSTS, GUIDES, NUM_PARAMETERS, TEACHERS, Cost, recipe_for, teacher
 from sidactl.catalog.tiny_digits import SMALL_NETS
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "DETECTORS",
     "EYES",
     "GENERATORS",
+    "GUIDES",
     "LATENT_CHANNELS",
     "LATENT_SCALE",
     "MAPPED",

@@ -142,7 +142,7 @@ def edm2_teachers() -> Iterator[Teacher]:
         _edm2_net("s", 4),
         {"FID guided": EDM2_SIZES["s"].fid[1]},
         "imagenet512",
-        {},
+        _edm2_recipes("edm2-s-guided", "s", "imagenet512", -0.4, 1.0),
     )
     yield _edm2(
         "edm2-xs-uncond",

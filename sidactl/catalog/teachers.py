@@ -68,6 +68,10 @@ def teacher(name: str) -> Teacher:
     return TEACHERS[name]
 
 
+GUIDES: Mapping[str, tuple[str, float]] = {"edm2-s-guided": ("edm2-xs-uncond", 1.4)}
+"""by teacher: the guide, and the guidance, that its published sampling has"""
+
+
 def recipe_for(teacher_name: str, mode: Mode, net: NetSpec | None = None, num_parameters: int | None = None) -> Recipe:
     """The recipe of a teacher in this mode, the catalog's or made for its network; see `sid_recipe_for`.
 
@@ -96,9 +100,7 @@ def sid_recipe_for(
     if teacher_name in TEACHERS:
         recipes = TEACHERS[teacher_name].recipes
         if mode not in recipes:
-            raise SidaError(
-                f"{teacher_name} is for guided sampling and has no recipe", "Distill another, such as edm2-xs."
-            )
+            raise SidaError(f"{teacher_name} guides others and has no recipe", "Distill another, such as edm2-xs.")
         return recipes[mode]
     assert net
     assert num_parameters

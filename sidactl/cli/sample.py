@@ -47,7 +47,12 @@ def sample(
     steps: Steps = None,
     sampler: Sampler = None,
     guide: Annotated[str | None, ref_option("a weaker teacher to move away from")] = None,
-    guidance: Annotated[float, typer.Option(help="how far, 1 = not at all")] = 1.0,
+    guidance: Annotated[
+        float, typer.Option(help="how far from it, or without --guide from itself without labels; 1 = not at all")
+    ] = 1.0,
+    guidance_interval: Annotated[
+        str | None, typer.Option(metavar="LOW,HIGH", help="the noise levels at which it is guided; all if not given")
+    ] = None,
     vae: Vae = None,
     name: Name = None,
     run: Run = None,
@@ -73,6 +78,7 @@ def sample(
             sampler=sampler,  # type: ignore[arg-type]  # ops checks it, with a better error
             guide=guide,
             guidance=guidance,
+            guidance_interval=_levels(guidance_interval),
             vae=vae,
             **drawn_by(overrides),
             name=name,
@@ -83,3 +89,11 @@ def sample(
             tick=tick,
         )
     print_artifact(result.artifact, as_json)
+
+
+def _levels(text: str | None) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        what = f"--guidance-interval must be LOW,HIGH, got {text!r}"
+        raise SidaError(what, "Pass --guidance-interval 0.2,3.") from None

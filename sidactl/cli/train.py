@@ -116,7 +116,8 @@ AllowUntrained = Annotated[
 
 
 _HEADINGS: Mapping[str, str] = {
-    "What to distill": "teacher mode generator dataset vae allow_untrained duration_nimg",
+    "What to distill": "teacher mode generator guide teacher_guidance score_guidance guidance_interval "
+    "score_label_dropout dataset vae allow_untrained duration_nimg",
     "Method": "steps step_levels step_noise step_graphs student_times lambda_distill distillation_weight "
     "loss_detector moments_rate direction alpha regression lambda_reg num_pairs generator_weight loss_unit "
     "score_weight f_divergence ratio_rate sigma_init tmax "
@@ -162,6 +163,7 @@ def distill(
     overrides: Mapping[str, Any],
     mode: Annotated[str, typer.Option(metavar="NAME", help=", ".join(MODES), is_eager=True)] = "sida",
     generator: Annotated[str | None, ref_option("where sid2a starts")] = None,
+    guide: Annotated[str | None, ref_option("a weaker teacher that the teacher is moved away from")] = None,
     dataset: RealImages = None,
     reference: Compared = None,
     detector: RunDetector = None,
@@ -189,7 +191,7 @@ def distill(
         "reference": reference,
     }
     planned |= {"score": not no_score, "detector": detector, "allow_untrained": allow_untrained, "device": device}
-    planned |= {"vae": vae, "teacher_score": teacher_score}
+    planned |= {"vae": vae, "teacher_score": teacher_score, "guide": guide}
     others = {"name": name, "run": run, "force": force}
     _distill(planned, others, overrides, log, as_json, dry_run)
 

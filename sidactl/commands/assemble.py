@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from sidactl.commands import moments
 from sidactl.commands import reference as commands_reference
+from sidactl.commands.companions import check_generator, guided
 from sidactl.commands.identity import source_identity
-from sidactl.commands.plan import Plan, check_generator, is_foreign, needs_reference, of_other_vae, plan
+from sidactl.commands.plan import Plan, is_foreign, needs_reference, of_other_vae, plan
+from sidactl.commands.preflight import Input
 from sidactl.commands.prepare import prepare_data
 from sidactl.commands.question import Question
 from sidactl.commands.resolve import dataset_called, resolve
@@ -120,6 +122,9 @@ def assembled(
     if generator is not None:
         inputs["generator"] = resolve(store, generator, ["generator"], recheck=recheck)
         check_generator(inputs["generator"].params, teacher_artifact.params)
+    if options.get("guide") is not None:
+        inputs["guide"] = resolve(store, options["guide"], ["teacher"], recheck=recheck)
+        guided(store, inputs["guide"].oid, recipe, Input(teacher, teacher_artifact))
     check_trainable(data)
     check_fit(shape_for_nets(data), net, "teacher")
     if compared:

@@ -53,6 +53,7 @@ def distill(
     vae: Ref | None = None,
     teacher_score: TeacherScore | None = None,
     allow_untrained: bool = False,
+    guide: Ref | None = None,
     name: str | None = None,
     run: RunDir = None,
     device: str | None = None,
@@ -78,6 +79,8 @@ def distill(
     teacher_score: what the generator is compared with: the teacher's published score, one measured likewise at the end,
         once the generator is there, or none; by default the published one, where it is by this detector and reference.
         It shapes no generator.
+    guide: a weaker teacher that the teacher is moved away from, teacher_guidance times as far; without it that is the
+        teacher itself without labels.
     allow_untrained: go on where the duration ends before the generator, or its adversarial part, would be trained.
 
     A run that was interrupted is continued; one that finished before is answered from the run directory, which moves
@@ -95,6 +98,7 @@ def distill(
     teacher, generator = ref_text(teacher, "the teacher"), optional_ref(generator, "the generator")
     dataset, reference = optional_ref(dataset, "the dataset"), optional_ref(reference, "the reference")
     detector, vae = optional_ref(detector, "the detector"), optional_ref(vae, "the VAE")
+    guide = optional_ref(guide, "the guide")
     recipe_overrides = field_values(recipe_overrides, *recipe_classes(), Adversarial, Execution)
     settings = {f.name for f in dataclasses.fields(Execution)} & set(recipe_overrides)
     chosen = {name: recipe_overrides.pop(name) for name in settings}
@@ -117,10 +121,12 @@ def distill(
             vae=vae,
             teacher_score=teacher_score,
             allow_untrained=allow_untrained,
+            guide=guide,
             device=device,
             recheck=force,
         )
         words = ["distill", *option_words({"teacher": teacher, "mode": mode, "generator": generator})]
+        words += option_words({"guide": guide})
         words += option_words({"dataset": dataset, "ref": reference, "detector": detector, "vae": vae, "name": name})
         words += option_words(
             {"no_score": not score, "teacher_score": teacher_score, "allow_untrained": allow_untrained}
@@ -225,9 +231,11 @@ def _train(
     recipe, execution, inputs = wanted.recipe, wanted.execution, wanted.inputs
     configure.passes_of(recipe, execution)  # what does not fit is told before anything is loaded
 
-    def load() -> "tuple[Preconditioned, Preconditioned | None]":
-        start = load_net(store, inputs["generator"], device) if "generator" in inputs else None
-        return load_net(store, inputs["teacher"], device), start
+    def load() -> "tuple[Preconditioned, Preconditioned | None, Preconditioned | None]":
+        start, guide = (
+            load_net(store, inputs[role], device) if role in inputs else None for role in ("generator", "guide")
+        )
+        return load_net(store, inputs["teacher"], device), start, guide
 
     loaded = [load()]
     facts, scoring = {"title": f"distill {recipe.teacher} {recipe.mode}", "teacher": recipe.teacher}, _Scoring()
@@ -245,8 +253,8 @@ def _train(
     scoring = dataclasses.replace(scoring, trained_by=label)
 
     def make(execution: Execution) -> distillation.Distillation:
-        teacher, start = loaded.pop() if loaded else load()  # a form may change nets
-        return distillation.Distillation(recipe, teacher, start, batches, execution, trained_on)
+        teacher, start, guide = loaded.pop() if loaded else load()  # a form may change nets
+        return distillation.Distillation(recipe, teacher, start, batches, execution, trained_on, guide)
 
     training, tried = in_fastest_form(make, execution, live, device)
     notes = [*wanted.notes, *scoring.notes, *training.notes, *tried]

@@ -10,25 +10,20 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from sidactl import catalog, launch
-from sidactl.commands import preflight, scores
+from sidactl.commands import companions, preflight, scores
 from sidactl.commands.files import check_has_file
-from sidactl.commands.moments import is_detector_file
 from sidactl.commands.running import check_fit, check_trainable
-from sidactl.commands.samplers import sampler_of
 from sidactl.commands.scorers import require_classes
 from sidactl.commands.scores import METRICS, score_name
 from sidactl.commands.vae import other_vae, vae_for
 from sidactl.commands.words import NET_FILES
 from sidactl.errors import EXIT_USAGE, SidaError
-from sidactl.foreign.perceptual import check_lpips
 from sidactl.recipes import (
     FROM_GENERATOR,
     MODES,
     SID_MODES,
-    AddRecipe,
     EvaluatedBy,
     Execution,
-    FakeScoreRecipe,
     Memory,
     Mode,
     NetSpec,
@@ -120,6 +115,7 @@ def plan(
     teacher_score: TeacherScore | None = None,
     allow_untrained: bool = False,
     device: str | None = None,
+    guide: str | None = None,
 ) -> Plan:
     """The resolved recipe and inputs of a distillation, with all checked that can be known before it begins.
 
@@ -147,10 +143,7 @@ def plan(
     taught = _teacher_of(store, teacher)
     net = NetSpec.from_json(taught.params["net"])
     name, own_dataset = str(taught.params["name"]), taught.params["dataset"]
-    if taught.artifact:
-        num_parameters = _num_parameters(store.path(taught.artifact, "model.safetensors"))
-    else:
-        num_parameters = catalog.NUM_PARAMETERS[name]
+    num_parameters = _parameters_of(store, taught)
     recipe = catalog.recipe_for(name, chosen, net, num_parameters)
     if name not in catalog.TEACHERS:
         recipe = _suited(recipe, taught, overrides)
@@ -163,6 +156,8 @@ def plan(
         notes.append(f"no run of {chosen} on {name} is published: its own numbers, and the rest as SiDA's")
     elif chosen not in SID_MODES:
         notes.append(f"{chosen} on {name}: the numbers of {run}")
+    recipe, guided_by, more_notes = companions.guided(store, guide, recipe, taught)
+    notes += more_notes
     passes_of(recipe, settings, 0, launch.world_size())
     warnings = recipe.unusual()
     if refusal := preflight.check_stages(recipe):
@@ -170,16 +165,18 @@ def plan(
             raise refusal
         warnings.append(refusal.message)
     inputs = {"teacher": teacher, "dataset": recipe.dataset}
-    used = [taught]
+    used = [taught, *([guided_by] if guided_by else [])]
+    if guide:
+        inputs["guide"] = guide
     if generator:
         inputs["generator"] = generator
         used.append(start := preflight.find(store, generator, ["generator"]))
         if start.params:
-            check_generator(start.params, taught.params)
+            companions.check_generator(start.params, taught.params)
             own = start.params.get("sampler")
             if own and not {"sigma_init", "step_levels"} & set(overrides):
-                recipe, default = (_sampled_as(each, own, overrides) for each in (recipe, default))
-        if mode == "sid2a" and (began := _mode_of(start)) not in (None, "sid"):
+                recipe, default = (companions.sampled_as(each, own, overrides) for each in (recipe, default))
+        if mode == "sid2a" and (began := companions.mode_of(start)) not in (None, "sid"):
             notes.append(f"SiD2A starts from a generator of mode sid, {generator} is one of mode {began}")
     data, missing = _planned_data(store, recipe, dataset)
     if data:
@@ -214,10 +211,10 @@ def plan(
         if nothing:
             notes.append(f"nothing is scored, and the last generator is the result: {nothing}")
     if isinstance(recipe, PairedRecipe):
-        notes.append(_check_pairs(recipe, net, taught))
+        notes.append(companions.check_pairs(recipe, net, taught))
     if recipe.trained_on:
         compared = scoring.reference if scoring else data or preflight.Input(recipe.dataset, None, None)
-        needs += [n for n in check_trained_on(store, recipe, net, compared) if n not in needs]
+        needs += [n for n in companions.check_trained_on(store, recipe, net, compared) if n not in needs]
     for flag in ("evaluate_also", "evaluate_by"):
         if not scoring and overrides.get(flag):
             raise SidaError(f"{flag_of(flag)} is for runs that are scored, this one is not", "Leave it out.")
@@ -236,6 +233,7 @@ def plan(
             num_parameters,
             dataclasses.replace(settings, shard=shard, compile=False),
             num_devices=num_devices,
+            guide_parameters=0 if guided_by is None else _parameters_of(store, guided_by),
         )
         for num_devices in range(1, rounds + 1)
         if rounds % num_devices == 0
@@ -247,47 +245,6 @@ def plan(
     if scoring and teacher_score == "published" != made.teacher_score:
         raise not_published(recipe, scoring.score_name)
     return made
-
-
-def _sampled_as(recipe: Recipe, own: Mapping[str, Any], overrides: Mapping[str, Any]) -> Recipe:
-    """The recipe with the noise levels of the generator that it starts from, whose sampler this is."""
-    changed: dict[str, Any] = {"sigma_init": own["sigma_init"]}
-    if own.get("num_steps", 1) > 1 and not isinstance(recipe, FakeScoreRecipe):
-        what = f"mode {recipe.mode} trains generators of one step, got one of {own['num_steps']}"
-        raise SidaError(what, "Pass --generator with one of one step.")
-    if isinstance(recipe, FakeScoreRecipe) and own.get("num_steps", 1) > 1 and "steps" not in overrides:
-        changed |= {"steps": own["num_steps"], "step_levels": tuple(own.get("levels", ()))}
-        changed |= {} if "step_noise" in overrides else {"step_noise": own.get("noise", "fresh")}
-    return dataclasses.replace(recipe, **changed)
-
-
-def check_trained_on(store: Store, recipe: Recipe, net: NetSpec, compared: preflight.Input) -> list[preflight.Need]:
-    """Refuses a detector that a generator cannot be trained on; what it needs."""
-    detector = str(recipe.trained_on)
-    if net.img_channels == catalog.LATENT_CHANNELS:
-        what = f"mode {recipe.mode} trains on a detector's features of pixels, {recipe.teacher} draws latents"
-        raise SidaError(what, "Pass --mode ladd, which sees the teacher's." if recipe.mode == "add" else "Use another.")
-    if is_detector_file(detector):
-        raise SidaError(f"a generator is trained on a detector by its name, got the file {detector}", "Name one.")
-    if isinstance(recipe, AddRecipe) and detector not in catalog.MAPPED:
-        what = f"heads see the maps of {', '.join(catalog.MAPPED)}, got {detector!r}"
-        raise SidaError(what, f"Pass --discriminator-detector {catalog.MAPPED[0]}.")
-    if isinstance(recipe, AddRecipe):  # whose heads look at images, and at no statistics
-        compared = preflight.Input(recipe.dataset, None, None)
-    return preflight.check_detector(store, detector, net, compared)
-
-
-def _check_pairs(recipe: PairedRecipe, net: NetSpec, taught: preflight.Input) -> str:
-    """Refuses what no pairs can be made of, or compared by; says what they cost."""
-    if net.img_channels == catalog.LATENT_CHANNELS:
-        what = f"mode {recipe.mode} regresses on images that the teacher draws, {recipe.teacher} draws latents"
-        raise SidaError(what, "Pass --mode dmd2, which needs no pairs.")
-    if recipe.regression == "lpips":
-        check_lpips()
-    entry = catalog.TEACHERS.get(recipe.teacher)
-    nfe = sampler_of(taught.artifact).nfe if taught.artifact else entry.sampler.nfe if entry else None
-    each = "" if nfe is None else f", {nfe} evaluations each"
-    return f"the teacher draws {recipe.num_pairs:,} pairs first{each}, unless they are there"
 
 
 def of_other_vae(vae: Artifact | None, inputs: Sequence[Artifact]) -> list[str]:
@@ -378,6 +335,13 @@ def needs_reference(recipe: Recipe, asked: str | None, detector: str | None, dat
     return asked is not None or detector is not None or recipe.needs_images or is_of_images
 
 
+def _parameters_of(store: Store, net: preflight.Input) -> int:
+    """Of a network that is here or in the catalog; 0 of one that is imported first."""
+    if net.artifact:
+        return _num_parameters(store.path(net.artifact, "model.safetensors"))
+    return catalog.NUM_PARAMETERS[net.entry.name] if net.entry else 0
+
+
 def _num_parameters(path: Path) -> int:
     """Values in a safetensors file, by its header alone."""
     with path.open("rb") as file:
@@ -415,31 +379,3 @@ def published_score(recipe: Recipe, reference: catalog.Reference | None, by: str
 def not_published(recipe: Recipe, score: str) -> SidaError:
     what = f"no {score} of {recipe.teacher} against this reference is published"
     return SidaError(what, "Pass --teacher-score measure, or none.")
-
-
-def check_generator(generator: Mapping[str, Any], teacher: Mapping[str, Any]) -> None:
-    """Refuses a generator, by its parameters, that is not one of this teacher's kind."""
-    if generator["dataset"] not in (None, teacher["dataset"]):
-        raise SidaError(
-            f"the generator must be of the teacher's dataset {teacher['dataset']!r}, "
-            f"got one of {generator['dataset']!r}",
-            "Give a generator that was distilled from this teacher.",
-        )
-    # Dropout is the recipe's, and generators have no uncertainty head.
-    apart = {"dropout": 0, "logvar_channels": 0}
-    theirs, ours = (dict(params["net"]) | apart for params in (generator, teacher))
-    if theirs != ours:
-        wrong = next(k for k in ours if theirs.get(k) != ours[k])
-        raise SidaError(
-            f"the generator must have the teacher's network, got {wrong} {theirs.get(wrong)} for {ours[wrong]}",
-            "Give a generator that was distilled from this teacher.",
-        )
-
-
-def _mode_of(generator: preflight.Input) -> str | None:
-    """The mode that a generator was distilled in, where that is known."""
-    entry = generator.entry or catalog.GENERATORS.get(str(generator.params.get("name")))
-    recipe = generator.params.get("recipe")
-    if isinstance(recipe, Mapping):
-        return str(recipe["mode"])
-    return entry.mode if isinstance(entry, catalog.Generator) else None

@@ -25,7 +25,7 @@ from sidactl.commands.vae import (
 from sidactl.commands.words import NETS, OnCount, RunDir
 from sidactl.errors import SidaError
 from sidactl.foreign import download
-from sidactl.recipes import SamplingForm
+from sidactl.recipes import OneStepSpec, SamplingForm
 from sidactl.store import Artifact, Store
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def sample(
     heun: Mapping[str, float] | None = None,
     guide: Ref | None = None,
     guidance: float = 1.0,
+    guidance_interval: Sequence[float] = (),
     vae: Ref | None = None,
     setting: SamplingForm | None = None,
     name: str | None = None,
@@ -86,9 +87,10 @@ def sample(
 
     num: so many from seed 0 on, such as "10k", instead of `seeds`; 64 where neither is given.
     The sampler defaults to the net's own: one step for a generator, Heun for a teacher. heun: fields of HeunSpec to
-    take in place of the teacher's, such as {"S_churn": 0}. guide: a weaker teacher that
-    Heun's sampler moves away from, `guidance` times as far (1 = not at all). Noise and class of an image depend on its
-    seed alone. class_index: one class for all images, by its index or by its name in the net's dataset.
+    take in place of the teacher's, such as {"S_churn": 0}. guide: a weaker teacher that Heun's sampler moves away from,
+    `guidance` times as far (1 = not at all); without it the teacher itself without labels. guidance_interval: the
+    lowest and the highest noise level at which it does. Noise and class of an image depend on its seed alone.
+    class_index: one class for all images, by its index or by its name in the net's dataset.
     vae: what decodes latents, as in `distill`; by default the one that the net was made with, or the usual one.
     setting: of the nets' arithmetic, float32 by default; another precision is another question. say: takes the line
     that an answer is an old one.
@@ -131,7 +133,18 @@ def sample(
         inputs["guide"] = resolve(store, ref_text(guide, "the guide"), ["teacher"], recheck=force)
         params["guidance"] = guidance
     elif guidance != 1:
-        raise SidaError(f"guidance {guidance:g} needs a second net, got none", "Pass --guide REF.")
+        if isinstance(chosen, OneStepSpec):
+            raise SidaError("guidance needs the heun sampler, got a one-step generator", "Leave out --guidance.")
+        if not subject.params["net"].get("label_dim"):
+            raise SidaError(f"guidance {guidance:g} of a net without classes needs a guide", "Pass --guide REF.")
+        params["guidance"] = guidance
+    if interval := tuple(map(float, guidance_interval)):
+        if guidance == 1:
+            raise SidaError("a guidance interval counts for nothing with --guidance 1", "Pass --guidance, such as 1.4.")
+        if len(interval) != 2 or not 0 <= interval[0] < interval[1]:
+            got = ",".join(f"{level:g}" for level in interval)
+            raise SidaError(f"guidance interval must be two noise levels, the lower first, got {got}", "Pass 0.2,3.")
+        params["guidance_interval"] = list(interval)
     question = Question(
         store=store,
         command="sample",
@@ -150,14 +163,17 @@ def sample(
     from sidactl import report, sampling
     from sidactl.data import archive_writer
     from sidactl.engine import configure, devices, ranks
+    from sidactl.nets.guided import Unlabelled
 
     chosen_device = devices.pick_device(device)
-    used = {
+    used: dict[str, Any] = {
         role: configure.configure_for_sampling(load_net(store, artifact, chosen_device), setting)
         for role, artifact in inputs.items()
     }
     net = used["net"]
     size = images_per_batch(net.spec.img_channels, net.spec.img_resolution)
+    if guidance != 1 and guide is None:
+        used["guide"] = Unlabelled(net)
     batches = sampling.generate(
         net,
         seeds,
@@ -166,6 +182,7 @@ def sample(
         class_index=class_index,
         guide=used.get("guide"),
         guidance=guidance,
+        guidance_interval=interval,
         load_vae=vae_loader(store, decoder),
         batch_size=size,
     )

@@ -38,16 +38,21 @@ def configure_for_training(
     fake_score: Preconditioned,
     generator: Preconditioned,
     ema: Preconditioned,
+    guide: Preconditioned | None = None,
 ) -> ShardedForm:
     """Gives the nets of a distillation their precision, place and form, before any optimiser is made.
 
+    guide: that of the teacher, if any, which is treated like it but that it is never whole.
+
     Returns what of a sharded run stays whole.
     """
-    each = tuple(dict.fromkeys((teacher, fake_score, generator, ema)))  # where no fake score trains it is the teacher
+    guides = (guide,) if guide else ()
+    each = tuple(dict.fromkeys((teacher, fake_score, generator, ema, *guides)))  # a fake score may be the teacher
     for net in each:
         net.compute_dtype = DTYPES[recipe.precision]
     if recipe.teacher_precision:
-        teacher.compute_dtype = DTYPES[recipe.teacher_precision]
+        for net in (teacher, *guides):
+            net.compute_dtype = DTYPES[recipe.teacher_precision]
     allow_tf32(recipe.precision == "tf32")
     if execution.channels_last:
         for net in each:

@@ -36,7 +36,8 @@ class Denoiser(Protocol):
     vector on a conditional net). Images come back as float32 [B, C, H, W], the logits map as [B, 1, r, r].
     """
 
-    spec: NetSpec
+    @property
+    def spec(self) -> NetSpec: ...
 
     def __call__(
         self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None, augment_labels: Tensor | None = None

@@ -15,6 +15,7 @@ from sidactl.recipes.fields import (
     at_least,
     below_one,
     check_seed,
+    finite,
     high_rates,
     in_unit_interval,
     not_negative,
@@ -272,7 +273,19 @@ class FakeScoreRecipe(Recipe):
     step_graphs: Literal["last", "all"] = "last"
     """whether a step's gradient goes back into the steps before it (all), or not (last)"""
 
-    _later = Recipe._later | {"steps", "step_levels", "step_noise", "step_graphs"}
+    teacher_guidance: float = 1.0
+    """how far the teacher moves away from its guide, or, without --guide, from itself without labels; 1 = not at all"""
+    score_guidance: float = 1.0
+    """likewise the fake score from itself without labels, where it trains and where it is used (long-short guidance)"""
+    guidance_interval: tuple[float, ...] = ()
+    """the lowest and the highest noise level at which both are guided; none = all"""
+    score_label_dropout: float = 0.1
+    """share of the fake score's images whose label it does not see, with --score-guidance"""
+
+    _later = Recipe._later | {
+        *("steps", "step_levels", "step_noise", "step_graphs"),
+        *("teacher_guidance", "score_guidance", "guidance_interval", "score_label_dropout"),
+    }
 
     @property
     def levels(self) -> tuple[float, ...]:
@@ -285,12 +298,26 @@ class FakeScoreRecipe(Recipe):
 
     def idle(self) -> dict[str, str]:
         found = super().idle()
-        return found if len(self.levels) > 1 else found | dict.fromkeys(("step_noise", "step_graphs"), "--steps 1")
+        if len(self.levels) == 1:
+            found |= dict.fromkeys(("step_noise", "step_graphs"), "--steps 1")
+        if self.score_guidance == 1:
+            found["score_label_dropout"] = "--score-guidance 1"
+            if self.teacher_guidance == 1:
+                found["guidance_interval"] = "--teacher-guidance 1"
+        return found
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "steps")
         positive(self, "fake_score_lr")
+        finite(self, "teacher_guidance", "score_guidance")
+        below_one(self, "score_label_dropout")
+        if self.guidance_interval:
+            low, high = (*self.guidance_interval, math.nan)[:2]
+            if len(self.guidance_interval) != 2 or not 0 <= low < high:
+                raise refusal("guidance_interval", "two noise levels, the lower first", self.guidance_interval)
+        if self.dropout and self.score_guidance != 1:
+            raise refusal("dropout", "0 with --score-guidance, which asks twice in a pass", self.dropout)
         if self.step_levels:
             falls = all(a > b > 0 for a, b in itertools.pairwise((math.inf, *self.step_levels)))
             if not falls or self.step_levels[0] != self.sigma_init:

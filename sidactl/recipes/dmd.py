@@ -72,6 +72,8 @@ class MatchingRecipe(FakeScoreRecipe, HeadsRecipe, modes=("diff-instruct", "dmd2
             raise refusal("discriminator_features", f"none, fake-score or teacher in mode {self.mode}", "detector")
         if self.augment_p and self.discriminator_features != "none":
             raise refusal("augment_p", "0 beside a discriminator, which sees images as they are", self.augment_p)
+        if self.direction_dropout and self.dropout and self.teacher_guidance != 1:
+            raise refusal("direction_dropout", "off with --teacher-guidance", True)
         if self.direction == "sid" and self.direction_dropout:
             raise refusal("direction_dropout", "off with --direction sid", True)
 

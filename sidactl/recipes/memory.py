@@ -125,8 +125,12 @@ class Memory:
         execution: Execution | None = None,
         *,
         num_devices: int = 1,
+        guide_parameters: int = 0,
     ) -> Self:
-        """The estimate for a recipe that so many devices carry out together; heads and detectors are not counted."""
+        """The estimate for a recipe that so many devices carry out together; heads and detectors are not counted.
+
+        guide_parameters: of a network that guides the teacher.
+        """
         execution = execution or Execution()
         levels = [
             (2 * net.num_blocks + 1, (net.img_resolution >> level) ** 2 * net.model_channels * mult)
@@ -138,6 +142,9 @@ class Memory:
         trained, frozen = recipe.graphs
         if isinstance(recipe, FakeScoreRecipe) and recipe.step_graphs == "all":
             trained += len(recipe.levels) - 1
+        if isinstance(recipe, FakeScoreRecipe):
+            frozen *= 1 + (recipe.teacher_guidance != 1)
+            trained += recipe.score_guidance != 1
         num_graphs, has_fake_score = trained + frozen, isinstance(recipe, FakeScoreRecipe)
         if execution.checkpoint_activations:
             # Kept are the inputs of blocks, with skips in the decoder; and of one block at a time, in the fake score's
@@ -158,7 +165,8 @@ class Memory:
         gathered = 2 * num_parameters // num_blocks if execution.shard else 0
         return cls(
             num_parameters,
-            4 * ((5 + 3 * has_fake_score - execution.ema_on_cpu) * num_parameters // shares + gathered),
+            4 * ((5 + 3 * has_fake_score - execution.ema_on_cpu) * num_parameters // shares + gathered)
+            + 4 * guide_parameters // shares,
             (4 + 8 * has_sums) * num_parameters,
             round(activation_bytes),
         )

@@ -12,6 +12,7 @@ from sidactl.recipes.fields import (
     in_unit_interval,
     not_negative,
     positive,
+    refusal,
 )
 from sidactl.recipes.networks import NetSpec
 
@@ -46,10 +47,14 @@ class TeacherRecipe(JsonFields):
     """Adam's epsilon"""
     augment_p: float = 0.0
     """probability of EDM's augmentation, for nets with augmentation labels"""
+    label_dropout: float = 0.0
+    """share of images whose label the teacher does not see, so that it can guide itself"""
     seed: int = 0
     """seed of all random numbers of the run"""
     stop_if_nan_steps: int = 20
     """so many updates in a row with a non-finite gradient stop the run"""
+
+    _later = frozenset({"label_dropout"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,7 +62,9 @@ class TeacherRecipe(JsonFields):
         at_least(self, 0, "lr_rampup_nimg", "ema_halflife_nimg")
         positive(self, "lr", "P_std", "adam_eps")
         not_negative(self, "ema_rampup_ratio")
-        below_one(self, "beta1", "beta2")
+        below_one(self, "beta1", "beta2", "label_dropout")
+        if self.label_dropout and not self.net.label_dim:
+            raise refusal("label_dropout", "0 for a teacher without classes", self.label_dropout)
         in_unit_interval(self, "augment_p")
         finite(self, "P_mean")
         check_seed(self)

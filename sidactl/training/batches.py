@@ -23,7 +23,16 @@ from sidactl.recipes import NetSpec
 from sidactl.sampling import SeededNoise
 from sidactl.scopes import scope
 
-STREAMS = {"latent": 0, "diffusion": 1, "augment": 2, "dropout": 3, "posterior": 4, "pairs": 5, "step": 6}
+STREAMS = {
+    "latent": 0,
+    "diffusion": 1,
+    "augment": 2,
+    "dropout": 3,
+    "posterior": 4,
+    "pairs": 5,
+    "step": 6,
+    "label_dropout": 7,
+}
 
 
 class SeededDraws:
@@ -66,6 +75,8 @@ class MicroBatch:
     """fetches the images as networks see them, [b, C, H, W]"""
     pairs: Callable[[], Pairs] = _no_pairs
     chosen: Callable[[int], int] = lambda below: 0
+    label_dropout: Draws | None = None
+    """for the labels that the fake score does not see"""
     num_micro_batches: int = 1
     starts: Sequence[int] = (0,)
     """where in the batch of a step each micro-batch begins"""
@@ -98,6 +109,7 @@ class MicroBatch:
             cache(lambda: torch.cat([p.reals() for p in parts])),
             cache(lambda: Pairs(*map(torch.cat, zip(*(p.pairs() for p in parts), strict=True)))),
             parts[0].chosen,
+            JoinedDraws([part.label_dropout for part in parts if part.label_dropout]),
             len(parts),
             [start for part in parts for start in part.starts],
             None if parts[0].labels_of_reals is None else torch.cat([p.real_labels for p in parts]),
@@ -263,6 +275,7 @@ class DatasetBatches:
             cache(partial(self.images, batch, round)),  # some methods ask twice in a pass
             cache(partial(self.pairs, batch, round)),
             partial(self._of_step, batch // 2),  # a step of a distillation has two batches
+            self._draws("label_dropout", batch, round),
             starts=(round * self._size,),
         )
 

@@ -17,6 +17,7 @@ from sidactl.engine import gradients as engine_gradients
 from sidactl.methods.base import Distance, Losses, Nets, TrainingDetector, Turn
 from sidactl.nets import Denoiser, Preconditioned
 from sidactl.nets.edm2 import drop_logvar_, force_normalize_, holding
+from sidactl.nets.guided import Guided
 from sidactl.recipes import BASE_BYTES, Execution, FakeScoreRecipe, Memory, Recipe, SidRecipe
 from sidactl.scopes import scope
 from sidactl.training import trials
@@ -49,7 +50,9 @@ class Distillation:
         batches: MicroBatches,
         execution: Execution | None = None,
         trained_on: TrainingDetector | Distance | None = None,
+        guide: Preconditioned | None = None,
     ) -> None:
+        """guide: what the teacher moves away from with the recipe's teacher_guidance; None = itself without labels."""
         self.recipe, self._execution = recipe, (execution := execution or Execution())
         self._device = device = next(teacher.parameters()).device
         self.method = methods.of(recipe, teacher.spec, trained_on).to(device)
@@ -70,8 +73,9 @@ class Distillation:
         if self._normalizes_ema:
             force_normalize_(self.ema)
         self._sharded = configure.configure_for_training(
-            recipe, execution, self.teacher, self.fake_score, self.generator, self.ema
+            recipe, execution, self.teacher, self.fake_score, self.generator, self.ema, guide
         )
+        self.guide = guide.eval().requires_grad_(False) if guide else None
         self.notes = self._sharded.told()
         if execution.shard and self.method.may_shard:
             sharding.shard_parts_(self.method)
@@ -80,6 +84,8 @@ class Distillation:
         self._forever = ExitStack()
         if (self._holds and self.teacher is not self.fake_score) or self._sharded.has_whole_teacher:
             self._forever.enter_context(holding(self.teacher))
+        if self._holds and self.guide:
+            self._forever.enter_context(holding(self.guide))
         if self._sharded.has_whole_teacher:
             configure.keep_as_computed_(self.teacher)
         self.passes, self._joins = configure.passes_of(recipe, execution), recipe.joins_micro_batches(execution)
@@ -199,7 +205,8 @@ class Distillation:
             if turn == "fake_score":
                 with dropout_seeded(batch, self.fake_score):
                     with scope("fake score forward"):
-                        losses = self.method.score_losses(nets, batch, images.detach(), self.nimg)
+                        seen = self._with_labels_dropped(nets, batch)
+                        losses = self.method.score_losses(seen, batch, images.detach(), self.nimg)
                     with scope("fake score backward"):
                         return losses, total.of(torch.stack(list(losses.values())).sum())
             # The gradient at the images has a graph of its own, gone before the generator's is gone back: no gradient
@@ -245,7 +252,21 @@ class Distillation:
         if self.method.schedule.has_dropout_everywhere:
             self.teacher.train(turn == "generator")
             self.fake_score.train()
-        return Nets(self.teacher, self.fake_score, self._augmented, self.sides[turn].scale)
+        recipe, teacher, fake_score = self.recipe, cast(Denoiser, self.teacher), cast(Denoiser, self.fake_score)
+        if isinstance(recipe, FakeScoreRecipe) and recipe.teacher_guidance != 1:
+            teacher = Guided(teacher, self.guide, recipe.teacher_guidance, recipe.guidance_interval)
+        if isinstance(recipe, FakeScoreRecipe) and recipe.score_guidance != 1:
+            fake_score = Guided(fake_score, None, recipe.score_guidance, recipe.guidance_interval)
+        return Nets(teacher, fake_score, self._augmented, self.sides[turn].scale)
+
+    def _with_labels_dropped(self, nets: Nets, batch: MicroBatch) -> Nets:
+        """The networks as the fake score trains: where it is to guide itself some images have no label for it."""
+        recipe = self.recipe
+        if not isinstance(nets.fake_score, Guided) or not isinstance(recipe, FakeScoreRecipe):
+            return nets
+        assert batch.label_dropout
+        kept = batch.label_dropout.uniform((len(batch.labels), 1)) >= recipe.score_label_dropout
+        return replace(nets, fake_score=replace(nets.fake_score, keep=kept.to(torch.float32)))
 
     def _with_dropout(self, nets: Nets, batch: MicroBatch) -> Nets:
         """The networks with dropout under the masks of the pass, where the method wants that of all of them."""

@@ -57,8 +57,12 @@ class Pretraining:
         images, augment_labels = self._augmented(batch.reals(), batch.augment)
         sigma = (recipe.P_std * batch.diffusion.normal((len(images), 1, 1, 1)) + recipe.P_mean).exp()
         noise = batch.diffusion.normal(images.shape)
+        labels = batch.labels
+        if recipe.label_dropout:
+            assert batch.label_dropout
+            labels = labels * (batch.label_dropout.uniform((len(labels), 1)) >= recipe.label_dropout)
         with dropout_seeded(batch, self.net):
-            loss = methods.fake_score_loss(self.net, images, noise, sigma, batch.labels, augment_labels).per_pixel
+            loss = methods.fake_score_loss(self.net, images, noise, sigma, labels, augment_labels).per_pixel
             (loss.sum() / recipe.batch_size).backward()
         for group in self._optimizer.param_groups:
             group["lr"] = recipe.lr * min(self.nimg / max(recipe.lr_rampup_nimg, 1e-8), 1.0)

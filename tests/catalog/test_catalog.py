@@ -206,9 +206,9 @@ def test_img64_recipes_take_the_sigmas_of_their_teachers() -> None:
             assert (recipe.P_mean, recipe.P_std) == (layout["loss"]["P_mean"], layout["loss"]["P_std"])
 
 
-def test_every_teacher_but_those_of_guided_sampling_has_three_recipes_that_survive_json() -> None:
+def test_every_teacher_but_one_that_guides_others_has_three_recipes_that_survive_json() -> None:
     for entry in TEACHERS.values():
-        assert list(entry.recipes) == ([] if entry.name in ("edm2-xs-uncond", "edm2-s-guided") else list(SID_MODES))
+        assert list(entry.recipes) == ([] if entry.name == "edm2-xs-uncond" else list(SID_MODES))
         for mode, recipe in entry.recipes.items():
             assert recipe.mode == mode
             assert recipe.teacher == entry.name
@@ -299,11 +299,16 @@ def test_a_larger_edm2_teacher_of_ones_own_takes_fewer_images_at_once(
     assert recipe.batch_size // recipe.num_accumulation_rounds == at_once
 
 
-@pytest.mark.parametrize("name", ["edm2-xs-uncond", "edm2-s-guided"])
-def test_teachers_of_guided_sampling_have_no_recipe(name: str) -> None:
+def test_a_teacher_that_guides_others_has_no_recipe() -> None:
     with pytest.raises(SidaError) as caught:
-        catalog.recipe_for(name, "sida")
-    assert str(caught.value) == f"{name} is for guided sampling and has no recipe. Distill another, such as edm2-xs."
+        catalog.recipe_for("edm2-xs-uncond", "sida")
+    assert str(caught.value) == "edm2-xs-uncond guides others and has no recipe. Distill another, such as edm2-xs."
+
+
+def test_a_guided_teacher_has_the_recipe_of_its_size() -> None:
+    guided, plain = (catalog.recipe_for(name, "sida") for name in ("edm2-s-guided", "edm2-s"))
+    assert guided == dataclasses.replace(plain, teacher="edm2-s-guided")
+    assert catalog.GUIDES["edm2-s-guided"] == ("edm2-xs-uncond", 1.4)
 
 
 def test_the_guided_teacher_is_that_of_its_size_in_another_average_and_fits_its_guide() -> None:

@@ -10,8 +10,10 @@ import torch
 import sidactl
 from sidactl import sampling
 from sidactl.commands import resolve, sample
+from sidactl.data.codec import PixelCodec
 from sidactl.errors import SidaError
 from sidactl.nets import Preconditioned
+from sidactl.nets.guided import Unlabelled
 from sidactl.recipes import HeunSpec, SamplingForm
 from sidactl.store import Store
 from tests.commands.conftest import refs
@@ -237,7 +239,18 @@ def test_guidance_moves_away_from_the_guide(edm2: tuple[Path, str], finished: Fi
     assert guided.artifact.inputs["guide"] == weak
     assert guided.artifact.params["guidance"] == 2.0
     for options, message in (
-        ({"guidance": 2.0}, "guidance 2 needs a second net, got none. Pass --guide REF."),
+        (
+            {"guidance": 2.0, "sampler": "one-step"},
+            "guidance needs the heun sampler, got a one-step generator. Leave out --guidance.",
+        ),
+        (
+            {"guidance_interval": (0.2, 3.0)},
+            "a guidance interval counts for nothing with --guidance 1. Pass --guidance, such as 1.4.",
+        ),
+        (
+            {"guidance": 2.0, "guidance_interval": (3.0, 0.2)},
+            "guidance interval must be two noise levels, the lower first, got 3,0.2. Pass 0.2,3.",
+        ),
         (
             {"guide": weak, "sampler": "one-step"},
             "guidance needs the heun sampler, got a one-step generator. Leave out --guide, or sample a teacher.",
@@ -248,6 +261,25 @@ def test_guidance_moves_away_from_the_guide(edm2: tuple[Path, str], finished: Fi
         with pytest.raises(SidaError) as caught:
             sidactl.sample("tiny-digits", seeds=[0], run=root, **options)  # type: ignore[arg-type]
         assert str(caught.value) == message
+
+
+def test_a_teacher_guides_itself_without_labels_and_at_the_noise_levels_that_are_asked_for(finished: Finished) -> None:
+    def images(**options: Any) -> Any:
+        return sidactl.sample("tiny-digits", seeds=range(4), steps=4, run=finished.root, **options).images
+
+    plain, guided = images(), images(guidance=3.0)
+    assert (plain != guided).any()
+    assert (images(guidance=3.0, guidance_interval=(200.0, 300.0)) == plain).all()
+    assert (images(guidance=3.0, guidance_interval=(0.0, 300.0)) == guided).all()
+    part = images(guidance=3.0, guidance_interval=(0.0, 1.0))
+    assert (part != plain).any()
+    assert (part != guided).any()
+    net = sidactl.load("tiny-digits", finished.root)
+    noise = sampling.SeededNoise(range(4), torch.device("cpu"))
+    latents, labels = noise.normal((1, 8, 8)), torch.nn.functional.one_hot(noise.integers(10), 10).float()
+    with torch.no_grad():
+        drawn = sampling.heun(net, latents, labels, HeunSpec(num_steps=4), noise, guide=Unlabelled(net), guidance=3.0)
+    assert (PixelCodec().decode(drawn).permute(0, 2, 3, 1).numpy() == guided).all()
 
 
 def test_a_one_step_generator_does_not_guide(finished: Finished) -> None:
