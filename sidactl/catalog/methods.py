@@ -69,11 +69,12 @@ _DMD: Mapping[str, Any] = {
     **_ADAMW,
     "augment_p": 0.0,
     "dropout": 0.0,
-    "generator_time": "grid:20,979",
-    "score_time": "grid:1,999",
+    # As the re-implementation has them: its table of levels has a zero before the first.
+    "generator_time": "grid:19,978",
+    "score_time": "grid:0,998",
     "order": "generator-first",
     "share": "images",
-    "sigma_init": 80.0,
+    "sigma_init": 79.56,
     "ema_halflife_nimg": 0,
     "generator_from_nimg": None,
 }
@@ -122,11 +123,16 @@ def _halflife(beta: float, batch_size: int) -> int:
     return round(batch_size * math.log(0.5) / math.log(beta))
 
 
+_FASTGEN_PASS = 32
+"""images at a time: of its passes FastGen's configuration says nothing"""
+
+
 def _fastgen(batch_size: int, lr: float, iterations: int, **numbers: Any) -> _Run:
     return _Run(
         "FastGen's configuration",
         {
             "batch_size": batch_size,
+            "num_accumulation_rounds": batch_size // _FASTGEN_PASS,
             "fake_score_lr": lr,
             "generator_lr": lr,
             "discriminator_lr": lr,
@@ -139,7 +145,13 @@ def _fastgen(batch_size: int, lr: float, iterations: int, **numbers: Any) -> _Ru
 
 
 _CIFAR: Mapping[str, Any] = {"batch_size": 2048, "lr": 1e-4, "iterations": 100_000}
-_IMAGENET: Mapping[str, Any] = {"batch_size": 512, "lr": 2e-6, "iterations": 600_000, "lambda_adv": 3e-3}
+_IMAGENET: Mapping[str, Any] = {
+    "batch_size": 512,
+    "lr": 2e-6,
+    "iterations": 600_000,
+    "lambda_adv": 3e-3,
+    "discriminator_maps": 1,
+}
 
 _DIFF_INSTRUCT_RUN = _Run(
     "the command of Diff-Instruct's README",

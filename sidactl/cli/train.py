@@ -33,6 +33,7 @@ from sidactl.cli.options import (
 from sidactl.cli.shown import Shown, print_artifact, print_generator
 from sidactl.errors import SidaError
 from sidactl.recipes import (
+    FROM_GENERATOR,
     MODES,
     Adversarial,
     Execution,
@@ -123,8 +124,8 @@ _HEADINGS: Mapping[str, str] = {
     "score_weight f_divergence ratio_rate sigma_init tmax "
     "lambda_sid lambda_adv adversarial_from_nimg joint_weight generator_from_nimg generator_every order alternate "
     "share share_fakes forced_normalization logvar",
-    "Discriminator": "discriminator_features discriminator_detector discriminator_loss discriminator_time "
-    "discriminator_scale r1_gamma time_priority sign_target adapt_every adapt_kimg",
+    "Discriminator": "discriminator_features discriminator_maps discriminator_detector discriminator_loss "
+    "discriminator_time discriminator_scale r1_gamma time_priority sign_target adapt_every adapt_kimg",
     "Optimisation": "batch_size num_accumulation_rounds fake_score_lr generator_lr discriminator_lr fake_score_beta1 "
     "generator_beta1 beta1 beta2 adam_eps weight_decay lr_warmup_nimg clip_gradient_value clip_gradient_norm "
     "ema_halflife_nimg ema_rampup_ratio stop_if_nan_steps nonfinite",
@@ -140,6 +141,16 @@ _HEADINGS: Mapping[str, str] = {
 
 class GroupedCommand(TyperCommand):
     """A command that lists its options under headings, of a recipe's those that the mode has."""
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """With the example of the mode that help is asked of."""
+        mode, text = str(ctx.params.get("mode", "sida")), str(self.help)
+        if mode in MODES and mode != "sida":
+            start = " --generator generator/tiny-digits-sid" if mode in FROM_GENERATOR else ""
+            text = text.replace("--mode sida", f"--mode {mode}{start}")
+        asked, self.help = self.help, text
+        super().format_help_text(ctx, formatter)
+        self.help = asked
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         mode = str(ctx.params.get("mode", "sid2a"))
@@ -162,7 +173,7 @@ def distill(
     teacher: TeacherRef,
     overrides: Mapping[str, Any],
     mode: Annotated[str, typer.Option(metavar="NAME", help=", ".join(MODES), is_eager=True)] = "sida",
-    generator: Annotated[str | None, ref_option("where sid2a starts")] = None,
+    generator: Annotated[str | None, ref_option("where sid2a and fd-loss start")] = None,
     guide: Annotated[str | None, ref_option("a weaker teacher that the teacher is moved away from")] = None,
     dataset: RealImages = None,
     reference: Compared = None,

@@ -22,6 +22,13 @@ def seen_by(store: Store, artifact: Artifact) -> frozenset[str]:
     return frozenset(own).union(*(seen_by(store, parent) for parent in parents))
 
 
+def trained_by(store: Store, artifact: Artifact) -> frozenset[str]:
+    """Detectors on whose features a generator, or what it was started from, was trained."""
+    own = frozenset(map(str, artifact.results.get("trained_by", ())))
+    parents = [store.get(oid) for role, oid in artifact.inputs.items() if role == "generator"]
+    return own.union(*(trained_by(store, parent) for parent in parents))
+
+
 def blind_detector(store: Store, subject: Artifact, asked: str | None, seen: Sequence[str]) -> str | None:
     """A built-in detector that did not see the subject, where those that score it did; None where none is needed.
 

@@ -13,7 +13,7 @@ from sidactl.commands.moments import is_detector_file
 from sidactl.commands.samplers import sampler_of
 from sidactl.errors import SidaError
 from sidactl.foreign.perceptual import check_lpips
-from sidactl.recipes import AddRecipe, FakeScoreRecipe, NetSpec, PairedRecipe, Recipe, flag_of
+from sidactl.recipes import AddRecipe, FakeScoreRecipe, FdLossRecipe, NetSpec, PairedRecipe, Recipe, flag_of
 from sidactl.store import Store
 
 
@@ -108,12 +108,18 @@ def _sees_no_labels(taught: preflight.Input) -> bool:
     return isinstance(recipe, Mapping) and bool(recipe.get("label_dropout"))
 
 
-def check_trained_on(store: Store, recipe: Recipe, net: NetSpec, compared: preflight.Input) -> list[preflight.Need]:
+def check_trained_on(
+    store: Store, recipe: Recipe, net: NetSpec, compared: preflight.Input, *, is_scored: bool
+) -> list[preflight.Need]:
     """Refuses a detector that a generator cannot be trained on; what it needs."""
     detector = str(recipe.trained_on)
     if net.img_channels == catalog.LATENT_CHANNELS:
         what = f"mode {recipe.mode} trains on a detector's features of pixels, {recipe.teacher} draws latents"
-        raise SidaError(what, "Pass --mode ladd, which sees the teacher's." if recipe.mode == "add" else "Use another.")
+        way = "Pass --mode ladd, which sees the teacher's." if recipe.mode == "add" else "Distil a teacher of pixels."
+        raise SidaError(what, way)
+    if isinstance(recipe, FdLossRecipe) and not is_scored and not compared.has_images:
+        what = "fd-loss compares with images or statistics, got a run without scores on classes alone"
+        raise SidaError(what, "Leave out --no-score, or pass --dataset REF with images.")
     if is_detector_file(detector):
         raise SidaError(f"a generator is trained on a detector by its name, got the file {detector}", "Name one.")
     if isinstance(recipe, AddRecipe) and detector not in catalog.MAPPED:

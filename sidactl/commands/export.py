@@ -14,7 +14,7 @@ from typing import Literal
 
 from sidactl import catalog
 from sidactl.commands import signing
-from sidactl.commands.blindness import seen_by
+from sidactl.commands.blindness import seen_by, trained_by
 from sidactl.commands.inputs import Ref, ref_text, run_of
 from sidactl.commands.inventory import is_safetensors, show
 from sidactl.commands.resolve import load_dataset, load_net
@@ -228,6 +228,13 @@ def model_card(store: Store, artifact: Artifact, form: ExportForm, file: str) ->
     lines += [f"- dataset: {_text(params['dataset'])}"] if "dataset" not in origin else []
     lines += [f"- its latents are decoded by the VAE {_text(params['vae'])}"] if "vae" in params else []
     lines += [f"- images seen in training: {results['images_seen']:,}"] if "images_seen" in results else []
+    if (mode := (params.get("recipe") or {}).get("mode")) in ("add", "ladd"):
+        lines.append(f"- no training code of {mode.upper()} is published: its scores are ours")
+    eyes = sorted(seen_by(store, artifact)) if artifact.kind == "generator" else []
+    if trained := sorted(trained_by(store, artifact)):
+        lines.append(f"- trained on the features of {_text(', '.join(trained))}: scores by them are no claim")
+    if eyes:
+        lines.append(f"- trained or chosen by {_text(', '.join(eyes))}: scores by other detectors are blind to it")
     lines += [f"- licence: {_text(licence)}", "", "## Scores", ""]
     rows = [
         f"| {_text(name)} | {n['value']:.4g} | {'' if n['std'] is None else format(n['std'], '.2g')} "

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sidactl.commands.assemble import Assembled
+from sidactl.commands.blindness import trained_by
 from sidactl.commands.evaluation import finite_or_none, preview_of
 from sidactl.commands.moments import detector_name
 from sidactl.commands.question import name_artifact
@@ -152,7 +153,10 @@ def _name_generators(store: Store, made: Mapping[str, Artifact], data: Artifact,
     of_dataset = f"best-{plain_name(str(new.params['dataset']))}"
     of_dataset += "" if detector in (None, detector_name(data)) else f"-{plain_name(str(detector))}"
     of_dataset += "" if (by := recipe.get("evaluate_by", "fid")) == "fid" else f"-by-{by}"
-    for name in (of_dataset, "best"):
+    if is_flattered := detector in trained_by(store, new):
+        of_dataset += "-trained-on-it"
+        say(f"{detector} trained this generator and scores it, so generator/best stays: see generator/{of_dataset}")
+    for name in (of_dataset,) if is_flattered else (of_dataset, "best"):
         try:
             old = store.resolve(f"generator/{name}", ["generator"])
         except SidaError:  # there is none, or it is damaged

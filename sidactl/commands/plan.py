@@ -212,9 +212,10 @@ def plan(
             notes.append(f"nothing is scored, and the last generator is the result: {nothing}")
     if isinstance(recipe, PairedRecipe):
         notes.append(companions.check_pairs(recipe, net, taught))
-    if recipe.trained_on:
+    if recipe.trained_on is not None:
         compared = scoring.reference if scoring else data or preflight.Input(recipe.dataset, None, None)
-        needs += [n for n in companions.check_trained_on(store, recipe, net, compared) if n not in needs]
+        more = companions.check_trained_on(store, recipe, net, compared, is_scored=scoring is not None)
+        needs += [need for need in more if need not in needs]
     for flag in ("evaluate_also", "evaluate_by"):
         if not scoring and overrides.get(flag):
             raise SidaError(f"{flag_of(flag)} is for runs that are scored, this one is not", "Leave it out.")

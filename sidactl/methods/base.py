@@ -265,6 +265,6 @@ class Method(nn.Module, ABC):
     def observe(self, sums: Mapping[str, Tensor]) -> None:
         """Takes the sums over the whole batch, the same ones in every process; what it keeps of them are buffers.
 
-        They are not finite where a sample is not, of which the update will be skipped.
+        It is not asked where a sample, and so a sum, is not finite: that update will be skipped.
         """
         raise NotImplementedError

@@ -67,9 +67,11 @@ class Matching(Method):
         own = recipe.discriminator_time != SHARED
         self.discriminator_time = NoiseLevels.parse(recipe.discriminator_time, "discriminator_time") if own else None
         self.heads: ConvolutionHeads | None = None
+        self._num_maps = 0
         if recipe.discriminator_features != "none":
             shapes = feature_shapes(spec)
-            self.heads = ConvolutionHeads(shapes[-1:] if recipe.discriminator_features == "fake-score" else shapes)
+            self._num_maps = 1 if recipe.discriminator_features == "fake-score" else recipe.discriminator_maps
+            self.heads = ConvolutionHeads(shapes[-self._num_maps :])  # from the coarsest on; of 0 all
             trained = dict(self.updates["fake_score"].trained)
             trained["method"] = self.optimisation(recipe.discriminator_lr, recipe.fake_score_beta1)
             self.updates["fake_score"] = Update(trained=trained, clip_norm=recipe.clip_gradient_norm)
@@ -150,7 +152,7 @@ class Matching(Method):
                 with torch.no_grad():
                     fakes = (noisy, sigmas, labels) if self.discriminator_time is None else ([], [], [])
                     of_all = (torch.cat([*one, *more]) for one, more in zip(fakes, told, strict=True))
-                    features = nets.teacher.features(*of_all)
+                    features = nets.teacher.features(*of_all)[-self._num_maps :]
         per_pixel = denoising_loss(
             denoised,
             x,
@@ -183,7 +185,7 @@ class Matching(Method):
         if self.recipe.discriminator_features == "fake-score":
             features = nets.fake_score.features(noisy, sigma, labels)[-1:]
         else:
-            features = nets.teacher.features(noisy, sigma, labels)
+            features = nets.teacher.features(noisy, sigma, labels)[-self._num_maps :]
         logits: Tensor = self.heads(features)
         return logits
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 from sidactl.errors import SidaError
 from sidactl.recipes.distillation import HeadsRecipe
-from sidactl.recipes.fields import not_negative, refusal, within
+from sidactl.recipes.fields import below_one, not_negative, refusal, within
 from sidactl.recipes.noise_levels import NoiseLevels, sigma_at
 from sidactl.recipes.samplers import OneStepSpec
 
@@ -40,10 +40,16 @@ class AddRecipe(HeadsRecipe, modes=("add", "ladd")):
     def __post_init__(self) -> None:
         super().__post_init__()
         not_negative(self, "lambda_distill", "r1_gamma")
+        below_one(self, "beta1")
+        if not self.lambda_distill and not self.lambda_adv:
+            raise refusal("lambda_adv", "above 0 with --lambda-distill 0, or nothing is trained", self.lambda_adv)
         within(self, ["student_times"], "in (0, 1]", lambda got: 0 < got <= 1)
         falling = sorted(set(self.student_times), reverse=True)
         if not self.student_times or list(self.student_times) != falling or self.student_times[0] != 1:
             raise refusal("student_times", "falling from 1", self.student_times)
+        if len(self.levels) > 1 and self.sigma_init <= self.levels[1]:
+            wanted = f"above the noise level of the second of student_times, {self.levels[1]:.3g}"
+            raise refusal("sigma_init", wanted, self.sigma_init)
         if self.distillation_weight == "nfsd":
             raise SidaError(
                 "nfsd needs a negative condition, which a network of classes has not: without one it is guidance alone",

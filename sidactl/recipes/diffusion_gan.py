@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sidactl.recipes.distillation import FakeScoreRecipe, FurtherRecipe
-from sidactl.recipes.fields import at_least, finite, within
+from sidactl.recipes.fields import at_least, positive, within
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,11 @@ class DiffusionGanRecipe(FakeScoreRecipe, FurtherRecipe, modes=("diffusion-gan",
 
     first_stage = "discriminator"
 
+    # There is no denoising loss and no teacher in it.
+    _hidden = frozenset({"augment_p", "logvar", "teacher_guidance", "score_guidance", "guidance_interval"}) | {
+        "score_label_dropout"
+    }
+
     @property
     def graphs(self) -> tuple[int, int]:
         return 2, 0
@@ -32,5 +37,5 @@ class DiffusionGanRecipe(FakeScoreRecipe, FurtherRecipe, modes=("diffusion-gan",
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "adapt_every")
-        finite(self, "sign_target")
-        within(self, ["adapt_kimg"], "positive", lambda got: got > 0)
+        within(self, ["sign_target"], "from -1 to 1", lambda got: -1 <= got <= 1)
+        positive(self, "adapt_kimg")

@@ -137,6 +137,9 @@ class Recipe(JsonFields):
     nonfinite: Literal["skip", "zero"] = "skip"
     """of a gradient that is not finite: skip its update, or zero: 0 for NaN, +-1e5 for infinity, as published"""
 
+    _hidden: ClassVar[frozenset[str]] = frozenset()
+    """fields that a mode inherits and has no use for"""
+
     def joins_micro_batches(self, execution: Execution) -> bool:
         """Whether micro-batches may share a pass. Not with compiled dropout, which draws the masks of a whole pass."""
         return not (self.dropout and execution.compile)
@@ -379,7 +382,7 @@ class FurtherRecipe(Recipe):
         super().__post_init__()
         not_negative(self, "weight_decay")
         at_least(self, 0, "lr_warmup_nimg")
-        within(self, ["clip_gradient_norm"], "positive or none", lambda got: got > 0)
+        within(self, ["clip_gradient_norm"], "positive and finite, or none", lambda got: 0 < got < math.inf)
 
     _counted = (*Recipe._counted, "lr_warmup_nimg")
 

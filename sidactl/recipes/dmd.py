@@ -1,10 +1,10 @@
 """Recipes of distribution matching: Diff-Instruct, DMD, DMD2 (as published, and FastGen's), f-distill."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal, Self
 
-from sidactl.recipes.distillation import FakeScoreRecipe, HeadsRecipe
-from sidactl.recipes.fields import at_least, below_one, finite, not_negative, refusal
+from sidactl.recipes.distillation import FakeScoreRecipe, FurtherRecipe, HeadsRecipe
+from sidactl.recipes.fields import at_least, below_one, finite, positive, refusal
 from sidactl.recipes.noise_levels import NoiseLevels
 
 Divergence = Literal["reverse-kl", "forward-kl", "jensen-shannon", "softened-rkl", "hellinger", "jeffreys", "neyman"]
@@ -53,10 +53,13 @@ class MatchingRecipe(FakeScoreRecipe, HeadsRecipe, modes=("diff-instruct", "dmd2
     """what both updates of a step see alike"""
     direction_dropout: bool = False
     """teacher and fake score have dropout in the direction, too, under one mask"""
+    discriminator_maps: int = 0
+    """of the teacher's features how many, from the coarsest on, have a head; 0 = all"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "generator_every")
+        at_least(self, 0, "discriminator_maps")
         finite(self, "alpha")
         if self.alternate and self.generator_every == 1:
             raise refusal("generator_every", "at least 2 with --alternate, or the fake score never trains", 1)
@@ -86,6 +89,10 @@ class MatchingRecipe(FakeScoreRecipe, HeadsRecipe, modes=("diff-instruct", "dmd2
         if self.discriminator_features == "none":
             names = "discriminator_loss", "discriminator_lr", "discriminator_scale", "discriminator_time", "lambda_adv"
             found |= dict.fromkeys(names, "--discriminator-features none")
+        if self.discriminator_features != "teacher":
+            found["discriminator_maps"] = f"--discriminator-features {self.discriminator_features}"
+        if not self.dropout:
+            found.setdefault("direction_dropout", "--dropout 0")
         if self.f_divergence == "reverse-kl":
             found["ratio_rate"] = "--f-divergence reverse-kl"
         if self.alternate:
@@ -129,18 +136,19 @@ class PairedRecipe(MatchingRecipe, modes=("dmd",)):
     num_pairs: int = 10_000
     """images that the teacher draws first, far from the seeds of scores"""
 
+    _hidden = frozenset(f.name for f in fields(HeadsRecipe)) - frozenset(f.name for f in fields(FurtherRecipe)) | {
+        *("discriminator_time", "discriminator_maps", "f_divergence", "ratio_rate"),
+        *("steps", "step_levels", "step_noise", "step_graphs"),
+    }
+
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "num_pairs")
-        not_negative(self, "lambda_reg")
+        positive(self, "lambda_reg")
         if self.num_pairs > MOST_PAIRS:
             raise refusal("num_pairs", f"at most {MOST_PAIRS}", self.num_pairs)
         if self.dropout:
             raise refusal("dropout", "0 in mode dmd, where the generator draws twice as many images", self.dropout)
-        if self.discriminator_features != "none":
-            raise refusal("discriminator_features", "none in mode dmd", self.discriminator_features)
-        if len(self.levels) > 1:
-            raise refusal("steps", "1 in mode dmd, whose pairs are of one step", len(self.levels))
 
     @property
     def needs(self) -> str:

@@ -17,7 +17,8 @@ def recipe_classes() -> tuple[type[Recipe], ...]:
 
 def names_of(mode: str) -> set[str]:
     """The fields that a recipe of this mode has, those of its adversarial part with them."""
-    names = {f.name for f in dataclasses.fields(Recipe._classes[mode])} - {"adversarial"}
+    cls = Recipe._classes[mode]
+    names = {f.name for f in dataclasses.fields(cls)} - {"adversarial"} - cls._hidden
     if issubclass(Recipe._classes[mode], SidRecipe) and mode != "sid":
         names |= {f.name for f in dataclasses.fields(Adversarial)}
     return names

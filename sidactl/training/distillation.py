@@ -176,7 +176,9 @@ class Distillation:
     def _update(self, turn: Turn, shared: Shared | None, should_stop: Callable[[], bool] | None) -> Losses:
         """Sums gradients over passes and processes, and steps with them unless one is not finite."""
         if turn == "generator" and self.method.statistics and self.so_far.once("observed"):
-            self.method.observe(self._statistics(shared))
+            sums = self._statistics(shared)
+            if all(bool(each.isfinite().all()) for each in sums.values()):  # else this update will be skipped
+                self.method.observe(sums)
         side = self.sides[turn]
         total, losses = self._gradients(turn, self.passes, shared, should_stop)
         total.finish()

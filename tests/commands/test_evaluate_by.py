@@ -26,7 +26,7 @@ def test_the_best_is_chosen_by_the_score_that_was_asked_for(
     events: list[state.Event] = []
     best = short_distill(fresh_run, events.append, evaluate_by=metric)
     results: Any = best.results
-    options: Any = {"num": SHORT["evaluate_num"], "run": fresh_run}
+    options: Any = {"num": SHORT["evaluate_num"], "run": fresh_run, "detector": "tiny-digits"}
     measured = sidactl.evaluate(best, [metric], first_seed=evaluation.SELECTION_SEED, **options)
     assert results["selection_score"] == pytest.approx(measured.value, rel=1e-6)
     assert results["selection_score"] == min(score for _, score in results["scores"])

@@ -1,5 +1,6 @@
 """Every method through `distill`: it trains, goes on to the same bits, and says what it needs."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -9,19 +10,38 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
 import sidactl
-from sidactl import catalog, cli, sampling
+from sidactl import catalog, cli, detectors, sampling
+from sidactl.commands import export, plan, running
 from sidactl.commands import pairs as commands_pairs
-from sidactl.commands import plan, running
 from sidactl.errors import SidaError
 from sidactl.foreign import perceptual
-from sidactl.recipes import FROM_GENERATOR, MODES, SID_MODES, Execution, Memory, Recipe, flag_of, names_of, override
+from sidactl.methods.base import TrainingDetector
+from sidactl.methods.dmd import Matching
+from sidactl.noise import sigma_of_time
+from sidactl.recipes import (
+    FROM_GENERATOR,
+    MODES,
+    SID_MODES,
+    Execution,
+    MatchingRecipe,
+    Memory,
+    Recipe,
+    flag_of,
+    names_of,
+    override,
+)
 from sidactl.store import Artifact, Store
+from sidactl.training import made_up
+from sidactl.training.distillation import Distillation
+from tests.commands.conftest import refs
 from tests.conftest import SHORT, Forbid
+from tests.golden import golden_objectives
 from tests.processes import told
 
 FURTHER = [mode for mode in MODES if mode not in SID_MODES]
@@ -41,7 +61,7 @@ def short(mode: str, run: Path, **overrides: Any) -> Artifact:
     if mode == "dmd":
         options["num_pairs"] = 40
     return sidactl.distill(
-        teacher="tiny-digits", mode=mode, run=run, teacher_score="none", say=None, **(options | overrides)
+        teacher="tiny-digits", mode=mode, run=run, teacher_score="none", **({"say": None} | options | overrides)
     )
 
 
@@ -137,7 +157,21 @@ def test_add_is_sampled_at_the_levels_that_it_was_trained_at(started: Path, tmp_
         ("ladd", {"batch_size": 24}, "heads normalise 8 images together"),
         ("dmd", {"num_pairs": 0}, "num_pairs must be at least 1"),
         ("dmd", {"dropout": 0.1}, "dropout must be 0 in mode dmd"),
-        ("dmd", {"discriminator_features": "teacher"}, "discriminator_features must be none in mode dmd"),
+        ("dmd", {"discriminator_features": "teacher"}, "--discriminator-features is no setting of mode dmd, but of"),
+        ("dmd", {"lambda_reg": 0.0}, "lambda_reg must be positive"),
+        ("diffusion-gan", {"augment_p": 0.9}, "--augment-p is no setting of mode diffusion-gan, but of"),
+        ("diffusion-gan", {"teacher_guidance": 2.0}, "--teacher-guidance is no setting of mode diffusion-gan"),
+        ("diffusion-gan", {"sign_target": 5.0}, "sign_target must be from -1 to 1"),
+        ("diffusion-gan", {"adapt_kimg": float("inf")}, "adapt_kimg must be positive and finite"),
+        ("dmd2", {"clip_gradient_norm": float("inf")}, "clip_gradient_norm must be positive and finite, or none"),
+        ("dmd2", {"direction_dropout": True}, "--direction-dropout counts for nothing with --dropout 0"),
+        ("dmd2", {"generator_time": "lognormal:500,1"}, "generator_time must be uniform:A,B"),
+        ("dmd2", {"discriminator_maps": 1}, "nothing with --discriminator-features fake-score"),
+        ("add", {"beta1": 1.5}, "beta1 must be in [0, 1)"),
+        ("add", {"lambda_adv": 0.0, "lambda_distill": 0.0}, "above 0 with --lambda-distill 0, or nothing is trained"),
+        ("ladd", {"lambda_adv": 0.0}, "above 0 with --lambda-distill 0, or nothing is trained"),
+        ("add", {"sigma_init": 1.0}, "sigma_init must be above the noise level of the second of student_times"),
+        ("add", {"discriminator_detector": ""}, "heads see the maps of dinov2"),
         ("dmd", {"regression": "psnr"}, "regression must be one of mse, lpips"),
         ("dmd2", {"num_pairs": 5}, "--num-pairs is no setting of mode dmd2, but of dmd"),
         ("uni-instruct", {}, "--joint-weight 1"),
@@ -214,6 +248,92 @@ def test_lpips_sees_grey_images_in_three_channels_at_224_pixels(monkeypatch: pyt
     torch.testing.assert_close(found, torch.ones(2))
     (gradient,) = torch.autograd.grad(found.sum(), images)
     assert bool((gradient < 0).all())
+
+
+def test_fd_loss_by_its_own_detector_is_no_best(started: Path, tmp_path: Path) -> None:
+    run, lines = Path(shutil.copytree(started, tmp_path / "run")), list[str]()
+    before = refs(run)["generator/best"]
+    made = short("fd-loss", run, say=lines.append)
+    assert refs(run)["generator/best"] == before != made.oid
+    assert refs(run)["generator/best-tiny-digits-trained-on-it"] == made.oid
+    assert any("tiny-digits trained this generator and scores it" in line for line in lines)
+    card = export.model_card(Store.open(run), made, "files", "model.safetensors")
+    assert "trained on the features of tiny-digits: scores by them are no claim" in card
+
+
+def test_a_card_of_add_says_that_no_code_of_it_is_published(started: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(started, tmp_path / "run"))
+    card = export.model_card(Store.open(run), short("add", run), "files", "model.safetensors")
+    assert "- no training code of ADD is published: its scores are ours" in card
+    assert "- trained on the features of tiny-digits-ssl: scores by them are no claim" in card
+
+
+def test_fd_loss_without_images_or_statistics_is_refused_by_the_plan(
+    started: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(started, tmp_path / "run"))
+    classes = sidactl.prepare_data(None, classes=10, run=run)
+    generator = "generator/tiny-digits-diff-instruct"
+    words = ["distill", "--teacher", "tiny-digits", "--mode", "fd-loss", "--generator", generator, "--no-score"]
+    with pytest.raises(SystemExit) as error:
+        cli.main([*words, "--dataset", classes.oid, "--dry-run", "--run", str(run)])
+    assert error.value.code == 2
+    assert "on classes alone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["f-distill", "fd-loss"])
+def test_what_is_not_finite_in_one_step_is_forgotten_in_the_next(
+    mode: Any, started: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe: Any = catalog.recipe_for("tiny-digits", mode)
+    recipe = dataclasses.replace(recipe, batch_size=4, num_accumulation_rounds=1, generator_from_nimg=None)
+    found = detectors.load("tiny-digits")
+    moments = torch.zeros(64, dtype=torch.float64), torch.eye(64, dtype=torch.float64)
+    trained_on = TrainingDetector(found.differentiable, found.differentiable_maps, found.widths, *moments)
+    net = sidactl.load("tiny-digits", started)
+    batches = made_up.batches_of(recipe, net.spec, torch.device("cpu"))
+    run = Distillation(recipe, net, None, batches, trained_on=trained_on if mode == "fd-loss" else None)
+    generate = run.method.generate
+    monkeypatch.setattr(run.method, "generate", lambda *seen: generate(*seen) * torch.nan)
+    run.step()
+    monkeypatch.setattr(run.method, "generate", generate)
+    assert run.skipped.total["generator"] == 1
+    for _ in range(5):
+        run.step()
+    assert run.skipped.total["generator"] == 1
+    assert all(bool(buffer.isfinite().all()) for buffer in run.method.buffers())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_each_modes_help_has_an_example_of_its_own(mode: str) -> None:
+    shown = CliRunner().invoke(cli.app, ["distill", "--mode", mode, "--help"]).output
+    (example,) = (line for line in shown.splitlines() if "Example: sidactl distill" in line)
+    assert f"--mode {mode} " in example
+    assert ("--generator" in example) == (mode in FROM_GENERATOR)
+
+
+def test_dmds_noise_levels_are_those_that_were_recorded() -> None:
+    arrays = np.load(golden_objectives("dmd.npz"))
+    recipe = catalog.recipe_for("tiny-digits", "dmd")
+    table = torch.from_numpy(arrays["sigmas_descending_with_zero"]).flip(0)[1:]
+    assert recipe.sigma_init == pytest.approx(float(arrays["generator_sigma"].flat[0]), abs=5e-3)
+    assert recipe.sigma_init == pytest.approx(float(table[998]), abs=5e-3)
+    assert isinstance(recipe, MatchingRecipe)
+    # Times 20 to 979 and 1 to 999 of a table whose first level is 0.
+    assert (recipe.generator_time, recipe.score_time) == ("grid:19,978", "grid:0,998")
+    torch.testing.assert_close(table.float(), sigma_of_time(torch.arange(1000) / 999), rtol=1e-4, atol=0)
+
+
+def test_fastgens_imagenet_run_has_one_head_and_passes_of_its_own() -> None:
+    recipe, spec = catalog.recipe_for("edm-imagenet64", "f-distill"), catalog.TEACHERS["edm-imagenet64"].net
+    assert isinstance(recipe, MatchingRecipe)
+    assert (recipe.discriminator_maps, recipe.batch_size // recipe.num_accumulation_rounds) == (1, 32)
+    small = dataclasses.replace(spec, model_channels=16)
+    for maps, num_heads in ((1, 1), (0, 4)):
+        with torch.device("meta"):
+            method = Matching(dataclasses.replace(recipe, discriminator_maps=maps), small)
+        assert method.heads
+        assert len(method.heads.heads) == num_heads
 
 
 def test_latents_have_no_pairs(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_the_numbers_are_of_what_sample_draws_of_the_same_seeds(finished: Finish
 
 def test_beside_other_metrics_nothing_changes(finished: Finished) -> None:
     both = sidactl.evaluate(finished.best, ["fid", "pairs"], num=100, trials=2, run=finished.root)
-    assert set(both.values) == {"FD tiny-digits", "pair distance", "pair ratio"}
+    assert set(both.values) == {"FD tiny-digits", "FD tiny-digits-ssl", "pair distance", "pair ratio"}
     alone = sidactl.fid(finished.best, num=100, trials=2, run=finished.root)
     assert both.values["FD tiny-digits"] == alone.values["FD tiny-digits"]
     assert len(set(both.values["pair ratio"])) == 2

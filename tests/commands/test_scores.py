@@ -761,5 +761,5 @@ def test_a_network_of_ones_own_dataset_is_scored_by_the_detector_of_its_runs(tmp
     weights = {"model.safetensors": b"x"}
     generator = Store.open(run).put("generator", weights, params={"net": net}, inputs={"dataset": data.oid})
     for options, expected in (({}, "random-features"), ({"reference": data.oid}, "inception")):
-        assert scorers._default_detector(generator, data, options) == expected
-    assert scorers._default_detector(data, data, {}) == "inception"
+        assert scorers.default_detector(generator, data, options) == expected
+    assert scorers.default_detector(data, data, {}) == "inception"
