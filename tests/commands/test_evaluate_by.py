@@ -37,7 +37,7 @@ def test_the_best_is_chosen_by_the_score_that_was_asked_for(
     assert f"best generator: {called} {results['selection_score']:.4g} after " in capsys.readouterr().err
     # The detector chose it, by whichever score: no score by it is blind.
     assert set(measured.seen) == {called}
-    assert not sidactl.fid(best, detector="tiny-digits-ssl", **options).seen
+    assert not sidactl.fid(best, **(options | {"detector": "tiny-digits-ssl"})).seen
 
 
 def test_runs_by_different_scores_do_not_compare(finished: Finished, tmp_path: Path) -> None:
