@@ -46,6 +46,7 @@ RECIPES = {
 }
 NETS = {
     "tiny-digits": "807a9cbe4a8c84bf",
+    "tiny-digits-guide": "e2febc11c4881542",
     "edm-cifar10-uncond": "4e033cd6d7d5076b",
     "edm-cifar10-cond": "017b27184d241249",
     "edm-imagenet64": "eb8eecdc6b4fec30",

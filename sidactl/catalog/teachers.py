@@ -9,14 +9,17 @@ from sidactl.catalog import methods
 from sidactl.catalog.edm import MIMG, edm_teachers
 from sidactl.catalog.edm2 import EDM2_SIZES, edm2_teachers
 from sidactl.catalog.entries import Teacher, did_you_mean
-from sidactl.catalog.tiny_digits import tiny_digits
+from sidactl.catalog.tiny_digits import tiny_digits, tiny_digits_guide
 from sidactl.errors import SidaError
 from sidactl.recipes import SID_MODES, Mode, NetSpec, Recipe, SidRecipe
 
-TEACHERS: Mapping[str, Teacher] = {entry.name: entry for entry in (tiny_digits(), *edm_teachers(), *edm2_teachers())}
+TEACHERS: Mapping[str, Teacher] = {
+    entry.name: entry for entry in (tiny_digits(), tiny_digits_guide(), *edm_teachers(), *edm2_teachers())
+}
 
 NUM_PARAMETERS: Mapping[str, int] = {
     "tiny-digits": 188_945,
+    "tiny-digits-guide": 48_073,
     "edm-cifar10-uncond": 55_733_891,
     "edm-cifar10-cond": 55_735_299,
     "edm-imagenet64": 295_899_267,

@@ -76,3 +76,17 @@ def tiny_digits() -> Teacher:
         recipes={"sid": sid, "sida": sida, "sid2a": sid2a},
         asset="tiny-digits-teacher.safetensors",
     )
+
+
+def tiny_digits_guide() -> Teacher:
+    """A weaker teacher, which guides the other."""
+    return Teacher(
+        name="tiny-digits-guide",
+        about="weaker teacher of 8x8 digits, 48,073 parameters, trained on 20k images; guides tiny-digits",
+        licence="Apache-2.0",
+        dataset="tiny-digits",
+        net=replace(_SMALL, model_channels=8),
+        sampler=HeunSpec(num_steps=18),
+        recipes={},
+        asset="tiny-digits-guide.safetensors",
+    )

@@ -206,9 +206,12 @@ def test_img64_recipes_take_the_sigmas_of_their_teachers() -> None:
             assert (recipe.P_mean, recipe.P_std) == (layout["loss"]["P_mean"], layout["loss"]["P_std"])
 
 
-def test_every_teacher_but_one_that_guides_others_has_three_recipes_that_survive_json() -> None:
+GUIDING = ("edm2-xs-uncond", "tiny-digits-guide")
+
+
+def test_every_teacher_but_those_that_guide_others_has_three_recipes_that_survive_json() -> None:
     for entry in TEACHERS.values():
-        assert list(entry.recipes) == ([] if entry.name == "edm2-xs-uncond" else list(SID_MODES))
+        assert list(entry.recipes) == ([] if entry.name in GUIDING else list(SID_MODES))
         for mode, recipe in entry.recipes.items():
             assert recipe.mode == mode
             assert recipe.teacher == entry.name
@@ -299,10 +302,19 @@ def test_a_larger_edm2_teacher_of_ones_own_takes_fewer_images_at_once(
     assert recipe.batch_size // recipe.num_accumulation_rounds == at_once
 
 
-def test_a_teacher_that_guides_others_has_no_recipe() -> None:
+@pytest.mark.parametrize("name", GUIDING)
+def test_a_teacher_that_guides_others_has_no_recipe(name: str) -> None:
     with pytest.raises(SidaError) as caught:
-        catalog.recipe_for("edm2-xs-uncond", "sida")
-    assert str(caught.value) == "edm2-xs-uncond guides others and has no recipe. Distill another, such as edm2-xs."
+        catalog.recipe_for(name, "sida")
+    assert str(caught.value) == f"{name} guides others and has no recipe. Distill another, such as edm2-xs."
+
+
+def test_the_built_in_guide_is_small_and_fits_the_built_in_teacher() -> None:
+    guide, taught = TEACHERS["tiny-digits-guide"], TEACHERS["tiny-digits"]
+    assert guide.asset
+    assert (catalog.ASSETS / guide.asset).stat().st_size < 200_000
+    assert dataclasses.replace(guide.net, model_channels=16) == taught.net
+    assert NUM_PARAMETERS["tiny-digits-guide"] < NUM_PARAMETERS["tiny-digits"] / 3
 
 
 def test_a_guided_teacher_has_the_recipe_of_its_size() -> None:
@@ -440,7 +452,7 @@ def test_every_network_and_statistic_has_its_own_file_over_https() -> None:
     assert all(url.startswith("https://") for url in urls)
     builtin = [e.name for group in groups for e in group.values() if not e.source]
     detectors = ["tiny-digits", "random-features", "tiny-digits-ssl", "efficientnet-lite0"]
-    assert builtin == ["tiny-digits", *NO_FILE, *detectors]
+    assert builtin == ["tiny-digits", "tiny-digits-guide", *NO_FILE, *detectors]
 
 
 def test_known_digests_are_pinned_and_an_uncertain_one_is_marked() -> None:
@@ -517,7 +529,7 @@ def test_scores_of_the_publishers_page_are_told_from_those_of_the_paper() -> Non
 
 
 def test_all_published_networks_are_there() -> None:
-    assert Counter(e.net.architecture for e in TEACHERS.values()) == {"SongUNet": 5, "DhariwalUNet": 1, "EDM2": 18}
+    assert Counter(e.net.architecture for e in TEACHERS.values()) == {"SongUNet": 6, "DhariwalUNet": 1, "EDM2": 18}
     assert Counter((e.mode, e.net.architecture == "EDM2") for e in GENERATORS.values()) == {
         ("sid", False): 10,
         ("sida", False): 5,
