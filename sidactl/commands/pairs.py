@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sidactl.commands.features import images_per_batch
 from sidactl.commands.inputs import Ref, ref_text
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 PICTURED = range(12)
 """seeds of a picture"""
+
+_LEAST_PIXELS = 64
+"""a side of a pictured image"""
 
 
 def teacher_of(store: Store, subject: Artifact) -> Artifact:
@@ -189,7 +192,8 @@ def pictured(
                     told.append(f"row {len(rows)}: {generator.params['name']} ({generator.oid[:12]}), same noise")
             if len({row.shape for row in rows}) > 1:
                 raise SidaError("a picture of pairs is of images of one size, got several", "Compare fewer of them.")
-            staged.write_bytes(report.grid(np.concatenate(rows), columns=len(PICTURED), software=report.DOTS))
+            form: Any = {"columns": len(PICTURED), "min_tile": _LEAST_PIXELS, "software": report.DOTS}
+            staged.write_bytes(report.grid(np.concatenate(rows), **form))
             return told
 
         yield draw

@@ -29,6 +29,7 @@ from sidactl.recipes import (
     NetSpec,
     PairedRecipe,
     Recipe,
+    SidRecipe,
     flag_of,
     override,
     passes_of,
@@ -240,7 +241,9 @@ def plan(
         if rounds % num_devices == 0
         for shard in (False, True)
     }
-    cost = catalog.COSTS.get((recipe.teacher, recipe.mode))
+    # The published pace is that of one step, unguided.
+    is_plain = isinstance(recipe, SidRecipe) and recipe.teacher_guidance == recipe.score_guidance == len(recipe.levels)
+    cost = catalog.COSTS.get((recipe.teacher, recipe.mode)) if is_plain else None
     otherwise = vae not in (None, catalog.VAE_NAME)
     made = Plan(recipe, default, inputs, memory, cost, scoring, needs, missing, warnings, notes, free_bytes, otherwise)
     if scoring and teacher_score == "published" != made.teacher_score:

@@ -10,7 +10,7 @@ from sidactl import catalog, nets
 from sidactl.data.order import DataOrder
 from sidactl.errors import SidaError
 from sidactl.methods.base import Pairs
-from sidactl.recipes import Execution, NetSpec, PairedRecipe, Recipe, SamplingForm, SidRecipe, override
+from sidactl.recipes import MODES, Execution, NetSpec, PairedRecipe, Recipe, SamplingForm, SidRecipe, override
 from sidactl.training import batches as training_batches
 from sidactl.training.distillation import Distillation
 
@@ -38,6 +38,9 @@ def recipe_of(
     if teacher not in known:
         raise SidaError(f"unknown teacher {teacher!r}", f"Use one of {', '.join(known)}.")
     recipes: Mapping[str, Recipe] = {str(name): recipe for name, recipe in known[teacher].recipes.items()}
+    if mode in MODES and mode not in recipes:
+        what = f"steps of mode {mode} are not timed here, those of {', '.join(recipes)} are"
+        raise SidaError(what, "See examples/bench_methods.py for all modes side by side.")
     if mode not in recipes:
         raise SidaError(f"{teacher} has no recipe of mode {mode!r}", f"It has {', '.join(recipes)}.")
     recipe = override(recipes[mode], overrides)

@@ -303,6 +303,11 @@ def test_tables_tell_every_stage_and_part(report: bench.Report, monkeypatch: pyt
         ({"batch_size": 0}, "--batch-size must be >= 1, got 0. Pass --batch-size 1 or more."),
         ({"num_steps": 0}, "--steps must be >= 1, got 0. Pass --steps 1 or more."),
         ({"mode": "gan"}, "tiny-digits has no recipe of mode 'gan'. It has sid, sida, sid2a."),
+        (
+            {"mode": "dmd2"},
+            "steps of mode dmd2 are not timed here, those of sid, sida, sid2a are. "
+            "See examples/bench_methods.py for all modes side by side.",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused(options: dict[str, object], message: str) -> None:

@@ -1,5 +1,6 @@
 """Distillations of guided teachers: trained, gone on with, refused."""
 
+import json
 import os
 import shutil
 import signal
@@ -168,3 +169,11 @@ def test_a_guide_counts_in_the_memory_estimate() -> None:
     guided = Memory.of(override(recipe, {"teacher_guidance": 1.4}), net, 280_000_000, guide_parameters=125_000_000)
     assert guided.state_bytes - plain.state_bytes == 4 * 125_000_000
     assert guided.activation_bytes > plain.activation_bytes
+
+
+@pytest.mark.parametrize("flag", ["--teacher-guidance=2", "--steps=2"])
+def test_the_published_pace_is_not_that_of_guided_teachers_or_several_steps(flag: str, tmp_path: Path) -> None:
+    words = ["distill", "--teacher", "edm-cifar10-cond", "--mode", "sida", "--dry-run", "--run", str(tmp_path)]
+    plain, other = (json.loads(CliRunner().invoke(cli.app, [*words, *more]).stdout) for more in ([], [flag]))
+    assert plain["estimate"]["hours"] > 0
+    assert other["estimate"]["hours"] is None

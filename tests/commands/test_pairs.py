@@ -85,11 +85,11 @@ def test_compare_draws_generators_below_their_teacher(
     assert "row 2: tiny-digits-sida (" in err
     assert "left out: pairs are of a generator that was distilled here, got the teacher tiny-digits" in err
     with Image.open(io.BytesIO(picture.read_bytes())) as image:
-        assert image.size == (12 * 34 - 2, 2 * 34 - 2)
-        theirs = image.crop((0, 0, 12 * 34 - 2, 32))
+        assert image.size == (12 * 66 - 2, 2 * 66 - 2)
+        theirs = image.crop((0, 0, 12 * 66 - 2, 64))
     drawn = sidactl.sample("tiny-digits", num=12, run=finished.root)
     first = drawn.images[0, :, :, 0]
-    assert [theirs.getpixel((4 * x, 0)) for x in range(8)] == first[0].tolist()
+    assert [theirs.getpixel((8 * x, 0)) for x in range(8)] == first[0].tolist()
 
 
 def test_a_picture_of_nothing_is_refused(finished: Finished, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
