@@ -88,7 +88,8 @@ def check(
         what = f"images per trial must be >= 2 and trials >= 1, got {count} and {how_often}"
         raise SidaError(what, "Pass --num 10k --trials 10.")
     if training:
-        check_training(store, training)
+        with launch.alone():  # each run is one process's
+            check_training(store, training)
     named: dict[str, Artifact] = {}
     with rank0_first():
         for ref in refs:
