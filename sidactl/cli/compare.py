@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from sidactl.commands.runs import Training
 
 
+_MOST_COLUMNS = 4
+"""of a table of scores, beyond which it is turned where that makes it narrower"""
+
+
 @app.command()
 @with_processes
 def compare(
@@ -124,7 +128,10 @@ def compare(
         for line in [*_as_markdown(found).splitlines(), *(f"- {markdown(line)}" for line in _differences(found))]:
             console.print_data(line)
     else:
-        console.table(*_scores(found))
+        columns, rows = _scores(found)
+        if len(columns) > max(_MOST_COLUMNS, len(rows)):  # many numbers of few things, which no terminal is wide for
+            columns, *rows = map(list, zip(columns, *rows, strict=True))
+        console.table(columns, rows)
         console.table(*_facts(found))
         for line in _differences(found):
             console.print_data(line)
