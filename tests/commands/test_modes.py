@@ -128,6 +128,27 @@ def test_what_was_trained_on_a_detector_is_not_blind_to_it(started: Path, tmp_pa
     assert by == {"random-features": False, "tiny-digits-ssl": True}
 
 
+@pytest.mark.slow
+def test_a_score_that_was_trained_on_is_won_under_its_detector_and_lost_under_a_blind_one(tmp_path: Path) -> None:
+    """What blindness is for: half a minute of FD-loss after one of SiD."""
+    options: dict[str, Any] = {"evaluate_num": 1000, "teacher_score": "none", "say": None, "run": tmp_path}
+    honest = sidactl.distill(teacher="tiny-digits", mode="sid", duration="20k", **options)
+    more = options | {"duration": "10k", "evaluate_every": "10k"}
+    bought = sidactl.distill(teacher="tiny-digits", mode="fd-loss", generator=honest, **more)
+    last = Store.open(tmp_path).resolve("generator/last")
+    assert bought.inputs["generator"] == honest.oid
+    scores = [
+        sidactl.evaluate(net, ["fid"], detectors="tiny-digits,random-features", num=5000, run=tmp_path, say=None)
+        for net in (honest, last)
+    ]
+    (own, blind), (own_after, blind_after) = (
+        [score.values[name][0] for name in ("FD tiny-digits", "random-features FD")] for score in scores
+    )
+    assert own_after < 0.8 * own
+    assert blind_after > blind
+    assert set(scores[1].seen) == {"FD tiny-digits"}
+
+
 def test_add_is_sampled_at_the_levels_that_it_was_trained_at(started: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(started, tmp_path / "run"))
     made = short("add", run)
