@@ -124,7 +124,7 @@ def assembled(
         check_generator(inputs["generator"].params, teacher_artifact.params)
     if options.get("guide") is not None:
         inputs["guide"] = resolve(store, options["guide"], ["teacher"], recheck=recheck)
-        guided(store, inputs["guide"].oid, recipe, Input(teacher, teacher_artifact))
+        guided(store, inputs["guide"].oid, recipe, Input(teacher, teacher_artifact), is_chosen=True)
     check_trainable(data)
     check_fit(shape_for_nets(data), net, "teacher")
     if compared:

@@ -36,15 +36,15 @@ def check_generator(generator: Mapping[str, Any], teacher: Mapping[str, Any]) ->
         )
 
 
-def sampled_as(recipe: Recipe, own: Mapping[str, Any], overrides: Mapping[str, Any]) -> Recipe:
-    """The recipe with the noise levels of the generator that it starts from, whose sampler this is."""
+def sampled_as(recipe: Recipe, own: Mapping[str, Any]) -> Recipe:
+    """The recipe with the steps and noise levels of the generator that it starts from, whose sampler this is."""
     changed: dict[str, Any] = {"sigma_init": own["sigma_init"]}
     if own.get("num_steps", 1) > 1 and not isinstance(recipe, FakeScoreRecipe):
         what = f"mode {recipe.mode} trains generators of one step, got one of {own['num_steps']}"
         raise SidaError(what, "Pass --generator with one of one step.")
-    if isinstance(recipe, FakeScoreRecipe) and own.get("num_steps", 1) > 1 and "steps" not in overrides:
-        changed |= {"steps": own["num_steps"], "step_levels": tuple(own.get("levels", ()))}
-        changed |= {} if "step_noise" in overrides else {"step_noise": own.get("noise", "fresh")}
+    if isinstance(recipe, FakeScoreRecipe) and own.get("num_steps", 1) > 1:
+        levels, noise = tuple(own.get("levels", ())), own.get("noise", "fresh")
+        changed |= {"steps": own["num_steps"], "step_levels": levels, "step_noise": noise}
     return dataclasses.replace(recipe, **changed)
 
 
@@ -58,9 +58,11 @@ def mode_of(generator: preflight.Input) -> str | None:
 
 
 def guided(
-    store: Store, asked: str | None, recipe: Recipe, taught: preflight.Input
+    store: Store, asked: str | None, recipe: Recipe, taught: preflight.Input, *, is_chosen: bool
 ) -> tuple[Recipe, preflight.Input | None, list[str]]:
     """The recipe with the guidance of a published pair where none is asked for, the guide, and what is to be said.
+
+    is_chosen: whether the recipe's guidance is what somebody asked for.
 
     Raises SidaError for guidance that cannot be, and for a guide that counts for nothing or does not fit the teacher.
     """
@@ -73,7 +75,7 @@ def guided(
     if asked is None and published and recipe.teacher_guidance == 1:
         raise SidaError(f"{name} is for guided sampling, got no guide", f"Pass --guide {published}.")
     if asked and recipe.teacher_guidance == 1:
-        if asked != published:
+        if asked != published or is_chosen:
             what = f"guide {asked} counts for nothing with --teacher-guidance 1"
             raise SidaError(what, "Pass --teacher-guidance, such as 1.4.")
         recipe = dataclasses.replace(recipe, teacher_guidance=guidance)
@@ -90,6 +92,8 @@ def guided(
             )
         return recipe, None, notes
     guide = preflight.find(store, asked, ["teacher"])
+    if guide.artifact and taught.artifact and guide.artifact.oid == taught.artifact.oid:
+        raise SidaError(f"a teacher that is its own guide is not guided, got {asked}", "Pass another --guide.")
     if guide.params:
         theirs = NetSpec.from_json(guide.params["net"])
         wanted, got = ((n.img_channels, n.img_resolution, n.label_dim) for n in (net, theirs))

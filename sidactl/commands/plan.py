@@ -148,6 +148,9 @@ def plan(
     recipe = catalog.recipe_for(name, chosen, net, num_parameters)
     if name not in catalog.TEACHERS:
         recipe = _suited(recipe, taught, overrides)
+    start = preflight.find(store, generator, ["generator"]) if generator else None
+    if start and (own := start.params.get("sampler")):
+        recipe = companions.sampled_as(recipe, own)
     if not (dataset or own_dataset):
         raise SidaError(f"teacher {teacher} does not say what it was trained on", "Pass --dataset REF.")
     default = recipe
@@ -157,7 +160,8 @@ def plan(
         notes.append(f"no run of {chosen} on {name} is published: its own numbers, and the rest as SiDA's")
     elif chosen not in SID_MODES:
         notes.append(f"{chosen} on {name}: the numbers of {run}")
-    recipe, guided_by, more_notes = companions.guided(store, guide, recipe, taught)
+    is_chosen = "teacher_guidance" in overrides
+    recipe, guided_by, more_notes = companions.guided(store, guide, recipe, taught, is_chosen=is_chosen)
     notes += more_notes
     passes_of(recipe, settings, 0, launch.world_size())
     warnings = recipe.unusual()
@@ -169,14 +173,11 @@ def plan(
     used = [taught, *([guided_by] if guided_by else [])]
     if guide:
         inputs["guide"] = guide
-    if generator:
+    if generator and start:
         inputs["generator"] = generator
-        used.append(start := preflight.find(store, generator, ["generator"]))
+        used.append(start)
         if start.params:
             companions.check_generator(start.params, taught.params)
-            own = start.params.get("sampler")
-            if own and not {"sigma_init", "step_levels"} & set(overrides):
-                recipe, default = (companions.sampled_as(each, own, overrides) for each in (recipe, default))
         if mode == "sid2a" and (began := companions.mode_of(start)) not in (None, "sid"):
             notes.append(f"SiD2A starts from a generator of mode sid, {generator} is one of mode {began}")
     data, missing = _planned_data(store, recipe, dataset)

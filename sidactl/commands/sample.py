@@ -26,6 +26,7 @@ from sidactl.commands.words import NETS, OnCount, RunDir
 from sidactl.errors import SidaError
 from sidactl.foreign import download
 from sidactl.recipes import OneStepSpec, SamplingForm
+from sidactl.recipes.distillation import GUIDANCE_INTERVAL
 from sidactl.store import Artifact, Store
 
 if TYPE_CHECKING:
@@ -104,6 +105,17 @@ def sample(
     if class_index is not None and not isinstance(class_index, str):
         class_index = whole(class_index, "class_index")
     steps = None if steps is None else whole(steps, "steps")
+    if not math.isfinite(guidance):
+        raise SidaError(f"guidance must be finite, got {guidance}", "Pass another --guidance.")
+    if interval := tuple(map(float, guidance_interval)):
+        low, high = (*interval, math.nan)[:2]
+        if guidance == 1:
+            raise SidaError("a guidance interval counts for nothing with --guidance 1", "Pass --guidance, such as 1.4.")
+        if len(interval) != 2 or not (0 <= low < high < math.inf and low < 80 and high > 0.002):
+            got = ",".join(f"{level:g}" for level in interval)
+            raise SidaError(f"the guidance interval must be {GUIDANCE_INTERVAL}, got {got}", "Pass 0.2,3.")
+    if guide is not None and guidance == 1 and say:
+        say("warning: a guide counts for nothing with --guidance 1")
     store = Store.open(run_of(ref, run))
     if name:
         store.check_name("samples", name)
@@ -127,23 +139,16 @@ def sample(
         **drawn_on(device),
     }
     inputs = {"net": subject}
-    if not math.isfinite(guidance):
-        raise SidaError(f"guidance must be finite, got {guidance}", "Pass another --guidance.")
     if guide is not None:
         inputs["guide"] = resolve(store, ref_text(guide, "the guide"), ["teacher"], recheck=force)
         params["guidance"] = guidance
     elif guidance != 1:
         if isinstance(chosen, OneStepSpec):
-            raise SidaError("guidance needs the heun sampler, got a one-step generator", "Leave out --guidance.")
+            raise SidaError("guidance needs the heun sampler of a teacher", "Leave out --guidance.")
         if not subject.params["net"].get("label_dim"):
             raise SidaError(f"guidance {guidance:g} of a net without classes needs a guide", "Pass --guide REF.")
         params["guidance"] = guidance
-    if interval := tuple(map(float, guidance_interval)):
-        if guidance == 1:
-            raise SidaError("a guidance interval counts for nothing with --guidance 1", "Pass --guidance, such as 1.4.")
-        if len(interval) != 2 or not 0 <= interval[0] < interval[1]:
-            got = ",".join(f"{level:g}" for level in interval)
-            raise SidaError(f"guidance interval must be two noise levels, the lower first, got {got}", "Pass 0.2,3.")
+    if interval:
         params["guidance_interval"] = list(interval)
     question = Question(
         store=store,

@@ -46,7 +46,8 @@ def note_of_steps(subject: Artifact, chosen: OneStepSpec | HeunSpec) -> str | No
         return None
     trained = "one step" if own.num_steps == 1 else f"{own.num_steps} steps"
     called = subject.params.get("name") or subject.oid[:12]
-    return f"{called} was trained for {trained}, not for {chosen.num_steps}: nothing says that more of them are better"
+    said = f"{called} was trained for {trained}, not for {chosen.num_steps}"
+    return said if chosen.num_steps < own.num_steps else f"{said}: nothing says that more of them are better"
 
 
 def chosen_sampler(

@@ -13,9 +13,9 @@ from sidactl.recipes.execution import Execution, Precision
 from sidactl.recipes.fields import (
     JsonFields,
     at_least,
+    at_most,
     below_one,
     check_seed,
-    finite,
     high_rates,
     in_unit_interval,
     not_negative,
@@ -48,6 +48,8 @@ FROM_GENERATOR: frozenset[Mode] = frozenset({"sid2a", "fd-loss"})
 """modes that start from a generator, not from the teacher"""
 
 EvaluatedBy = Literal["fid", "mind", "kid"]
+
+GUIDANCE_INTERVAL = "two noise levels, the lower first, that reach into 0.002 to 80"
 
 FEW_IMAGES = 5_000
 """images of an evaluation by another score than a Fréchet distance, where no number is asked for"""
@@ -255,6 +257,10 @@ class Recipe(JsonFields):
         return high_rates(self, *(f.name for f in dataclasses.fields(self) if f.name.endswith("_lr")))
 
 
+_MOST_LATER = 10
+"""noise level of a later step, above which it is said to be unusual"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FakeScoreRecipe(Recipe):
     """What all methods have that train a fake score."""
@@ -295,6 +301,13 @@ class FakeScoreRecipe(Recipe):
         """The noise level of each step."""
         return self.step_levels or tuple(self.sigma_init * (self.steps - k) / self.steps for k in range(self.steps))
 
+    def unusual(self) -> list[str]:
+        lines = super().unusual()
+        if len(self.levels) > 1 and self.levels[1] > _MOST_LATER:
+            what = f"the second step begins at noise level {self.levels[1]:g}, which leaves little of the first's image"
+            lines.append(f"{what}: see --step-levels")
+        return lines
+
     def sampler(self) -> OneStepSpec:
         num, noise = len(self.levels), self.step_noise
         return OneStepSpec(sigma_init=self.sigma_init, num_steps=num, levels=self.step_levels, noise=noise)
@@ -313,12 +326,13 @@ class FakeScoreRecipe(Recipe):
         super().__post_init__()
         at_least(self, 1, "steps")
         positive(self, "fake_score_lr")
-        finite(self, "teacher_guidance", "score_guidance")
+        within(self, ["teacher_guidance", "score_guidance"], "from -1000 to 1000", lambda got: -1000 <= got <= 1000)
+        at_most(self, 1000, "steps")
         below_one(self, "score_label_dropout")
         if self.guidance_interval:
             low, high = (*self.guidance_interval, math.nan)[:2]
-            if len(self.guidance_interval) != 2 or not 0 <= low < high:
-                raise refusal("guidance_interval", "two noise levels, the lower first", self.guidance_interval)
+            if len(self.guidance_interval) != 2 or not (0 <= low < high < math.inf and low < 80 and high > 0.002):
+                raise refusal("guidance_interval", GUIDANCE_INTERVAL, self.guidance_interval)
         if self.dropout and self.score_guidance != 1:
             raise refusal("dropout", "0 with --score-guidance, which asks twice in a pass", self.dropout)
         if self.step_levels:

@@ -139,6 +139,7 @@ class PairedRecipe(MatchingRecipe, modes=("dmd",)):
     _hidden = frozenset(f.name for f in fields(HeadsRecipe)) - frozenset(f.name for f in fields(FurtherRecipe)) | {
         *("discriminator_time", "discriminator_maps", "f_divergence", "ratio_rate"),
         *("steps", "step_levels", "step_noise", "step_graphs"),
+        *("teacher_guidance", "score_guidance", "guidance_interval", "score_label_dropout"),
     }
 
     def __post_init__(self) -> None:

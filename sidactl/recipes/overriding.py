@@ -1,6 +1,7 @@
 """A recipe with some of its numbers replaced, by whatever class of recipe has them."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -59,8 +60,10 @@ def override(recipe: AnyRecipe, overrides: Mapping[str, Any]) -> AnyRecipe:
         changed["evaluate_num"] = min(recipe.evaluate_num, FEW_IMAGES)
     if changed.get("direction") == "sid" and "direction_dropout" not in changed:
         changed["direction_dropout"] = False  # which that direction cannot have
-    if changed.get("step_levels") and "sigma_init" not in changed:
-        changed["sigma_init"] = changed["step_levels"][0]
+    if (levels := changed.get("step_levels")) and "sigma_init" not in changed and 0 < levels[0] < math.inf:
+        changed["sigma_init"] = levels[0]
+    if "steps" in changed and "step_levels" not in changed:
+        changed["step_levels"] = ()  # those of the generator that it starts from, if any, are of its number of steps
     made = dataclasses.replace(recipe, **changed)
     idle = made.idle()
     for name in overrides:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from sidactl.recipes.fields import JsonFields, at_least, moderate, not_negative, positive, refusal, within
+from sidactl.recipes.fields import JsonFields, at_least, at_most, moderate, not_negative, positive, refusal, within
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,7 @@ class OneStepSpec(JsonFields):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "num_steps")
+        at_most(self, 1000, "num_steps")
         positive(self, "sigma_init")
         moderate(self, "sigma_init", "levels")
         if self.levels and self.num_steps > len(self.levels):

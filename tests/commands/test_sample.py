@@ -241,7 +241,7 @@ def test_guidance_moves_away_from_the_guide(edm2: tuple[Path, str], finished: Fi
     for options, message in (
         (
             {"guidance": 2.0, "sampler": "one-step"},
-            "guidance needs the heun sampler, got a one-step generator. Leave out --guidance.",
+            "guidance needs the heun sampler of a teacher. Leave out --guidance.",
         ),
         (
             {"guidance_interval": (0.2, 3.0)},
@@ -249,7 +249,13 @@ def test_guidance_moves_away_from_the_guide(edm2: tuple[Path, str], finished: Fi
         ),
         (
             {"guidance": 2.0, "guidance_interval": (3.0, 0.2)},
-            "guidance interval must be two noise levels, the lower first, got 3,0.2. Pass 0.2,3.",
+            "the guidance interval must be two noise levels, the lower first, that reach into 0.002 to 80, got 3,0.2. "
+            "Pass 0.2,3.",
+        ),
+        (
+            {"guidance": 2.0, "guidance_interval": (0.2, float("inf"))},
+            "the guidance interval must be two noise levels, the lower first, that reach into 0.002 to 80, got "
+            "0.2,inf. Pass 0.2,3.",
         ),
         (
             {"guide": weak, "sampler": "one-step"},
@@ -269,7 +275,7 @@ def test_a_teacher_guides_itself_without_labels_and_at_the_noise_levels_that_are
 
     plain, guided = images(), images(guidance=3.0)
     assert (plain != guided).any()
-    assert (images(guidance=3.0, guidance_interval=(200.0, 300.0)) == plain).all()
+    assert (images(guidance=3.0, guidance_interval=(79.0, 79.5)) == plain).all()
     assert (images(guidance=3.0, guidance_interval=(0.0, 300.0)) == guided).all()
     part = images(guidance=3.0, guidance_interval=(0.0, 1.0))
     assert (part != plain).any()

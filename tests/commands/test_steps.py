@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,17 @@ import torch
 
 import sidactl
 from sidactl import sampling
+from sidactl.commands import plan
 from sidactl.errors import SidaError
 from sidactl.recipes import OneStepSpec, Recipe, names_of
-from sidactl.store import Artifact
+from sidactl.store import Artifact, Store
 from tests.conftest import SHORT, Finished
 from tests.processes import told
+
+
+def planned(mode: str, run: Path, generator: str, **overrides: Any) -> Recipe:
+    words: dict[str, Any] = {"dataset": None, "overrides": overrides}
+    return plan.plan(teacher="tiny-digits", mode=mode, generator=generator, store=Store.open(run), **words).recipe
 
 
 def short(run: Path, mode: str = "sida", **overrides: Any) -> Artifact:
@@ -102,5 +109,11 @@ def test_what_starts_from_a_generator_has_its_steps(started: Path, tmp_path: Pat
     }
     tuned = sidactl.finetune_sid2a(teacher="tiny-digits", generator="generator/latest", run=run, **options)
     assert Recipe.from_json(tuned.params["recipe"]).sampler().num_steps == 3
+    plan_of = partial(planned, "sid2a", run, "generator/latest")
+    assert plan_of(sigma_init=3.0).sampler().num_steps == 3
+    assert plan_of(step_noise="ddim").sampler().noise == "ddim"
+    assert plan_of(steps=2).sampler().num_steps == 2
+    with pytest.raises(SidaError, match=r"^mode fd-loss trains generators of one step, got one of 3"):
+        sidactl.distill(teacher="tiny-digits", mode="fd-loss", generator="generator/latest", sigma_init=2.5, run=run)
     with pytest.raises(SidaError, match=r"^mode fd-loss trains generators of one step, got one of 3"):
         sidactl.distill(teacher="tiny-digits", mode="fd-loss", generator="generator/latest", run=run)

@@ -123,6 +123,9 @@ def test_levels_fall_evenly_or_as_asked() -> None:
     ("changes", "message"),
     [
         ({"steps": 0}, "steps must be at least 1"),
+        ({"steps": 10**8}, "steps must be at most 1,000"),
+        ({"step_levels": (0.0,)}, "step_levels must be falling from sigma_init"),
+        ({"step_levels": (float("nan"), 1.0)}, "step_levels must be falling from sigma_init"),
         ({"step_levels": (1.0, 2.0)}, "step_levels must be falling from sigma_init"),
         ({"step_levels": (2.0, 0.0)}, "step_levels must be falling from sigma_init"),
         ({"step_levels": (2.0, 1.0), "sigma_init": 2.5}, "step_levels must be falling from sigma_init, 2.5"),
@@ -137,6 +140,11 @@ def test_steps_that_are_none_are_refused(changes: dict[str, Any], message: str) 
     with pytest.raises(SidaError) as error:
         override(catalog.recipe_for("tiny-digits", changes.pop("mode", "sida")), changes)
     assert str(error.value).startswith(message)
+
+
+def test_a_later_step_at_a_high_noise_level_is_said_to_be_unusual() -> None:
+    assert any("begins at noise level 40" in line for line in recipe("dmd2", steps=2).unusual())
+    assert not recipe("dmd2", step_levels=(80.0, 2.0)).unusual()
 
 
 def test_each_step_of_a_run_trains_one_of_the_steps_and_those_before_it_without_gradients() -> None:
