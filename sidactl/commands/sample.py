@@ -110,10 +110,11 @@ def sample(
     if interval := tuple(map(float, guidance_interval)):
         low, high = (*interval, math.nan)[:2]
         if guidance == 1:
-            raise SidaError("a guidance interval counts for nothing with --guidance 1", "Pass --guidance, such as 1.4.")
+            raise SidaError("a guidance interval counts for nothing with --guidance 1", "Pass --guidance 1.4, too.")
         if len(interval) != 2 or not (0 <= low < high < math.inf and low < 80 and high > 0.002):
             got = ",".join(f"{level:g}" for level in interval)
-            raise SidaError(f"the guidance interval must be {GUIDANCE_INTERVAL}, got {got}", "Pass 0.2,3.")
+            what = f"the guidance interval must be {GUIDANCE_INTERVAL}, got {got}"
+            raise SidaError(what, "Pass --guidance-interval 0.2,3.")
     if guide is not None and guidance == 1 and say:
         say("warning: a guide counts for nothing with --guidance 1")
     store = Store.open(run_of(ref, run))

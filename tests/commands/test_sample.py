@@ -245,17 +245,17 @@ def test_guidance_moves_away_from_the_guide(edm2: tuple[Path, str], finished: Fi
         ),
         (
             {"guidance_interval": (0.2, 3.0)},
-            "a guidance interval counts for nothing with --guidance 1. Pass --guidance, such as 1.4.",
+            "a guidance interval counts for nothing with --guidance 1. Pass --guidance 1.4, too.",
         ),
         (
             {"guidance": 2.0, "guidance_interval": (3.0, 0.2)},
             "the guidance interval must be two noise levels, the lower first, that reach into 0.002 to 80, got 3,0.2. "
-            "Pass 0.2,3.",
+            "Pass --guidance-interval 0.2,3.",
         ),
         (
             {"guidance": 2.0, "guidance_interval": (0.2, float("inf"))},
             "the guidance interval must be two noise levels, the lower first, that reach into 0.002 to 80, got "
-            "0.2,inf. Pass 0.2,3.",
+            "0.2,inf. Pass --guidance-interval 0.2,3.",
         ),
         (
             {"guide": weak, "sampler": "one-step"},
