@@ -243,7 +243,9 @@ def plan(
         for shard in (False, True)
     }
     # The published pace is that of one step, unguided.
-    is_plain = isinstance(recipe, SidRecipe) and recipe.teacher_guidance == recipe.score_guidance == len(recipe.levels)
+    is_plain = isinstance(recipe, SidRecipe) and (
+        1 == recipe.teacher_guidance == recipe.score_guidance == len(recipe.levels)
+    )
     cost = catalog.COSTS.get((recipe.teacher, recipe.mode)) if is_plain else None
     otherwise = vae not in (None, catalog.VAE_NAME)
     made = Plan(recipe, default, inputs, memory, cost, scoring, needs, missing, warnings, notes, free_bytes, otherwise)
