@@ -16,7 +16,7 @@ from sidactl.commands.blindness import built_in_eyes
 from sidactl.commands.differences import Comparison, Row, compared, higher_is_better
 from sidactl.commands.inputs import Count, Ref, count_of, ref_text, whole, words_of
 from sidactl.commands.moments import OF_TINY_DIGITS, is_detector_file
-from sidactl.commands.pairs import problem_of_picture, teacher_of
+from sidactl.commands.pairs import has_teacher, problem_of_picture, teacher_of
 from sidactl.commands.question import rank0_first
 from sidactl.commands.resolve import resolve
 from sidactl.commands.running import OnEvent
@@ -113,7 +113,7 @@ def check(
         if chosen or text is not None:
             what = f"{', '.join(metrics)} compares with the teacher by pixels, which no detector or reference changes"
             raise SidaError(what, "Leave them out.")
-        if not training and not any(_has_teacher(store, each) for each in named.values()):
+        if not training and not any(has_teacher(store, each) for each in named.values()):
             teacher_of(store, _first(named.values()))
     return asked
 
@@ -188,7 +188,7 @@ def compare(
     for name, artifacts in groups.items():
         scores = list[Score]()
         for artifact in artifacts:
-            metrics = [m for m in asked.metrics if m not in asked.of_teacher or _has_teacher(store, artifact)]
+            metrics = [m for m in asked.metrics if m not in asked.of_teacher or has_teacher(store, artifact)]
             if not metrics:
                 continue
             drawn: Any = {"num": asked.num, "trials": asked.trials}
@@ -227,12 +227,6 @@ def _check_size(name: str, artifact: Artifact, detectors: Sequence[str]) -> None
     if small := [detector for detector in detectors if detector in OF_TINY_DIGITS]:
         what = f"detector {small[0]} takes images of 8x8 pixels, those of {name} are of {height} rows"
         raise SidaError(what, "Pass --detectors random-features, or leave it out of the comparison.")
-
-
-def _has_teacher(store: Store, artifact: Artifact) -> bool:
-    with suppress(SidaError):
-        return bool(teacher_of(store, artifact))
-    return False
 
 
 def _rank_and_size() -> tuple[int, int]:

@@ -196,7 +196,7 @@ _IS_OF_FORM: Mapping[str, Callable[[Path], bool]] = {
 def _write_manifest(store: Store, artifact: Artifact, folder: Path) -> None:
     """What the folder is, and what is in it: by that --force knows what it may replace."""
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    listed = {"exported": sorted([*names, MANIFEST]), **_eyes(store, artifact)}
+    listed = {"exported": sorted([*names, MANIFEST]), **_seen_by(store, artifact)}
     described = show(artifact.oid, run=store.root).to_json() | listed
     (folder / MANIFEST).write_text(json.dumps(described, indent=2) + "\n")
 
@@ -230,10 +230,9 @@ def model_card(store: Store, artifact: Artifact, form: ExportForm, file: str) ->
     lines += [f"- images seen in training: {results['images_seen']:,}"] if "images_seen" in results else []
     if (mode := (params.get("recipe") or {}).get("mode")) in ("add", "ladd"):
         lines.append(f"- no training code of {mode.upper()} is published: its scores are ours")
-    eyes = sorted(seen_by(store, artifact)) if artifact.kind == "generator" else []
     if trained := sorted(trained_by(store, artifact)):
         lines.append(f"- trained on the features of {_text(', '.join(trained))}: scores by them are no claim")
-    if eyes:
+    if eyes := _eyes(store, artifact):
         lines.append(f"- trained or chosen by {_text(', '.join(eyes))}: scores by other detectors are blind to it")
     lines += [f"- licence: {_text(licence)}", "", "## Scores", ""]
     rows = [
@@ -343,10 +342,14 @@ def _export_npz(store: Store, artifact: Artifact, path: Path) -> None:
         np.savez(file, allow_pickle=False, **arrays)
 
 
-def _eyes(store: Store, artifact: Artifact) -> dict[str, list[str]]:
-    """By which detectors a generator came to be, so that whoever imports it knows."""
-    seen = sorted(seen_by(store, artifact)) if artifact.kind == "generator" else []
-    return {"seen_by": seen} if seen else {}
+def _eyes(store: Store, artifact: Artifact) -> list[str]:
+    """By which detectors a generator came to be."""
+    return sorted(seen_by(store, artifact)) if artifact.kind == "generator" else []
+
+
+def _seen_by(store: Store, artifact: Artifact) -> dict[str, list[str]]:
+    """Those, so that whoever imports it knows."""
+    return {"seen_by": eyes} if (eyes := _eyes(store, artifact)) else {}
 
 
 def _export_weights(store: Store, artifact: Artifact, path: Path, form: ExportForm) -> None:
@@ -355,7 +358,7 @@ def _export_weights(store: Store, artifact: Artifact, path: Path, form: ExportFo
 
     state = {k: v.contiguous() for k, v in load_net(store, artifact, "cpu").state_dict().items()}
     if form == "safetensors":
-        described = {"kind": artifact.kind, "params": dict(artifact.params), **_eyes(store, artifact)}
+        described = {"kind": artifact.kind, "params": dict(artifact.params), **_seen_by(store, artifact)}
         # Not by save_file, which writes beside the path first, under a name that the next export would not clear away.
         path.write_bytes(safetensors.torch.save(state, metadata={"sidactl": json.dumps(described)}))
     else:

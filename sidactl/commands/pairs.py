@@ -39,8 +39,11 @@ def teacher_of(store: Store, subject: Artifact) -> Artifact:
     raise SidaError(f"pairs are of a generator that was distilled here, got {what} {called}", "Leave out pairs.")
 
 
-def _has_teacher(subject: Artifact) -> bool:
-    return subject.kind == "generator" and "teacher" in subject.inputs
+def has_teacher(store: Store, subject: Artifact) -> bool:
+    """Whether `teacher_of` has an answer."""
+    with suppress(SidaError):
+        return bool(teacher_of(store, subject))
+    return False
 
 
 def ode_of(teacher: Artifact) -> HeunSpec:
@@ -162,7 +165,7 @@ def pictured(
         return
     store = Store.open(run)
     kinds = [*NETS, "samples", "dataset"]
-    if refs and not any(_has_teacher(resolve(store, ref_text(ref), kinds, any_size=True)) for ref in refs):
+    if refs and not any(has_teacher(store, resolve(store, ref_text(ref), kinds, any_size=True)) for ref in refs):
         raise SidaError("a picture of pairs needs a generator that was distilled here, got none", "Name one.")
     with outputs.whole([outputs.Output(path, problem_of_picture)], force=True, run=store.root) as (staged,):
 

@@ -44,8 +44,7 @@ class Training:
 def planned(
     store: Store, training: Training, part: tuple[int, int] = (1, 1)
 ) -> Iterator[tuple[str, int, Artifact | None]]:
-    """The runs of this share, by method and seed, with the answer where the run directory has it."""
-    check_training(store, training)
+    """The runs of this share, by method and seed, with the answer where the run directory has it; checked before."""
     for chain in training.chains()[part[0] - 1 :: part[1]]:
         first: Artifact | None = None
         for method, seed in chain:
@@ -113,10 +112,11 @@ def trained(
 ) -> Iterator[tuple[str, Artifact]]:
     """Each method's generators, trained unless they are there; one that merely serves others is trained and not named.
 
+    What `check_training` refuses is for the caller to have refused.
+
     A run that was interrupted goes on, as `distill` does. process: whose share of this part's runs, from 0 on, and of
     how many.
     """
-    check_training(store, training)
     # Of an old answer, too: a comparison has no --force.
     told = None if say is None else lambda line: say(line.partition("; --force")[0])
     for chain in training.chains()[part[0] - 1 :: part[1]][process[0] :: process[1]]:

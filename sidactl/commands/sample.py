@@ -26,7 +26,7 @@ from sidactl.commands.words import NETS, OnCount, RunDir
 from sidactl.errors import SidaError
 from sidactl.foreign import download
 from sidactl.recipes import OneStepSpec, SamplingForm
-from sidactl.recipes.distillation import GUIDANCE_INTERVAL
+from sidactl.recipes.distillation import GUIDANCE_INTERVAL, is_guidance_interval
 from sidactl.store import Artifact, Store
 
 if TYPE_CHECKING:
@@ -108,10 +108,9 @@ def sample(
     if not math.isfinite(guidance):
         raise SidaError(f"guidance must be finite, got {guidance}", "Pass another --guidance.")
     if interval := tuple(map(float, guidance_interval)):
-        low, high = (*interval, math.nan)[:2]
         if guidance == 1:
             raise SidaError("a guidance interval counts for nothing with --guidance 1", "Pass --guidance 1.4, too.")
-        if len(interval) != 2 or not (0 <= low < high < math.inf and low < 80 and high > 0.002):
+        if not is_guidance_interval(interval):
             got = ",".join(f"{level:g}" for level in interval)
             what = f"the guidance interval must be {GUIDANCE_INTERVAL}, got {got}"
             raise SidaError(what, "Pass --guidance-interval 0.2,3.")

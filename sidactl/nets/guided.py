@@ -1,5 +1,6 @@
 """A denoiser that moves away from a weaker one."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,9 +104,8 @@ class Guided:
     ) -> tuple[Tensor, list[Tensor]]:
         """The guided images, and the maps of encoders that `ask` gives beside them."""
         num, labels = len(x) if num_denoised is None else num_denoised, self._kept(labels, x)
-        levels = as_sigma(sigma, x)
-        inside = self._inside(levels)
-        if self.scale == 1 or (not isinstance(sigma, Tensor) and not bool(inside)):
+        levels, (low, high) = as_sigma(sigma, x), self.interval or (0.0, math.inf)
+        if self.scale == 1 or (not isinstance(sigma, Tensor) and not low <= sigma <= high):
             denoised, maps = ask(self.net, x, sigma, labels, augment_labels, num_denoised=num_denoised)
             return denoised, _listed(maps)
         if self.guide is None:
@@ -134,13 +134,9 @@ class Guided:
             other = self.guide(x[:num], levels if len(levels) == 1 else levels[:num], of_guide)
         guided = other + self.scale * (denoised - other)
         if self.interval:
+            inside = (levels >= low) & (levels <= high)
             guided = torch.where(inside if len(inside) == 1 else inside[:num], guided, denoised)
         return guided, _listed(maps)
-
-    def _inside(self, levels: Tensor) -> Tensor:
-        if not self.interval:
-            return torch.ones_like(levels, dtype=torch.bool)
-        return (levels >= self.interval[0]) & (levels <= self.interval[1])
 
 
 @dataclass(frozen=True)

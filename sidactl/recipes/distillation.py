@@ -51,6 +51,13 @@ EvaluatedBy = Literal["fid", "mind", "kid"]
 
 GUIDANCE_INTERVAL = "two noise levels, the lower first, that reach into 0.002 to 80"
 
+
+def is_guidance_interval(levels: Sequence[float]) -> bool:
+    """Whether these are what GUIDANCE_INTERVAL says."""
+    low, high = (*levels, math.nan, math.nan)[:2]
+    return len(levels) == 2 and 0 <= low < high < math.inf and low < 80 and high > 0.002
+
+
 FEW_IMAGES = 5_000
 """images of an evaluation by another score than a Fréchet distance, where no number is asked for"""
 
@@ -329,10 +336,8 @@ class FakeScoreRecipe(Recipe):
         within(self, ["teacher_guidance", "score_guidance"], "from -1000 to 1000", lambda got: -1000 <= got <= 1000)
         at_most(self, 1000, "steps")
         below_one(self, "score_label_dropout")
-        if self.guidance_interval:
-            low, high = (*self.guidance_interval, math.nan)[:2]
-            if len(self.guidance_interval) != 2 or not (0 <= low < high < math.inf and low < 80 and high > 0.002):
-                raise refusal("guidance_interval", GUIDANCE_INTERVAL, self.guidance_interval)
+        if self.guidance_interval and not is_guidance_interval(self.guidance_interval):
+            raise refusal("guidance_interval", GUIDANCE_INTERVAL, self.guidance_interval)
         if self.dropout and self.score_guidance != 1:
             raise refusal("dropout", "0 with --score-guidance, which asks twice in a pass", self.dropout)
         if self.step_levels:

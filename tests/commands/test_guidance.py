@@ -184,7 +184,11 @@ def test_a_guide_counts_in_the_memory_estimate() -> None:
 
 @pytest.mark.parametrize(
     "flags",
-    [["--teacher-guidance=2"], ["--steps=2"], ["--steps=2", "--teacher-guidance=2", "--score-guidance=2", "--dropout=0"]],
+    [
+        ["--teacher-guidance=2"],
+        ["--steps=2"],
+        ["--steps=2", "--teacher-guidance=2", "--score-guidance=2", "--dropout=0"],
+    ],
 )
 def test_the_published_pace_is_not_that_of_guided_teachers_or_several_steps(flags: list[str], tmp_path: Path) -> None:
     words = ["distill", "--teacher", "edm-cifar10-cond", "--mode", "sida", "--dry-run", "--run", str(tmp_path)]
